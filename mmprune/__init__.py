@@ -1,0 +1,16 @@
+"""mmprune: structural (channel) pruning of detectors and keypoint networks."""
+
+__version__ = '0.1.0'
+
+from mmprune import compat  # noqa: F401  (first: torchvision imports after it)
+from mmprune.adapters import adapter
+from mmprune.choose import Budget
+from mmprune.errors import PruneError
+from mmprune.pipeline import prune, trace
+from mmprune.plan import Plan, plan_of
+from mmprune.score import criterion
+from mmprune.verify import verify
+
+__all__ = [
+    'Budget', 'Plan', 'PruneError', 'adapter', 'criterion', 'plan_of', 'prune', 'trace', 'verify',
+]  # fmt: skip

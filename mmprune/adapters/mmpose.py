@@ -1,0 +1,1 @@
+"""mmpose's modules that keep widths as numbers."""

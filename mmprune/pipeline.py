@@ -1,0 +1,173 @@
+"""trace -> couple -> score -> choose -> cut: the whole way, in one file. Read this first."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mmprune import cost
+from mmprune.choose import Budget, choose, make_budget
+from mmprune.couple import Trace, couple
+from mmprune.cut import cut, read_attribute
+from mmprune.errors import PruneError
+from mmprune.plan import Plan, fingerprint, plan_of
+from mmprune.score import Units, get_criterion
+from mmprune.trace import record
+from mmprune.verify import verify
+
+Forward = Callable[[nn.Module], Any]
+
+
+def trace(model: nn.Module, forward: Forward, *, also: tuple[Forward, ...] = ()) -> Trace:
+    """Runs ``forward(model)`` once and finds what can be cut.
+
+    ``forward``: takes the model and runs it, e.g. ``lambda m: m(x)``. ``also``: further ways to run
+    it whose ties count too (its loss, beside its inference); FLOPs are counted in ``forward`` alone.
+    The model is left as it was: running statistics and random states included.
+
+    Raises:
+        PruneError: the run fails; the module that failed is named.
+    """
+    try:
+        return couple(record(model, forward, also))
+    except PruneError:
+        raise
+    except Exception as error:
+        raise PruneError(
+            f'the model can not be traced on this batch: {type(error).__name__}: {error}'
+        ) from error
+
+
+def prune(
+    model: nn.Module,
+    forward: Forward,
+    *,
+    keep_flops: float | None = None,
+    keep_params: float | None = None,
+    keep_channels: float | None = None,
+    prune_num: int | None = None,
+    score: str | np.ndarray | torch.Tensor = 'l2',
+    optimizer: Any = None,
+    check: bool = True,
+    **options: Any,
+) -> Plan:
+    """Cuts ``model`` in place to the first budget that is reached; see :class:`Budget` for all
+    ``options`` (``min_channels``, ``divisor``, ``max_cut``, ``lock``).
+
+    ``score``: a criterion's name, or (n_units,) numbers in the order of ``trace(...)``'s units.
+    ``check``: run :func:`verify` before the cut is kept. Returns the plan against the original,
+    earlier cuts included.
+
+    Raises:
+        PruneError: bad options, nothing to cut, a budget below the floor. Nothing has changed then.
+    """
+    fractions = {
+        'keep_flops': keep_flops, 'keep_params': keep_params, 'keep_channels': keep_channels,
+        'prune_num': prune_num,
+    }  # fmt: skip
+    budget = make_budget({k: v for k, v in fractions.items() if v is not None} | options)
+    if isinstance(score, str):
+        get_criterion(score)
+    traced = trace(model, forward)
+    scores = score_now(traced, score)
+    keep = choose(traced, scores, budget, original_cost(model))
+    step = make_plan(traced, model, keep, budget)
+    return cut_checked(model, step, forward if check else None, optimizer)
+
+
+def score_now(traced: Trace, score: str | np.ndarray | torch.Tensor) -> np.ndarray:
+    """(n_units,) scores from the weights, and the gradients, that are there."""
+    if not isinstance(score, str):
+        return np.asarray(torch.as_tensor(score).cpu().numpy(), dtype=np.float64)
+    criterion = get_criterion(score)
+    units = Units(traced)
+    if criterion.gradients and not any(w.grad is not None for _, w, _ in units.readers):
+        raise PruneError(
+            f'score={score!r} needs gradients, and no weight has one: call it after backward() and '
+            "before zero_grad(), or take score='l2'"
+        )
+    values = criterion.function(units).double().cpu().numpy()
+    if criterion.gradients:
+        values[units.frozen().cpu().numpy()] = np.nan
+    return values
+
+
+def original_cost(model: nn.Module) -> dict[str, float] | None:
+    """``flops`` and ``params`` of the model before its first cut; ``None`` if it has none."""
+    plan = plan_of(model)
+    if plan is None or not plan.history:
+        return None
+    first = plan.history[0]
+    return {'flops': first['flops_before'], 'params': first['params_before']}
+
+
+def make_plan(traced: Trace, model: nn.Module, keep: np.ndarray, budget: Budget, **about: Any) -> Plan:
+    """The plan that keeps the units in ``keep`` (n_units, bool), for ``model`` as it is now.
+
+    ``about``: what to note in the history beside units, FLOPs and parameters (the iteration).
+    """
+    if keep.all():
+        raise PruneError(
+            'this would remove nothing: the budget is met already, or no unit may go; ask for less '
+            f'than {budget.to_meta()}'
+        )
+    slot_stays = traced.keeps(keep)
+    kept: dict[str, dict[int, list[int]]] = {}
+    for axis in traced.slots.axes:
+        stays = slot_stays[axis.ids]
+        if not stays.all():
+            kept.setdefault(axis.name, {})[axis.dim] = np.flatnonzero(stays).tolist()
+    for alias, name in traced.slots.aliases.items():
+        if name in kept:
+            kept[alias] = kept[name]
+    original = original_cost(model) or {'flops': traced.flops, 'params': traced.params}
+    entry = {
+        **about,
+        'units_removed': int((~keep).sum()),
+        'flops_before': int(original['flops']),
+        'flops': round(cost.flops(traced)(keep)),
+        'params_before': int(original['params']),
+        'params': round(cost.params(traced)(keep)),
+    }
+    return Plan(
+        kept, _followed(traced, model, slot_stays), fingerprint(model), [entry], budget.to_meta()
+    )
+
+
+def _followed(traced: Trace, model: nn.Module, stays: np.ndarray) -> dict[str, dict[str, int]]:
+    """New values of the numbers that follow an axis, in proportion to it."""
+    found: dict[str, dict[str, int]] = {}
+    for follow in traced.follows:
+        left = stays[follow.ids]
+        if left.all():
+            continue
+        old = read_attribute(model.get_submodule(follow.module), follow.attribute)
+        new, rest = divmod(old * int(left.sum()), left.size)
+        where = f'{follow.module}.{follow.attribute}'
+        if rest:
+            raise PruneError(
+                f'{where} is {old} and should follow {left.size} -> {left.sum()} channels, which '
+                'gives no whole number: its adapter follows the wrong axis'
+            )
+        if found.setdefault(follow.module, {}).setdefault(follow.attribute, new) != new:
+            raise PruneError(f'{where} follows two widths that became different: lock one by name')
+    return found
+
+
+def cut_checked(
+    model: nn.Module,
+    plan: Plan,
+    forward: Forward | None,
+    optimizer: Any = None,
+    twins: tuple[nn.Module, ...] = (),
+) -> Plan:
+    """Cuts by a plan that was made for the model as it is now; first, if ``forward`` is given, on a
+    copy, which :func:`verify` compares with the masked original."""
+    if forward is not None:
+        trial = copy.deepcopy(model)
+        cut(trial, plan)
+        verify(model, trial, plan, forward)
+    return cut(model, plan, optimizer, twins)

@@ -1,0 +1,353 @@
+"""Data movement: what a dimension carries moves with it."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from mmprune.rules.pointwise import broadcast, constrains, write
+from mmprune.rules.table import Call, Ids, Labels, rule
+from mmprune.slots import fixed_ids
+
+
+@rule('aten::view', 'aten::_unsafe_view', 'aten::reshape', 'aten::_reshape_alias')
+def view(call: Call) -> None:
+    x = call['self']
+    labels: Labels = {}
+    for dim, ids in call.labels(x).items():
+        for array in ids:
+            for new_dim, moved in regroup(call, array, dim, x.shape, call.out.shape):
+                labels[new_dim] = labels.get(new_dim, ()) + (moved,)
+    call.label(call.out, labels)
+
+
+def regroup(
+    call: Call, ids: Ids, dim: int, before: Sequence[int], after: Sequence[int]
+) -> list[tuple[int, Ids]]:
+    """Where the labels ``ids`` of dimension ``dim`` go when ``before`` is viewed as ``after``.
+
+    Memory order stays. With S elements behind ``dim``, element number i carries
+    ``ids[(i // S) % len(ids)]``. In the new shape one dimension may carry that alone (also merged
+    with others: then the ids repeat). Where several do, a labelled dimension was split into factors:
+    only the last may shrink, so the others are tied.
+    """
+    before = [max(n, 1) for n in before]
+    after = [max(n, 1) for n in after]
+    inner = math.prod(before[dim + 1 :])
+    period = inner * ids.size
+    carried: list[tuple[int, np.ndarray]] = []  # (new dimension, index into ids along it)
+    stride = math.prod(after)
+    for new_dim, size in enumerate(after):
+        above, stride = stride, stride // size
+        for edge in (inner, period):
+            # A boundary of the labelled dimension must fall on whole steps of a new one.
+            if stride < edge < above and (edge % stride or above % edge):
+                call.lock((ids,), 'reshaped across the borders of channels')
+                return []
+        index = (np.arange(size) * stride // inner) % ids.size
+        if (index != index[0]).any():
+            carried.append((new_dim, index))
+    if not carried:
+        return []
+    last_dim, last = carried[-1]
+    if len(carried) > 1:
+        table = np.zeros(1, dtype=np.int64)
+        for _, index in carried[:-1]:
+            table = np.add.outer(table, np.unique(index)).ravel()
+        columns = np.unique(last)
+        call.tie_all(ids[np.add.outer(table, columns) % ids.size])
+    return [(last_dim, ids[last])]
+
+
+@rule('aten::permute')
+def permute(call: Call) -> None:
+    x = call['self']
+    labels = call.labels(x)
+    order = [d % x.ndim for d in call['dims']]
+    call.label(call.out, {new: labels[old] for new, old in enumerate(order) if old in labels})
+
+
+@rule('aten::transpose', 'aten::transpose_', 'aten::t', 'aten::swapaxes')
+def transpose(call: Call) -> None:
+    x = call['self']
+    if x.ndim < 2:
+        call.label(call.out, call.labels(x))
+        return
+    a, b = (call.args.get('dim0', 0) % x.ndim, call.args.get('dim1', 1) % x.ndim)
+    swap = {a: b, b: a}
+    call.label(call.out, {swap.get(d, d): ids for d, ids in call.labels(x).items()})
+
+
+@rule('aten::unsqueeze', 'aten::unsqueeze_')
+def unsqueeze(call: Call) -> None:
+    at = call['dim'] % call.out.ndim
+    call.label(call.out, {d + (d >= at): ids for d, ids in call.labels(call['self']).items()})
+
+
+@rule('aten::squeeze', 'aten::squeeze_')
+def squeeze(call: Call) -> None:
+    x, dims = call['self'], call.args.get('dim')
+    dims = range(x.ndim) if dims is None else dims if isinstance(dims, list | tuple) else [dims]
+    gone = [d % x.ndim for d in dims if x.shape[d] == 1]
+    call.label(call.out, {d - sum(g < d for g in gone): i for d, i in call.labels(x).items()})
+
+
+@rule('aten::expand', 'aten::expand_as')
+def expand(call: Call) -> None:
+    x = call['self']
+    shift = call.out.ndim - x.ndim
+    call.label(call.out, {d + shift: ids for d, ids in call.labels(x).items()})
+    if call.tracer.is_uniform(x):
+        call.tracer.set_uniform(call.out)
+
+
+@rule('aten::repeat')
+def repeat(call: Call) -> None:
+    x, times = call['self'], call['repeats']
+    shift = len(times) - x.ndim
+    call.label(call.out, {
+        d + shift: tuple(np.tile(i, times[d + shift]) for i in ids)
+        for d, ids in call.labels(x).items()
+    })  # fmt: skip
+    if call.tracer.is_uniform(x):
+        call.tracer.set_uniform(call.out)
+
+
+@rule('aten::cat', 'aten::concat', 'aten::_cat')
+def cat(call: Call) -> None:
+    tensors = [t for t in call['tensors'] if not (t.ndim == 1 and t.numel() == 0)]
+    join(call, tensors, call.args.get('dim') or 0)
+
+
+def join(call: Call, tensors: list[torch.Tensor], dim: int) -> None:
+    """Labels follow each other along ``dim``; along the others the tensors meet."""
+    if not tensors:
+        return
+    dim %= tensors[0].ndim
+    carried = [call.labels(t) for t in tensors]
+    if not any(carried):
+        if all(call.tracer.is_uniform(t) for t in tensors):
+            call.tracer.set_uniform(call.out)
+        return
+    thin = [t.narrow(dim, 0, min(1, t.shape[dim])) for t in tensors]
+    for tensor, part in zip(tensors, thin, strict=True):
+        if call.tracer.is_uniform(tensor):
+            call.tracer.set_uniform(part)
+    labels = broadcast(
+        call, thin, [1 if d == dim else n for d, n in enumerate(call.out.shape)],
+        [{d: ids for d, ids in labels.items() if d != dim} for labels in carried],
+    )  # fmt: skip
+    depth = max(len(labels.get(dim, ())) for labels in carried)
+    if depth == 1:
+        pieces = [
+            labels[dim][0] if dim in labels else fixed_ids(t.shape[dim])
+            for t, labels in zip(tensors, carried, strict=True)
+        ]
+        labels[dim] = (np.concatenate(pieces),)
+    elif depth:
+        for piece in carried:
+            call.lock(piece.get(dim, ()), 'joined after two widths were merged')
+    call.label(call.out, labels)
+
+
+@rule('aten::stack')
+def stack(call: Call) -> None:
+    """All tensors meet; a new dimension appears."""
+    tensors = call['tensors']
+    dim = call.args.get('dim', 0) % call.out.ndim
+    labels = broadcast(call, tensors, tensors[0].shape)
+    call.label(call.out, {d + (d >= dim): ids for d, ids in labels.items()})
+
+
+@rule('aten::split', 'aten::split_with_sizes', 'aten::chunk', 'aten::unsafe_chunk',
+      'aten::unsafe_split', 'aten::unsafe_split_with_sizes')  # fmt: skip
+def split(call: Call) -> None:
+    """Equal parts stay equal: their positions are tied. Unequal ones are numbers in the code."""
+    x = call['self']
+    dim = call.args.get('dim', 0) % x.ndim
+    widths = [out.shape[dim] for out in call.out]
+    equal = len(set(widths)) == 1
+    carried = call.labels(x)
+    for ids in carried.get(dim, ()):
+        if equal:
+            call.tie_all(ids.reshape(len(widths), -1))
+        else:
+            call.lock((ids,), 'split into unequal parts by number')
+    start = 0
+    for out, width in zip(call.out, widths, strict=True):
+        labels = dict(carried)
+        if dim in labels:
+            labels[dim] = tuple(ids[start : start + width] for ids in labels[dim])
+        call.label(out, labels)
+        start += width
+
+
+@rule('aten::unbind')
+def unbind(call: Call) -> None:
+    for out in call.out:
+        drop(call, out, call.args.get('dim', 0))
+
+
+@rule('aten::select')
+def select(call: Call) -> None:
+    drop(call, call.out, call['dim'])
+
+
+def drop(call: Call, out: torch.Tensor, dim: int) -> None:
+    x = call['self']
+    dim %= x.ndim
+    call.lock_tensor(x, 'indexed by number', dims=[dim])
+    call.label(out, {d - (d > dim): ids for d, ids in call.labels(x).items() if d != dim})
+
+
+@rule('aten::slice', 'aten::narrow')
+def take_slice(call: Call) -> None:
+    """A part of a labelled dimension is a number in the code, unless it is all of it."""
+    x = call['self']
+    dim = call.args.get('dim', 0) % x.ndim
+    labels = dict(call.labels(x))
+    if dim in labels and call.out.shape[dim] != x.shape[dim]:
+        call.lock(labels.pop(dim), 'sliced by number')
+    call.label(call.out, labels)
+
+
+@rule('aten::flip', 'aten::roll')
+def reorder(call: Call) -> None:
+    """Along a labelled dimension the order of what stays would be another one."""
+    x = call['self']
+    dims = call['dims'] or range(x.ndim)
+    dims = [d % x.ndim for d in dims]
+    if call.name == 'aten::flip':
+        labels = {
+            d: tuple(i[::-1] for i in ids) if d in dims else ids for d, ids in call.labels(x).items()
+        }
+    else:
+        call.lock_tensor(x, 'rolled by a number', dims=dims)
+        labels = {d: ids for d, ids in call.labels(x).items() if d not in dims}
+    call.label(call.out, labels)
+
+
+@rule('aten::index_select', 'aten::gather', 'aten::take_along_dim')
+def pick(call: Call) -> None:
+    x, dim = call['self'], call['dim'] % max(call['self'].ndim, 1)
+    call.lock_tensor(x, 'indexed by number', dims=[dim])
+    labels = {d: ids for d, ids in call.labels(x).items() if d != dim}
+    if call.name != 'aten::index_select':
+        index = call.args.get('index', call.args.get('indices'))
+        for d in [d for d in labels if constrains(call, index, d)]:
+            call.lock(labels.pop(d), 'gathered with an index of fixed width')
+    call.label(call.out, labels)
+
+
+def indexed_dims(x: torch.Tensor, indices: Sequence[torch.Tensor | None]) -> dict[int, int]:
+    """Where each dimension of ``x`` that is not indexed stands in ``x[indices]``."""
+    at, taken, shapes = 0, [], []
+    for index in indices:
+        width = 1
+        if index is not None:
+            mask = index.dtype in (torch.bool, torch.uint8)
+            width = index.ndim if mask else 1
+            taken += range(at, at + width)
+            shapes.append((1,) if mask else tuple(index.shape))
+        at += width
+    made = max((len(s) for s in shapes), default=0)
+    together = taken == list(range(taken[0], taken[0] + len(taken))) if taken else True
+    kept = [d for d in range(x.ndim) if d not in taken]
+    first = taken[0] if taken and together else 0
+    return {d: n + (made if n >= first else 0) for n, d in enumerate(kept)}
+
+
+@rule('aten::index')
+def index(call: Call) -> None:
+    x = call['self']
+    moved = indexed_dims(x, call['indices'])
+    carried = call.labels(x)
+    call.lock_tensor(x, 'indexed by number', dims=[d for d in carried if d not in moved])
+    for i in call['indices']:
+        if i is not None:
+            call.lock_tensor(i, 'used as an index')
+    call.label(call.out, {moved[d]: ids for d, ids in carried.items() if d in moved})
+
+
+@rule('aten::index_put_', 'aten::index_put', 'aten::_index_put_impl_')
+def index_put(call: Call) -> None:
+    """``x[indices] = values``: where x was a fresh fill it takes over what the values carry."""
+    x, values = call['self'], call['values']
+    moved = indexed_dims(x, call['indices'])
+    back = {new: old for old, new in moved.items()}
+    for i in call['indices']:
+        if i is not None:
+            call.lock_tensor(i, 'used as an index')
+    call.lock_tensor(x, 'indexed by number', dims=[d for d in call.labels(x) if d not in moved])
+    labels = {d: ids for d, ids in call.labels(x).items() if d in moved}
+    rank = max(moved.values(), default=-1) + 1
+    shift = max(rank, values.ndim) - values.ndim
+    for dim, ids in call.labels(values).items():
+        target = back.get(dim + shift)
+        if target is None:
+            call.lock(ids, 'written by number')
+        elif target in labels:
+            call.tie(labels[target], ids)
+        elif call.tracer.is_uniform(x):
+            labels[target] = ids
+        else:
+            call.lock(ids, 'meets a tensor of fixed width')
+    for dim, ids in labels.items():
+        own = moved[dim] - shift
+        if own >= 0 and dim in call.labels(x) and own not in call.labels(values):
+            if own < values.ndim and constrains(call, values, own):
+                call.lock(ids, 'meets a tensor of fixed width')
+    write(call, call.out, labels)
+
+
+@rule('aten::unfold')
+def unfold(call: Call) -> None:
+    x, dim = call['self'], call['dimension'] % call['self'].ndim
+    call.lock_tensor(x, 'mixed as if it were space', dims=[dim])
+    call.label(call.out, {d: ids for d, ids in call.labels(x).items() if d != dim})
+
+
+@rule('aten::channel_shuffle', 'aten::native_channel_shuffle')
+def channel_shuffle(call: Call) -> None:
+    """(N, g * C, ...): read as a g x C table, written as its transpose; the rows shrink alike."""
+    x, groups = call['self'], call['groups']
+    ids = call.ids(x, 1)
+    for array in ids:
+        call.tie_all(array.reshape(groups, -1))
+    shuffled = tuple(array.reshape(groups, -1).T.ravel() for array in ids)
+    call.label(call.out, call.labels(x) | {1: shuffled})
+
+
+@rule('aten::as_strided', 'aten::as_strided_')
+def as_strided(call: Call) -> None:
+    x = call['self']
+    if call.out.shape == x.shape and call.out.stride() == x.stride():
+        call.label(call.out, call.labels(x))
+    else:
+        call.lock_tensor(x, 'read by strides')
+
+
+@rule('aten::repeat_interleave')
+def repeat_interleave(call: Call) -> None:
+    x, dim, times = call.args.get('self'), call.args.get('dim'), call.args.get('repeats')
+    if x is None or dim is None or not isinstance(times, int):
+        for value in call.args.values():
+            if isinstance(value, torch.Tensor):
+                call.lock_tensor(value, 'repeated by number')
+        return
+    dim %= x.ndim
+    labels = dict(call.labels(x))
+    if dim in labels:
+        labels[dim] = tuple(np.repeat(i, times) for i in labels[dim])
+    call.label(call.out, labels)
+
+
+@rule('aten::scatter', 'aten::scatter_', 'aten::scatter_add', 'aten::scatter_add_',
+      'aten::masked_scatter', 'aten::masked_scatter_', 'aten::select_scatter',
+      'aten::slice_scatter', 'aten::diagonal', 'aten::tril', 'aten::triu')  # fmt: skip
+def numbered(call: Call) -> None:
+    """Positions are numbers here: everything stays."""
+    for value in call.args.values():
+        if isinstance(value, torch.Tensor):
+            call.lock_tensor(value, 'moved by number')

@@ -1,0 +1,78 @@
+"""Channel slots: a number for every (tensor name, dimension, index) that a model's state has."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+FIXED = 0
+"""The id of every position that no cut can remove: a constant, an image channel, padding."""
+
+
+def fixed_ids(count: int) -> np.ndarray:
+    return np.full(count, FIXED, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One dimension of one parameter or buffer: ``size`` slots from ``first`` on."""
+
+    name: str
+    dim: int
+    first: int
+    size: int
+
+    @property
+    def ids(self) -> np.ndarray:
+        return np.arange(self.first, self.first + self.size)
+
+    def __str__(self) -> str:
+        return f'{self.name}[dim {self.dim}]'
+
+
+class SlotTable:
+    """All axes of a model. Slot 0 is ``FIXED``; the others are numbered in the model's own order.
+
+    A tensor that the model holds under several names (tied weights) has one set of slots, under its
+    first name. Dimensions of size 1 and integer buffers have none: nothing of them can be removed.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.axes: list[Axis] = []
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.by_key: dict[tuple[str, int], Axis] = {}
+        self.aliases: dict[str, str] = {}
+        first_name: dict[int, str] = {}
+        size = 1
+        for name, tensor in named_state(model):
+            if id(tensor) in first_name:
+                self.aliases[name] = first_name[id(tensor)]
+                continue
+            first_name[id(tensor)] = name
+            self.tensors[name] = tensor
+            if not (tensor.is_floating_point() or tensor.is_complex()):
+                continue
+            for dim, length in enumerate(tensor.shape):
+                if length > 1:
+                    axis = Axis(name, dim, size, length)
+                    self.axes.append(axis)
+                    self.by_key[name, dim] = axis
+                    size += length
+        self.size = size
+        self._firsts = np.array([axis.first for axis in self.axes], dtype=np.int64)
+
+    def axis_index(self, ids: np.ndarray) -> np.ndarray:
+        """The number of the axis that each slot id lies on (ids above 0 only)."""
+        return np.searchsorted(self._firsts, ids, side='right') - 1
+
+    def axis_of(self, slot: int) -> Axis:
+        return self.axes[int(self.axis_index(np.array([slot]))[0])]
+
+
+def named_state(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Every parameter and buffer by name, shared ones under each of their names, buffers that are
+    not saved included."""
+    found = list(model.named_parameters(remove_duplicate=False))
+    found += list(model.named_buffers(remove_duplicate=False))
+    return found

@@ -1,0 +1,295 @@
+"""Runs the model once and sees every operation with its real tensors.
+
+The mechanism is torch's dispatch mode (as in ``torch.utils.flop_counter``): below autograd and
+Python control flow, above the kernels. Each tensor carries *labels*: for a dimension, the slot ids of
+its positions. Parameters start with their own slots; a rule for each operation says what is tied and
+what the output carries (:mod:`mmprune.rules`). Modules whose code keeps widths as numbers, and
+compiled functions that the dispatcher does not see, have adapters (:mod:`mmprune.adapters`).
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from mmprune.adapters import intercept, module_adapter
+from mmprune.errors import PruneError
+from mmprune.rules import RULES, Call
+from mmprune.rules.pointwise import pointwise
+from mmprune.rules.table import Ids, Labels, bind
+from mmprune.slots import FIXED, SlotTable
+
+
+@dataclass(frozen=True)
+class Work:
+    """Multiply-adds of one call: ``count``, in proportion to the kept part of each of ``axes``."""
+
+    where: str
+    count: float
+    axes: list[Ids]
+
+
+@dataclass(frozen=True)
+class Follow:
+    """A number in a module that is proportional to the width of the axis ``ids``."""
+
+    module: str
+    attribute: str
+    ids: Ids
+
+
+@dataclass
+class Record:
+    """What a traced run left: the input of :func:`mmprune.couple.couple`."""
+
+    slots: SlotTable
+    ties: list[tuple[Ids, Ids]] = field(default_factory=list)
+    locks: list[tuple[Ids, str]] = field(default_factory=list)
+    read: list[Ids] = field(default_factory=list)
+    weights_read: list[Ids] = field(default_factory=list)
+    work: list[Work] = field(default_factory=list)
+    follows: list[Follow] = field(default_factory=list)
+    unknown_ops: dict[str, list[str]] = field(default_factory=dict)
+    touched: set[str] = field(default_factory=set)
+    elements: list[tuple[str, int, list[Ids]]] = field(default_factory=list)
+
+
+class Tracer(TorchDispatchMode):
+    """The dispatch mode. One for a trace; :func:`record` runs it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.record = Record(SlotTable(model))
+        self.counting = True
+        self._labels = WeakTensorKeyDictionary()
+        self._uniform = WeakTensorKeyDictionary()
+        self._raw = WeakTensorKeyDictionary()
+        self._names = {id(module): name for name, module in model.named_modules()}
+        self._stack: list[nn.Module] = [model]
+        self._storages: dict[int, str] = {}
+        for name, tensor in self.record.slots.tensors.items():
+            labels = {}
+            for dim in range(tensor.ndim):
+                axis = self.record.slots.by_key.get((name, dim))
+                if axis is not None:
+                    labels[dim] = (axis.ids,)
+            self._labels[tensor] = labels
+            self._raw[tensor] = name
+            self._storages[tensor.untyped_storage().data_ptr()] = name
+
+    # -- what rules use ---------------------------------------------------------------------------
+
+    def labels_of(self, tensor: torch.Tensor) -> Labels:
+        found = self._labels.get(tensor)
+        if found is None:
+            found = self._adopt(tensor)
+        return found
+
+    def _adopt(self, tensor: torch.Tensor) -> Labels:
+        """A tensor that no traced operation made: a constant, or another face of a parameter
+        (``.data`` passes by the dispatcher)."""
+        labels: Labels = {}
+        name = self._storages.get(tensor.untyped_storage().data_ptr()) if tensor.numel() else None
+        if name is not None:
+            own = self.record.slots.tensors[name]
+            if own.shape == tensor.shape and own.stride() == tensor.stride():
+                labels = self._labels[own]
+                self._raw[tensor] = name
+            else:
+                for ids in self._labels[own].values():
+                    self.lock(ids[0], f'{name} is read through another view of its memory')
+        self._labels[tensor] = labels
+        return labels
+
+    def set_labels(self, tensor: torch.Tensor, labels: Labels) -> None:
+        self._labels[tensor] = labels
+        self._uniform.pop(tensor, None)
+
+    def is_known(self, tensor: torch.Tensor) -> bool:
+        return tensor in self._labels
+
+    def is_uniform(self, tensor: torch.Tensor) -> bool:
+        return tensor.ndim == 0 or tensor in self._uniform
+
+    def set_uniform(self, tensor: torch.Tensor) -> None:
+        self._uniform[tensor] = True
+        self._labels.setdefault(tensor, {})
+
+    def is_raw(self, tensor: torch.Tensor) -> bool:
+        """Whether it is a parameter, or one that was only moved about or rescaled."""
+        return tensor in self._raw
+
+    def tie(self, a: Ids, b: Ids, reason: str) -> None:
+        if a.size != b.size:
+            raise PruneError(f'{reason}: ties {a.size} channels to {b.size}: a rule or adapter errs')
+        if a is b:
+            return
+        fixed = (a == FIXED) | (b == FIXED)
+        if fixed.any():
+            self.lock(np.maximum(a, b)[fixed], reason)
+            a, b = a[~fixed], b[~fixed]
+        self.record.ties.append((a, b))
+
+    def lock(self, ids: Ids, reason: str) -> None:
+        self.record.locks.append((ids[ids != FIXED], reason))
+
+    def consume(self, ids: Ids, weight: bool) -> None:
+        (self.record.weights_read if weight else self.record.read).append(ids)
+
+    def count(self, where: str, amount: float, axes: list[Ids]) -> None:
+        if self.counting:
+            self.record.work.append(Work(where, float(amount), axes))
+
+    def follow(self, module: str, attribute: str, ids: Ids) -> None:
+        self.record.follows.append(Follow(module, attribute, ids))
+
+    # -- the run ----------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name
+        inputs = list(tensors_in((args, kwargs)))
+        carried = [t for t in inputs if self.labels_of(t)]
+        raw = bool(carried) and all(t in self._raw for t in carried)
+        out = func(*args, **kwargs)
+        outputs = list(tensors_in(out))
+        in_place = {id(t) for t in inputs}
+        for tensor in outputs:
+            if id(tensor) not in in_place:
+                self.set_labels(tensor, {})
+        handler = RULES.get(name)
+        if handler is None and torch.Tag.pointwise in func.tags:
+            handler = pointwise
+        fresh = name.startswith(('aten::new_', 'aten::empty')) or not inputs
+        if carried or any(self.is_uniform(t) for t in inputs) or fresh:
+            self.apply(handler, name, bind(func, args, kwargs), out, carried)
+        if raw and handler is not None and name not in CONTRACTIONS:
+            for tensor in outputs:
+                self._raw[tensor] = True
+        for tensor in carried:
+            if tensor in self._raw and isinstance(self._raw[tensor], str):
+                self.record.touched.add(self._raw[tensor])
+        self._weigh(outputs)
+        return out
+
+    def apply(
+        self, handler: Callable | None, name: str, args: Any, out: Any, carried: list[torch.Tensor]
+    ) -> None:
+        """Runs a rule on one call; without one, locks whatever goes in and says so."""
+        module = self._stack[-1]
+        call = Call(self, name, args, out, module, self._names.get(id(module), ''))
+        if handler is not None:
+            handler(call)
+        elif carried and any(isinstance(t, torch.Tensor) for t in tensors_in(out)):
+            self.record.unknown_ops.setdefault(name, [])
+            if call.where not in self.record.unknown_ops[name]:
+                self.record.unknown_ops[name].append(call.where)
+            for tensor in carried:
+                call.lock_tensor(tensor, 'no rule for this operation')
+        else:
+            for tensor in carried:
+                call.lock_tensor(tensor, 'leaves the tensors')
+
+    def _weigh(self, outputs: list[torch.Tensor]) -> None:
+        if not self.counting:
+            return
+        where = self._names.get(id(self._stack[-1]), '')
+        for tensor in outputs:
+            labels = self._labels.get(tensor)
+            if labels and tensor not in self._raw and not tensor._is_view():
+                self.record.elements.append(
+                    (where, tensor.numel(), [ids[0] for ids in labels.values()])
+                )
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        self._stack.append(module)
+
+    def leave(self, module: nn.Module, args: Any, out: Any) -> None:
+        adapter = module_adapter(type(module))
+        if adapter is not None and id(module) in self._names:
+            with torch.utils._python_dispatch._disable_current_modes():
+                adapter(Call(self, type(module).__name__, args, out, module,
+                             self._names[id(module)]))  # fmt: skip
+        self._stack.pop()
+
+
+CONTRACTIONS = frozenset(
+    f'aten::{n}'
+    for n in ('convolution', 'mm', 'bmm', 'addmm', 'baddbmm', 'linear', 'mv', 'addmv', 'dot')
+)
+
+
+def tensors_in(value: Any, depth: int = 6) -> Iterator[torch.Tensor]:
+    """Every tensor in nested containers and plain objects (mmengine's data elements included)."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif depth == 0 or isinstance(value, str | bytes | int | float | type | np.ndarray):
+        return
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item, depth - 1)
+    elif isinstance(value, list | tuple | set):
+        for item in value:
+            yield from tensors_in(item, depth - 1)
+    elif hasattr(value, '__dict__') and not isinstance(value, nn.Module) and not callable(value):
+        yield from tensors_in(vars(value), depth - 1)
+
+
+@contextlib.contextmanager
+def watched(tracer: Tracer) -> Iterator[None]:
+    """Hooks on every module call, and interception of compiled functions, for one run."""
+    hooks = [
+        torch.nn.modules.module.register_module_forward_pre_hook(tracer.enter),
+        torch.nn.modules.module.register_module_forward_hook(tracer.leave),
+    ]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one opaque kernel for a whole encoder layer
+    try:
+        with intercept(tracer), torch.no_grad(), tracer:
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for hook in hooks:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Puts buffers (running statistics) and random states back as they were."""
+    devices = list({t.device for t in model.parameters() if t.device.type == 'cuda'})
+    numpy_state = np.random.get_state()
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy_state)
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+
+
+def record(
+    model: nn.Module,
+    forward: Callable[[nn.Module], Any],
+    also: tuple[Callable[[nn.Module], Any], ...] = (),
+) -> Record:
+    """Traces ``forward(model)`` and each of ``also``; FLOPs are counted in ``forward`` alone."""
+    tracer = Tracer(model)
+    with unchanged(model):
+        for run in (forward, *also):
+            tracer.counting = run is forward
+            tracer._stack = [model]
+            with watched(tracer):
+                out = run(model)
+            for tensor in tensors_in(out):
+                for ids in tracer.labels_of(tensor).values():
+                    for array in ids:
+                        tracer.lock(array, 'output of the model')
+    return tracer.record
