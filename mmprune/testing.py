@@ -1,0 +1,282 @@
+"""A model of the zoos with random weights, and a forward for it: for tests, benchmarks, coverage.
+
+Nothing is downloaded, and no weight is left at a value that would hide an error (zero, or one that
+makes its output vanish).
+"""
+
+import contextlib
+import copy
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import init_default_scope
+from mmengine.utils import get_installed_path
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from mmprune.errors import PruneError
+
+Forward = Callable[[nn.Module], Any]
+
+
+def build(
+    config: str | Config, size: int = 128, mode: str = 'loss', seed: int = 0
+) -> tuple[nn.Module, Forward]:
+    """A model in training mode and ``forward(model)``, which runs it on a random batch of two.
+
+    ``config``: ``mmdet::retinanet/retinanet_r50_fpn_1x_coco.py`` (also ``mmpose::``; a file; a
+    ``Config``), or ``torchvision::resnet50``. ``size``: sides of the images where the config does not
+    fix them (pose models take theirs from the codec). ``mode``: ``loss``, ``tensor`` or ``predict``.
+
+    The same arguments give the same model and batch. The forward may be run any number of times, on
+    this model or a copy of it.
+    """
+    if isinstance(config, str) and config.startswith('torchvision::'):
+        model, batch = _torchvision(config.removeprefix('torchvision::'), size, seed)
+        return _shaken(model, lambda m: m(*copy.deepcopy(batch)), seed)
+    config = load(config) if isinstance(config, str) else copy.deepcopy(config)
+    model = build_model(config, seed)
+    if config.get('default_scope') == 'mmpose' or 'mmpose' in type(model).__module__:
+        batch = pose_batch(config, seed)
+    else:
+        batch = detection_batch(config, size)
+    torch.manual_seed(seed)
+    batch = model.data_preprocessor(batch, training=True)
+    forward = lambda m, mode=mode: m(**copy.deepcopy(batch), mode=mode)  # noqa: E731
+    _shaken(model, lambda m: forward(m, mode='loss'), seed)
+    return model, forward
+
+
+def load(name: str) -> Config:
+    """A config that an installed package ships (``mmdet::...``), or of a file."""
+    if '::' in name:
+        package, name = name.split('::', 1)
+        name = os.path.join(get_installed_path(package), '.mim', 'configs', name)
+    return Config.fromfile(name)
+
+
+def build_model(config: Config, seed: int = 0) -> nn.Module:
+    """The config's model with random weights, in training mode; SyncBN becomes BN."""
+    scope = config.get('default_scope') or config.model.get('_scope_') or 'mmpose'
+    # A package's own registry is filled by its registration function.
+    registration = {'mmdet': 'mmdet.utils', 'mmpose': 'mmpose.utils'}.get(scope)
+    if registration:
+        __import__(registration, fromlist=['x']).register_all_modules(init_default_scope=False)
+    init_default_scope(scope)
+    from mmengine.registry import MODELS
+
+    torch.manual_seed(seed)
+    before = logging.root.manager.disable
+    logging.disable(logging.INFO)  # a page about each weight
+    try:
+        model = MODELS.build(_offline(config.model))
+        model.init_weights()
+    finally:
+        logging.disable(before)
+    return revert_sync_batchnorm(model).train()
+
+
+def _offline(value: Any) -> Any:
+    """Without what would be downloaded, and without batch augmentation (which changes sizes)."""
+    if isinstance(value, list | tuple):
+        return type(value)(_offline(item) for item in value)
+    if not isinstance(value, dict):
+        return value
+    changed = copy.copy(value)
+    for key, item in value.items():
+        kind = item.get('type', '') if isinstance(item, dict) else ''
+        if key == 'init_cfg' and 'Pretrained' in getattr(kind, '__name__', str(kind)):
+            changed[key] = None
+        elif key == 'pretrained':
+            changed[key] = False if isinstance(item, bool) else None
+        elif key in ('teacher_ckpt', 'batch_augments'):
+            changed[key] = None
+        elif key == 'teacher_config' and isinstance(item, str):
+            teacher = load('mmdet::' + item.removeprefix('configs/'))
+            changed[key] = Config({'model': _offline(teacher.model)})
+        else:
+            changed[key] = _offline(item)
+    return changed
+
+
+# -- batches --------------------------------------------------------------------------------------
+
+
+def detection_batch(config: Config, size: int = 128) -> dict[str, Any]:
+    """Two random images of (3, size, size) with boxes, masks and semantic maps."""
+    from mmdet.testing import demo_mm_inputs, demo_mm_proposals
+
+    classes = min(_values(config.model, 'num_classes') + _values(config.model, 'num_things_classes'),
+                  default=2)  # fmt: skip
+    strides = 8 if 'semantic_head' in config.model.get('roi_head', {}) else 1
+    state = np.random.get_state()
+    np.random.seed(0)
+    batch = demo_mm_inputs(
+        2, (3, size, size), num_items=[3, 5], num_classes=max(2, classes), with_mask=True,
+        with_semantic=True, sem_seg_output_strides=strides,
+    )  # fmt: skip
+    np.random.set_state(state)
+    for sample in batch['data_samples']:
+        sample.gt_instances.labels %= classes
+        sample.proposals = demo_mm_proposals([(3, size, size)], 50)[0]
+    return batch
+
+
+def _values(config: Any, key: str) -> list[int]:
+    """All numbers that stand under ``key`` somewhere in a config."""
+    if isinstance(config, list | tuple):
+        return [v for item in config for v in _values(item, key)]
+    if not isinstance(config, dict):
+        return []
+    own = [config[key]] if isinstance(config.get(key), int) and config[key] > 0 else []
+    return own + [v for item in config.values() for v in _values(item, key)]
+
+
+def pose_batch(config: Config, seed: int = 0) -> dict[str, Any]:
+    """Two samples as the config's own training pipeline makes them of random images."""
+    from mmengine.dataset import Compose
+    from mmpose.registry import TRANSFORMS
+
+    dataset = config.train_dataloader.dataset
+    while 'pipeline' not in dataset and 'dataset' in dataset:
+        dataset = dataset.dataset
+    skipped = ('LoadImage', 'Mosaic', 'YOLOXMixUp', 'Albumentation', 'KeypointConverter')
+    steps = [
+        step for step in dataset.pipeline
+        if getattr(step['type'], '__name__', step['type']) not in skipped
+    ]  # fmt: skip
+    state = np.random.get_state()
+    np.random.seed(seed)
+    try:
+        pipeline = Compose([TRANSFORMS.build(step) for step in steps])
+        samples = [pipeline(_pose_sample(dataset)) for _ in range(2)]
+    finally:
+        np.random.set_state(state)
+    if any(sample is None for sample in samples):
+        raise PruneError('the training pipeline of the config dropped a random sample')
+    return pseudo_collate(samples)
+
+
+def _pose_sample(dataset: Any, shape: tuple[int, int] = (240, 320)) -> dict[str, Any]:
+    from mmpose.datasets.datasets.utils import parse_pose_metainfo
+    from mmpose.registry import DATASETS
+
+    meta = dataset.get('metainfo')
+    if meta is None:
+        kind = dataset['type']
+        meta = (DATASETS.get(kind) if isinstance(kind, str) else kind).METAINFO
+    meta = parse_pose_metainfo(copy.deepcopy(dict(meta)))
+    n_people = 3 if dataset.get('data_mode') == 'bottomup' else 1
+    height, width = shape
+    corner = np.random.rand(n_people, 2) * (width / 3, height / 3)
+    extent = (0.5 + np.random.rand(n_people, 2) / 2) * (width / 2, height / 2)
+    boxes = np.concatenate([corner, corner + extent], axis=1).astype(np.float32)
+    inside = np.random.rand(n_people, meta['num_keypoints'], 2)
+    sample = {
+        'img': np.random.randint(0, 256, (height, width, 3), dtype=np.uint8),
+        'img_shape': shape, 'ori_shape': shape, 'img_id': 0, 'img_path': '', 'id': 0,
+        'bbox': boxes, 'bbox_score': np.ones(n_people, dtype=np.float32),
+        'keypoints': (corner[:, None] + inside * extent[:, None]).astype(np.float32),
+        'keypoints_visible': np.ones((n_people, meta['num_keypoints']), dtype=np.float32),
+        'num_keypoints': np.full(n_people, meta['num_keypoints']),
+        'area': np.prod(extent, axis=1).astype(np.float32), 'iscrowd': [0] * n_people,
+        'category_id': np.ones(n_people, dtype=np.int64), 'segmentation': None, 'invalid_segs': [],
+    }  # fmt: skip
+    keys = ('dataset_name', 'upper_body_ids', 'lower_body_ids', 'flip_pairs',
+            'dataset_keypoint_weights', 'flip_indices', 'skeleton_links')  # fmt: skip
+    return sample | {key: copy.deepcopy(meta[key]) for key in keys}
+
+
+def _torchvision(name: str, size: int, seed: int) -> tuple[nn.Module, tuple]:
+    """A torchvision model by its name, and the inputs of its forward."""
+    import torchvision
+
+    torch.manual_seed(seed)
+    sizes = {'inception_v3': 128, 'vit': 224, 'swin': 128, 'maxvit': 224}
+    side = next((n for key, n in sizes.items() if name.startswith(key)), size)
+    keywords: dict[str, Any] = {'weights': None}
+    try:
+        model = torchvision.models.get_model(name, **keywords, weights_backbone=None)
+    except TypeError:
+        if name in ('googlenet', 'inception_v3'):
+            keywords['init_weights'] = True
+        model = torchvision.models.get_model(name, **keywords)
+    images = torch.rand(2, 3, side, side)
+    if type(model).__module__.startswith('torchvision.models.detection'):
+        model.transform.min_size, model.transform.max_size = (side,), side
+        model.transform.fixed_size = None
+        target = {
+            'boxes': torch.tensor([[8.0, 8.0, side / 2, side / 2], [20.0, 30.0, side - 9, side - 9]]),
+            'labels': torch.tensor([1, 1]),
+            'masks': torch.ones(2, side, side, dtype=torch.uint8),
+            'keypoints': torch.rand(2, 17, 3) * side,
+        }
+        return model.train(), (list(images), [target, target])
+    return model.train(), (images,)
+
+
+# -- weights --------------------------------------------------------------------------------------
+
+
+def _shaken(model: nn.Module, forward: Forward, seed: int) -> tuple[nn.Module, Forward]:
+    shake(model, forward, seed)
+    return model, forward
+
+
+def shake(model: nn.Module, forward: Forward, seed: int = 0) -> None:
+    """Gives weights that start at zero, and batch norms, values at which every channel counts.
+
+    The running statistics are first set to those of one batch, so that no signal dies or explodes
+    on its way; then all of them, and the affine parameters, move a little.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(tensor: torch.Tensor, low: float, high: float) -> torch.Tensor:
+        return torch.rand(tensor.shape, generator=generator) * (high - low) + low
+
+    norms = [module for module in model.modules() if isinstance(module, _NormBase)]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            largest = parameter.abs().max() if parameter.numel() else torch.tensor(1.0)
+            if parameter.ndim > 1 and largest < 1e-3:
+                parameter.add_(random(parameter, -0.05, 0.05))
+            elif parameter.ndim == 1 and 0 < largest < 1e-3:  # a layer scale
+                parameter.copy_(random(parameter, 0.3, 0.6))
+            elif parameter.ndim == 1 and largest == 0:
+                parameter.add_(random(parameter, -0.1, 0.1))
+        for norm in norms:
+            if norm.affine:
+                norm.weight.copy_(random(norm.weight, 0.6, 1.2))
+                norm.bias.copy_(random(norm.bias, -0.3, 0.3))
+        modes = [(norm, norm.training, norm.momentum) for norm in norms]
+        for norm in norms:
+            norm.train()
+            norm.momentum = 1.0
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(_numpy_state_kept(seed))
+                forward(model)
+        for norm, mode, momentum in modes:
+            norm.training, norm.momentum = mode, momentum
+            if norm.running_mean is not None:
+                norm.running_mean.add_(random(norm.running_mean, -0.2, 0.2) * norm.running_var.sqrt())
+                norm.running_var.mul_(random(norm.running_var, 0.7, 1.4)).add_(1e-4)
+                norm.num_batches_tracked.zero_()
+
+
+@contextlib.contextmanager
+def _numpy_state_kept(seed: int) -> Any:
+    state = np.random.get_state()
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        np.random.set_state(state)
