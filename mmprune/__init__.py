@@ -3,7 +3,9 @@
 __version__ = '0.1.0'
 
 from mmprune import compat  # noqa: F401  (first: torchvision imports after it)
+from mmprune import checkpoint
 from mmprune.adapters import adapter
+from mmprune.checkpoint import load_pruned
 from mmprune.choose import Budget
 from mmprune.errors import PruneError
 from mmprune.pipeline import prune, trace
@@ -12,5 +14,5 @@ from mmprune.score import criterion
 from mmprune.verify import verify
 
 __all__ = [
-    'Budget', 'Plan', 'PruneError', 'adapter', 'criterion', 'plan_of', 'prune', 'trace', 'verify',
+    'Budget', 'Plan', 'PruneError', 'adapter', 'checkpoint', 'criterion', 'load_pruned', 'plan_of', 'prune', 'trace', 'verify',
 ]  # fmt: skip

@@ -72,13 +72,14 @@ def choose(
     trace: Trace,
     scores: np.ndarray,
     budget: Budget,
-    original: dict[str, float] | None = None,
+    original: dict[str, Any] | None = None,
     stay: np.ndarray | None = None,
 ) -> np.ndarray:
     """Which units stay: (n_units,) bool. The lowest scores of all groups go first.
 
-    ``scores``: (n_units,); a unit without one (NaN) stays. ``original``: ``flops`` and ``params`` of
-    the unpruned model, where ``trace`` is of one that was cut before. ``stay``: units that must.
+    ``scores``: (n_units,); a unit without one (NaN) stays. ``original``: of the unpruned model, where
+    ``trace`` is of one that was cut before: ``flops``, ``params``, ``units`` (how many each group had).
+    ``stay``: units that must.
 
     Raises:
         PruneError: nothing can be cut; the budget is below what may go (the floor is named).
@@ -92,7 +93,7 @@ def choose(
     protected = np.isnan(scores) | _locked_by_name(trace, budget.lock)
     if stay is not None:
         protected = protected | stay
-    order = _removable(trace, scores, budget, protected)
+    order = _removable(trace, scores, budget, protected, (original or {}).get('units'))
     targets = _targets(trace, budget, original)
 
     def reached(count: int) -> bool:
@@ -126,7 +127,7 @@ def first_reasons(trace: Trace) -> str:
     return f'The first reasons: {shown}' if shown else 'No parameter took part in the traced run.'
 
 
-def _targets(trace: Trace, budget: Budget, original: dict[str, float] | None) -> dict:
+def _targets(trace: Trace, budget: Budget, original: dict[str, Any] | None) -> dict:
     original = original or {}
     found = {}
     if budget.keep_flops is not None:
@@ -172,12 +173,12 @@ def unit_width(group: Group) -> int:
     return min(group.axes.values())
 
 
-def _floor(group: Group, budget: Budget) -> int:
-    """How many units of a group stay at least."""
+def _floor(group: Group, budget: Budget, original: int) -> int:
+    """How many units of a group, which once had ``original``, stay at least."""
     n = len(group)
     least = max(1, -(-budget.min_channels // unit_width(group)))
     if budget.keep_channels is not None:
-        least = max(least, int(np.ceil(round(budget.keep_channels * n, 9))))
+        least = max(least, int(np.ceil(round(budget.keep_channels * original, 9))))
     least = max(least, int(np.ceil(round((1 - budget.max_cut) * n, 9))))
     return min(n, least)
 
@@ -185,10 +186,11 @@ def _floor(group: Group, budget: Budget) -> int:
 def _removable(trace: Trace, scores: np.ndarray, budget: Budget, protected: np.ndarray) -> np.ndarray:
     """Units in the order of their going: lowest score first, the best of each group never."""
     may_go = []
-    for group in trace.groups:
+    for number, group in enumerate(trace.groups):
         free = group.units[~protected[group.units]]
         held = len(group) - len(free)
-        spare = max(0, _floor(group, budget) - held)
+        once = original[number] if original else len(group)
+        spare = max(0, _floor(group, budget, once) - held)
         ranked = free[np.argsort(scores[free], kind='stable')]
         may_go.append(ranked[: len(ranked) - spare])
     units = np.concatenate(may_go)

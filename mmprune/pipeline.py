@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,7 @@ def prune(
         get_criterion(score)
     traced = trace(model, forward)
     scores = score_now(traced, score)
-    keep = choose(traced, scores, budget, original_cost(model))
+    keep = choose(traced, scores, budget, original_cost(model, traced))
     step = make_plan(traced, model, keep, budget)
     return cut_checked(model, step, forward if check else None, optimizer)
 
@@ -95,13 +96,56 @@ def score_now(traced: Trace, score: str | np.ndarray | torch.Tensor) -> np.ndarr
     return values
 
 
-def original_cost(model: nn.Module) -> dict[str, float] | None:
-    """``flops`` and ``params`` of the model before its first cut; ``None`` if it has none."""
+def remaining(model: nn.Module) -> dict[str, float]:
+    """The fractions of the original's ``flops`` and ``params`` that ``model`` still has."""
     plan = plan_of(model)
     if plan is None or not plan.history:
-        return None
-    first = plan.history[0]
-    return {'flops': first['flops_before'], 'params': first['params_before']}
+        return {'flops': 1.0, 'params': 1.0}
+    last = plan.history[-1]
+    return {name: last[name] / last[f'{name}_before'] for name in ('flops', 'params')}
+
+
+def original_cost(model: nn.Module, traced: Trace) -> dict[str, Any]:
+    """What the model had before its first cut: ``flops`` on the batch that ``traced`` saw (batches
+    differ in size), ``params``, and ``units`` of each group."""
+    plan = plan_of(model)
+    left = remaining(model)
+    units = []
+    for group in traced.groups:
+        axis = next(iter(group.axes))
+        was = plan.fingerprint[axis.name][axis.dim] if plan is not None else axis.size
+        units.append(round(len(group) * was / axis.size))
+    return {
+        'flops': traced.flops / left['flops'],
+        'params': round(traced.params / left['params']),
+        'units': units,
+    }
+
+
+def choose_step(
+    traced: Trace,
+    scores: np.ndarray,
+    budget: Budget,
+    model: nn.Module,
+    target_at: Callable[[float], float],
+    start: dict[str, float],
+) -> np.ndarray:
+    """The choice for one of several cuts: (n_units,) bool.
+
+    ``target_at``: from a final fraction the one of this cut; ``start``: the fractions of the original
+    that the model had when this began (below 1 where it was pruned before).
+    """
+    if budget.keep_flops is not None:
+        whole = start['flops']
+        aim = min(1.0, whole * target_at(min(1.0, budget.keep_flops / whole)))
+        budget = replace(budget, keep_flops=aim)
+    if budget.keep_params is not None:
+        whole = start['params']
+        aim = min(1.0, whole * target_at(min(1.0, budget.keep_params / whole)))
+        budget = replace(budget, keep_params=aim)
+    if budget.keep_channels is not None:
+        budget = replace(budget, keep_channels=target_at(budget.keep_channels))
+    return choose(traced, scores, budget, original_cost(model, traced))
 
 
 def make_plan(traced: Trace, model: nn.Module, keep: np.ndarray, budget: Budget, **about: Any) -> Plan:
@@ -123,13 +167,16 @@ def make_plan(traced: Trace, model: nn.Module, keep: np.ndarray, budget: Budget,
     for alias, name in traced.slots.aliases.items():
         if name in kept:
             kept[alias] = kept[name]
-    original = original_cost(model) or {'flops': traced.flops, 'params': traced.params}
+    original = original_cost(model, traced)
+    before = plan_of(model)
+    flops_before = before.history[0]['flops_before'] if before is not None else traced.flops
+    share = cost.flops(traced)(keep) / original['flops']
     entry = {
         **about,
         'units_removed': int((~keep).sum()),
-        'flops_before': int(original['flops']),
-        'flops': round(cost.flops(traced)(keep)),
-        'params_before': int(original['params']),
+        'flops_before': flops_before,
+        'flops': round(flops_before * share),
+        'params_before': original['params'],
         'params': round(cost.params(traced)(keep)),
     }
     return Plan(

@@ -132,9 +132,7 @@ def _puppet(rng, size):
     hands = {
         s: neck + 0.95 * down @ _rotation(-sign * rng.uniform(0.5, 2.3)) for s, sign in side.items()
     }
-    feet = {
-        s: hip + 1.1 * down @ _rotation(-sign * rng.uniform(0.15, 0.9)) for s, sign in side.items()
-    }
+    feet = {s: hip + 1.1 * down @ _rotation(-sign * rng.uniform(0.15, 0.9)) for s, sign in side.items()}
     points = np.array([head, hip, hands['left'], hands['right'], feet['left'], feet['right'], neck])
     turn = _rotation(rng.uniform(-np.pi, np.pi) * rng.choice([0.3, 1]))
     points = points * unit @ turn + rng.uniform(1.2 * unit, size - 1.2 * unit, 2)
@@ -170,9 +168,7 @@ def _distractor(rng, size):
     if choice == 1:
         alpha = np.zeros((size, size), np.uint8)
         width = max(1, round(radius * 0.2))
-        cv2.circle(
-            alpha, _fixed(centre), round(radius * 2**_SHIFT), 255, width, cv2.LINE_AA, _SHIFT
-        )
+        cv2.circle(alpha, _fixed(centre), round(radius * 2**_SHIFT), 255, width, cv2.LINE_AA, _SHIFT)
         return alpha.astype(np.float32) / 255
     if choice == 2:
         return _fill(
@@ -197,9 +193,7 @@ def _background(rng, size):
     colours = (rng.uniform(50, 205, (2, 1)) + rng.uniform(-30, 30, (2, 3))).astype(np.float32)
     coarse = rng.random((rng.integers(2, 6), rng.integers(2, 6))).astype(np.float32)
     fine = rng.normal(0, rng.uniform(0, 15), (size // 4, size // 4, 3)).astype(np.float32)
-    blend = np.clip(cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC), 0, 1)[
-        ..., None
-    ]
+    blend = np.clip(cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC), 0, 1)[..., None]
     return colours[0] * blend + colours[1] * (1 - blend) + cv2.resize(fine, (size, size))
 
 

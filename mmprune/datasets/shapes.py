@@ -52,9 +52,7 @@ def ensure(out, **parameters):
     wanted = {**found, **parameters, 'version': VERSION}
     if wanted != found:
         differences = ', '.join(
-            f'{k}={found.get(k)} there, {v} asked for'
-            for k, v in wanted.items()
-            if found.get(k) != v
+            f'{k}={found.get(k)} there, {v} asked for' for k, v in wanted.items() if found.get(k) != v
         )
         raise PruneError(
             f'{out} holds a data set made with other parameters ({differences}): make it again '
@@ -76,8 +74,7 @@ def generate(out, **parameters):
     before = _manifest(out)
     if out.exists() and before is None and (not out.is_dir() or any(out.iterdir())):
         raise PruneError(
-            f'{out} exists and is not an embedded data set: nothing was written; '
-            f'name another folder'
+            f'{out} exists and is not an embedded data set: nothing was written; name another folder'
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target, so that the rename at the end stays on one file system.
@@ -112,9 +109,7 @@ def pose_metainfo():
     return dict(
         dataset_name='shapes',
         keypoint_info=info,
-        skeleton_info={
-            i: dict(link=link, id=i, color=[0, 255, 0]) for i, link in enumerate(_LIMBS)
-        },
+        skeleton_info={i: dict(link=link, id=i, color=[0, 255, 0]) for i, link in enumerate(_LIMBS)},
         joint_weights=[1.0] * len(KEYPOINTS),
         # About as wide as COCO gives wrists and ankles.
         sigmas=[0.07] * len(KEYPOINTS),
@@ -157,9 +152,7 @@ def _complete(out, manifest):
         for split in SPLITS
     ]
     counts = {split: sum(1 for _ in (out / split).glob('*.jpg')) for split in SPLITS}
-    return all(f.is_file() for f in files) and all(
-        counts[split] == manifest[split] for split in SPLITS
-    )
+    return all(f.is_file() for f in files) and all(counts[split] == manifest[split] for split in SPLITS)
 
 
 def _write_split(root, split, parameters):
@@ -179,9 +172,7 @@ def _write_split(root, split, parameters):
             instances.append(_instance(item, len(instances) + 1, index))
             if item.keypoints is not None:
                 puppets.append(_puppet(item, len(puppets) + 1, index))
-    categories = [
-        dict(id=i + 1, name=name, supercategory='shape') for i, name in enumerate(CLASSES)
-    ]
+    categories = [dict(id=i + 1, name=name, supercategory='shape') for i, name in enumerate(CLASSES)]
     skeleton = [[KEYPOINTS.index(a) + 1, KEYPOINTS.index(b) + 1] for a, b in _LIMBS]
     figure = dict(
         id=1, name=FIGURE, supercategory='shape', keypoints=list(KEYPOINTS), skeleton=skeleton
@@ -246,9 +237,7 @@ def main(argv=None):
         prog='python -m mmprune.datasets.shapes', description='Make the embedded data set.'
     )
     parser.add_argument('out', type=Path, help='folder to make it in')
-    parser.add_argument(
-        '--train', type=int, help=f'training pictures (default {DEFAULTS["train"]})'
-    )
+    parser.add_argument('--train', type=int, help=f'training pictures (default {DEFAULTS["train"]})')
     parser.add_argument('--val', type=int, help=f'validation pictures (default {DEFAULTS["val"]})')
     parser.add_argument(
         '--size', type=int, help=f'side of a picture in pixels (default {DEFAULTS["size"]})'

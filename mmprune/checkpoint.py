@@ -1,0 +1,132 @@
+"""The record in a checkpoint: reading it, and rebuilding the pruned model from its unpruned config."""
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner.checkpoint import _load_checkpoint
+from torch import nn
+
+from mmprune.errors import PruneError
+from mmprune.plan import Plan
+
+META = 'mmprune'
+"""The key of the record in a checkpoint's ``meta``."""
+
+
+def read_checkpoint(path: str | Path, device: str = 'cpu') -> dict[str, Any]:
+    """A checkpoint's content. Never runs code: ``torch.load``'s ``weights_only`` stays on.
+
+    ``path``: a file, or an address that mmengine fetches (``https://...``).
+
+    Raises:
+        PruneError: no such file; torn or not a checkpoint; or it holds objects beyond tensors and
+            what mmengine itself writes.
+    """
+    path = str(path)
+    if '://' not in path and not Path(path).is_file():
+        raise PruneError(f'{path}: no such checkpoint file')
+    try:
+        checkpoint = _load_checkpoint(path, map_location=device)
+    except pickle.UnpicklingError as error:
+        raise PruneError(
+            f'{path}: refused: it is no checkpoint, or holds objects that could run code '
+            f'({first_line(error)})'
+        ) from error
+    except (EOFError, RuntimeError, ValueError, OSError, zipfile.BadZipFile, KeyError) as error:
+        raise PruneError(
+            f'{path}: torn or not a checkpoint ({type(error).__name__}: {first_line(error)}); take '
+            'an earlier one'
+        ) from error
+    if not isinstance(checkpoint, dict):
+        raise PruneError(f'{path}: holds a {type(checkpoint).__name__}, not a checkpoint dict')
+    return checkpoint
+
+
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else ''
+
+
+def plan_in(checkpoint: dict[str, Any]) -> Plan | None:
+    """The plan in a checkpoint's meta; ``None`` where it was never pruned."""
+    meta = checkpoint.get('meta')
+    if not isinstance(meta, dict) or META not in meta:
+        return None
+    return Plan.from_meta(meta[META])
+
+
+def plan_from(path: str | Path) -> Plan:
+    """The plan in a checkpoint file.
+
+    Raises:
+        PruneError: also where the checkpoint has none.
+    """
+    plan = plan_in(read_checkpoint(path))
+    if plan is None:
+        raise PruneError(
+            f"{path}: has no plan (meta['{META}']): it is a checkpoint of an unpruned model; load it "
+            'without mmprune'
+        )
+    return plan
+
+
+def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:
+    """Strictly: every tensor of the model comes from the checkpoint, and none is left over."""
+    state = checkpoint.get('state_dict', checkpoint)
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise PruneError(f'{path}: weights do not fit the model: {error}') from error
+
+
+def load_pruned(config: str | Path | Config, checkpoint: str | Path, device: str = 'cpu') -> nn.Module:
+    """The pruned model, ready for inference, from its *unpruned* config and its checkpoint.
+
+    It has ``.cfg`` and ``.dataset_meta``, as ``mmdet.apis.inference_detector`` and mmpose's
+    ``inference_topdown`` want them.
+
+    Raises:
+        PruneError: the checkpoint has no plan, is damaged, or belongs to another architecture.
+    """
+    cfg = config if isinstance(config, Config) else Config.fromfile(config)
+    content = read_checkpoint(checkpoint)
+    plan = plan_in(content)
+    if plan is None:
+        raise PruneError(f"{checkpoint}: has no plan (meta['{META}']): it is of an unpruned model")
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
+    model = MODELS.build(without_pretrained(cfg.model))
+    plan.apply(model)
+    load_weights(model, content, checkpoint)
+    model.cfg = cfg
+    meta = content['meta'].get('dataset_meta') or {}
+    model.dataset_meta = {str(key).lower(): value for key, value in meta.items()}
+    return model.to(device).eval()
+
+
+def without_pretrained(model_cfg: Any) -> Any:
+    """A copy of a model's config in which nothing is fetched: the weights come from elsewhere."""
+    if isinstance(model_cfg, dict):
+        return type(model_cfg)(
+            (key, None if _fetches(key, value) else without_pretrained(value))
+            for key, value in model_cfg.items()
+        )
+    if isinstance(model_cfg, list | tuple):
+        return type(model_cfg)(without_pretrained(value) for value in model_cfg)
+    return model_cfg
+
+
+def _fetches(key: str, value: Any) -> bool:
+    pretrained = isinstance(value, dict) and value.get('type') == 'Pretrained'
+    return (key == 'init_cfg' and pretrained) or (key == 'pretrained' and isinstance(value, str))
+
+
+def ensure_hook(cfg: Config) -> None:
+    """Adds a ``PruneHook`` to a config that has none, so that a pruned checkpoint is rebuilt."""
+    hooks = list(cfg.get('custom_hooks') or [])
+    if not any(hook.get('type') == 'PruneHook' for hook in hooks):
+        cfg.custom_hooks = [*hooks, dict(type='PruneHook', rebuild_only=True)]

@@ -1,0 +1,74 @@
+"""How a model of mmengine, mmdet or mmpose is run for a trace: its loss, and its plain forward."""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from mmengine.model import BaseModel
+from torch import nn
+
+from mmprune.errors import PruneError
+
+Forward = Callable[[nn.Module], Any]
+
+
+def first_samples(batch: Any, count: int) -> Any:
+    """The first ``count`` samples of a collated batch (dicts and lists of what a data loader
+    gives)."""
+    if isinstance(batch, dict):
+        return {key: first_samples(value, count) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return type(batch)(batch[:count])
+    if isinstance(batch, torch.Tensor) and batch.ndim:
+        return batch[:count]
+    return batch
+
+
+def forwards_of(model: nn.Module, batch: Any, count: int = 4) -> tuple[Forward, tuple[Forward, ...]]:
+    """(the run whose FLOPs count, further runs whose ties count) for one batch of training data.
+
+    The first is ``mode='tensor'`` in evaluation mode, which is inference without post-processing;
+    where a model has none that works, its loss. The second is ``mode='loss'`` as in training, so
+    that heads used only there are seen. ``count``: samples of the batch that are used.
+
+    Raises:
+        PruneError: the model is no ``BaseModel``, or the batch does not go through its loss.
+    """
+    if not isinstance(model, BaseModel):
+        raise PruneError(
+            f'{type(model).__name__} is no mmengine BaseModel: use mmprune.Pruner in your own loop'
+        )
+    data = model.data_preprocessor(first_samples(batch, count), True)
+
+    def run(module: nn.Module, mode: str) -> Any:
+        if isinstance(data, dict):
+            return module(**data, mode=mode)
+        return module(*data, mode=mode)
+
+    def loss(module: nn.Module) -> Any:
+        return run(module, 'loss')
+
+    def tensor(module: nn.Module) -> Any:
+        with in_evaluation(module):
+            return run(module, 'tensor')
+
+    try:
+        with torch.no_grad():
+            tensor(model)
+    except (NotImplementedError, TypeError, AttributeError, KeyError, RuntimeError, AssertionError):
+        # Not every detector implements it; the loss runs through the same layers.
+        return loss, ()
+    return tensor, (loss,)
+
+
+@contextmanager
+def in_evaluation(model: nn.Module):
+    """Evaluation mode; afterwards each module has the mode that it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

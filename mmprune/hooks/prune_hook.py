@@ -1,0 +1,289 @@
+"""The mmengine hook: traces at the first iteration, scores in each, cuts at its interval."""
+
+from typing import Any
+
+import numpy as np
+from mmengine.hooks import Hook
+from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.model.averaged_model import BaseAveragedModel
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from mmengine.runner.checkpoint import find_latest_checkpoint
+from torch import nn
+
+from mmprune import report, rng
+from mmprune.checkpoint import META, plan_in, read_checkpoint
+from mmprune.choose import make_budget
+from mmprune.couple import Trace
+from mmprune.errors import PruneError
+from mmprune.forwards import forwards_of
+from mmprune.pipeline import choose_step, cut_checked, make_plan, remaining, trace
+from mmprune.plan import plan_of
+from mmprune.schedule import target_at
+from mmprune.score import get_criterion
+from mmprune.score.collector import Collector
+
+STATE = 'mmprune_state'
+"""The key of the hook's own state in a checkpoint (scores so far, random states, metrics)."""
+
+
+@HOOKS.register_module()
+class PruneHook(Hook):
+    """Prunes the model while it is trained.
+
+    ``keep_flops``, ``keep_params``, ``keep_channels``, ``prune_num`` and the other options of
+    :class:`mmprune.Budget`: when to stop. ``score``: a criterion's name. ``begin``: iterations
+    before scoring begins; then a cut every ``interval`` iterations, the budget reached in ``steps``
+    of them along ``schedule`` (``'linear'`` or ``'cubic'``). ``samples``: images of the batch that a
+    trace runs on. ``check``: compare each cut with the masked model before it is kept.
+    ``rebuild_only``: no cutting; only rebuild what a checkpoint describes.
+
+    Iterations count optimizer steps of the loop, as mmengine's do. A checkpoint's plan is applied
+    before its weights are loaded, in testing, ``resume`` and ``load_from`` alike.
+    """
+
+    # Before EMAHook copies the model, and before it averages what was just cut.
+    priority = 'ABOVE_NORMAL'
+
+    def __init__(
+        self,
+        score: str = 'taylor',
+        interval: int = 100,
+        begin: int = 0,
+        steps: int = 10,
+        schedule: str = 'linear',
+        samples: int = 4,
+        check: bool = True,
+        rebuild_only: bool = False,
+        **budget: Any,
+    ) -> None:
+        self.rebuild_only = rebuild_only
+        for name, value, least in (
+            ('interval', interval, 1), ('begin', begin, 0), ('steps', steps, 1), ('samples', samples, 1),
+        ):  # fmt: skip
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise PruneError(f'PruneHook: {name}={value!r}: give a whole number from {least} on')
+        self.interval, self.begin, self.steps, self.samples = interval, begin, steps, samples
+        self.check = check
+        self.criterion = get_criterion(score)
+        self.schedule = schedule
+        if rebuild_only:
+            return
+        self.budget = make_budget(budget)
+        target_at(1, steps, 0.5, schedule)  # an unknown schedule is an error now, not at the first cut
+        self.cuts = 0
+        self.start: dict[str, float] = {}
+        self.metrics: dict[str, dict[str, float]] = {}
+        self._trace: Trace | None = None
+        self._collector: Collector | None = None
+        self._loaded: dict[str, Any] | None = None
+        self._before_validation: dict[str, Any] | None = None
+        self._report: dict[str, Any] = {}
+
+    # -- rebuilding -------------------------------------------------------------------------------
+
+    def before_run(self, runner: Runner) -> None:
+        """Gives the fresh model the structure of the checkpoint that is going to be loaded."""
+        path = runner._load_from
+        if runner._resume and path is None:
+            path = find_latest_checkpoint(runner.work_dir)
+        if path is None:
+            return
+        plan = plan_in(read_checkpoint(path))
+        model = bare(runner.model)
+        if plan is None:
+            runner.logger.info(f'{path} has no plan: it is of an unpruned model')
+        elif plan_of(model) is None:
+            plan.apply(model)
+            # Its weights come from the checkpoint; initial ones may not even fit any more.
+            model._is_init = True
+            runner.logger.info(f'Rebuilt the pruned structure of {path}: {plan}')
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """mmengine skips tensors that do not fit; with a plan all of them must."""
+        plan = plan_in(checkpoint)
+        if plan is None:
+            return
+        model = bare(runner.model)
+        state = checkpoint.get('state_dict', {})
+        differ = [
+            f'{name}: {tuple(state[name].shape) if name in state else "none"} in the checkpoint, '
+            f'{tuple(tensor.shape)} in the model'
+            for name, tensor in model.state_dict().items()
+            if name not in state or state[name].shape != tensor.shape
+        ]
+        if differ:
+            raise PruneError(
+                'the weights of the checkpoint do not fit its own plan:\n  ' + '\n  '.join(differ[:5])
+            )
+        if runner._resume and not self.rebuild_only:
+            self._loaded = checkpoint.get(STATE)
+
+    # -- training ---------------------------------------------------------------------------------
+
+    def before_train(self, runner: Runner) -> None:
+        if self.rebuild_only:
+            return
+        if self._loaded is not None:
+            self.cuts = self._loaded['cuts']
+            self.start = dict(self._loaded['start'])
+            self.metrics = {k: dict(v) for k, v in self._loaded['metrics'].items()}
+            self._report = dict(self._loaded['report'])
+            rng.set_state(self._loaded['rng'])
+        elif self.begin + self.interval > runner.max_iters:
+            raise PruneError(
+                f'PruneHook: the first cut would come after iteration {self.begin + self.interval}, '
+                f'and training ends at {runner.max_iters}: lower begin or interval'
+            )
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        if self.rebuild_only or self._trace is not None or self._done(runner):
+            return
+        if runner.iter < self.begin:
+            return
+        model = bare(runner.model)
+        counted, also = forwards_of(model, data_batch, self.samples)
+        traced = trace(model, counted, also=also)
+        self._trace = traced
+        self._collector = Collector(traced, self.criterion.name, runner.optim_wrapper)
+        if self._loaded is not None and self._loaded['collector'] is not None:
+            self._collector.load_state_dict(self._loaded['collector'])
+        self._loaded = None
+        if not self.start:
+            self.start = remaining(model)
+            self._report = report.before(traced)
+        report.log_trace(runner.logger, traced)
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
+    ) -> None:
+        if self.rebuild_only or self._trace is None:
+            return
+        done = runner.iter + 1 - self.begin
+        if done > 0 and done % self.interval == 0:
+            if 'unpruned' not in self.metrics and runner.val_loop is not None:
+                runner.logger.info('Validating the unpruned model before the first cut')
+                runner.val_loop.run()
+                runner.model.train()
+            self.cut(runner, data_batch)
+
+    def cut(self, runner: Runner, batch: Any) -> None:
+        """One cut towards the budget, by the scores so far; then scoring starts anew."""
+        model = bare(runner.model)
+        assert self._collector is not None
+        # Widths are those of the first trace; what each costs is measured on this batch, so that a
+        # resumed run, which knows this batch and no earlier one, chooses the same units.
+        counted, also = forwards_of(model, batch, self.samples)
+        traced = trace(model, counted, also=also)
+        if not np.array_equal(traced.unit_of, self._collector.trace.unit_of):
+            raise PruneError(
+                'two batches were traced to different structures: the model runs other layers on '
+                'other data; lock what differs by name'
+            )
+        self.cuts += 1
+        keep = choose_step(
+            traced, self._collector.scores(), self.budget, model,
+            lambda final: target_at(min(self.cuts, self.steps), self.steps, final, self.schedule),
+            self.start,
+        )  # fmt: skip
+        if keep.all():
+            runner.logger.warning(f'Cut {self.cuts} removes nothing: its target is met already')
+        else:
+            step = make_plan(traced, model, keep, self.budget, iteration=runner.iter + 1)
+            twins = averaged_models(runner)
+            cut_checked(
+                model, step, (counted, *also) if self.check else None, runner.optim_wrapper,
+                tuple(twin.module for twin in twins),
+            )  # fmt: skip
+            for twin in twins:
+                refresh(twin)
+            entry = plan_of(model).history[-1]
+            report.log_cut(runner.logger, self.cuts, entry)
+            runner.visualizer.add_scalars(
+                {
+                    'prune/units_removed': entry['units_removed'],
+                    'prune/flops': entry['flops'],
+                    'prune/params': entry['params'],
+                },
+                step=runner.iter + 1,
+            )
+        self._collector.close()
+        self._trace = self._collector = None
+
+    def _done(self, runner: Runner) -> bool:
+        """Whether the budget is met: as many cuts as it has steps, and no fraction above target."""
+        if self.cuts < self.steps:
+            return False
+        left = remaining(bare(runner.model))
+        return all(
+            getattr(self.budget, name) is None or left[part] <= getattr(self.budget, name) * (1 + 1e-6)
+            for name, part in (('keep_flops', 'flops'), ('keep_params', 'params'))
+        )
+
+    # -- state ------------------------------------------------------------------------------------
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        plan = plan_of(bare(runner.model))
+        if plan is not None:
+            checkpoint['meta'][META] = plan.to_meta()
+        if self.rebuild_only:
+            return
+        checkpoint[STATE] = {
+            'cuts': self.cuts,
+            'start': self.start,
+            'metrics': self.metrics,
+            'report': self._report,
+            'collector': self._collector.state_dict() if self._collector is not None else None,
+            'rng': self._before_validation or rng.get_state(),
+        }
+
+    def before_val(self, runner: Runner) -> None:
+        # Validation draws random numbers too (a seed for its loader's workers). Training goes on as
+        # if there had been none, so that a run resumed behind it goes on alike.
+        self._before_validation = rng.get_state()
+
+    def after_val(self, runner: Runner) -> None:
+        if self._before_validation is not None:
+            rng.set_state(self._before_validation)
+            self._before_validation = None
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        if self.rebuild_only or not metrics:
+            return
+        numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
+        self.metrics['pruned' if plan_of(bare(runner.model)) is not None else 'unpruned'] = numbers
+
+    def after_train(self, runner: Runner) -> None:
+        if self.rebuild_only:
+            return
+        plan = plan_of(bare(runner.model))
+        if plan is None:
+            raise PruneError(
+                f'training ended after {runner.iter} iterations without a cut: nothing was pruned; '
+                f'lower begin={self.begin} or interval={self.interval}'
+            )
+        if not self._done(runner):
+            runner.logger.warning(
+                f'Training ended before the budget {self.budget.to_meta()} was met: '
+                f'{self.cuts} of {self.steps} cuts'
+            )
+        report.finish(runner, self._report, plan, self.metrics)
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The model inside a wrapper (DDP, test-time augmentation), or itself."""
+    wrapped = is_model_wrapper(model) or isinstance(model, BaseTTAModel)
+    return model.module if wrapped else model
+
+
+def averaged_models(runner: Runner) -> list[BaseAveragedModel]:
+    """The copies that ``EMAHook`` and its like keep."""
+    found = [getattr(hook, 'ema_model', None) for hook in runner.hooks]
+    return [model for model in found if isinstance(model, BaseAveragedModel)]
+
+
+def refresh(twin: BaseAveragedModel) -> None:
+    """With ``update_buffers`` an averaged model keeps a state dict, whose tensors are other objects
+    than its parameters: after a cut they would still be wide."""
+    if twin.update_buffers:
+        twin.avg_parameters = twin.module.state_dict()

@@ -1,0 +1,115 @@
+"""Before and after: tables for a person (rich) and the same as JSON."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mmengine.runner import Runner
+from rich.console import Console
+from rich.table import Table
+
+from mmprune import cost
+from mmprune.couple import Trace
+from mmprune.plan import Plan
+
+FILE = 'prune_report.json'
+
+
+def before(traced: Trace) -> dict[str, Any]:
+    """What a trace says of the model before any cut of this run: channels by part (by tensor, so
+    that the plan alone tells them later), what is locked and why. Plain data."""
+    axes: dict[str, list[list[Any]]] = {}
+    for axis in cost.output_axes(traced):
+        axes.setdefault(cost.part_of(axis.name), []).append([axis.name, axis.dim, axis.size])
+    return {
+        'axes': axes,
+        'locked': [
+            {'name': each.name, 'dim': each.dim, 'units': each.count, 'why': list(each.reasons)}
+            for each in traced.locked
+        ],
+    }
+
+
+def channels(axes: dict[str, list[list[Any]]], plan: Plan) -> dict[str, dict[str, int]]:
+    """{part: {'before', 'after'}}: output channels of all layers with weights, against the original."""
+    found = {}
+    for part, entries in axes.items():
+        was = now = 0
+        for name, dim, size in entries:
+            original = plan.fingerprint[name][dim] if name in plan.fingerprint else size
+            was += original
+            now += len(plan.keep.get(name, {}).get(dim, range(original)))
+        found[part] = {'before': was, 'after': now}
+    return found
+
+
+def log_trace(logger: logging.Logger, traced: Trace) -> None:
+    """One line of figures, then what can't be cut, shortest reasons first."""
+    logger.info(
+        f'Traced: {traced.n_units} units in {len(traced.groups)} groups may be cut; '
+        f'{traced.flops:,} FLOPs, {traced.params:,} parameters'
+    )
+    for name, where in traced.unknown_ops.items():
+        logger.warning(f'No rule for {name}: locked what goes into it in {", ".join(where)}')
+    for each in traced.locked:
+        logger.info(f'Locked {each.count} of {each.name}[dim {each.dim}]: {each.reasons[0]}')
+
+
+def log_cut(logger: logging.Logger, number: int, entry: dict[str, Any]) -> None:
+    logger.info(
+        f'Cut {number}: {entry["units_removed"]} units removed; '
+        f'FLOPs {entry["flops"]:,} ({entry["flops"] / entry["flops_before"]:.1%}), '
+        f'parameters {entry["params"]:,} ({entry["params"] / entry["params_before"]:.1%})'
+    )
+
+
+def finish(
+    runner: Runner, started: dict[str, Any], plan: Plan, metrics: dict[str, dict[str, float]]
+) -> None:
+    """Writes ``prune_report.json`` into the work directory and prints the table."""
+    last = plan.history[-1]
+    content = {
+        'flops': {'before': last['flops_before'], 'after': last['flops']},
+        'params': {'before': last['params_before'], 'after': last['params']},
+        'channels': channels(started['axes'], plan),
+        'metrics': metrics,
+        'history': plan.history,
+        'locked': started['locked'],
+    }
+    path = Path(runner.work_dir) / FILE
+    path.write_text(json.dumps(content, indent=2) + '\n')
+    Console().print(table(content))
+    runner.logger.info(f'Wrote {path}')
+
+
+def table(content: dict[str, Any]) -> Table:
+    """The content of ``prune_report.json`` as a table: unpruned, pruned, what is left."""
+    out = Table(title='Pruned', title_justify='left')
+    out.add_column('')
+    for name in ('unpruned', 'pruned', 'left'):
+        out.add_column(name, justify='right')
+    for label, key in (('FLOPs', 'flops'), ('parameters', 'params')):
+        was, now = content[key]['before'], content[key]['after']
+        out.add_row(label, f'{was:,}', f'{now:,}', f'{now / was:.1%}')
+    out.add_section()
+    for part, widths in content['channels'].items():
+        was, now = widths['before'], widths['after']
+        out.add_row(f'channels: {part}', f'{was:,}', f'{now:,}', f'{now / was:.1%}')
+    unpruned, pruned = (content['metrics'].get(k, {}) for k in ('unpruned', 'pruned'))
+    names = [n for n in {**unpruned, **pruned} if _is_headline(n)]
+    if names:
+        out.add_section()
+    for name in names:
+        out.add_row(name, _number(unpruned.get(name)), _number(pruned.get(name)), '')
+    return out
+
+
+def _is_headline(name: str) -> bool:
+    """Metrics for the table: all are in the JSON; those by object size and recalls stay there."""
+    return not name.endswith(('_s', '_m', '_l', '(M)', '(L)', 'data_time', '/time', 'time'))
+
+
+def _number(value: float | None) -> str:
+    return '' if value is None or not np.isfinite(value) else f'{value:.3f}'

@@ -1,0 +1,78 @@
+"""Train a model of mmdet or mmpose; a config with a ``PruneHook`` prunes it on the way.
+
+Usage: python tools/train.py configs/faster_rcnn_prune.py --work-dir work_dirs/mine
+"""
+
+from mmengine.config import Config
+from mmengine.device import is_cuda_available, is_mlu_available, is_musa_available, is_npu_available
+
+import mmprune
+from mmprune import cli
+
+
+def parse_args():
+    parser = cli.make_parser('Train a model, pruning it where its config has a PruneHook.')
+    parser.add_argument('--amp', action='store_true', help='train in mixed precision')
+    parser.add_argument(
+        '--auto-scale-lr',
+        action='store_true',
+        help='scale the learning rate with the batch size, from auto_scale_lr.base_batch_size',
+    )
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        type=checkpoint_or_auto,
+        metavar='CHECKPOINT',
+        help='go on from this checkpoint, or without a name from the latest in the work directory',
+    )
+    return parser.parse_args()
+
+
+def checkpoint_or_auto(path: str) -> str:
+    """An argparse type: ``auto`` or a checkpoint file."""
+    return path if path == 'auto' else cli.checkpoint_file(path)
+
+
+def main() -> None:
+    args = parse_args()
+    cfg = cli.load_config(args)
+    if args.amp:
+        use_mixed_precision(cfg)
+    if args.auto_scale_lr:
+        scale_learning_rate(cfg)
+    if args.resume:
+        cfg.resume = True
+        cfg.load_from = None if args.resume == 'auto' else args.resume
+    cli.build_runner(cfg).train()
+
+
+def use_mixed_precision(cfg: Config) -> None:
+    """Make the config's optimizer wrapper mmengine's AmpOptimWrapper."""
+    if not (is_cuda_available() or is_npu_available() or is_mlu_available() or is_musa_available()):
+        raise mmprune.PruneError(
+            "--amp: mmengine's mixed precision needs a GPU and there is none; leave it out"
+        )
+    kind = cfg.optim_wrapper.get('type', 'OptimWrapper')
+    kind = getattr(kind, '__name__', kind)
+    if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
+        raise mmprune.PruneError(
+            f"--amp: can't put AmpOptimWrapper in the place of optim_wrapper.type={kind}; "
+            'set the precision in the config'
+        )
+    cfg.optim_wrapper.type = 'AmpOptimWrapper'
+    cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+
+
+def scale_learning_rate(cfg: Config) -> None:
+    """Switch on mmengine's scaling, which needs the batch size that the rate was meant for."""
+    if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+        raise mmprune.PruneError(
+            '--auto-scale-lr: the config has no auto_scale_lr.base_batch_size; '
+            'add auto_scale_lr=dict(base_batch_size=...), the size that the rate is meant for'
+        )
+    cfg.auto_scale_lr.enable = True
+
+
+if __name__ == '__main__':
+    cli.run(main)
