@@ -2,7 +2,7 @@
 
 __version__ = '0.1.0'
 
-from mmprune import compat  # noqa: F401  (first: torchvision imports after it)
+from mmprune import compat  # noqa: F401, I001  (first: torchvision imports after it)
 from mmprune import checkpoint
 from mmprune.adapters import adapter
 from mmprune.checkpoint import load_pruned
@@ -14,5 +14,15 @@ from mmprune.score import criterion
 from mmprune.verify import verify
 
 __all__ = [
-    'Budget', 'Plan', 'PruneError', 'adapter', 'checkpoint', 'criterion', 'load_pruned', 'plan_of', 'prune', 'trace', 'verify',
-]  # fmt: skip
+    'Budget',
+    'Plan',
+    'PruneError',
+    'adapter',
+    'checkpoint',
+    'criterion',
+    'load_pruned',
+    'plan_of',
+    'prune',
+    'trace',
+    'verify',
+]

@@ -183,7 +183,13 @@ def _floor(group: Group, budget: Budget, original: int) -> int:
     return min(n, least)
 
 
-def _removable(trace: Trace, scores: np.ndarray, budget: Budget, protected: np.ndarray) -> np.ndarray:
+def _removable(
+    trace: Trace,
+    scores: np.ndarray,
+    budget: Budget,
+    protected: np.ndarray,
+    original: list[int] | None,
+) -> np.ndarray:
     """Units in the order of their going: lowest score first, the best of each group never."""
     may_go = []
     for number, group in enumerate(trace.groups):

@@ -64,9 +64,9 @@ def verify(
         other = found.get(key)
         if other is None or other.shape != value.shape:
             if key[0] == '':
+                shape = None if other is None else tuple(other.shape)
                 raise PruneError(
-                    f'output {key[1]} of the model has shape '
-                    f'{None if other is None else tuple(other.shape)}, the original {tuple(value.shape)}'
+                    f'output {key[1]} of the model has shape {shape}, the original {tuple(value.shape)}'
                 )
             continue
         error = relative_error(value, other)

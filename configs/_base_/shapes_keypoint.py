@@ -1,11 +1,11 @@
 # Everything but the model for top-down pose estimators on the embedded set: puppets of six
-# keypoints, cut out at 96 x 96 pixels. The set is made on first use in the folder that the
+# keypoints, cut out at 64 x 64 pixels. The set is made on first use in the folder that the
 # environment variable MMPRUNE_SHAPES names (data/shapes).
 _base_ = 'mmpose::_base_/default_runtime.py'
 
 dataset_type = 'mmprune.datasets.keypoint.ShapesPoseDataset'
 data_root = '{{$MMPRUNE_SHAPES:data/shapes}}/'
-codec = dict(type='MSRAHeatmap', input_size=(96, 96), heatmap_size=(24, 24), sigma=1.5)
+codec = dict(type='MSRAHeatmap', input_size=(64, 64), heatmap_size=(16, 16), sigma=1)
 
 train_pipeline = [
     dict(type='LoadImage'),
@@ -23,7 +23,7 @@ val_pipeline = [
     dict(type='PackPoseInputs'),
 ]
 train_dataloader = dict(
-    batch_size=32,
+    batch_size=16,
     num_workers=1,
     persistent_workers=True,
     sampler=dict(type='DefaultSampler', shuffle=True),

@@ -295,9 +295,9 @@ def index_put(call: Call) -> None:
             call.lock(ids, 'meets a tensor of fixed width')
     for dim, ids in labels.items():
         own = moved[dim] - shift
-        if own >= 0 and dim in call.labels(x) and own not in call.labels(values):
-            if own < values.ndim and constrains(call, values, own):
-                call.lock(ids, 'meets a tensor of fixed width')
+        meets = dim in call.labels(x) and own not in call.labels(values)
+        if meets and 0 <= own < values.ndim and constrains(call, values, own):
+            call.lock(ids, 'meets a tensor of fixed width')
     write(call, call.out, labels)
 
 
