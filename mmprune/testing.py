@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmcv.ops import nms as mmcv_nms
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.model import revert_sync_batchnorm
@@ -80,7 +81,9 @@ def build_model(config: Config, seed: int = 0) -> nn.Module:
         model.init_weights()
     finally:
         logging.disable(before)
-    return revert_sync_batchnorm(model).train()
+    model = revert_sync_batchnorm(model)
+    model.train()  # some detectors' own train() returns nothing
+    return model
 
 
 def _offline(value: Any) -> Any:
@@ -195,9 +198,14 @@ def _pose_sample(dataset: Any, shape: tuple[int, int] = (240, 320)) -> dict[str,
 
 
 def _torchvision(name: str, size: int, seed: int) -> tuple[nn.Module, tuple]:
-    """A torchvision model by its name, and the inputs of its forward."""
+    """A torchvision model by its name, and the inputs of its forward. Where torchvision's compiled
+    ops do not load, mmcv's NMS stands in for the one that its detectors need."""
     import torchvision
 
+    if not torchvision.extension._has_ops():
+        torchvision.ops.boxes.nms = lambda boxes, scores, iou_threshold: mmcv_nms(
+            boxes, scores, float(iou_threshold)
+        )[1]
     torch.manual_seed(seed)
     sizes = {'inception_v3': 128, 'vit': 224, 'swin': 128, 'maxvit': 224}
     side = next((n for key, n in sizes.items() if name.startswith(key)), size)

@@ -38,7 +38,7 @@ def verify(
 ) -> float:
     """The largest relative error between ``pruned`` and ``original`` with the cut channels masked.
 
-    Both run ``forward`` in evaluation mode with the same random state. Compared are all tensors of
+    Both run ``forward`` with dropout and batch norm in evaluation mode and the same random state. Compared are all tensors of
     the result and the outputs of all modules whose shapes did not change, each by the largest
     absolute difference over the largest absolute value. Decisions (indices, comparisons, numbers of
     proposals) of the first run are repeated in the second, so that rounding can't tip them.
@@ -131,9 +131,12 @@ def _outputs(model: nn.Module, forward: Callable, decisions: 'Decisions') -> dic
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards each module has the mode that it had."""
+    """Modules without children (dropout, batch norm) in evaluation mode; afterwards each module has
+    the mode that it had. The others keep theirs: in many heads the code of the loss depends on it."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    for module, _ in modes:
+        if next(module.children(), None) is None:
+            module.training = False
     try:
         yield
     finally:
