@@ -1,0 +1,23 @@
+# R-FCN on a dilated last stage, as in the paper: 7 x 7 cells, 1024 channels before the score maps.
+_base_ = 'mmdet::faster_rcnn/faster-rcnn_r50-caffe-dc5_1x_coco.py'
+model = dict(
+    type='RFCN',
+    roi_head=dict(
+        type='RFCNRoIHead',
+        bbox_roi_extractor=dict(
+            # It pools cells: scores of 80 classes and background, 4 offsets.
+            roi_layer=dict(output_size=1, sampling_ratio=2),
+            out_channels=85,
+        ),
+        bbox_head=dict(
+            _delete_=True,
+            type='RFCNBBoxHead',
+            grid=7,
+            in_channels=2048,
+            feat_channels=1024,
+            num_classes=80,
+            loss_cls=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0),
+            loss_bbox=dict(type='L1Loss', loss_weight=1.0),
+        ),
+    ),
+)

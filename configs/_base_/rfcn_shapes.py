@@ -1,0 +1,25 @@
+# R-FCN with a pyramid, small enough to be trained from scratch on two cores in minutes.
+_base_ = './faster_rcnn_shapes.py'
+custom_imports = dict(imports=['mmprune', 'mmprune.models.rfcn'])
+model = dict(
+    type='RFCN',
+    roi_head=dict(
+        type='RFCNRoIHead',
+        bbox_roi_extractor=dict(
+            # It pools the cells of a 3 x 3 grid, each a third of its RoI: 7 classes and 4 offsets.
+            roi_layer=dict(output_size=1, sampling_ratio=2),
+            out_channels=11,
+            finest_scale=28 / 3,
+        ),
+        bbox_head=dict(
+            _delete_=True,
+            type='RFCNBBoxHead',
+            grid=3,
+            in_channels=64,
+            feat_channels=128,
+            num_classes=6,
+            loss_cls=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0),
+            loss_bbox=dict(type='L1Loss', loss_weight=1.0),
+        ),
+    ),
+)

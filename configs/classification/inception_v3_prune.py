@@ -1,0 +1,23 @@
+# Inception V3 on crops of the embedded shapes, pruned to half its FLOPs in training:
+# python tools/train.py configs/classification/inception_v3_prune.py
+_base_ = '../_base_/shapes_classification.py'
+
+model = dict(net=dict(name='inception_v3'))
+# Its auxiliary head needs pictures of this size in training.
+train_dataloader = dict(
+    batch_size=8,
+    dataset=dict(pipeline=[dict(type='LoadCrop', size=299, jitter=0.15), dict(type='PackLabel')]),
+)
+val_dataloader = dict(dataset=dict(pipeline=[dict(type='LoadCrop', size=299), dict(type='PackLabel')]))
+test_dataloader = val_dataloader
+custom_hooks = [
+    dict(
+        type='PruneHook',
+        score='taylor',
+        keep_flops=0.5,
+        begin=300,
+        interval=20,
+        steps=8,
+        min_channels=4,
+    )
+]

@@ -1,0 +1,16 @@
+# RetinaNet on the embedded shapes, pruned to half its FLOPs in training:
+# python tools/train.py configs/detection/retinanet_prune.py
+_base_ = '../_base_/retinanet_shapes.py'
+
+custom_imports = dict(imports=['mmprune'])
+custom_hooks = [
+    dict(
+        type='PruneHook',
+        score='taylor',
+        keep_flops=0.5,
+        begin=600,
+        interval=40,
+        steps=8,
+        min_channels=4,
+    )
+]

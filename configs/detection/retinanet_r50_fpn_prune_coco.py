@@ -1,0 +1,15 @@
+# RetinaNet with FPN on COCO, pruned to half its FLOPs.
+_base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
+
+custom_imports = dict(imports=['mmprune'])
+custom_hooks = [
+    dict(
+        type='PruneHook',
+        score='taylor',
+        keep_flops=0.5,
+        begin=2000,
+        interval=500,
+        steps=20,
+        divisor=8,
+    )
+]

@@ -1,0 +1,17 @@
+# A ResNet with FPN, top-down, on the embedded shapes, pruned to half its FLOPs in training:
+# python tools/train.py configs/keypoint/fpn_prune.py
+_base_ = '../_base_/pose_fpn_shapes.py'
+
+custom_imports = dict(imports=['mmprune', 'mmprune.models.pose_fpn'])
+custom_hooks = [
+    *_base_.custom_hooks,
+    dict(
+        type='PruneHook',
+        score='taylor',
+        keep_flops=0.5,
+        begin=250,
+        interval=20,
+        steps=8,
+        min_channels=4,
+    ),
+]

@@ -1,0 +1,17 @@
+# Simple Baseline on the embedded shapes, pruned to half its FLOPs in training:
+# python tools/train.py configs/keypoint/simple_baseline_prune.py
+_base_ = '../_base_/simple_baseline_shapes.py'
+
+custom_imports = dict(imports=['mmprune'])
+custom_hooks = [
+    *_base_.custom_hooks,
+    dict(
+        type='PruneHook',
+        score='taylor',
+        keep_flops=0.5,
+        begin=250,
+        interval=20,
+        steps=8,
+        min_channels=4,
+    ),
+]
