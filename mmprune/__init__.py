@@ -10,7 +10,7 @@ from mmprune.choose import Budget
 from mmprune.errors import PruneError
 from mmprune.pipeline import prune, trace
 from mmprune.plan import Plan, plan_of
-from mmprune.score import criterion
+from mmprune.score import Score, criterion
 from mmprune.verify import verify
 
 __all__ = [

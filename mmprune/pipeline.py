@@ -15,7 +15,8 @@ from mmprune.couple import Trace, couple
 from mmprune.cut import cut, read_attribute
 from mmprune.errors import PruneError
 from mmprune.plan import Plan, fingerprint, plan_of
-from mmprune.score import Units, get_criterion
+from mmprune.score import Score, make_score
+from mmprune.score.collector import scores_now
 from mmprune.trace import record
 from mmprune.verify import verify
 
@@ -50,7 +51,7 @@ def prune(
     keep_params: float | None = None,
     keep_channels: float | None = None,
     prune_num: int | None = None,
-    score: str | np.ndarray | torch.Tensor = 'l2',
+    score: str | dict | Score | np.ndarray | torch.Tensor = 'l2',
     optimizer: Any = None,
     check: bool = True,
     **options: Any,
@@ -58,7 +59,8 @@ def prune(
     """Cuts ``model`` in place to the first budget that is reached; see :class:`Budget` for all
     ``options`` (``min_channels``, ``divisor``, ``max_cut``, ``lock``).
 
-    ``score``: a criterion's name, or (n_units,) numbers in the order of ``trace(...)``'s units.
+    ``score``: a criterion's name, a :class:`mmprune.Score` or a dict of its options, or (n_units,)
+    numbers in the order of ``trace(...)``'s units.
     ``check``: run :func:`verify` before the cut is kept. Returns the plan against the original,
     earlier cuts included.
 
@@ -70,8 +72,8 @@ def prune(
         'prune_num': prune_num,
     }  # fmt: skip
     budget = make_budget({k: v for k, v in fractions.items() if v is not None} | options)
-    if isinstance(score, str):
-        get_criterion(score)
+    if isinstance(score, str | dict):
+        score = make_score(score)
     traced = trace(model, forward)
     scores = score_now(traced, score)
     keep = choose(traced, scores, budget, original_cost(model, traced))
@@ -79,21 +81,11 @@ def prune(
     return cut_checked(model, step, forward if check else None, optimizer)
 
 
-def score_now(traced: Trace, score: str | np.ndarray | torch.Tensor) -> np.ndarray:
+def score_now(traced: Trace, score: str | dict | Score | np.ndarray | torch.Tensor) -> np.ndarray:
     """(n_units,) scores from the weights, and the gradients, that are there."""
-    if not isinstance(score, str):
-        return np.asarray(torch.as_tensor(score).cpu().numpy(), dtype=np.float64)
-    criterion = get_criterion(score)
-    units = Units(traced)
-    if criterion.gradients and not any(w.grad is not None for _, w, _ in units.readers):
-        raise PruneError(
-            f'score={score!r} needs gradients, and no weight has one: call it after backward() and '
-            "before zero_grad(), or take score='l2'"
-        )
-    values = criterion.function(units).double().cpu().numpy()
-    if criterion.gradients:
-        values[units.frozen().cpu().numpy()] = np.nan
-    return values
+    if isinstance(score, str | dict | Score):
+        return scores_now(traced, score)
+    return np.asarray(torch.as_tensor(score).cpu().numpy(), dtype=np.float64)
 
 
 def remaining(model: nn.Module) -> dict[str, float]:

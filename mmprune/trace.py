@@ -58,6 +58,7 @@ class Record:
     unknown_ops: dict[str, list[str]] = field(default_factory=dict)
     touched: set[str] = field(default_factory=set)
     elements: list[tuple[str, int, list[Ids]]] = field(default_factory=list)
+    scales: list[Ids] = field(default_factory=list)
 
 
 class Tracer(TorchDispatchMode):

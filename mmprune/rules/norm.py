@@ -17,6 +17,7 @@ def batch_norm(call: Call) -> None:
     if x.shape[1] > 1:
         for name in ('weight', 'bias', 'running_mean', 'running_var', 'mean', 'invstd'):
             call.tie_if(ids, call.args.get(name))
+        call.scale(call.args.get('weight'))
     out = call.out[0] if isinstance(call.out, list | tuple) else call.out
     call.label(out, {0: call.ids(x, 0), 1: ids})
     call.lock_tensor(x, 'normalised over', dims=range(2, x.ndim))
@@ -42,6 +43,7 @@ def group_norm(call: Call) -> None:
         call.tie_all(array.reshape(call['group'], -1).T)
     for name in ('weight', 'bias'):
         call.tie_if(ids, call[name])
+    call.scale(call['weight'])
     call.label(call.out[0], {0: call.ids(x, 0), 1: ids})
     call.lock_tensor(x, 'normalised over', dims=range(2, x.ndim))
 

@@ -122,6 +122,11 @@ class Call:
         for array in ids:
             self.tracer.consume(array, weight=self.tracer.is_raw(tensor))
 
+    def scale(self, gamma: torch.Tensor | None) -> None:
+        """``gamma`` (C,) multiplies normalised channels: the criterion ``bn_scale`` looks at it."""
+        for array in self.ids(gamma, 0):
+            self.tracer.record.scales.append(array)
+
     def multiply_adds(self, count: float, *axes: tuple[Ids, ...]) -> None:
         """Counts FLOPs (one multiply-add is one), in proportion to the widths of ``axes``."""
         self.tracer.count(self.where, count, [ids[0] for ids in axes if ids])

@@ -1,0 +1,124 @@
+"""Criteria that take the loss's derivative for each example, and the hooks that they need."""
+
+import numpy as np
+import torch
+from torch import nn
+
+from mmprune.errors import PruneError
+from mmprune.score.table import criterion
+from mmprune.score.units import Slice, Units
+
+
+@criterion('taylor_activation', needs='examples', normalize='layer')
+def taylor_activation(units: Units) -> torch.Tensor:
+    """``mean over examples of |mean over positions of z * dL/dz|``, layer-wise l2-normalised
+    (Molchanov et al., "Pruning Convolutional Neural Networks for Resource Efficient Inference",
+    ICLR 2017, eq. 8 and 10; its ``- lambda * FLOPs`` is ``Score(penalty=...)``)."""
+    return units.examples.abs().mean(0) / positions(units)
+
+
+@criterion('fisher', needs='examples')
+def fisher(units: Units) -> torch.Tensor:
+    """``mean over examples of (dL/dgate) ** 2 / 2``, the gate's derivative summed over everything
+    that reads the unit before it is squared (Liu et al., "Group Fisher Pruning for Practical
+    Network Compression", ICML 2021, eq. 6 and 7)."""
+    return units.examples.square().mean(0) / 2
+
+
+def positions(units: Units) -> torch.Tensor:
+    """(n,) positions of the largest feature map that carries the unit, over the traced batch."""
+    found = np.ones(units.n + 1)
+    for _, count, axes in units.trace.record.elements:
+        for ids in axes:
+            np.maximum.at(found, units.trace.unit_of[ids], count / ids.size)
+    return torch.from_numpy(found[: units.n]).to(units.device, torch.float32)
+
+
+class Examples:
+    """The gates' gradients of every example: hooks on the inputs of all layers that read units.
+
+    A layer's input ``z`` gives ``sum over positions of z * dL/dz``, where dL/dz comes through this
+    layer alone. Summed over the layers that read a unit that is the derivative by its gate. The
+    first layer called says how many examples there are; where a layer has another number of rows
+    (RoIs, windows), they are taken as so many for each example, in their order.
+    """
+
+    def __init__(self, model: nn.Module, units: Units) -> None:
+        self.units = units
+        self.seen: set[int] = set()
+        self._count = 0
+        self._sums: torch.Tensor | None = None
+        self._done: list[torch.Tensor] = []
+        entries: dict[int, list[Slice]] = {}
+        for entry in units.readers:
+            entries.setdefault(id(entry.weight), []).append(entry)
+        self._handles = [
+            module.register_forward_pre_hook(
+                lambda module, args, entry=entry: self._watch(module, args, entry)
+            )
+            for module in model.modules()
+            for parameter in module._parameters.values()
+            for entry in entries.get(id(parameter), ())
+        ]
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def take(self) -> list[torch.Tensor]:
+        """(N, n) for each backward pass since the last call."""
+        self._finish()
+        done, self._done = self._done, []
+        return done
+
+    def _finish(self) -> None:
+        if self._sums is not None:
+            self._done.append(self._sums[:, : self.units.n])
+        self._sums, self._count = None, 0
+
+    def _watch(self, module: nn.Module, args: tuple, entry: Slice) -> tuple | None:
+        if not torch.is_grad_enabled() or not args or not isinstance(args[0], torch.Tensor):
+            return None
+        x = args[0]
+        if not x.is_floating_point() or not x.numel():
+            return None
+        # Not while gradient checkpointing runs a forward again inside the backward pass.
+        if torch._C._current_graph_task_id() == -1:
+            if self._sums is not None:
+                self._finish()
+            self._count = self._count or x.shape[0]
+        # Another face of the input, so that its gradient is the one through this layer alone. The
+        # hook holds the values without their graph: otherwise neither would ever be freed.
+        face = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+        values = x.detach()
+        face.register_hook(lambda gradient: self._add(module, entry, values, gradient))
+        return (face, *args[1:])
+
+    @torch.no_grad()
+    def _add(self, module: nn.Module, entry: Slice, x: torch.Tensor, gradient: torch.Tensor) -> None:
+        per = channels_of(module, entry, x.float() * gradient.float())
+        if per.shape[0] != self._count:
+            rows = torch.arange(per.shape[0], device=per.device) * self._count // per.shape[0]
+            per = per.new_zeros(self._count, per.shape[1]).index_add_(0, rows, per)
+        if self._sums is None:
+            self._sums = per.new_zeros(self._count, self.units.n + 1)
+        self._sums.index_add_(1, entry.index, per)
+        self.seen.add(entry.axis.first)
+
+
+def channels_of(module: nn.Module, entry: Slice, product: torch.Tensor) -> torch.Tensor:
+    """(rows, positions of the weight's axis) from the (N, C, ...) input of a convolution or the
+    (N, ..., C) one of a linear layer."""
+    if entry.weight.ndim == 2:
+        per = product.flatten(1, -2).sum(1) if product.ndim > 2 else product
+    else:
+        per = product.flatten(2).sum(2)
+    groups, rest = divmod(per.shape[1], entry.axis.size)
+    if rest:
+        raise PruneError(
+            f'{entry.axis.name} reads an input of shape {tuple(product.shape)} in '
+            f'{type(module).__name__}, which has no axis of its {entry.axis.size} channels: take '
+            "score='taylor', which needs no inputs, or lock it by name"
+        )
+    # In a grouped convolution the same position of every group is one slot of the weight.
+    return per.unflatten(1, (groups, entry.axis.size)).sum(1)

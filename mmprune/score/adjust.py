@@ -1,0 +1,100 @@
+"""What is done with a criterion's numbers before units are compared."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from mmprune import cost
+from mmprune.couple import Trace
+from mmprune.errors import PruneError
+from mmprune.score.table import Criterion, get_criterion
+
+COSTS = {'flops': cost.flops, 'memory': cost.memory, 'params': cost.params}
+
+
+@dataclass(frozen=True)
+class Score:
+    """How units are scored.
+
+    ``name``: a registered criterion. ``per``: what a score is divided by, the unit's present
+    ``'flops'``, ``'memory'`` (elements of activations) or ``'params'``, or ``'none'``.
+    ``normalize``: ``'layer'`` divides by the l2 norm of the group's scores (ICLR 2017, eq. 10);
+    ``'none'``; left out, what the criterion declares. ``penalty``: lambda of ``- lambda * FLOPs``,
+    for a million FLOPs of a unit (ICLR 2017, section 2.3). ``momentum``: a moving average over
+    iterations in place of their mean. ``frozen``: units read by a weight without gradient
+    ``'stay'``, or are scored by their other readers (``'partial'``).
+    """
+
+    name: str
+    per: str = 'none'
+    normalize: str | None = None
+    penalty: float = 0.0
+    momentum: float | None = None
+    frozen: str = 'stay'
+
+    def __post_init__(self) -> None:
+        get_criterion(self.name)
+        for option, values in (
+            ('per', ('none', *COSTS)), ('normalize', (None, 'none', 'layer')),
+            ('frozen', ('stay', 'partial')),
+        ):  # fmt: skip
+            if getattr(self, option) not in values:
+                told = ', '.join(repr(value) for value in values)
+                raise PruneError(f'score: {option}={getattr(self, option)!r}; there are {told}')
+        if not _number(self.penalty) or self.penalty < 0:
+            raise PruneError(f'score: penalty={self.penalty!r}: give a number from 0 on')
+        if self.momentum is not None and not (_number(self.momentum) and 0 <= self.momentum < 1):
+            raise PruneError(
+                f'score: momentum={self.momentum!r} is outside [0, 1): it is the share of the average '
+                'so far that an iteration keeps, e.g. 0.9'
+            )
+
+    @property
+    def criterion(self) -> Criterion:
+        return get_criterion(self.name)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value)
+
+
+def make_score(value: 'str | dict[str, Any] | Score') -> Score:
+    """A :class:`Score` from a criterion's name or a dict of its options."""
+    if isinstance(value, Score):
+        return value
+    if isinstance(value, str):
+        return Score(value)
+    if not isinstance(value, dict):
+        raise PruneError(
+            f"score={value!r}: give a criterion's name or a dict such as "
+            "dict(name='taylor', per='memory')"
+        )
+    known = [f.name for f in fields(Score)]
+    unknown = [key for key in value if key not in known]
+    if unknown:
+        raise PruneError(f'score: unknown option {unknown[0]!r}; there are {", ".join(known)}')
+    if 'name' not in value:
+        raise PruneError(f"score={value!r} has no name: add name='taylor', say")
+    return Score(**value)
+
+
+def adjusted(trace: Trace, values: np.ndarray, score: Score) -> np.ndarray:
+    """(n_units,) scores to compare, from a criterion's: normalised, divided by cost, penalised."""
+    values = np.array(values, dtype=np.float64)
+    normalize = score.normalize or score.criterion.normalize
+    if normalize == 'layer':
+        for group in trace.groups:
+            norm = np.sqrt(np.nansum(values[group.units] ** 2))
+            if norm > 0:
+                values[group.units] /= norm
+    everything = np.ones(trace.n_units, dtype=bool)
+    if score.per != 'none':
+        costs = COSTS[score.per](trace).of_units(everything)
+        # A unit that costs nothing gains nothing by going.
+        values = np.divide(
+            values, costs, out=np.where(np.isnan(values), np.nan, np.inf), where=costs > 0
+        )
+    if score.penalty:
+        values = values - score.penalty * cost.flops(trace).of_units(everything) / 1e6
+    return values

@@ -1,0 +1,344 @@
+"""Adds up scores over a training loop's own iterations, between backward and step."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from mmprune.couple import Trace
+from mmprune.cut import optimizers_in
+from mmprune.errors import PruneError
+from mmprune.score.activations import Examples
+from mmprune.score.adjust import Score, adjusted, make_score
+from mmprune.score.units import Units
+
+
+class Tally:
+    """Running sums of one criterion over the iterations of one optimizer, all on the device.
+
+    No iteration waits for the device: whether its numbers are finite is decided there.
+    """
+
+    def __init__(self, units: Units, score: Score) -> None:
+        self.units = units
+        self.score = score
+        self.total = torch.zeros(units.n, device=units.device)
+        self.weight = torch.zeros((), device=units.device)
+        self.scored = torch.zeros((), dtype=torch.int64, device=units.device)
+        self.nonfinite = torch.zeros((), dtype=torch.int64, device=units.device)
+        self.missing = 0
+        self.seen: set[int] = set()
+
+    def add(self) -> None:
+        """One iteration's scores; left out, and counted, where they are not finite."""
+        values = self.score.criterion.function(self.units).detach().float()
+        if values.shape != self.total.shape:
+            raise PruneError(
+                f'criterion {self.score.name!r} returned shape {tuple(values.shape)}, wanted '
+                f'({self.units.n},): one number for each unit'
+            )
+        finite = torch.isfinite(values).all()
+        keep, gain = (1.0, 1.0) if self.score.momentum is None else (
+            self.score.momentum, 1 - self.score.momentum
+        )  # fmt: skip
+        self.total = torch.where(finite, keep * self.total + gain * values, self.total)
+        self.weight = torch.where(finite, keep * self.weight + gain, self.weight)
+        self.scored += finite
+        self.nonfinite += ~finite
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            'total': self.total.clone(), 'weight': self.weight.clone(), 'scored': self.scored.clone(),
+            'nonfinite': self.nonfinite.clone(), 'missing': self.missing, 'seen': sorted(self.seen),
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state['total'].shape != self.total.shape:
+            raise PruneError(
+                f'the scores in the checkpoint are of {state["total"].numel()} units, the traced model '
+                f'has {self.total.numel()}: it is another model, or was traced another way'
+            )
+        for name in ('total', 'weight', 'scored', 'nonfinite'):
+            getattr(self, name).copy_(state[name])
+        self.missing, self.seen = int(state['missing']), set(state['seen'])
+
+
+class Collector:
+    """Scores the units of ``trace`` in every step of ``optimizer``, until it is closed.
+
+    ``score``: a criterion's name, or a :class:`Score` or a dict of its options. ``optimizer``: what
+    :func:`mmprune.cut` takes; ``None`` for every optimizer that steps any of the traced weights.
+    ``model``: only criteria that need examples want it, for their hooks. ``distributed``: add up
+    over the processes of the default group.
+
+    It looks between backward and step, where gradients are complete: accumulated, averaged by DDP,
+    free of AMP's scale. With several optimizers each has its own mean over its own steps, and a
+    unit's score is the sum of these. The trace belongs to the model as it was: after a cut, close
+    it, trace again and start another.
+    """
+
+    def __init__(
+        self,
+        trace: Trace,
+        score: str | dict[str, Any] | Score = 'taylor',
+        optimizer: Any = None,
+        model: nn.Module | None = None,
+        distributed: bool = False,
+    ) -> None:
+        self.trace = trace
+        self.score = make_score(score)
+        self.distributed = distributed
+        self.tallies: list[Tally] = []
+        self._by_optimizer: dict[int, Tally | None] = {}
+        self._optimizers: list[torch.optim.Optimizer] = []
+        self._handles: list[Any] = []
+        self._examples: Examples | None = None
+        needs = self.score.criterion.needs
+        if needs == 'weights':
+            return
+        if needs == 'examples':
+            if model is None:
+                raise PruneError(
+                    f'score={self.score.name!r} needs hooks in the model: give Collector its model, or '
+                    "take score='taylor'"
+                )
+            self._examples = Examples(model, Units(trace))
+        if optimizer is None:
+            self._handles.append(register_optimizer_step_pre_hook(self._before_step))
+            return
+        for single in optimizers_in(optimizer):
+            if self._tally_of(single) is not None:
+                self._handles.append(single.register_step_pre_hook(self._before_step))
+        if not self._handles:
+            raise PruneError(
+                'the optimizer holds none of the weights that read units: give the optimizer that '
+                'trains this model'
+            )
+
+    def close(self) -> None:
+        """Takes all hooks away. What was collected stays."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self._examples is not None:
+            self._examples.close()
+
+    def _tally_of(self, optimizer: torch.optim.Optimizer) -> Tally | None:
+        """The running sums of an optimizer; ``None`` if it steps no weight of the trace."""
+        if id(optimizer) not in self._by_optimizer:
+            held = {id(p) for group in optimizer.param_groups for p in group['params']}
+            units = Units(self.trace, only=held)
+            useful = bool(units.readers or units.unread_makers)
+            if useful and self._examples is not None and self.tallies:
+                useful = False  # all layers' examples are counted with the first optimizer's steps
+            tally = Tally(units, self.score) if useful else None
+            self._by_optimizer[id(optimizer)] = tally
+            self._optimizers.append(optimizer)  # keeps the id its own
+            if tally is not None:
+                self.tallies.append(tally)
+        return self._by_optimizer[id(optimizer)]
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        tally = self._tally_of(optimizer)
+        if tally is None:
+            return
+        units = tally.units
+        units.check_shapes()
+        having = {
+            entry.axis.first
+            for entry in (*units.readers, *units.unread_makers)
+            if entry.weight.grad is not None
+        }
+        if not having:
+            tally.missing += 1
+            return
+        tally.seen |= having
+        # Fused optimizers take AMP's scale away inside their step.
+        units.scale = getattr(optimizer, 'grad_scale', None)
+        if self._examples is None:
+            tally.add()
+            return
+        found = self._examples.take()
+        tally.missing += not found
+        for examples in found:
+            units.examples = examples
+            tally.add()
+        units.examples = None
+
+    # -- results ----------------------------------------------------------------------------------
+
+    @property
+    def iterations(self) -> int:
+        """How many were scored (with several optimizers, those of the one with fewest)."""
+        return min((int(tally.scored) for tally in self.tallies), default=0)
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Iterations left out: ``missing`` (no weight had a gradient), ``nonfinite``."""
+        return {
+            'missing': sum(tally.missing for tally in self.tallies),
+            'nonfinite': sum(int(tally.nonfinite) for tally in self.tallies),
+        }
+
+    def scores(self) -> np.ndarray:
+        """(n_units,) float64: low goes first. NaN where a unit could not be scored and stays
+        (:meth:`unscored` says why).
+
+        Raises:
+            PruneError: no iteration could be scored; numbers from weights are not finite.
+        """
+        if self.score.criterion.needs == 'weights':
+            return adjusted(self.trace, weight_scores(self.trace, self.score), self.score)
+        totals = [self._reduced(tally) for tally in self.tallies]
+        found = [total / weight for total, weight in totals if weight > 0]
+        if not found:
+            skipped = self.skipped
+            raise PruneError(
+                f'score={self.score.name!r}: no iteration could be scored: no weight had a gradient in '
+                f'{skipped["missing"]} of them, {skipped["nonfinite"]} had numbers that are not finite. '
+                'Scores come from the steps of the optimizer, between a trace and a cut'
+            )
+        values = np.sum(found, axis=0)
+        values[self._blind()] = np.nan
+        return adjusted(self.trace, values, self.score)
+
+    def _reduced(self, tally: Tally) -> tuple[np.ndarray, float]:
+        both = torch.cat([tally.total.double(), tally.weight.double().reshape(1)])
+        if self.distributed:
+            torch.distributed.all_reduce(both)
+        both = both.cpu().numpy()
+        return both[:-1], float(both[-1])
+
+    def unscored(self) -> dict[str, int]:
+        """Why units could not be scored, by the name of the weight that reads them: their number."""
+        found: dict[str, int] = {}
+        if self.score.criterion.needs != 'weights':
+            blind = self._blind()
+            for entry, why in self._blind_readers(Units(self.trace)):
+                units = np.unique(self.trace.unit_of[entry.axis.ids])
+                count = int(blind[units[units >= 0]].sum())
+                if count:
+                    found[f'{entry.axis.name} {why}'] = count
+        return found
+
+    def _seen(self) -> set[int]:
+        if self._examples is not None and any(tally.scored > 0 for tally in self.tallies):
+            loaded = set().union(*(tally.seen for tally in self.tallies))
+            return self._examples.seen or loaded
+        return set().union(*(tally.seen for tally in self.tallies))
+
+    def _blind_readers(self, units: Units) -> list[tuple[Any, str]]:
+        """Readers whose part in a unit's score is unknown. One that is trained and had no gradient
+        took no part in the loss: its part is zero."""
+        seen = self._seen()
+        held = {
+            id(p) for optimizer in self._optimizers
+            for group in optimizer.param_groups for p in group['params']
+        }  # fmt: skip
+        graded = set().union(*(tally.seen for tally in self.tallies))
+        found = []
+        for entry in units.readers or units.makers:
+            if entry.axis.first in seen:
+                continue
+            if self._examples is not None:
+                if entry.axis.first in graded:
+                    found.append((entry, 'is read outside a module whose input can be watched'))
+                elif not entry.weight.requires_grad:
+                    found.append((entry, 'is frozen, and no gradient comes to its input'))
+            elif not entry.weight.requires_grad:
+                found.append((entry, 'is frozen: it has no gradient'))
+            elif id(entry.weight) not in held:
+                found.append((entry, 'is in no optimizer: its gradient is not that of one step'))
+        return found
+
+    def _blind(self) -> np.ndarray:
+        """(n_units,) bool: units without a score."""
+        units = Units(self.trace)
+        some_blind = np.zeros(units.n + 1, dtype=bool)
+        some_seen = np.zeros(units.n + 1, dtype=bool)
+        for entry, _ in self._blind_readers(units):
+            some_blind[self.trace.unit_of[entry.axis.ids]] = True
+        seen = self._seen()
+        for entry in (*units.readers, *units.unread_makers):
+            if entry.axis.first in seen:
+                some_seen[self.trace.unit_of[entry.axis.ids]] = True
+        blind = ~some_seen
+        if self.score.frozen == 'stay':
+            blind |= some_blind
+        return blind[: units.n]
+
+    # -- resume -----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and whole numbers: the sums so far, for a checkpoint."""
+        seen = sorted(self._examples.seen) if self._examples is not None else []
+        return {
+            'score': self.score.name,
+            'tallies': [tally.state_dict() for tally in self.tallies],
+            'examples_seen': seen,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from :meth:`state_dict` of a collector of the same trace and score.
+
+        Raises:
+            PruneError: it is of another criterion, model or number of optimizers.
+        """
+        if state['score'] != self.score.name:
+            raise PruneError(
+                f'the scores in the checkpoint are of {state["score"]!r}, this run takes '
+                f'{self.score.name!r}: resume with the score that it was started with'
+            )
+        if len(state['tallies']) != len(self.tallies):
+            raise PruneError(
+                f'the scores in the checkpoint are of {len(state["tallies"])} optimizers, this run has '
+                f'{len(self.tallies)}'
+            )
+        for tally, saved in zip(self.tallies, state['tallies'], strict=True):
+            tally.load_state_dict(saved)
+        if self._examples is not None:
+            self._examples.seen |= set(state['examples_seen'])
+
+
+def scores_now(trace: Trace, score: str | dict[str, Any] | Score) -> np.ndarray:
+    """(n_units,) scores from the weights, and the gradients, that are there.
+
+    Raises:
+        PruneError: a criterion that needs gradients, and there are none; or one that needs examples.
+    """
+    score = make_score(score)
+    needs = score.criterion.needs
+    if needs == 'weights':
+        return Collector(trace, score).scores()
+    if needs == 'examples':
+        raise PruneError(
+            f'score={score.name!r} watches backward passes, and this takes what is there: use '
+            "mmprune.Pruner or PruneHook, or take score='taylor' or 'l2'"
+        )
+    trained = [t for t in trace.slots.tensors.values() if t.requires_grad]
+    if not any(weight.grad is not None for weight in trained):
+        raise PruneError(
+            f'score={score.name!r} needs gradients, and no weight has one: call it after backward() '
+            "and before zero_grad(), or take score='l2'"
+        )
+    about_to_step = torch.optim.SGD(trained, lr=0.0)
+    collector = Collector(trace, score, about_to_step)
+    collector._before_step(about_to_step, (), {})
+    collector.close()
+    return collector.scores()
+
+
+def weight_scores(trace: Trace, score: Score) -> np.ndarray:
+    """(n_units,) numbers of a criterion that looks at weights alone. NaN is its own way to say that
+    a unit has none; infinities are an error."""
+    with torch.no_grad():
+        values = score.criterion.function(Units(trace)).double().cpu().numpy()
+    if np.isinf(values).any() or np.isnan(values).all():
+        raise PruneError(
+            f'score={score.name!r}: {int((~np.isfinite(values)).sum())} of {values.size} numbers are '
+            'not finite: the weights hold NaN or infinity, or nothing that it looks at'
+        )
+    return values

@@ -1,0 +1,53 @@
+"""Criteria that look at weights alone, and the baseline that looks at nothing."""
+
+import torch
+
+from mmprune.score.table import criterion
+from mmprune.score.units import Slice, Units
+
+
+def filters(units: Units) -> list[Slice]:
+    """The makers that are matrices or kernels: biases and norms aside."""
+    return [entry for entry in units.makers if entry.weight.ndim > 1]
+
+
+@criterion('l1')
+def l1(units: Units) -> torch.Tensor:
+    """Sum of ``|w|`` over the filters that make the unit (Li et al., "Pruning Filters for Efficient
+    ConvNets", ICLR 2017)."""
+    return units.sums(filters(units), lambda w: w.detach().abs())
+
+
+@criterion('l2')
+def l2(units: Units) -> torch.Tensor:
+    """Square root of the sum of ``w ** 2`` over the filters that make the unit."""
+    return units.sums(filters(units), lambda w: w.detach() ** 2).sqrt()
+
+
+@criterion('bn_scale')
+def bn_scale(units: Units) -> torch.Tensor:
+    """Sum of ``|gamma|`` over the norms that scale the unit (Liu et al., "Learning Efficient
+    Convolutional Networks through Network Slimming", ICCV 2017). A unit without a norm has no score
+    (NaN) and stays."""
+    counted = units.sums(units.scales, torch.ones_like)
+    total = units.sums(units.scales, lambda w: w.detach().abs())
+    return torch.where(counted > 0, total, torch.nan)
+
+
+@criterion('fpgm')
+def fpgm(units: Units) -> torch.Tensor:
+    """Sum of a filter's euclidean distances to all filters of its layer, over the filters that make
+    the unit: near the geometric median is low (He et al., "Filter Pruning via Geometric Median",
+    CVPR 2019)."""
+    slices = filters(units)
+    parts = []
+    for entry in slices:
+        rows = entry.weight.detach().float().movedim(entry.axis.dim, 0).flatten(1)
+        parts.append(torch.cdist(rows, rows).sum(1))
+    return units.gather(slices, parts)
+
+
+@criterion('random')
+def random(units: Units) -> torch.Tensor:
+    """Uniform in [0, 1): the baseline that a criterion has to beat."""
+    return torch.rand(units.n, device=units.device)
