@@ -8,6 +8,7 @@ compiled functions that the dispatcher does not see, have adapters (:mod:`mmprun
 """
 
 import contextlib
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -71,6 +73,10 @@ class Tracer(TorchDispatchMode):
         self._labels = WeakTensorKeyDictionary()
         self._uniform = WeakTensorKeyDictionary()
         self._raw = WeakTensorKeyDictionary()
+        self._nonzero = WeakTensorKeyDictionary()
+        self._told: set[int] = set()
+        self.function: Any = None
+        self._step = 0
         self._names = {id(module): name for name, module in model.named_modules()}
         self._stack: list[nn.Module] = [model]
         self._storages: dict[int, str] = {}
@@ -112,6 +118,13 @@ class Tracer(TorchDispatchMode):
         self._labels[tensor] = labels
         self._uniform.pop(tensor, None)
 
+    def same(self, tensor: torch.Tensor, other: torch.Tensor) -> None:
+        """``tensor`` is another face of ``other``: all that is known of that holds for it."""
+        self._labels[tensor] = self.labels_of(other)
+        for known in (self._uniform, self._raw, self._nonzero):
+            if other in known:
+                known[tensor] = known[other]
+
     def is_known(self, tensor: torch.Tensor) -> bool:
         return tensor in self._labels
 
@@ -119,8 +132,20 @@ class Tracer(TorchDispatchMode):
         return tensor.ndim == 0 or tensor in self._uniform
 
     def set_uniform(self, tensor: torch.Tensor) -> None:
-        self._uniform[tensor] = True
+        self._uniform[tensor] = self._step
         self._labels.setdefault(tensor, {})
+
+    def is_nonzero(self, tensor: torch.Tensor) -> bool:
+        """Whether a channel whose weights are zero may be something else than zero here: behind a
+        sigmoid it is 0.5. Only a sum, or a product of two activations, cares."""
+        return tensor in self._nonzero
+
+    def set_nonzero(self, tensor: torch.Tensor, nonzero: bool) -> None:
+        self._told.add(id(tensor))
+        if nonzero:
+            self._nonzero[tensor] = True
+        else:
+            self._nonzero.pop(tensor, None)
 
     def is_raw(self, tensor: torch.Tensor) -> bool:
         """Whether it is a parameter, or one that was only moved about or rescaled."""
@@ -158,18 +183,24 @@ class Tracer(TorchDispatchMode):
         inputs = list(tensors_in((args, kwargs)))
         carried = [t for t in inputs if self.labels_of(t)]
         raw = bool(carried) and all(t in self._raw for t in carried)
+        nonzero = any(t in self._nonzero for t in carried)
         out = func(*args, **kwargs)
         outputs = list(tensors_in(out))
-        in_place = {id(t) for t in inputs}
+        in_place = {id(t): self.labels_of(t) for t in inputs}
         for tensor in outputs:
             if id(tensor) not in in_place:
                 self.set_labels(tensor, {})
+                self.set_nonzero(tensor, nonzero)
+        self.function, self._step, self._told = func, self._step + 1, set()
         handler = RULES.get(name)
         if handler is None and torch.Tag.pointwise in func.tags:
             handler = pointwise
         fresh = name.startswith(('aten::new_', 'aten::empty')) or not inputs
         if carried or any(self.is_uniform(t) for t in inputs) or fresh:
             self.apply(handler, name, bind(func, args, kwargs), out, carried)
+            for tensor in outputs:
+                if func._schema.is_mutable and id(tensor) in in_place:
+                    self._written(tensor, in_place[id(tensor)], nonzero)
         if raw and handler is not None and name not in CONTRACTIONS:
             for tensor in outputs:
                 self._raw[tensor] = True
@@ -179,12 +210,25 @@ class Tracer(TorchDispatchMode):
         self._weigh(outputs)
         return out
 
+    def _written(self, tensor: torch.Tensor, before: Labels, nonzero: bool) -> None:
+        """After an operation in place. Through a view it wrote into the tensor behind, which does
+        not learn of new labels: they are locked."""
+        if self._uniform.get(tensor, self._step) != self._step:
+            del self._uniform[tensor]  # it was the same everywhere before that
+        if id(tensor) not in self._told:
+            self.set_nonzero(tensor, nonzero)
+        if tensor._is_view():
+            for dim, ids in self._labels[tensor].items():
+                for array in ids if dim not in before else ():
+                    self.lock(array, 'written into a part of another tensor')
+            if tensor in self._nonzero and tensor._base is not None:
+                self.set_nonzero(tensor._base, True)
+
     def apply(
         self, handler: Callable | None, name: str, args: Any, out: Any, carried: list[torch.Tensor]
     ) -> None:
         """Runs a rule on one call; without one, locks whatever goes in and says so."""
-        module = self._stack[-1]
-        call = Call(self, name, args, out, module, self._names.get(id(module), ''))
+        call = self.call(name, args, out)
         if handler is not None:
             handler(call)
         elif carried and any(isinstance(t, torch.Tensor) for t in tensors_in(out)):
@@ -193,9 +237,16 @@ class Tracer(TorchDispatchMode):
                 self.record.unknown_ops[name].append(call.where)
             for tensor in carried:
                 call.lock_tensor(tensor, 'no rule for this operation')
+            for tensor in tensors_in(out):
+                self.set_labels(tensor, {})
         else:
             for tensor in carried:
                 call.lock_tensor(tensor, 'leaves the tensors')
+
+    def call(self, name: str, args: Any = (), out: Any = None) -> Call:
+        """A call of an operation in the module that runs now."""
+        module = self._stack[-1]
+        return Call(self, name, args, out, module, self._names.get(id(module), ''))
 
     def _weigh(self, outputs: list[torch.Tensor]) -> None:
         if not self.counting:
@@ -219,6 +270,38 @@ class Tracer(TorchDispatchMode):
                              self._names[id(module)]))  # fmt: skip
         self._stack.pop()
 
+
+class Outside(TorchFunctionMode):
+    """What the dispatcher is not told of: ways out of torch, and faces without an operation."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func is torch.Tensor.data.__get__:
+            self.tracer.same(out, args[0])
+        elif func in LEAVES:
+            self._lock(args[:1], f'leaves torch by {LEAVES[func]}')
+        elif func is nn.functional.scaled_dot_product_attention and kwargs.get('scale') is None:
+            # Where no fused kernel fits, this is taken apart and the scale is a number.
+            self._lock(args[:2], 'the scale of attention depends on its width', dims=1)
+        return out
+
+    def _lock(self, tensors: tuple[torch.Tensor, ...], what: str, dims: int | None = None) -> None:
+        for tensor in tensors:
+            for dim, ids in self.tracer.labels_of(tensor).items():
+                for array in ids if dims is None or dim >= tensor.ndim - dims else ():
+                    self.tracer.call('torch').lock((array,), what)
+
+
+LEAVES = {
+    torch.Tensor.numpy: 'numpy()', torch.Tensor.__array__: 'numpy', torch.Tensor.tolist: 'tolist()',
+    torch.Tensor.__dlpack__: 'dlpack', torch.Tensor.data_ptr: 'data_ptr()',
+    torch.Tensor.untyped_storage: 'its storage', torch.Tensor.storage: 'its storage',
+}  # fmt: skip
 
 CONTRACTIONS = frozenset(
     f'aten::{n}'
@@ -252,7 +335,7 @@ def watched(tracer: Tracer) -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one opaque kernel for a whole encoder layer
     try:
-        with intercept(tracer), torch.no_grad(), tracer:
+        with intercept(tracer), torch.no_grad(), Outside(tracer), tracer:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -264,16 +347,28 @@ def watched(tracer: Tracer) -> Iterator[None]:
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Puts buffers (running statistics) and random states back as they were."""
     devices = list({t.device for t in model.parameters() if t.device.type == 'cuda'})
-    numpy_state = np.random.get_state()
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    modules = [(m, m.training, dict(m._buffers)) for m in model.modules()]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    versions = [(name, p, p._version) for name, p in model.named_parameters()]
     with torch.random.fork_rng(devices=devices):
         try:
             yield
         finally:
             np.random.set_state(numpy_state)
+            random.setstate(python_state)
+            for module, training, own in modules:
+                module.training = training
+                module._buffers.update(own)  # some put a new tensor in the place of the old
             with torch.no_grad():
                 for buffer, value in buffers:
                     buffer.copy_(value)
+    changed = [name for name, p, version in versions if p._version != version]
+    if changed:
+        raise PruneError(
+            f'the run changes {changed[0]} and {len(changed) - 1} more parameters: give a forward that '
+            'only reads them (no optimizer step)'
+        )
 
 
 def record(

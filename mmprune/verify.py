@@ -11,22 +11,36 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmprune.errors import PruneError
 from mmprune.plan import Plan, check_fingerprint
+from mmprune.slots import named_state
 from mmprune.trace import tensors_in, unchanged
 
 TOLERANCE = 1e-4
 """Largest relative error that rounding explains in single precision, over a deep network."""
 
+MASK = 1e-18
+"""What stands for zero: a weight that is divided by its own norm (weight norm) would be NaN at zero.
+Its square is still a normal number in single precision; in half precision it is zero."""
+
 
 def masked(original: nn.Module, plan: Plan) -> nn.Module:
-    """A copy of ``original`` in which the parameters of every removed channel are zero."""
+    """A copy of ``original`` in which the parameters of every removed channel are zero (``MASK``)."""
     check_fingerprint(plan.fingerprint, original, 'the plan')
-    model = copy.deepcopy(original)
+    model = copied(original)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             for dim in plan.keep.get(name, {}):
                 gone = torch.tensor(plan.removed(name, dim), device=parameter.device)
-                parameter.index_fill_(dim, gone, 0)
+                parameter.index_fill_(dim, gone, MASK)
     return model
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy, also of a model that keeps a result with its graph (as weight norm does)."""
+    results = [
+        value for module in model.modules() for value in vars(module).values()
+        if isinstance(value, torch.Tensor) and not value.is_leaf
+    ]  # fmt: skip
+    return copy.deepcopy(model, {id(value): value.detach().clone() for value in results})
 
 
 def verify(
@@ -34,17 +48,20 @@ def verify(
     pruned: nn.Module,
     plan: Plan,
     forward: Callable[[nn.Module], Any],
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
 ) -> float:
     """The largest relative error between ``pruned`` and ``original`` with the cut channels masked.
 
-    Both run ``forward`` with dropout and batch norm in evaluation mode and the same random state. Compared are all tensors of
-    the result and the outputs of all modules whose shapes did not change, each by the largest
-    absolute difference over the largest absolute value. Decisions (indices, comparisons, numbers of
-    proposals) of the first run are repeated in the second, so that rounding can't tip them.
+    Both run ``forward`` with dropout and batch norm in evaluation mode and the same random state.
+    Compared are all tensors of the result and the outputs of all modules whose shapes did not
+    change, each by the largest absolute difference over the largest absolute value. Decisions
+    (indices, comparisons, numbers of proposals) of the first run are repeated in the second, so that
+    rounding can't tip them; what they were taken on is compared by its sum. ``tolerance``: by
+    default ``TOLERANCE``, or 8 units in the last place of the lowest precision among the results.
 
     Raises:
-        PruneError: above ``tolerance``, with the first module that differs; or ``forward`` fails.
+        PruneError: above ``tolerance``, with the first module that differs; ``forward`` fails, or
+            does not run the model that it is given, or gives nothing that can be compared.
     """
     reference = masked(original, plan)
     decisions = Decisions()
@@ -59,7 +76,10 @@ def verify(
             f'the pruned model fails: {type(error).__name__}: {error}. A module keeps a width as a '
             'number: declare it with mmprune.adapter, or lock its channels by name'
         ) from error
-    worst, where = 0.0, ''
+    if tolerance is None:
+        coarsest = max((torch.finfo(value.dtype).eps for value in wanted.values()), default=0.0)
+        tolerance = max(TOLERANCE, 8 * coarsest)
+    worst, where, compared = decisions.error, 'a comparison or a choice', 0
     for key, value in wanted.items():
         other = found.get(key)
         if other is None or other.shape != value.shape:
@@ -69,12 +89,19 @@ def verify(
                     f'output {key[1]} of the model has shape {shape}, the original {tuple(value.shape)}'
                 )
             continue
+        compared += int(torch.isfinite(value).sum())
         error = relative_error(value, other)
         if not error <= tolerance and worst <= tolerance:
             worst, where = error, key[0]
         worst = max(worst, error)
+    if not compared:
+        raise PruneError(
+            'nothing can be compared: forward returns no finite number, and no module gives one of '
+            'an unchanged shape; return the outputs, from a batch that makes them finite'
+        )
     if not worst <= tolerance:
-        kind = type(pruned.get_submodule(where)).__name__
+        names = dict(pruned.named_modules())
+        kind = type(names.get(where, pruned)).__name__
         raise PruneError(
             f'the pruned model is not the masked original: relative error {worst:.2e} above '
             f'{tolerance:.0e}, first in {where or "the result"} ({kind}): a rule or an adapter errs; '
@@ -118,11 +145,17 @@ def _outputs(model: nn.Module, forward: Callable, decisions: 'Decisions') -> dic
     try:
         with evaluating(model), unchanged(model), torch.no_grad():
             torch.manual_seed(0)
+            decisions.begin(model)
             with decisions:
                 out = forward(model)
     finally:
         for hook in hooks:
             hook.remove()
+    if not decisions.reads_model:
+        raise PruneError(
+            'forward does not run the model that it is given, but another one (or none): write it as '
+            'lambda model: model(x)'
+        )
     for position, tensor in enumerate(tensors_in(out)):
         if tensor.is_floating_point():
             found['', position, 0] = tensor.detach()
@@ -149,7 +182,8 @@ class Decisions(TorchDispatchMode):
 
     Near ties in top-k, thresholds and matching fall either way by rounding; what follows would then
     differ without anything being wrong. Results whose shape changed are those of narrower tensors,
-    no decisions, and left alone.
+    no decisions, and left alone. ``error``: the largest relative difference between what decisions
+    were taken on in the two runs (its sum, over the sum of its absolute values).
     """
 
     def __init__(self) -> None:
@@ -157,22 +191,36 @@ class Decisions(TorchDispatchMode):
         self._taken: dict[tuple[str, int], list[Any]] = {}
         self._seen: dict[str, int] = {}
         self._replaying = False
+        self._bases: dict[tuple[str, int], list[tuple[torch.Size, float, float]]] = {}
+        self.error = 0.0
+        self.reads_model = False
+
+    def begin(self, model: nn.Module) -> None:
+        self._own = {id(tensor) for _, tensor in named_state(model)}
+        self.reads_model = False
 
     def replay(self) -> None:
         self._replaying, self._seen = True, {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        inputs = list(tensors_in((args, kwargs)))
+        self.reads_model = self.reads_model or any(id(t) in self._own for t in inputs)
         out = func(*args, **(kwargs or {}))
         results = out if isinstance(out, list | tuple) else [out]
         if not any(_decides(r) for r in results) or func._schema.is_mutable:
             return out
         name = str(func)
         number = self._seen[name] = self._seen.get(name, -1) + 1
+        bases = [_base(t) for t in inputs if t.is_floating_point()]
         if not self._replaying:
+            self._bases[name, number] = bases
             self._taken[name, number] = [
                 r.clone() if isinstance(r, torch.Tensor) and _decides(r) else r for r in results
             ]
             return out
+        for old, new in zip(self._bases.get((name, number), bases), bases, strict=False):
+            if old[0] == new[0]:
+                self.error = max(self.error, abs(old[1] - new[1]) / max(old[2], 1e-12))
         before = self._taken.get((name, number), results)
         repeated = [
             old if _decides(new) and _alike(old, new) else new
@@ -181,6 +229,12 @@ class Decisions(TorchDispatchMode):
         if isinstance(out, list | tuple):
             return type(out)(repeated)
         return repeated[0]
+
+
+def _base(tensor: torch.Tensor) -> tuple[torch.Size, float, float]:
+    """Shape, sum, and sum of absolute values of what is finite in ``tensor``."""
+    finite = tensor.detach().double().nan_to_num(0, 0, 0)
+    return tensor.shape, float(finite.sum()), float(finite.abs().sum())
 
 
 def _decides(value: Any) -> bool:

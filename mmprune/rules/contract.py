@@ -21,6 +21,8 @@ def contract(
         call.lock(b, 'reads a tensor of fixed width')
     else:
         call.tie(a, b, 'reads a fixed channel')
+        if call.tracer.is_nonzero(x) and call.tracer.is_nonzero(w):
+            call.lock(a + b, 'a product in which a removed channel would be zero on neither side')
     call.consume(x, a)
     call.consume(w, b)
 
@@ -78,6 +80,8 @@ def convolve(
     if call.ids(x, 0):
         labels[0] = call.ids(x, 0)
     call.label(out, labels)
+    call.nonzero(out, any(call.tracer.is_nonzero(t) for t in (weight, bias) if t is not None)
+                 or bool(call.ids(x, 0) and bias is not None))  # fmt: skip
     positions = (x if transposed else out).numel() / (n_in if transposed else n_out)
     call.multiply_adds(positions * math.prod(weight.shape), rows, columns)
 
@@ -105,6 +109,8 @@ def matrix_product(call: Call, a: torch.Tensor, b: torch.Tensor, out: torch.Tens
         out.numel() * a.shape[-1], labels.get(n - 1, ()), call.ids(b, n - 2) or call.ids(a, n - 1),
         *(labels.get(d, ()) for d in range(n - 1)),
     )  # fmt: skip
+    sides = ((a, n - 1), (b, n - 2))
+    call.nonzero(out, any(call.tracer.is_nonzero(t) and set(call.labels(t)) - {d} for t, d in sides))
     return labels
 
 
@@ -113,21 +119,26 @@ def _select(tensor: torch.Tensor, dims: int) -> torch.Tensor:
     return tensor[(...,) + (0,) * (tensor.ndim - dims)] if tensor.numel() else tensor
 
 
-@rule('aten::mm', 'aten::bmm', 'aten::matmul')
+@rule('aten::mm', 'aten::bmm')
 def mm(call: Call) -> None:
-    second = call.args.get('mat2', call.args.get('other'))
-    call.label(call.out, matrix_product(call, call['self'], second, call.out))
+    call.label(call.out, matrix_product(call, call['self'], call['mat2'], call.out))
 
 
-@rule('aten::addmm', 'aten::baddbmm', 'aten::addbmm')
+@rule('aten::addmm', 'aten::baddbmm')
 def addmm(call: Call) -> None:
     a = call.args.get('mat1', call.args.get('batch1'))
     b = call.args.get('mat2', call.args.get('batch2'))
-    labels = matrix_product(call, a, b, call.out)
-    labels = broadcast(call, [call['self'], call.out], call.out.shape, [
-        call.labels(call['self']), labels
-    ])  # fmt: skip
+    added = matrix_product(call, a, b, call.out)
+    _add(call, added)
+
+
+def _add(call: Call, product: Labels) -> None:
+    """``self`` is added to a product that carries the labels ``product``."""
+    bias, nonzero = call['self'], call.tracer.is_nonzero(call.out)
+    own = {d + call.out.ndim - bias.ndim for d in call.labels(bias)}
+    labels = broadcast(call, [bias, call.out], call.out.shape, [call.labels(bias), product])
     call.label(call.out, labels)
+    call.nonzero(call.out, nonzero or call.tracer.is_nonzero(bias) or not own.issuperset(labels))
 
 
 @rule('aten::linear')
@@ -139,6 +150,9 @@ def linear(call: Call) -> None:
     labels = {d: ids for d, ids in call.labels(x).items() if d < x.ndim - 1}
     labels[x.ndim - 1] = gives
     call.label(call.out, labels)
+    call.nonzero(call.out, len(labels) > 1 or any(
+        call.tracer.is_nonzero(t) for t in (weight, bias) if t is not None
+    ))  # fmt: skip
     call.multiply_adds(call.out.numel() * weight.shape[1], gives, call.ids(weight, 1))
 
 
@@ -148,11 +162,10 @@ def mv(call: Call) -> None:
     b = call.args.get('vec', call.args.get('tensor'))
     contract(call, a, call.ids(a, -1), b, call.ids(b, 0))
     labels = {0: call.ids(a, 0)} if a.ndim == 2 else {}
-    if call.name == 'aten::addmv':
-        labels = broadcast(call, [call['self'], call.out], call.out.shape, [
-            call.labels(call['self']), labels
-        ])  # fmt: skip
     call.label(call.out, labels)
+    call.nonzero(call.out, call.tracer.is_nonzero(a) and bool(labels.get(0)))
+    if call.name == 'aten::addmv':
+        _add(call, labels)
     call.multiply_adds(a.numel(), call.ids(a, -1), labels.get(0, ()))
 
 
@@ -161,7 +174,6 @@ def mv(call: Call) -> None:
     'aten::_scaled_dot_product_flash_attention',
     'aten::_scaled_dot_product_efficient_attention',
     'aten::_scaled_dot_product_cudnn_attention',
-    'aten::_scaled_dot_product_attention_math',
 )
 def attention(call: Call) -> None:
     """Query and key (B, H, N, D): the scale is taken from D, so D is locked for them unless the
@@ -174,10 +186,16 @@ def attention(call: Call) -> None:
     contract(call, query, call.ids(query, 3), key, call.ids(key, 3))
     for tensor in (query, key, value):
         call.lock_tensor(tensor, 'attention runs over it', dims=[0, 2])
-    for other in (key, value):
-        if call.ids(query, 1) or call.ids(other, 1):
-            call.tie(call.ids(query, 1), call.ids(other, 1))
-    call.label(out, {1: call.ids(query, 1), 3: call.ids(value, 3)})
+    mask = call.args.get('attn_mask', call.args.get('attn_bias'))
+    operands = [t[..., :1, :1] for t in (query, key, value, mask) if t is not None]
+    heads = [{d: i for d, i in call.labels(t).items() if d == t.ndim - 3}
+             for t in (query, key, value, mask) if t is not None]  # fmt: skip
+    labels = broadcast(call, operands, query[..., :1, :1].shape, heads)
+    if mask is not None:
+        own = [d for d in range(mask.ndim) if d != mask.ndim - 3]
+        call.lock_tensor(mask, 'added to attention', dims=own)
+    call.label(out, labels | {3: call.ids(value, 3)})
+    call.nonzero(out, call.tracer.is_nonzero(value))
     count = query[..., 0].numel() * key.shape[2]
     call.multiply_adds(count * query.shape[3], call.ids(query, 3), call.ids(query, 1))
     call.multiply_adds(count * value.shape[3], call.ids(value, 3), call.ids(query, 1))

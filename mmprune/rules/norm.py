@@ -19,8 +19,15 @@ def batch_norm(call: Call) -> None:
             call.tie_if(ids, call.args.get(name))
         call.scale(call.args.get('weight'))
     out = call.out[0] if isinstance(call.out, list | tuple) else call.out
-    call.label(out, {0: call.ids(x, 0), 1: ids})
-    call.lock_tensor(x, 'normalised over', dims=range(2, x.ndim))
+    call.label(out, {1: ids})
+    call.nonzero(out, not affine(call))
+    call.lock_tensor(x, 'normalised over', dims=[0, *range(2, x.ndim)])
+
+
+def affine(call: Call) -> bool:
+    """Whether gamma and beta make a removed channel zero, whatever went in."""
+    tensors = [call.args.get(name) for name in ('weight', 'bias')]
+    return all(t is not None and call.labels(t) and not call.tracer.is_nonzero(t) for t in tensors)
 
 
 @rule('aten::batch_norm_stats', 'aten::batch_norm_gather_stats_with_counts')
@@ -30,6 +37,7 @@ def batch_norm_stats(call: Call) -> None:
     for out in call.out:
         if isinstance(out, torch.Tensor) and out.ndim == 1 and out.numel() == x.shape[1]:
             call.label(out, {0: call.ids(x, 1)})
+            call.nonzero(out)
     for name in ('running_mean', 'running_var'):
         call.tie_if(call.ids(x, 1), call.args.get(name))
 
@@ -45,10 +53,11 @@ def group_norm(call: Call) -> None:
         call.tie_if(ids, call[name])
     call.scale(call['weight'])
     call.label(call.out[0], {0: call.ids(x, 0), 1: ids})
+    call.nonzero(call.out[0], bool(call.ids(x, 0)) or not affine(call))
     call.lock_tensor(x, 'normalised over', dims=range(2, x.ndim))
 
 
-@rule('aten::native_layer_norm', 'aten::_fused_rms_norm', 'aten::rms_norm', 'aten::layer_norm')
+@rule('aten::native_layer_norm', 'aten::_fused_rms_norm')
 def layer_norm(call: Call) -> None:
     """The statistics run over the channels: none of them can go."""
     x = call['input']
@@ -59,6 +68,7 @@ def layer_norm(call: Call) -> None:
         call.lock_tensor(call.args.get(name), what)
     out = call.out[0] if isinstance(call.out, list | tuple) else call.out
     call.label(out, {d: ids for d, ids in call.labels(x).items() if d < x.ndim - over})
+    call.nonzero(out)
 
 
 @rule('aten::_weight_norm_interface')

@@ -1,6 +1,7 @@
 """Elementwise operations tie position by position, with broadcasting."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -27,14 +28,16 @@ def broadcast(
     if not any(labels):
         return {}
     result: Labels = {}
-    for dim in range(len(shape)):
+    for dim, size in enumerate(shape):
         found, fixed = [], False
         for tensor, carried in zip(operands, labels, strict=True):
             own = dim - (len(shape) - tensor.ndim)
             if own < 0 or own >= tensor.ndim:
                 continue
-            if own in carried:
+            if own in carried and all(ids.size == size for ids in carried[own]):
                 found.append(carried[own])
+            elif own in carried:
+                call.lock(carried[own], 'meets a tensor of another width')
             else:
                 fixed = fixed or constrains(call, tensor, own)
         if not found:
@@ -58,34 +61,67 @@ def pointwise(call: Call) -> None:
     for out in outputs:
         if not isinstance(out, torch.Tensor):
             continue
-        write(call, out, broadcast(call, operands, out.shape))
+        nonzero = moves_zero(call)
+        call.label(out, broadcast(call, operands, out.shape))
+        call.nonzero(out, nonzero)
         if all(call.tracer.is_uniform(t) for t in operands):
             call.tracer.set_uniform(out)
 
 
-def write(call: Call, target: torch.Tensor, labels: Labels) -> None:
-    """Gives ``labels`` to an output, which may be an input written in place.
+_SAMPLES = (0.5, -1.5, 2.0, 3.0)
+_MOVES: dict[tuple, bool] = {}
 
-    Through a view the tensor behind it changes, and that does not learn of new labels: lock them.
+
+def moves_zero(call: Call) -> bool:
+    """Whether the function gives anything but zero where all that carries labels is zero.
+
+    Found by trying it, on four numbers in place of each constant; once for each set of options.
     """
-    if call.tracer.is_known(target) and target._is_view():
-        old = call.labels(target)
-        for dim, ids in labels.items():
-            if dim not in old:
-                call.lock(ids, 'written into a part of another tensor')
-    call.label(target, labels)
+    kinds: dict[str, Any] = {}
+    for name, value in call.args.items():
+        if isinstance(value, torch.Tensor):
+            if call.labels(value) and not call.tracer.is_nonzero(value):
+                value = (value.dtype, 'zero')
+            elif value.ndim == 0:
+                value = (value.dtype, value.item())
+            else:
+                value = (value.dtype, 'any')
+        elif isinstance(value, torch.Generator):
+            value = None
+        kinds[name] = value
+    try:
+        key = (call.tracer.function, *kinds.items())
+        known = _MOVES.get(key)
+    except TypeError:  # a list among the arguments
+        return True
+    if known is None:
+        known = _MOVES[key] = _try(call.tracer.function, kinds)
+    return known
+
+
+def _try(function: Callable, kinds: dict[str, Any]) -> bool:
+    options: dict[str, Any] = {}
+    for name, value in kinds.items():
+        if isinstance(value, tuple) and value and isinstance(value[0], torch.dtype):
+            dtype, what = value
+            numbers = {'zero': (0.0,) * 4, 'any': _SAMPLES}.get(what, (what,) * 4)
+            value = torch.tensor(numbers).to(dtype)
+        options[name] = torch.device('cpu') if isinstance(value, torch.device) else value
+    try:
+        out = function(**options)
+    except RuntimeError:  # it wants other shapes than one dimension
+        return True
+    results = out if isinstance(out, list | tuple) else [out]
+    return any(bool(r.ne(0).any()) for r in results if isinstance(r, torch.Tensor))
 
 
 # Elementwise too, though torch does not tag them so.
 rule(
     'aten::hardswish', 'aten::hardswish_', 'aten::_prelu_kernel', 'aten::native_dropout',
     'aten::copy_', 'aten::copy', 'aten::_to_copy', 'aten::clone', 'aten::detach', 'aten::detach_',
-    'aten::alias', 'aten::lift_fresh', 'aten::contiguous', 'aten::to', 'aten::rrelu_with_noise',
-    'aten::rrelu_with_noise_', 'aten::masked_fill', 'aten::masked_fill_', 'aten::where',
-    'aten::hardtanh', 'aten::hardtanh_', 'aten::softplus', 'aten::log_sigmoid_forward',
-    'aten::_native_batch_norm_dropout', 'aten::fill_',
-    'aten::zero_', 'aten::isclose', 'aten::clamp', 'aten::clamp_', 'aten::lerp', 'aten::real',
-    'aten::imag', 'aten::view_as_real_copy', 'aten::glu_jvp', 'aten::bucketize',
+    'aten::alias', 'aten::lift_fresh', 'aten::rrelu_with_noise', 'aten::rrelu_with_noise_',
+    'aten::masked_fill', 'aten::masked_fill_', 'aten::where', 'aten::hardtanh', 'aten::softplus',
+    'aten::log_sigmoid_forward', 'aten::fill_', 'aten::zero_', 'aten::bucketize',
 )(pointwise)  # fmt: skip
 
 
@@ -95,6 +131,7 @@ rule(
 def fill_like(call: Call) -> None:
     """A constant of another tensor's shape follows that shape."""
     call.label(call.out, dict(call.labels(call['self'])))
+    call.nonzero(call.out, call.name != 'aten::zeros_like')
     call.tracer.set_uniform(call.out)
 
 
@@ -103,7 +140,16 @@ def fill_like(call: Call) -> None:
     'aten::bernoulli', 'aten::normal_', 'aten::uniform_', 'aten::random_', 'aten::exponential_',
 )  # fmt: skip
 def random_like(call: Call) -> None:
-    call.label(call.out, dict(call.labels(call['self'])))
+    """Drawn for the shape that is there, so with fewer channels come other numbers. In training
+    (dropout) that does not matter."""
+    x = call['self']
+    uniform = call.tracer.is_uniform(x) and call.module.training
+    if not call.module.training:
+        call.lock_tensor(x, 'random numbers are drawn for it')
+    call.label(call.out, dict(call.labels(x)))
+    call.nonzero(call.out)
+    if uniform:
+        call.tracer.set_uniform(call.out)
 
 
 @rule(

@@ -25,8 +25,12 @@ def without(labels: Labels, dims: list[int], keepdim: bool) -> Labels:
 
 @rule('aten::sum', 'aten::nansum')
 def add_up(call: Call) -> None:
-    """A removed channel adds what a zero would."""
+    """A removed channel adds what a zero would; behind a sigmoid it is none."""
     x = call['self']
+    if call.tracer.is_nonzero(x):
+        call.lock_tensor(
+            x, 'summed over where a removed channel would not be zero', dims=reduced_dims(call, x)
+        )
     call.label(call.out, without(call.labels(x), reduced_dims(call, x), bool(call.args.get('keepdim'))))
 
 
@@ -49,12 +53,14 @@ def reduce(call: Call) -> None:
         outs = call.out if isinstance(call.out, list | tuple) else [call.out]
     for out in outs:
         call.label(out, labels)
+        if call.name == 'aten::logsumexp':
+            call.nonzero(out)
 
 
 @rule(
     'aten::_softmax', 'aten::_log_softmax', 'aten::_safe_softmax', 'aten::softmax', 'aten::cumsum',
-    'aten::cumprod', 'aten::cummax', 'aten::cummin', 'aten::sort', 'aten::argsort', 'aten::topk',
-    'aten::logcumsumexp', 'aten::glu',
+    'aten::cumprod', 'aten::cummax', 'aten::cummin', 'aten::sort', 'aten::topk',
+    'aten::logcumsumexp',
 )  # fmt: skip
 def along(call: Call) -> None:
     """softmax, sort, top-k ...: one dimension is treated as a whole, the others stay apart."""
@@ -64,12 +70,25 @@ def along(call: Call) -> None:
     call.lock_tensor(x, 'treated as a whole', dims=[dim])
     for out in call.out if isinstance(call.out, list | tuple) else [call.out]:
         call.label(out, {d: ids for d, ids in call.labels(x).items() if d != dim})
+        call.nonzero(out)
+
+
+@rule('aten::glu')
+def gated(call: Call) -> None:
+    """One half times the sigmoid of the other."""
+    x, dim = call['self'], call['dim'] % call['self'].ndim
+    labels = dict(call.labels(x))
+    for ids in labels.get(dim, ()):
+        call.tie_all(ids.reshape(2, -1))
+    if dim in labels:
+        labels[dim] = tuple(ids[: ids.size // 2] for ids in labels[dim])
+    call.label(call.out, labels)
 
 
 @rule(
     'aten::mse_loss', 'aten::smooth_l1_loss', 'aten::huber_loss', 'aten::binary_cross_entropy',
     'aten::binary_cross_entropy_with_logits', 'aten::nll_loss_forward', 'aten::nll_loss2d_forward',
-    'aten::soft_margin_loss', 'aten::kl_div', 'aten::l1_loss',
+    'aten::soft_margin_loss',
 )  # fmt: skip
 def loss(call: Call) -> None:
     """A loss reads predictions: they are outputs."""
@@ -79,10 +98,10 @@ def loss(call: Call) -> None:
 
 
 @rule(
-    'aten::nonzero', 'aten::unique', 'aten::_unique2', 'aten::unique_dim', 'aten::masked_select',
+    'aten::nonzero', 'aten::_unique2', 'aten::unique_dim', 'aten::masked_select',
     'aten::equal', 'aten::bincount', 'aten::searchsorted', 'aten::histc', 'aten::_local_scalar_dense',
-    'aten::is_nonzero', 'aten::multinomial', 'aten::unique_consecutive', 'aten::_cdist_forward',
-    'aten::linalg_inv_ex', 'aten::_linalg_svd', 'aten::cdist',
+    'aten::multinomial', 'aten::unique_consecutive', 'aten::_cdist_forward',
+    'aten::linalg_inv_ex', 'aten::_linalg_svd',
 )  # fmt: skip
 def whole(call: Call) -> None:
     """Takes the tensor as a whole; what it carries can not follow."""

@@ -6,15 +6,18 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from mmprune.rules.pointwise import broadcast, constrains, write
+from mmprune.rules.pointwise import broadcast, constrains
 from mmprune.rules.table import Call, Ids, Labels, rule
 from mmprune.slots import fixed_ids
 
 
-@rule('aten::view', 'aten::_unsafe_view', 'aten::reshape', 'aten::_reshape_alias')
+@rule('aten::view', 'aten::_unsafe_view', 'aten::_reshape_alias')
 def view(call: Call) -> None:
     x = call['self']
     labels: Labels = {}
+    if call.out.numel() != x.numel():  # seen as a dtype of another size
+        call.lock_tensor(x, 'viewed as another dtype')
+        return
     for dim, ids in call.labels(x).items():
         for array in ids:
             for new_dim, moved in regroup(call, array, dim, x.shape, call.out.shape):
@@ -68,7 +71,7 @@ def permute(call: Call) -> None:
     call.label(call.out, {new: labels[old] for new, old in enumerate(order) if old in labels})
 
 
-@rule('aten::transpose', 'aten::transpose_', 'aten::t', 'aten::swapaxes')
+@rule('aten::transpose', 'aten::transpose_', 'aten::t')
 def transpose(call: Call) -> None:
     x = call['self']
     if x.ndim < 2:
@@ -85,7 +88,7 @@ def unsqueeze(call: Call) -> None:
     call.label(call.out, {d + (d >= at): ids for d, ids in call.labels(call['self']).items()})
 
 
-@rule('aten::squeeze', 'aten::squeeze_')
+@rule('aten::squeeze')
 def squeeze(call: Call) -> None:
     x, dims = call['self'], call.args.get('dim')
     dims = range(x.ndim) if dims is None else dims if isinstance(dims, list | tuple) else [dims]
@@ -93,7 +96,7 @@ def squeeze(call: Call) -> None:
     call.label(call.out, {d - sum(g < d for g in gone): i for d, i in call.labels(x).items()})
 
 
-@rule('aten::expand', 'aten::expand_as')
+@rule('aten::expand')
 def expand(call: Call) -> None:
     x = call['self']
     shift = call.out.ndim - x.ndim
@@ -114,7 +117,7 @@ def repeat(call: Call) -> None:
         call.tracer.set_uniform(call.out)
 
 
-@rule('aten::cat', 'aten::concat', 'aten::_cat')
+@rule('aten::cat')
 def cat(call: Call) -> None:
     tensors = [t for t in call['tensors'] if not (t.ndim == 1 and t.numel() == 0)]
     join(call, tensors, call.args.get('dim') or 0)
@@ -160,7 +163,7 @@ def stack(call: Call) -> None:
     call.label(call.out, {d + (d >= dim): ids for d, ids in labels.items()})
 
 
-@rule('aten::split', 'aten::split_with_sizes', 'aten::chunk', 'aten::unsafe_chunk',
+@rule('aten::split', 'aten::split_with_sizes',
       'aten::unsafe_split', 'aten::unsafe_split_with_sizes')  # fmt: skip
 def split(call: Call) -> None:
     """Equal parts stay equal: their positions are tied. Unequal ones are numbers in the code."""
@@ -201,7 +204,7 @@ def drop(call: Call, out: torch.Tensor, dim: int) -> None:
     call.label(out, {d - (d > dim): ids for d, ids in call.labels(x).items() if d != dim})
 
 
-@rule('aten::slice', 'aten::narrow')
+@rule('aten::slice')
 def take_slice(call: Call) -> None:
     """A part of a labelled dimension is a number in the code, unless it is all of it."""
     x = call['self']
@@ -228,15 +231,19 @@ def reorder(call: Call) -> None:
     call.label(call.out, labels)
 
 
-@rule('aten::index_select', 'aten::gather', 'aten::take_along_dim')
+@rule('aten::index_select', 'aten::gather')
 def pick(call: Call) -> None:
     x, dim = call['self'], call['dim'] % max(call['self'].ndim, 1)
     call.lock_tensor(x, 'indexed by number', dims=[dim])
     labels = {d: ids for d, ids in call.labels(x).items() if d != dim}
     if call.name != 'aten::index_select':
-        index = call.args.get('index', call.args.get('indices'))
-        for d in [d for d in labels if constrains(call, index, d)]:
-            call.lock(labels.pop(d), 'gathered with an index of fixed width')
+        index = call['index']
+        call.lock_tensor(index, 'used as an index', dims=[dim])
+        for d in list(labels):
+            if call.ids(index, d):
+                call.tie(labels[d], call.ids(index, d))
+            elif index.shape[d] != x.shape[d] or constrains(call, index, d):
+                call.lock(labels.pop(d), 'gathered with an index of fixed width')
     call.label(call.out, labels)
 
 
@@ -298,7 +305,9 @@ def index_put(call: Call) -> None:
         meets = dim in call.labels(x) and own not in call.labels(values)
         if meets and 0 <= own < values.ndim and constrains(call, values, own):
             call.lock(ids, 'meets a tensor of fixed width')
-    write(call, call.out, labels)
+    mixed = any(not call.labels(t) or call.tracer.is_nonzero(t) for t in (x, values))
+    call.label(call.out, labels)
+    call.nonzero(call.out, mixed)
 
 
 @rule('aten::unfold')
@@ -308,7 +317,7 @@ def unfold(call: Call) -> None:
     call.label(call.out, {d: ids for d, ids in call.labels(x).items() if d != dim})
 
 
-@rule('aten::channel_shuffle', 'aten::native_channel_shuffle')
+@rule('aten::channel_shuffle')
 def channel_shuffle(call: Call) -> None:
     """(N, g * C, ...): read as a g x C table, written as its transpose; the rows shrink alike."""
     x, groups = call['self'], call['groups']

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mmprune.rules.pointwise import broadcast, write
+from mmprune.rules.pointwise import broadcast
 from mmprune.rules.table import Call, rule
 from mmprune.slots import fixed_ids
 
@@ -18,9 +18,9 @@ def channelwise(call: Call, spatial: int) -> None:
 
 
 for _rank, _names in {
-    1: ('max_pool1d', 'avg_pool1d', 'adaptive_avg_pool1d', 'adaptive_max_pool1d',
+    1: ('avg_pool1d', 'adaptive_avg_pool1d',
         'upsample_nearest1d', 'upsample_linear1d', 'reflection_pad1d', 'replication_pad1d'),
-    2: ('max_pool2d', 'max_pool2d_with_indices', 'avg_pool2d', '_adaptive_avg_pool2d',
+    2: ('max_pool2d_with_indices', 'avg_pool2d', '_adaptive_avg_pool2d',
         'adaptive_avg_pool2d', 'adaptive_max_pool2d', 'upsample_nearest2d', 'upsample_bilinear2d',
         'upsample_bicubic2d', '_upsample_nearest_exact2d', '_upsample_bilinear2d_aa',
         '_upsample_bicubic2d_aa', 'reflection_pad2d', 'replication_pad2d', 'max_unpool2d'),
@@ -37,7 +37,7 @@ def average_3d(call: Call) -> None:
     channelwise(call, 3)
 
 
-@rule('aten::grid_sampler_2d', 'aten::_grid_sampler_2d_cpu_fallback', 'aten::grid_sampler')
+@rule('aten::grid_sampler_2d', 'aten::_grid_sampler_2d_cpu_fallback')
 def grid_sampler(call: Call) -> None:
     call.lock_tensor(call['grid'], 'sampling positions')
     channelwise(call, 2)
@@ -57,6 +57,7 @@ def constant_pad(call: Call) -> None:
             ends = (fixed_ids(before), fixed_ids(after))
             labels[dim] = tuple(np.concatenate([ends[0], ids, ends[1]]) for ids in labels[dim])
     call.label(call.out, labels)
+    call.nonzero(call.out, call.tracer.is_nonzero(x) or bool(call['value']))
 
 
 @rule('aten::im2col')
@@ -115,4 +116,6 @@ def index_add(call: Call) -> None:
     first = [t.narrow(dim, 0, min(1, t.shape[dim])) for t in (x, source)]
     if call.tracer.is_uniform(x):
         call.tracer.set_uniform(first[0])
-    write(call, call.out, broadcast(call, first, shape, labels))
+    mixed = any(not call.labels(t) or call.tracer.is_nonzero(t) for t in (x, source))
+    call.label(call.out, broadcast(call, first, shape, labels))
+    call.nonzero(call.out, mixed)

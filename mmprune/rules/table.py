@@ -83,8 +83,21 @@ class Call:
         return self.labels(tensor).get(dim % max(tensor.ndim, 1), ())
 
     def label(self, tensor: torch.Tensor, labels: Labels) -> None:
-        """Says what an output carries."""
-        self.tracer.set_labels(tensor, {d: ids for d, ids in labels.items() if ids})
+        """Says what an output carries. A single channel can't be removed, so it carries none."""
+        carried: Labels = {}
+        for dim, ids in labels.items():
+            if dim >= tensor.ndim or any(array.size != tensor.shape[dim] for array in ids):
+                self.lock(ids, 'its rule does not know this form of it')
+            elif tensor.shape[dim] == 1:
+                self.lock(ids, 'is the only channel')
+            elif ids:
+                carried[dim] = ids
+        self.tracer.set_labels(tensor, carried)
+
+    def nonzero(self, tensor: torch.Tensor, when: bool = True) -> None:
+        """Says whether a channel whose weights are zero may be something else in an output. Without
+        a word from the rule it is so where it is so in any input."""
+        self.tracer.set_nonzero(tensor, when)
 
     def tie(self, a: tuple[Ids, ...], b: tuple[Ids, ...], what: str = '') -> None:
         """The positions of two axes live or die together, one by one. An axis without labels has a
