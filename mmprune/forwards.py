@@ -62,6 +62,11 @@ def forwards_of(model: nn.Module, batch: Any, count: int = 4) -> tuple[Forward, 
     return tensor, (loss,)
 
 
+def both(*forwards: Forward) -> Forward:
+    """One run after another; returns what each returned."""
+    return lambda module: [forward(module) for forward in forwards]
+
+
 @contextmanager
 def in_evaluation(model: nn.Module):
     """Evaluation mode; afterwards each module has the mode that it had."""

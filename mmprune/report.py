@@ -13,6 +13,7 @@ from rich.table import Table
 from mmprune import cost
 from mmprune.couple import Trace
 from mmprune.plan import Plan
+from mmprune.score.collector import Collector
 
 FILE = 'prune_report.json'
 
@@ -55,6 +56,15 @@ def log_trace(logger: logging.Logger, traced: Trace) -> None:
         logger.warning(f'No rule for {name}: locked what goes into it in {", ".join(where)}')
     for each in traced.locked:
         logger.info(f'Locked {each.count} of {each.name}[dim {each.dim}]: {each.reasons[0]}')
+
+
+def log_scores(logger: logging.Logger, collector: Collector) -> None:
+    """What could not be scored, iterations and units, and why."""
+    skipped = {why: count for why, count in collector.skipped.items() if count}
+    if skipped:
+        logger.warning(f'Iterations that were not scored: {skipped}')
+    for reader, count in collector.unscored().items():
+        logger.info(f'{count} units stay, since {reader}')
 
 
 def log_cut(logger: logging.Logger, number: int, entry: dict[str, Any]) -> None:

@@ -16,11 +16,11 @@ from mmprune.checkpoint import META, plan_in, read_checkpoint
 from mmprune.choose import make_budget
 from mmprune.couple import Trace
 from mmprune.errors import PruneError
-from mmprune.forwards import forwards_of
+from mmprune.forwards import both, forwards_of
 from mmprune.pipeline import choose_step, cut_checked, make_plan, remaining, trace
 from mmprune.plan import plan_of
 from mmprune.schedule import target_at
-from mmprune.score import get_criterion
+from mmprune.score.adjust import make_score
 from mmprune.score.collector import Collector
 
 STATE = 'mmprune_state'
@@ -32,7 +32,7 @@ class PruneHook(Hook):
     """Prunes the model while it is trained.
 
     ``keep_flops``, ``keep_params``, ``keep_channels``, ``prune_num`` and the other options of
-    :class:`mmprune.Budget`: when to stop. ``score``: a criterion's name. ``begin``: iterations
+    :class:`mmprune.Budget`: when to stop. ``score``: a criterion's name, or a dict of it and its options. ``begin``: iterations
     before scoring begins; then a cut every ``interval`` iterations, the budget reached in ``steps``
     of them along ``schedule`` (``'linear'`` or ``'cubic'``). ``samples``: images of the batch that a
     trace runs on. ``check``: compare each cut with the masked model before it is kept.
@@ -47,7 +47,7 @@ class PruneHook(Hook):
 
     def __init__(
         self,
-        score: str = 'taylor',
+        score: str | dict[str, Any] = 'taylor',
         interval: int = 100,
         begin: int = 0,
         steps: int = 10,
@@ -58,14 +58,13 @@ class PruneHook(Hook):
         **budget: Any,
     ) -> None:
         self.rebuild_only = rebuild_only
-        for name, value, least in (
-            ('interval', interval, 1), ('begin', begin, 0), ('steps', steps, 1), ('samples', samples, 1),
-        ):  # fmt: skip
+        numbers = {'interval': (interval, 1), 'begin': (begin, 0), 'steps': (steps, 1)}
+        for name, (value, least) in (numbers | {'samples': (samples, 1)}).items():
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise PruneError(f'PruneHook: {name}={value!r}: give a whole number from {least} on')
         self.interval, self.begin, self.steps, self.samples = interval, begin, steps, samples
         self.check = check
-        self.criterion = get_criterion(score)
+        self.score = make_score(score)
         self.schedule = schedule
         if rebuild_only:
             return
@@ -145,7 +144,7 @@ class PruneHook(Hook):
         counted, also = forwards_of(model, data_batch, self.samples)
         traced = trace(model, counted, also=also)
         self._trace = traced
-        self._collector = Collector(traced, self.criterion.name, runner.optim_wrapper)
+        self._collector = Collector(traced, self.score, runner.optim_wrapper, model)
         if self._loaded is not None and self._loaded['collector'] is not None:
             self._collector.load_state_dict(self._loaded['collector'])
         self._loaded = None
@@ -181,8 +180,10 @@ class PruneHook(Hook):
                 'other data; lock what differs by name'
             )
         self.cuts += 1
+        scores = self._collector.scores()
+        report.log_scores(runner.logger, self._collector)
         keep = choose_step(
-            traced, self._collector.scores(), self.budget, model,
+            traced, scores, self.budget, model,
             lambda final: target_at(min(self.cuts, self.steps), self.steps, final, self.schedule),
             self.start,
         )  # fmt: skip
@@ -192,7 +193,7 @@ class PruneHook(Hook):
             step = make_plan(traced, model, keep, self.budget, iteration=runner.iter + 1)
             twins = averaged_models(runner)
             cut_checked(
-                model, step, (counted, *also) if self.check else None, runner.optim_wrapper,
+                model, step, both(counted, *also) if self.check else None, runner.optim_wrapper,
                 tuple(twin.module for twin in twins),
             )  # fmt: skip
             for twin in twins:
