@@ -1,71 +1,20 @@
 """Scores and a budget -> which units stay."""
 
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
 
 from mmprune import cost
+from mmprune.budget import Budget, Limits, make_budget  # noqa: F401  (their former place)
 from mmprune.couple import Group, Trace
 from mmprune.errors import PruneError
+from mmprune.plan import Plan
 
-FRACTIONS = ('keep_flops', 'keep_params', 'keep_channels')
-
-
-@dataclass(frozen=True)
-class Budget:
-    """When to stop removing units; the first that is reached counts.
-
-    ``keep_flops``, ``keep_params``: the fraction that remains of the original's; ``keep_channels``:
-    the fraction of units that every group keeps; ``prune_num``: how many units go in one cut.
-    ``min_channels``: units that every group keeps at least; ``divisor``: widths are rounded up to
-    multiples of it; ``max_cut``: the largest fraction of a group that one cut removes; ``lock``:
-    patterns of tensor names (``backbone.layer1.*``) whose units stay.
-    """
-
-    keep_flops: float | None = None
-    keep_params: float | None = None
-    keep_channels: float | None = None
-    prune_num: int | None = None
-    min_channels: int = 1
-    divisor: int = 1
-    max_cut: float = 1.0
-    lock: tuple[str, ...] = field(default=())
-
-    def __post_init__(self) -> None:
-        for name in (*FRACTIONS, 'max_cut'):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | float) and 0 < value <= 1):
-                raise PruneError(
-                    f'{name}={value!r} is outside (0, 1]: it is '
-                    + ('the largest fraction of a group that one cut removes'
-                       if name == 'max_cut' else 'the fraction that remains; give e.g. 0.5')
-                )  # fmt: skip
-        for name in ('prune_num', 'min_channels', 'divisor'):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int)
-                                      or value < 1):  # fmt: skip
-                raise PruneError(f'{name}={value!r}: give a whole number from 1 on')
-        if not any(getattr(self, name) is not None for name in (*FRACTIONS, 'prune_num')):
-            raise PruneError(
-                'no budget: give one or more of keep_flops, keep_params, keep_channels, prune_num'
-            )
-        lock = (self.lock,) if isinstance(self.lock, str) else tuple(self.lock)
-        object.__setattr__(self, 'lock', lock)
-
-    def to_meta(self) -> dict[str, Any]:
-        meta = {k: v for k, v in asdict(self).items() if v is not None}
-        return meta | {'lock': list(self.lock)}
-
-
-def make_budget(options: dict[str, Any]) -> Budget:
-    """A Budget from keyword options; unknown names are an error that lists the known ones."""
-    known = [f.name for f in fields(Budget)]
-    unknown = [name for name in options if name not in known]
-    if unknown:
-        raise PruneError(f'unknown budget option {unknown[0]!r}; there are {", ".join(known)}')
-    return Budget(**options)
+Latency = Callable[[np.ndarray], float]
+"""Seconds of a run when only the units in ``keep`` (n_units, bool) stay."""
 
 
 def choose(
@@ -74,12 +23,14 @@ def choose(
     budget: Budget,
     original: dict[str, Any] | None = None,
     stay: np.ndarray | None = None,
+    latency: Latency | None = None,
 ) -> np.ndarray:
     """Which units stay: (n_units,) bool. The lowest scores of all groups go first.
 
     ``scores``: (n_units,); a unit without one (NaN) stays. ``original``: of the unpruned model, where
-    ``trace`` is of one that was cut before: ``flops``, ``params``, ``units`` (how many each group had).
-    ``stay``: units that must.
+    ``trace`` is of one that was cut before: ``flops``, ``params``, ``latency``, ``units`` (how many
+    each group had) and ``plan``. ``stay``: units that must. ``latency``: what a budget of measured
+    time is reckoned with (:func:`mmprune.latency.measure`).
 
     Raises:
         PruneError: nothing can be cut; the budget is below what may go (the floor is named).
@@ -93,62 +44,16 @@ def choose(
     protected = np.isnan(scores) | _locked_by_name(trace, budget.lock)
     if stay is not None:
         protected = protected | stay
-    order = _removable(trace, scores, budget, protected, (original or {}).get('units'))
-    targets = _targets(trace, budget, original)
-
-    def reached(count: int) -> bool:
-        keep = _keep(trace, order[:count], scores, budget.divisor)
-        return any(value(keep) <= target * (1 + 1e-9) for value, target in targets.values())
-
-    if reached(0):
-        return np.ones(trace.n_units, dtype=bool)
-    limit = len(order)
-    if budget.prune_num is not None:
-        if limit == 0:
-            raise PruneError(f'prune_num={budget.prune_num}: no unit is left that may go')
-        limit = min(limit, budget.prune_num)
-    if not targets:
-        count = limit
-    elif reached(limit):
-        low, high = 0, limit  # not reached(low), reached(high)
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if reached(middle) else (middle, high)
-        count = high
-    elif budget.prune_num is not None or budget.keep_channels is not None or budget.max_cut < 1:
-        count = limit
-    else:
-        raise _below_floor(trace, order, scores, budget, targets)
-    return _keep(trace, order[:count], scores, budget.divisor)
+    choice = _Choice(trace, scores, budget, original or {}, protected, latency)
+    keep = np.ones(trace.n_units, dtype=bool)
+    for part in budget.parts:
+        keep = choice.solve(part, keep)
+    return choice.solve(None, keep)
 
 
 def first_reasons(trace: Trace) -> str:
     shown = '; '.join(str(locked) for locked in trace.locked[:3])
     return f'The first reasons: {shown}' if shown else 'No parameter took part in the traced run.'
-
-
-def _targets(trace: Trace, budget: Budget, original: dict[str, Any] | None) -> dict:
-    original = original or {}
-    found = {}
-    if budget.keep_flops is not None:
-        whole = original.get('flops', trace.flops)
-        found['keep_flops'] = (cost.flops(trace), budget.keep_flops * whole)
-    if budget.keep_params is not None:
-        whole = original.get('params', trace.params)
-        found['keep_params'] = (cost.params(trace), budget.keep_params * whole)
-    return found
-
-
-def _below_floor(trace, order, scores, budget, targets) -> PruneError:
-    keep = _keep(trace, order, scores, budget.divisor)
-    told = []
-    for name, (value, target) in targets.items():
-        whole = target / getattr(budget, name)
-        told.append(
-            f'{name}={getattr(budget, name)} is below the floor {value(keep) / whole:.3f} that locked '
-            f'units, min_channels={budget.min_channels} and divisor={budget.divisor} leave'
-        )
-    return PruneError('; '.join(told) + ': ask for more than the floor or lock less')
 
 
 def _locked_by_name(trace: Trace, patterns: tuple[str, ...]) -> np.ndarray:
@@ -173,48 +78,182 @@ def unit_width(group: Group) -> int:
     return min(group.axes.values())
 
 
-def _floor(group: Group, budget: Budget, original: int) -> int:
-    """How many units of a group, which once had ``original``, stay at least."""
-    n = len(group)
-    least = max(1, -(-budget.min_channels // unit_width(group)))
-    if budget.keep_channels is not None:
-        least = max(least, int(np.ceil(round(budget.keep_channels * original, 9))))
-    least = max(least, int(np.ceil(round((1 - budget.max_cut) * n, 9))))
-    return min(n, least)
+def home(trace: Trace, group: Group) -> str:
+    """The first weight that makes a group's units: it says which part they belong to."""
+    reading = set(trace.readers)
+    return next((axis.name for axis in group.axes if axis not in reading), group.name)
 
 
-def _removable(
-    trace: Trace,
-    scores: np.ndarray,
-    budget: Budget,
-    protected: np.ndarray,
-    original: list[int] | None,
-) -> np.ndarray:
-    """Units in the order of their going: lowest score first, the best of each group never."""
-    may_go = []
-    for number, group in enumerate(trace.groups):
-        free = group.units[~protected[group.units]]
-        held = len(group) - len(free)
-        once = original[number] if original else len(group)
-        spare = max(0, _floor(group, budget, once) - held)
-        ranked = free[np.argsort(scores[free], kind='stable')]
-        may_go.append(ranked[: len(ranked) - spare])
-    units = np.concatenate(may_go)
-    return units[np.argsort(scores[units], kind='stable')]
+@dataclass
+class _Width:
+    """How a group's width is rounded: channels of a unit, and of others on its axis for good."""
+
+    unit: int
+    fixed: int
+
+    def rounded(self, kept: int, divisor: int) -> int:
+        """Units that give at least the channels of ``kept``, and a multiple of ``divisor``."""
+        wanted = -(-(self.fixed + kept * self.unit) // divisor) * divisor
+        return -(-(wanted - self.fixed) // self.unit)
 
 
-def _keep(trace: Trace, gone: np.ndarray, scores: np.ndarray, divisor: int) -> np.ndarray:
-    keep = np.ones(trace.n_units, dtype=bool)
-    keep[gone] = False
-    if divisor > 1:
+class _Choice:
+    """One call of :func:`choose`: which limits hold where, and the search for each target."""
+
+    def __init__(
+        self,
+        trace: Trace,
+        scores: np.ndarray,
+        budget: Budget,
+        original: dict[str, Any],
+        protected: np.ndarray,
+        latency: Latency | None,
+    ) -> None:
+        self.trace, self.scores, self.budget = trace, scores, budget
+        self.original, self.protected, self.latency = original, protected, latency
+        self.part = self._parts()
+        limits = {part: budget.of_part(part) for part in budget.parts}
+        self.limits: list[Limits] = [limits.get(part, budget.whole) for part in self.part]
+        reading = set(trace.readers)
+        self.widths = []
         for group in trace.groups:
-            out = group.units[~keep[group.units]]
+            axes = [axis for axis in group.axes if axis not in reading] or list(group.axes)
+            axis = min(axes, key=lambda axis: (group.axes[axis], axis.size))
+            fixed = int((trace.unit_of[axis.ids] < 0).sum())
+            self.widths.append(_Width(group.axes[axis], fixed))
+
+    def _parts(self) -> list[str | None]:
+        """For each group the first part of the budget that it belongs to."""
+        homes = [home(self.trace, group) for group in self.trace.groups]
+        for part in self.budget.parts:
+            if not any(cost.in_part(name, part) for name in homes):
+                raise PruneError(
+                    f'parts[{part!r}]: no unit that may go is made there; parts of this model are '
+                    f'{", ".join(dict.fromkeys(cost.part_of(name) for name in homes))}, and any start '
+                    f'or pattern of names such as {homes[0]!r}'
+                )
+        return [
+            next((part for part in self.budget.parts if cost.in_part(name, part)), None)
+            for name in homes
+        ]
+
+    def solve(self, part: str | None, keep: np.ndarray) -> np.ndarray:
+        """``keep`` less what goes for the targets of one part (``None``: of the whole model)."""
+        limits = self.budget.whole if part is None else self.budget.of_part(part)
+        if not limits.targets:
+            return keep
+        # A part that has its own targets is no matter of the whole model's.
+        mine = [
+            number for number, of in enumerate(self.part)
+            if of == part or (part is None and not self.limits[number].targets)
+        ]  # fmt: skip
+        order = self._removable(mine, limits)
+        targets = self._targets(part, limits, keep)
+
+        def after(count: int) -> np.ndarray:
+            return self._without(order[:count], keep, mine)
+
+        def reached(count: int) -> bool:
+            left = after(count)
+            return any(value(left) <= target * (1 + 1e-9) for value, target in targets.values())
+
+        if targets and reached(0):
+            return keep
+        if 'prune_num' in limits.targets and not len(order):
+            raise PruneError(
+                f'prune_num={limits.targets["prune_num"]}: no unit is left that may go'
+                + (f' in {part}' if part else '')
+            )
+        if targets and reached(len(order)):
+            low, high = 0, len(order)  # not reached(low), reached(high)
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (low, middle) if reached(middle) else (middle, high)
+            return after(high)
+        gentle = any(self.limits[number].max_cut < 1 for number in mine)
+        if gentle or 'prune_num' in limits.targets or 'keep_channels' in limits.targets:
+            return after(len(order))
+        raise self._below_floor(part, limits, targets, after(len(order)))
+
+    def _targets(
+        self, part: str | None, limits: Limits, keep: np.ndarray
+    ) -> dict[str, tuple[Callable[[np.ndarray], float], float]]:
+        """{name: (what is left by it, how much may be)}."""
+        found: dict[str, tuple[Callable[[np.ndarray], float], float]] = {}
+        for name, what in (('keep_flops', 'flops'), ('keep_params', 'params')):
+            if name in limits.targets:
+                terms = getattr(cost, what)(self.trace, part)
+                whole = cost.before(self.trace, self._plan, terms)
+                if part is None:
+                    whole = self.original.get(what, whole)
+                found[name] = (terms, limits.targets[name] * whole)
+        if 'latency' in limits.targets:
+            if self.latency is None:
+                raise PruneError(
+                    f'latency={limits.targets["latency"]}: no times were measured: give choose() '
+                    'latency=mmprune.latency.measure(...), or take keep_flops'
+                )
+            whole = self.original.get('latency') or self.latency(np.ones_like(keep))
+            found['latency'] = (self.latency, limits.targets['latency'] * whole)
+        if 'prune_num' in limits.targets:
+            found['prune_num'] = (
+                lambda left: float(left.sum()), float(keep.sum() - limits.targets['prune_num'])
+            )  # fmt: skip
+        return found
+
+    @property
+    def _plan(self) -> Plan | None:
+        return self.original.get('plan')
+
+    def _floor(self, number: int, keep_channels: float | None) -> int:
+        """How many units of a group stay at least."""
+        group, limits = self.trace.groups[number], self.limits[number]
+        n = len(group)
+        once = self.original['units'][number] if 'units' in self.original else n
+        least = max(1, -(-limits.min_channels // unit_width(group)))
+        if keep_channels is not None:
+            least = max(least, int(np.ceil(round(keep_channels * once, 9))))
+        least = max(least, int(np.ceil(round((1 - limits.max_cut) * n, 9))))
+        return min(n, least)
+
+    def _removable(self, groups: list[int], limits: Limits) -> np.ndarray:
+        """Units in the order of their going: lowest score first, the best of each group never."""
+        may_go = [np.zeros(0, dtype=np.int64)]
+        for number in groups:
+            group = self.trace.groups[number]
+            free = group.units[~self.protected[group.units]]
+            held = len(group) - len(free)
+            spare = max(0, self._floor(number, limits.targets.get('keep_channels')) - held)
+            ranked = free[np.argsort(self.scores[free], kind='stable')]
+            may_go.append(ranked[: len(ranked) - spare])
+        units = np.concatenate(may_go)
+        return units[np.argsort(self.scores[units], kind='stable')]
+
+    def _without(self, gone: np.ndarray, keep: np.ndarray, groups: list[int]) -> np.ndarray:
+        """``keep`` less ``gone``, but for those that fill a width up to a multiple."""
+        left = keep.copy()
+        left[gone] = False
+        for number in groups:
+            divisor = self.limits[number].divisor
+            units = self.trace.groups[number].units
+            out = units[~left[units]] if divisor > 1 else ()
             if not len(out):
                 continue
-            width = unit_width(group)
-            kept = len(group) - len(out)
-            wanted = -(-kept * width // divisor) * divisor
-            back = min(len(out), -(-wanted // width) - kept)
-            best = out[np.argsort(-scores[out], kind='stable')]
-            keep[best[:back]] = True
-    return keep
+            kept = len(units) - len(out)
+            back = self.widths[number].rounded(kept, divisor) - kept
+            best = out[np.argsort(-self.scores[out], kind='stable')]
+            left[best[:back]] = True
+        return left
+
+    def _below_floor(
+        self, part: str | None, limits: Limits, targets: dict, least: np.ndarray
+    ) -> PruneError:
+        told = []
+        for name, (value, target) in targets.items():
+            whole = target / limits.targets[name]
+            told.append(
+                f'{name}={limits.targets[name]} is below the floor {value(least) / whole:.3f} that '
+                f'locked units, min_channels={limits.min_channels} and divisor={limits.divisor} leave'
+                + (f' in {part}' if part else '')
+            )
+        return PruneError('; '.join(told) + ': ask for more than the floor or lock less')

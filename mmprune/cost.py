@@ -1,14 +1,17 @@
-"""What a choice of units costs: FLOPs, parameters, channels, activations, as fractions of a trace.
+"""What a choice of units costs: FLOPs, parameters, channels, activations.
 
 One multiply-add counts as one FLOP; only convolutions and matrix products count. A module called on
 five levels counts five times, its parameters once.
 """
+
+from fnmatch import fnmatchcase
 
 import numpy as np
 from scipy.sparse import csr_array
 from torch import nn
 
 from mmprune.couple import Trace
+from mmprune.plan import Plan
 from mmprune.slots import Axis
 
 
@@ -33,6 +36,7 @@ class Products:
                     ids.append(axis)
                 numbers.append(self._known[key])
             merged[tuple(numbers)] = merged.get(tuple(numbers), 0.0) + count
+        self._ids = ids
         self._sizes = np.array([axis.size for axis in ids] + [1], dtype=np.float64)
         self._n_axes = len(ids)
         # (axis, unit) -> how many of the axis's positions the unit holds; locked ones apart.
@@ -63,6 +67,11 @@ class Products:
         """The sum when only the units in ``keep`` (n_units, bool) stay."""
         return float(self._counts @ self._fractions(keep)[self._terms].prod(axis=1))
 
+    def grown(self, growth: np.ndarray) -> float:
+        """The sum were each slot ``growth`` (n_slots,) times as many."""
+        fractions = np.array([growth[ids].mean() for ids in self._ids] + [1.0])
+        return float(self._counts @ fractions[self._terms].prod(axis=1))
+
     def of_units(self, keep: np.ndarray) -> np.ndarray:
         """For each unit what it accounts for now: the first derivative of the sum, (n_units,)."""
         fractions = self._fractions(keep)
@@ -78,7 +87,7 @@ def flops(trace: Trace, part: str | None = None) -> Products:
     """Multiply-adds of the traced forward (of one part of it)."""
     return Products(trace, [
         (work.count, work.axes) for work in trace.record.work
-        if part is None or part_of(work.where) == part
+        if part is None or in_part(work.where, part)
     ])  # fmt: skip
 
 
@@ -86,10 +95,22 @@ def params(trace: Trace, part: str | None = None) -> Products:
     """Number of parameters."""
     terms = []
     for name, tensor in trace.slots.tensors.items():
-        if isinstance(tensor, nn.Parameter) and (part is None or part_of(name) == part):
+        if isinstance(tensor, nn.Parameter) and (part is None or in_part(name, part)):
             axes = [trace.slots.by_key.get((name, dim)) for dim in range(tensor.ndim)]
             terms.append((float(tensor.numel()), [axis.ids for axis in axes if axis is not None]))
     return Products(trace, terms)
+
+
+def before(trace: Trace, plan: Plan | None, terms: Products) -> float:
+    """What a sum was before the cuts of ``plan``, which led to the traced model."""
+    if plan is None:
+        return terms(np.ones(trace.n_units, dtype=bool))
+    growth = np.ones(trace.slots.size)
+    for axis in trace.slots.axes:
+        shape = plan.fingerprint.get(axis.name)
+        if shape is not None:
+            growth[axis.ids] = shape[axis.dim] / axis.size
+    return terms.grown(growth)
 
 
 def memory(trace: Trace) -> Products:
@@ -101,7 +122,7 @@ def channels(trace: Trace, part: str | None = None) -> Products:
     """Output channels of everything with a weight: convolutions, linear layers."""
     return Products(trace, [
         (float(axis.size), [axis.ids]) for axis in output_axes(trace)
-        if part is None or part_of(axis.name) == part
+        if part is None or in_part(axis.name, part)
     ])  # fmt: skip
 
 
@@ -116,6 +137,12 @@ def part_of(name: str) -> str:
     container of heads (``roi_head.bbox_head``)."""
     names = name.split('.')
     return '.'.join(names[:2]) if names[0] == 'roi_head' and len(names) > 1 else names[0]
+
+
+def in_part(name: str, part: str) -> bool:
+    """Whether a module or tensor belongs to a part, which is given as :func:`part_of` does, by the
+    start of its names, or by a pattern."""
+    return part_of(name) == part or f'{name}.'.startswith(f'{part}.') or fnmatchcase(name, part)
 
 
 def parts_of(trace: Trace) -> list[str]:

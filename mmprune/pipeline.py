@@ -1,8 +1,6 @@
 """trace -> couple -> score -> choose -> cut: the whole way, in one file. Read this first."""
 
-import copy
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +16,7 @@ from mmprune.plan import Plan, fingerprint, plan_of
 from mmprune.score import Score, make_score
 from mmprune.score.collector import scores_now
 from mmprune.trace import record
-from mmprune.verify import verify
+from mmprune.verify import copied, verify
 
 Forward = Callable[[nn.Module], Any]
 
@@ -111,6 +109,7 @@ def original_cost(model: nn.Module, traced: Trace) -> dict[str, Any]:
         'flops': traced.flops / left['flops'],
         'params': round(traced.params / left['params']),
         'units': units,
+        'plan': plan,
     }
 
 
@@ -127,16 +126,12 @@ def choose_step(
     ``target_at``: from a final fraction the one of this cut; ``start``: the fractions of the original
     that the model had when this began (below 1 where it was pruned before).
     """
-    if budget.keep_flops is not None:
-        whole = start['flops']
-        aim = min(1.0, whole * target_at(min(1.0, budget.keep_flops / whole)))
-        budget = replace(budget, keep_flops=aim)
-    if budget.keep_params is not None:
-        whole = start['params']
-        aim = min(1.0, whole * target_at(min(1.0, budget.keep_params / whole)))
-        budget = replace(budget, keep_params=aim)
-    if budget.keep_channels is not None:
-        budget = replace(budget, keep_channels=target_at(budget.keep_channels))
+
+    def along(name: str, final: float) -> float:
+        whole = start.get(name.removeprefix('keep_'), 1.0)
+        return min(1.0, whole * target_at(min(1.0, final / whole)))
+
+    budget = budget.scheduled(along)
     return choose(traced, scores, budget, original_cost(model, traced))
 
 
@@ -206,7 +201,7 @@ def cut_checked(
     """Cuts by a plan that was made for the model as it is now; first, if ``forward`` is given, on a
     copy, which :func:`verify` compares with the masked original."""
     if forward is not None:
-        trial = copy.deepcopy(model)
+        trial = copied(model)
         cut(trial, plan)
         verify(model, trial, plan, forward)
     return cut(model, plan, optimizer, twins)

@@ -197,8 +197,8 @@ class Collector:
         if not found:
             skipped = self.skipped
             raise PruneError(
-                f'score={self.score.name!r}: no iteration could be scored: no weight had a gradient in '
-                f'{skipped["missing"]} of them, {skipped["nonfinite"]} had numbers that are not finite. '
+                f'score={self.score.name!r}: no iteration was scored: no weight had a gradient in '
+                f'{skipped["missing"]} of them, {skipped["nonfinite"]} had numbers not finite. '
                 'Scores come from the steps of the optimizer, between a trace and a cut'
             )
         values = np.sum(found, axis=0)

@@ -1,11 +1,9 @@
 """First-order criteria from weights and their gradients alone."""
 
-from collections.abc import Callable
-
 import torch
 
 from mmprune.score.table import criterion
-from mmprune.score.units import Slice, Units
+from mmprune.score.units import Slice, Units, sum_but
 
 
 def gate_gradient(units: Units) -> torch.Tensor:
@@ -15,18 +13,34 @@ def gate_gradient(units: Units) -> torch.Tensor:
     Where only products of activations read a unit (the width of attention heads), the gate is at
     the weights that make it.
     """
-    read = units.sums(*_product(units, units.readers))
+    read = _products(units, units.readers)
     if not units.unread_makers:
         return read
-    made = units.sums(*_product(units, units.unread_makers))
-    return torch.where(units.read, read, made)
+    return torch.where(units.read, read, _products(units, units.unread_makers))
 
 
-def _product(
-    units: Units, slices: list[Slice]
-) -> tuple[list[Slice], Callable[[torch.Tensor], torch.Tensor]]:
+def _products(units: Units, slices: list[Slice]) -> torch.Tensor:
     having = [entry for entry in slices if entry.weight.grad is not None]
-    return having, lambda w: w.detach().float() * units.gradient(w).float()
+    parts = [
+        dot_along(e.weight.detach().float(), units.gradient(e.weight).float(), e.axis.dim)
+        for e in having
+    ]
+    return units.gather(having, parts)
+
+
+CACHED = 1 << 18
+"""Elements of a product that stay in a processor's cache: twice to six times as fast there."""
+
+
+def dot_along(a: torch.Tensor, b: torch.Tensor, dim: int) -> torch.Tensor:
+    """``(a * b)`` summed over all dimensions but ``dim``: (size of ``dim``,)."""
+    if a.numel() <= CACHED or a.ndim == 1 or a.device.type != 'cpu':
+        return sum_but(a * b, dim)
+    rows = max(1, CACHED * a.shape[0] // a.numel())
+    pieces = [
+        sum_but(x * y, dim) for x, y in zip(a.split(rows), b.split(rows), strict=True)
+    ]  # fmt: skip
+    return torch.cat(pieces) if dim == 0 else torch.stack(pieces).sum(0)
 
 
 @criterion('taylor', needs='gradients')

@@ -86,7 +86,7 @@ class Units:
 
     def sums(self, slices: list[Slice], value: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """(n,) sums of ``value(weight)``, of the weight's shape, over all slots of each unit."""
-        parts = [_sum_but(value(entry.weight), entry.axis.dim) for entry in slices]
+        parts = [sum_but(value(entry.weight), entry.axis.dim) for entry in slices]
         return self.gather(slices, parts)
 
     def gather(self, slices: list[Slice], parts: list[torch.Tensor]) -> torch.Tensor:
@@ -111,7 +111,7 @@ class Units:
                 )
 
 
-def _sum_but(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+def sum_but(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     """(size of ``dim``,) sums over all other dimensions."""
     if tensor.ndim == 1:
         return tensor
