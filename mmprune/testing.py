@@ -24,23 +24,30 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from mmprune.errors import PruneError
 
-Forward = Callable[[nn.Module], Any]
+Forward = Callable[..., Any]
+
+PROPOSALS = 64
+"""How many proposals the second stage of a detector sees at most."""
 
 
 def build(
-    config: str | Config, size: int = 128, mode: str = 'loss', seed: int = 0
+    config: str | Config, size: int = 96, mode: str = 'loss', seed: int = 0
 ) -> tuple[nn.Module, Forward]:
     """A model in training mode and ``forward(model)``, which runs it on a random batch of two.
 
     ``config``: ``mmdet::retinanet/retinanet_r50_fpn_1x_coco.py`` (also ``mmpose::``; a file; a
     ``Config``), or ``torchvision::resnet50``. ``size``: sides of the images where the config does not
-    fix them (pose models take theirs from the codec). ``mode``: ``loss``, ``tensor`` or ``predict``.
+    fix them (pose models take theirs from the codec). ``mode``: ``loss``, ``tensor`` or ``predict``;
+    ``forward(model, mode=...)`` overrides it. Two-stage detectors take at most 64 proposals.
 
     The same arguments give the same model and batch. The forward may be run any number of times, on
     this model or a copy of it.
     """
     if isinstance(config, str) and config.startswith('torchvision::'):
-        model, batch = _torchvision(config.removeprefix('torchvision::'), size, seed)
+        name = config.removeprefix('torchvision::')
+        model = _torchvision_model(name, seed)
+        batch = _torchvision_batch(name, model, size, seed)
+        _small_detector(model, size)
         return _shaken(model, lambda m: m(*copy.deepcopy(batch)), seed)
     config = load(config) if isinstance(config, str) else copy.deepcopy(config)
     model = build_model(config, seed)
@@ -63,7 +70,14 @@ def load(name: str) -> Config:
     return Config.fromfile(name)
 
 
-def build_model(config: Config, seed: int = 0) -> nn.Module:
+def bare(config: str | Config, seed: int = 0) -> nn.Module:
+    """The model of :func:`build` with weights as its constructor leaves them, to load others into."""
+    if isinstance(config, str) and config.startswith('torchvision::'):
+        return _torchvision_model(config.removeprefix('torchvision::'), seed)
+    return build_model(load(config) if isinstance(config, str) else config, seed, init=False)
+
+
+def build_model(config: Config, seed: int = 0, init: bool = True) -> nn.Module:
     """The config's model with random weights, in training mode; SyncBN becomes BN."""
     scope = config.get('default_scope') or config.model.get('_scope_') or 'mmpose'
     # A package's own registry is filled by its registration function.
@@ -78,7 +92,8 @@ def build_model(config: Config, seed: int = 0) -> nn.Module:
     logging.disable(logging.INFO)  # a page about each weight
     try:
         model = MODELS.build(_offline(config.model))
-        model.init_weights()
+        if init:
+            model.init_weights()
     finally:
         logging.disable(before)
     model = revert_sync_batchnorm(model)
@@ -87,7 +102,7 @@ def build_model(config: Config, seed: int = 0) -> nn.Module:
 
 
 def _offline(value: Any) -> Any:
-    """Without what would be downloaded, and without batch augmentation (which changes sizes)."""
+    """Without what would be downloaded or changes sizes (batch augmentation); few proposals."""
     if isinstance(value, list | tuple):
         return type(value)(_offline(item) for item in value)
     if not isinstance(value, dict):
@@ -101,6 +116,10 @@ def _offline(value: Any) -> Any:
             changed[key] = False if isinstance(item, bool) else None
         elif key in ('teacher_ckpt', 'batch_augments'):
             changed[key] = None
+        elif key == 'sampler' and 'num' in item:
+            changed[key] = dict(item, num=min(item['num'], PROPOSALS))
+        elif key == 'max_per_img':
+            changed[key] = min(item, PROPOSALS)
         elif key == 'teacher_config' and isinstance(item, str):
             teacher = load('mmdet::' + item.removeprefix('configs/'))
             changed[key] = Config({'model': _offline(teacher.model)})
@@ -112,7 +131,7 @@ def _offline(value: Any) -> Any:
 # -- batches --------------------------------------------------------------------------------------
 
 
-def detection_batch(config: Config, size: int = 128) -> dict[str, Any]:
+def detection_batch(config: Config, size: int = 96) -> dict[str, Any]:
     """Two random images of (3, size, size) with boxes, masks and semantic maps."""
     from mmdet.testing import demo_mm_inputs, demo_mm_proposals
 
@@ -197,9 +216,9 @@ def _pose_sample(dataset: Any, shape: tuple[int, int] = (240, 320)) -> dict[str,
     return sample | {key: copy.deepcopy(meta[key]) for key in keys}
 
 
-def _torchvision(name: str, size: int, seed: int) -> tuple[nn.Module, tuple]:
-    """A torchvision model by its name, and the inputs of its forward. Where torchvision's compiled
-    ops do not load, mmcv's NMS stands in for the one that its detectors need."""
+def _torchvision_model(name: str, seed: int) -> nn.Module:
+    """A torchvision model by its name. Where torchvision's compiled ops do not load, mmcv's NMS
+    stands in for the one that its detectors need."""
     import torchvision
 
     if not torchvision.extension._has_ops():
@@ -207,27 +226,36 @@ def _torchvision(name: str, size: int, seed: int) -> tuple[nn.Module, tuple]:
             boxes, scores, float(iou_threshold)
         )[1]
     torch.manual_seed(seed)
-    sizes = {'inception_v3': 128, 'vit': 224, 'swin': 128, 'maxvit': 224}
-    side = next((n for key, n in sizes.items() if name.startswith(key)), size)
     keywords: dict[str, Any] = {'weights': None}
     try:
-        model = torchvision.models.get_model(name, **keywords, weights_backbone=None)
+        return torchvision.models.get_model(name, **keywords, weights_backbone=None).train()
     except TypeError:
         if name in ('googlenet', 'inception_v3'):
             keywords['init_weights'] = True
-        model = torchvision.models.get_model(name, **keywords)
-    images = torch.rand(2, 3, side, side)
+        return torchvision.models.get_model(name, **keywords).train()
+
+
+def _torchvision_batch(name: str, model: nn.Module, size: int, seed: int) -> tuple:
+    """The inputs of a torchvision model's forward."""
+    sizes = {'inception_v3': 128, 'vit': 224, 'maxvit': 224}
+    side = next((n for key, n in sizes.items() if name.startswith(key)), size)
+    images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(seed))
+    if not type(model).__module__.startswith('torchvision.models.detection'):
+        return (images,)
+    target = {
+        'boxes': torch.tensor([[8.0, 8.0, side / 2, side / 2], [20.0, 30.0, side - 9, side - 9]]),
+        'labels': torch.tensor([1, 1]),
+        'masks': torch.ones(2, side, side, dtype=torch.uint8),
+        'keypoints': torch.rand(2, 17, 3) * side,
+    }
+    return (list(images), [target, target])
+
+
+def _small_detector(model: nn.Module, side: int) -> None:
+    """torchvision's detectors resize their images to 800: to ``side`` instead."""
     if type(model).__module__.startswith('torchvision.models.detection'):
         model.transform.min_size, model.transform.max_size = (side,), side
         model.transform.fixed_size = None
-        target = {
-            'boxes': torch.tensor([[8.0, 8.0, side / 2, side / 2], [20.0, 30.0, side - 9, side - 9]]),
-            'labels': torch.tensor([1, 1]),
-            'masks': torch.ones(2, side, side, dtype=torch.uint8),
-            'keypoints': torch.rand(2, 17, 3) * side,
-        }
-        return model.train(), (list(images), [target, target])
-    return model.train(), (images,)
 
 
 # -- weights --------------------------------------------------------------------------------------

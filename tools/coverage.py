@@ -12,11 +12,14 @@ import argparse
 import copy
 import io
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import time
+import traceback
+import warnings
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -26,7 +29,7 @@ FAMILIES = ROOT / 'tools' / 'coverage.txt'
 RESULTS = ROOT / 'docs' / 'coverage.json'
 PAGE = ROOT / 'docs' / 'coverage.md'
 TOLERANCE = 1e-5
-MARK = 'COVERAGE '
+FORK = multiprocessing.get_context('fork')
 
 
 def families() -> dict[str, tuple[str, int]]:
@@ -37,7 +40,7 @@ def families() -> dict[str, tuple[str, int]]:
             zoo = line.strip('[] ')
         elif line.strip() and not line.startswith('#'):
             name, config, *options = line.split()
-            size = int(dict(o.split('=') for o in options).get('size', 128))
+            size = int(dict(o.split('=') for o in options).get('size', 96))
             found[f'{zoo}/{name}'] = (config, size)
     return found
 
@@ -45,37 +48,32 @@ def families() -> dict[str, tuple[str, int]]:
 # -- one family, in its own process ---------------------------------------------------------------
 
 
-def examine(config: str, size: int, reasons: bool) -> dict:
-    """What the row of one family says."""
+def examine(config: str, size: int, row: dict, done: Callable[[], None]) -> None:
+    """Fills the row of one family; calls ``done`` after each stage."""
     import torch
 
     import mmprune
-    from mmprune import cost
     from mmprune.choose import Budget, choose
     from mmprune.cut import cut
     from mmprune.pipeline import make_plan, score_now
     from mmprune.testing import build
     from mmprune.verify import verify
 
-    torch.set_num_threads(1)
-    row: dict = {'config': config, 'stage': 'build'}
 
     def at(stage: str) -> None:
         row['stage'] = stage
-        print(f'{MARK}{json.dumps(row)}', flush=True)
+        done()
 
     at('build')
     model, forward = build(config, size)
     with torch.no_grad():
-        row['forward_s'] = min(timed(lambda: forward(copy.deepcopy(model)))[1] for _ in range(2))
+        row['forward_s'] = timed(lambda: forward(copy.deepcopy(model)))[1]
     at('trace')
     trace, row['trace_s'] = timed(lambda: mmprune.trace(model, forward))
     row['unknown'] = {name: where[:3] for name, where in trace.unknown_ops.items()}
     row['params'] = trace.params
     row |= {'free': shares(trace), 'locks': lock_reasons(trace)}
-    if reasons:
-        for locked in trace.locked:
-            print(f'  {locked.count:5d} {locked}')
+    row['all_locks'] = [f'{locked.count:5d} {locked}' for locked in trace.locked]
     at('choose')
     budget = Budget(keep_channels=0.7)
     keep = choose(trace, score_now(trace, 'l2'), budget)
@@ -89,23 +87,22 @@ def examine(config: str, size: int, reasons: bool) -> dict:
     row['error'] = verify(model, pruned, plan, forward)
     del trace, keep
     at('rebuild')
-    row['rebuilds'] = rebuilds(config, size, pruned, forward)
+    row['rebuilds'] = rebuilds(config, pruned, forward)
     if not config.startswith('torchvision'):
         at('predict')
-        _, predict = build(config, size, mode='predict')
-        row['error_predict'] = verify(model.eval(), pruned.eval(), plan, predict)
+        row['error_predict'] = verify(
+            model.eval(), pruned.eval(), plan, lambda m: forward(m, mode='predict')
+        )
         pruned.train()
     at('step')
     row['steps'] = steps(pruned, forward)
     at('done')
-    assert cost
-    return row
 
 
 def timed(function):
-    start = time.perf_counter()
+    start = time.process_time()  # of one thread: what else runs does not count
     result = function()
-    return result, time.perf_counter() - start
+    return result, time.process_time() - start
 
 
 def shares(trace) -> dict[str, float]:
@@ -136,12 +133,12 @@ def lock_reasons(trace) -> list[str]:
     return [f'{reason} ({count})' for reason, count in found.most_common(4)]
 
 
-def rebuilds(config: str, size: int, pruned, forward) -> bool:
+def rebuilds(config: str, pruned, forward) -> bool:
     """Whether a checkpoint of it brings a fresh model to the same outputs, bit for bit."""
     import torch
 
     import mmprune
-    from mmprune.testing import build
+    from mmprune.testing import bare
     from mmprune.trace import tensors_in, unchanged
     from mmprune.verify import evaluating
 
@@ -150,7 +147,7 @@ def rebuilds(config: str, size: int, pruned, forward) -> bool:
     torch.save({'meta': plan.to_meta(), 'state_dict': pruned.state_dict()}, file)
     file.seek(0)
     checkpoint = torch.load(file, weights_only=True)
-    fresh, _ = build(config, size, seed=1)
+    fresh = bare(config, seed=1)
     mmprune.Plan.from_meta(checkpoint['meta']).apply(fresh)
     fresh.load_state_dict(checkpoint['state_dict'], strict=True)
     outputs = []
@@ -184,22 +181,35 @@ def steps(pruned, forward) -> bool:
 
 def run(name: str, config: str, size: int, limit: int) -> dict:
     """The row of one family, from a process with a time limit; errors stand in the row."""
-    command = [sys.executable, __file__, '--config', config, '--size', str(size)]
-    environment = os.environ | {'OMP_NUM_THREADS': '1'}
+    here, there = FORK.Pipe(duplex=False)
+    process = FORK.Process(target=child, args=(there, config, size))
+    process.start()
+    there.close()
+    row: dict = {'config': config, 'stage': 'import'}
+    end = time.monotonic() + limit
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=limit, env=environment, cwd=ROOT
-        )
-        output, error, code = done.stdout, done.stderr, done.returncode
-    except subprocess.TimeoutExpired as expired:
-        output = (expired.stdout or b'').decode()
-        error, code = f'no end within {limit} s', 1
-    rows = [line for line in output.splitlines() if line.startswith(MARK)]
-    row = json.loads(rows[-1].removeprefix(MARK)) if rows else {'config': config, 'stage': 'import'}
-    if code:
-        lines = [line for line in error.splitlines() if line and not line.startswith(' ')]
-        row['failure'] = lines[-1][:1000] if lines else f'ended with {code}'
+        while here.poll(max(0, end - time.monotonic())):
+            row = here.recv()
+        row['failure'] = f'no end within {limit} s'
+        process.kill()
+    except EOFError:
+        process.join()
+        if row['stage'] != 'done' and 'failure' not in row:
+            row['failure'] = f'the process ended with {process.exitcode}'
     return {'name': name} | row
+
+
+def child(pipe, config: str, size: int) -> None:
+    """Sends the row after each stage, so that a crash leaves what came before."""
+    sink = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, 1)
+    os.dup2(sink, 2)
+    row: dict = {'config': config}
+    try:
+        examine(config, size, row, lambda: pipe.send(row))
+    except Exception as error:  # whatever a model of the zoo may raise belongs into the table
+        row['failure'] = ''.join(traceback.format_exception_only(error)).strip()[:1000]
+        pipe.send(row)
 
 
 def verdict(row: dict) -> str:
@@ -262,33 +272,47 @@ def cells(row: dict) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument('--only', default='*', help='families by pattern, e.g. mmdet/*detr*')
+    parser.add_argument('--only', nargs='+', default=['*'], help='patterns, e.g. mmdet/*detr*')
     parser.add_argument('--jobs', type=int, default=1, help='processes at a time')
     parser.add_argument('--limit', type=int, default=600, help='seconds for one family')
     parser.add_argument('--reasons', action='store_true', help='print every lock of the families')
-    parser.add_argument('--config', help=argparse.SUPPRESS)
-    parser.add_argument('--size', type=int, default=128, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.config:
-        examine(arguments.config, arguments.size, arguments.reasons)
-        return
-    chosen = {n: f for n, f in families().items() if fnmatchcase(n, arguments.only)}
+    chosen = {
+        name: family for name, family in families().items()
+        if any(fnmatchcase(name, pattern) for pattern in arguments.only)
+    }  # fmt: skip
     if not chosen:
         parser.error(f'--only {arguments.only}: no such family in {FAMILIES.name}')
-    if arguments.reasons:
-        for config, size in chosen.values():
-            examine(config, size, True)
-        return
+    warm_up()
     RESULTS.parent.mkdir(exist_ok=True)
     with ThreadPoolExecutor(arguments.jobs) as pool:
         pending = [pool.submit(run, n, *f, arguments.limit) for n, f in chosen.items()]
         for future in pending:
-            show(future.result())
-            keep(future.result())
+            row = future.result()
+            locks = row.pop('all_locks', [])
+            show(row)
+            if arguments.reasons:
+                print('\n'.join(locks))
+            keep(row)
     known = json.loads(RESULTS.read_text())
     write_page(known, PAGE)
     counts = Counter(verdict(row) for row in known)
     print('all families:', ', '.join(f'{count} {name}' for name, count in counts.most_common()))
+
+
+def warm_up() -> None:
+    """Imports once what every family's process needs."""
+    warnings.simplefilter('ignore')
+    os.environ['OMP_NUM_THREADS'] = '1'
+    import mmdet.utils
+    import mmpose.utils
+    import torch
+
+    import mmprune.testing  # noqa: F401
+
+    torch.set_num_threads(1)
+    mmdet.utils.register_all_modules(init_default_scope=False)
+    mmpose.utils.register_all_modules(init_default_scope=False)
 
 
 def keep(row: dict) -> None:
