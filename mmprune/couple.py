@@ -176,9 +176,10 @@ def _groups(
     if not free.size:
         return unit_of, []
     # (component, axis) pairs with their counts are a unit's shape.
-    pairs, counts = np.unique(
-        np.stack([component[free], slots.axis_index(free)], axis=1), axis=0, return_counts=True
+    codes, counts = np.unique(
+        component[free].astype(np.int64) * len(slots.axes) + slots.axis_index(free), return_counts=True
     )
+    pairs = np.stack(np.divmod(codes, len(slots.axes)), axis=1)
     starts = np.flatnonzero(np.diff(pairs[:, 0], prepend=-1))
     shapes: dict[tuple, list[int]] = {}
     for start, end in zip(starts, [*starts[1:], len(pairs)], strict=True):

@@ -47,8 +47,7 @@ def build(
         name = config.removeprefix('torchvision::')
         model = _torchvision_model(name, seed)
         batch = _torchvision_batch(name, model, size, seed)
-        _small_detector(model, size)
-        return _shaken(model, lambda m: m(*copy.deepcopy(batch)), seed)
+        return _shaken(model, lambda m: _at_size(m, size)(*copy.deepcopy(batch)), seed)
     config = load(config) if isinstance(config, str) else copy.deepcopy(config)
     model = build_model(config, seed)
     if config.get('default_scope') == 'mmpose' or 'mmpose' in type(model).__module__:
@@ -251,11 +250,12 @@ def _torchvision_batch(name: str, model: nn.Module, size: int, seed: int) -> tup
     return (list(images), [target, target])
 
 
-def _small_detector(model: nn.Module, side: int) -> None:
+def _at_size(model: nn.Module, side: int) -> nn.Module:
     """torchvision's detectors resize their images to 800: to ``side`` instead."""
     if type(model).__module__.startswith('torchvision.models.detection'):
         model.transform.min_size, model.transform.max_size = (side,), side
         model.transform.fixed_size = None
+    return model
 
 
 # -- weights --------------------------------------------------------------------------------------

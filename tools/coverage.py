@@ -90,9 +90,9 @@ def examine(config: str, size: int, row: dict, done: Callable[[], None]) -> None
     row['rebuilds'] = rebuilds(config, pruned, forward)
     if not config.startswith('torchvision'):
         at('predict')
-        row['error_predict'] = verify(
-            model.eval(), pruned.eval(), plan, lambda m: forward(m, mode='predict')
-        )
+        for each in (model, pruned):
+            each.eval()
+        row['error_predict'] = verify(model, pruned, plan, lambda m: forward(m, mode='predict'))
         pruned.train()
     at('step')
     row['steps'] = steps(pruned, forward)
@@ -147,7 +147,7 @@ def rebuilds(config: str, pruned, forward) -> bool:
     torch.save({'meta': plan.to_meta(), 'state_dict': pruned.state_dict()}, file)
     file.seek(0)
     checkpoint = torch.load(file, weights_only=True)
-    fresh = bare(config, seed=1)
+    fresh = bare(config)
     mmprune.Plan.from_meta(checkpoint['meta']).apply(fresh)
     fresh.load_state_dict(checkpoint['state_dict'], strict=True)
     outputs = []
