@@ -76,6 +76,7 @@ class Tracer(TorchDispatchMode):
         self._nonzero = WeakTensorKeyDictionary()
         self._told: set[int] = set()
         self.function: Any = None
+        self.open_dim: int | None = None
         self._step = 0
         self._names = {id(module): name for name, module in model.named_modules()}
         self._stack: list[nn.Module] = [model]
@@ -178,7 +179,10 @@ class Tracer(TorchDispatchMode):
     # -- the run ----------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunction():  # what rules do themselves is none of Outside's business
+            return self._dispatch(func, args, kwargs or {})
+
+    def _dispatch(self, func: Any, args: tuple, kwargs: dict) -> Any:
         name = func._schema.name
         inputs = list(tensors_in((args, kwargs)))
         carried = [t for t in inputs if self.labels_of(t)]
@@ -207,7 +211,7 @@ class Tracer(TorchDispatchMode):
         for tensor in carried:
             if tensor in self._raw and isinstance(self._raw[tensor], str):
                 self.record.touched.add(self._raw[tensor])
-        self._weigh(outputs)
+        self._weigh(inputs, outputs)
         return out
 
     def _written(self, tensor: torch.Tensor, before: Labels, nonzero: bool) -> None:
@@ -248,13 +252,16 @@ class Tracer(TorchDispatchMode):
         module = self._stack[-1]
         return Call(self, name, args, out, module, self._names.get(id(module), ''))
 
-    def _weigh(self, outputs: list[torch.Tensor]) -> None:
+    def _weigh(self, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
+        """Counts the elements of new memory: not of views, nor of what is written in place."""
         if not self.counting:
             return
+        old = {tensor.untyped_storage().data_ptr() for tensor in inputs}
         where = self._names.get(id(self._stack[-1]), '')
         for tensor in outputs:
             labels = self._labels.get(tensor)
-            if labels and tensor not in self._raw and not tensor._is_view():
+            new = tensor.untyped_storage().data_ptr() not in old
+            if labels and new and tensor not in self._raw:
                 self.record.elements.append(
                     (where, tensor.numel(), [ids[0] for ids in labels.values()])
                 )
@@ -280,7 +287,9 @@ class Outside(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self.tracer.open_dim = open_dim(args[0], func, args[1:]) if func in VIEWS else None
         out = func(*args, **kwargs)
+        self.tracer.open_dim = None
         if func is torch.Tensor.data.__get__:
             self.tracer.same(out, args[0])
         elif func in LEAVES:
@@ -297,10 +306,25 @@ class Outside(TorchFunctionMode):
                     self.tracer.call('torch').lock((array,), what)
 
 
+def open_dim(x: torch.Tensor, func: Callable, args: tuple) -> int | None:
+    """The dimension of the result that the code leaves open with -1, if any."""
+    first = 0
+    if VIEWS[func]:  # unflatten(dim, sizes)
+        first, *args = args
+        first %= x.ndim
+    sizes = args[0] if args and isinstance(args[0], list | tuple) else args
+    return first + list(sizes).index(-1) if -1 in sizes else None
+
+
+VIEWS = {
+    torch.Tensor.view: False, torch.Tensor.reshape: False, torch.reshape: False,
+    torch.Tensor.unflatten: True, torch.unflatten: True,
+}  # fmt: skip
+"""What gives a tensor another shape; whether that is asked for one dimension alone."""
+
 LEAVES = {
     torch.Tensor.numpy: 'numpy()', torch.Tensor.__array__: 'numpy', torch.Tensor.tolist: 'tolist()',
-    torch.Tensor.__dlpack__: 'dlpack', torch.Tensor.data_ptr: 'data_ptr()',
-    torch.Tensor.untyped_storage: 'its storage', torch.Tensor.storage: 'its storage',
+    torch.Tensor.__dlpack__: 'dlpack',
 }  # fmt: skip
 
 CONTRACTIONS = frozenset(

@@ -4,7 +4,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from mmprune.errors import PruneError
 from mmprune.score.table import criterion
 from mmprune.score.units import Slice, Units
 
@@ -52,7 +51,13 @@ class Examples:
         entries: dict[int, list[Slice]] = {}
         for entry in units.readers:
             entries.setdefault(id(entry.weight), []).append(entry)
+        # Lambdas, since a copy of the model would copy bound methods with all that they hold.
         self._handles = [
+            module.register_forward_pre_hook(lambda module, args: self._open(args))
+            for module in model.modules()
+            if layer(module)
+        ]
+        self._handles += [
             module.register_forward_pre_hook(
                 lambda module, args, entry=entry: self._watch(module, args, entry)
             )
@@ -76,27 +81,32 @@ class Examples:
             self._done.append(self._sums[:, : self.units.n])
         self._sums, self._count = None, 0
 
-    def _watch(self, module: nn.Module, args: tuple, entry: Slice) -> tuple | None:
+    def _open(self, args: tuple) -> None:
+        """Before every layer: a new pass begins, and its first layer says how many examples it has."""
         if not torch.is_grad_enabled() or not args or not isinstance(args[0], torch.Tensor):
-            return None
-        x = args[0]
-        if not x.is_floating_point() or not x.numel():
-            return None
+            return
         # Not while gradient checkpointing runs a forward again inside the backward pass.
         if torch._C._current_graph_task_id() == -1:
             if self._sums is not None:
                 self._finish()
-            self._count = self._count or x.shape[0]
+            self._count = self._count or (args[0].shape[0] if args[0].ndim else 0)
+
+    def _watch(self, module: nn.Module, args: tuple, entry: Slice) -> tuple | None:
+        if not torch.is_grad_enabled() or not args or not isinstance(args[0], torch.Tensor):
+            return None
+        x = args[0]
+        if not x.is_floating_point() or not x.numel() or not fits(module, entry, x):
+            return None
         # Another face of the input, so that its gradient is the one through this layer alone. The
         # hook holds the values without their graph: otherwise neither would ever be freed.
         face = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
         values = x.detach()
-        face.register_hook(lambda gradient: self._add(module, entry, values, gradient))
+        face.register_hook(lambda gradient: self._add(entry, values, gradient))
         return (face, *args[1:])
 
     @torch.no_grad()
-    def _add(self, module: nn.Module, entry: Slice, x: torch.Tensor, gradient: torch.Tensor) -> None:
-        per = channels_of(module, entry, x.float() * gradient.float())
+    def _add(self, entry: Slice, x: torch.Tensor, gradient: torch.Tensor) -> None:
+        per = channels_of(entry, x.float() * gradient.float())
         if per.shape[0] != self._count:
             rows = torch.arange(per.shape[0], device=per.device) * self._count // per.shape[0]
             per = per.new_zeros(self._count, per.shape[1]).index_add_(0, rows, per)
@@ -106,19 +116,27 @@ class Examples:
         self.seen.add(entry.axis.first)
 
 
-def channels_of(module: nn.Module, entry: Slice, product: torch.Tensor) -> torch.Tensor:
+def layer(module: nn.Module) -> bool:
+    return hasattr(module, 'weight') and (
+        hasattr(module, 'in_channels') or hasattr(module, 'in_features')
+    )
+
+
+def fits(module: nn.Module, entry: Slice, x: torch.Tensor) -> bool:
+    """Whether the module's input has the channels that its weight reads: a layer's has, that of a
+    module which uses a weight of its own somewhere need not."""
+    if not layer(module):
+        return False
+    dim = x.ndim - 1 if entry.weight.ndim == 2 else 1
+    return x.ndim > dim and x.shape[dim] % entry.axis.size == 0
+
+
+def channels_of(entry: Slice, product: torch.Tensor) -> torch.Tensor:
     """(rows, positions of the weight's axis) from the (N, C, ...) input of a convolution or the
     (N, ..., C) one of a linear layer."""
     if entry.weight.ndim == 2:
         per = product.flatten(1, -2).sum(1) if product.ndim > 2 else product
     else:
         per = product.flatten(2).sum(2)
-    groups, rest = divmod(per.shape[1], entry.axis.size)
-    if rest:
-        raise PruneError(
-            f'{entry.axis.name} reads an input of shape {tuple(product.shape)} in '
-            f'{type(module).__name__}, which has no axis of its {entry.axis.size} channels: take '
-            "score='taylor', which needs no inputs, or lock it by name"
-        )
     # In a grouped convolution the same position of every group is one slot of the weight.
-    return per.unflatten(1, (groups, entry.axis.size)).sum(1)
+    return per.unflatten(1, (-1, entry.axis.size)).sum(1)

@@ -336,7 +336,7 @@ def weight_scores(trace: Trace, score: Score) -> np.ndarray:
     a unit has none; infinities are an error."""
     with torch.no_grad():
         values = score.criterion.function(Units(trace)).double().cpu().numpy()
-    if np.isinf(values).any() or np.isnan(values).all():
+    if np.isinf(values).any() or (values.size and np.isnan(values).all()):
         raise PruneError(
             f'score={score.name!r}: {int((~np.isfinite(values)).sum())} of {values.size} numbers are '
             'not finite: the weights hold NaN or infinity, or nothing that it looks at'
