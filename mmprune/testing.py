@@ -16,6 +16,7 @@ import torch
 from mmcv.ops import nms as mmcv_nms
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
+from mmengine.logging import MessageHub
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import init_default_scope
 from mmengine.utils import get_installed_path
@@ -95,6 +96,7 @@ def build_model(config: Config, seed: int = 0, init: bool = True) -> nn.Module:
             model.init_weights()
     finally:
         logging.disable(before)
+    MessageHub.get_current_instance().update_info('epoch', 0)  # as its Runner would, for TOOD
     model = revert_sync_batchnorm(model)
     model.train()  # some detectors' own train() returns nothing
     return model

@@ -1,5 +1,6 @@
-"""mmcv's compiled operations, which the dispatcher does not see."""
+"""mmcv's compiled operations, which the dispatcher does not see, and widths its modules keep."""
 
+import numpy as np
 import torch
 
 from mmprune.adapters import adapter
@@ -42,6 +43,8 @@ def modulated_deform_conv(call: Call) -> None:
     x, weight, bias, _, offset, mask, out = args[:7]
     group = kwargs.get('group', args[-3] if len(args) > 10 else 1)
     deform_group = kwargs.get('deformable_group', args[-2] if len(args) > 10 else 1)
+    if bias.numel() != out.shape[1]:  # stands in for none
+        bias = None
     _deformed(call, x, weight, bias, (offset, mask), out, group, deform_group)
 
 
@@ -63,3 +66,90 @@ def _deformed(call, x, weight, bias, positions, out, group: int, deform_group: i
         if deform_group > 1:
             call.tie_all(ids.reshape(deform_group, -1))
     convolve(call, x, weight, bias, out, group)
+
+
+@adapter('mmcv::deform_roi_pool_forward')
+def deform_roi_pool(call: Call) -> None:
+    """(features (N, C, H, W), rois (K, 5), offset, out (K, C, h, w)): channel by channel."""
+    features, rois, offset, out = call.args[0][:4]
+    call.lock_tensor(features, 'pooled over', dims=[0, 2, 3])
+    for tensor in (rois, offset):
+        call.lock_tensor(tensor, 'positions')
+    call.label(out, {1: call.ids(features, 1)})
+
+
+@adapter('mmcv::carafe_forward')
+def carafe(call: Call) -> None:
+    """(features (N, C, H, W), masks, rfeatures, routput, rmasks, out (N, C, sH, sW)): the channels
+    of each of ``group_size`` equal groups share a kernel."""
+    args, options = call.args
+    reassembled(call, args[0], args[1], args[5], options['group_size'])
+
+
+@adapter('mmcv::carafe_naive_forward')
+def carafe_naive(call: Call) -> None:
+    args, options = call.args
+    reassembled(call, args[0], args[1], args[2], options['group_size'])
+
+
+def reassembled(
+    call: Call, features: torch.Tensor, kernels: torch.Tensor, out: torch.Tensor, groups: int
+) -> None:
+    call.lock_tensor(features, 'mixed as if it were space', dims=[0, 2, 3])
+    call.lock_tensor(kernels, 'the cells of a kernel')
+    ids = call.ids(features, 1)
+    for array in ids if groups > 1 else ():
+        call.tie_all(array.reshape(groups, -1))
+    call.label(out, {1: ids})
+
+
+@adapter('mmcv::masked_im2col_forward')
+def masked_im2col(call: Call) -> None:
+    """(features (1, C, H, W), rows, columns, out (C * kh * kw, positions))."""
+    features, _, _, out = call.args[0][:4]
+    call.lock_tensor(features, 'mixed as if it were space', dims=[2, 3])
+    ids = call.ids(features, 1)
+    call.label(out, {0: tuple(np.repeat(i, out.shape[0] // features.shape[1]) for i in ids)})
+
+
+@adapter('mmcv::masked_col2im_forward')
+def masked_col2im(call: Call) -> None:
+    """(values (C, positions), rows, columns, out (1, C, H, W))."""
+    values, _, _, out = call.args[0][:4]
+    call.lock_tensor(values, 'moved by number', dims=[1])
+    call.label(out, {1: call.ids(values, 0)})
+
+
+@adapter('mmcv::ms_deform_attn_forward')
+def deformable_attention(call: Call) -> None:
+    """(value (N, keys, heads, width), shapes, starts, locations, weights) -> (N, queries, heads *
+    width). All heads keep one width."""
+    value, _, _, locations, weights = call.args[0][:5]
+    for tensor in (locations, weights):
+        call.lock_tensor(tensor, 'sampling positions')
+    call.lock_tensor(value, 'attention runs over it', dims=[0, 1, 2])
+    heads = value.shape[2]
+    call.label(call.out, {2: tuple(np.tile(ids, heads) for ids in call.ids(value, 3))})
+
+
+@adapter('mmcv.cnn.bricks.non_local._NonLocalNd')
+def non_local(call: Call) -> None:
+    """``inter_channels`` is one number for three projections, so they shrink together."""
+    block = call.module
+    inner = call.ids(block.g.conv.weight, 0)
+    for name in ('theta', 'phi') if block.mode != 'gaussian' else ():
+        call.tie(inner, call.ids(getattr(block, name).conv.weight, 0))
+    if block.use_scale and block.mode == 'embedded_gaussian':
+        call.lock(inner, 'the scale of attention depends on its width')
+    call.follow('inter_channels', inner)
+    call.follow('in_channels', call.ids(call[0], 1))
+
+
+@adapter('mmcv.cnn.bricks.generalized_attention.GeneralizedAttention')
+def generalized_attention(call: Call) -> None:
+    """The width of a head: of queries and keys (which meet), and of values."""
+    block = call.module
+    for name in ('query_conv', 'key_conv', 'appr_geom_fc_x'):
+        if hasattr(block, name):
+            call.follow('qk_embed_dim', call.ids(getattr(block, name).weight, 0))
+    call.follow('v_dim', call.ids(block.value_conv.weight, 0))
