@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from mmprune.adapters import intercept, module_adapter
+from mmprune.adapters import FREE_SPLITS, intercept, module_adapter
 from mmprune.errors import PruneError
 from mmprune.rules import RULES, Call
 from mmprune.rules.pointwise import pointwise
@@ -172,6 +172,9 @@ class Tracer(TorchDispatchMode):
     def count(self, where: str, amount: float, axes: list[Ids]) -> None:
         if self.counting:
             self.record.work.append(Work(where, float(amount), axes))
+
+    def splits_follow(self, module: nn.Module) -> bool:
+        return module_adapter(type(module)) in FREE_SPLITS
 
     def follow(self, module: str, attribute: str, ids: Ids) -> None:
         self.record.follows.append(Follow(module, attribute, ids))

@@ -29,11 +29,14 @@ Adapter = Callable[[Call], None]
 MODULES: dict[type[nn.Module], Adapter] = {}
 BY_NAME: dict[str, Adapter] = {}
 
+FREE_SPLITS: set[Adapter] = set()
+"""Adapters that declare the sizes by which their module's code splits a tensor."""
+
 COMPILED = {'mmcv': 'mmcv._ext'}
 """Extension modules with compiled functions, by the namespace that their rules have."""
 
 
-def adapter(*keys: type[nn.Module] | str) -> Callable[[Adapter], Adapter]:
+def adapter(*keys: type[nn.Module] | str, splits: bool = False) -> Callable[[Adapter], Adapter]:
     """Declares what the dispatcher can not see.
 
     A key is a module class, the dotted name of one (imported only when a model has it), or the name
@@ -41,11 +44,16 @@ def adapter(*keys: type[nn.Module] | str) -> Callable[[Adapter], Adapter]:
     of it: for a module ``call.args`` are its positional inputs, ``call.out`` its result,
     ``call.module`` itself. Subclasses inherit an adapter until they have their own.
 
+    ``splits``: the module's own code splits a tensor into unequal parts, and their sizes are
+    attributes which the function follows; without it such a split locks what it splits.
+
     Raises:
         PruneError: a key is of another type or registered before.
     """
 
     def register(function: Adapter) -> Adapter:
+        if splits:
+            FREE_SPLITS.add(function)
         for key in keys:
             if isinstance(key, str) and '::' in key:
                 rule(key)(function)

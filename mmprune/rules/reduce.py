@@ -1,5 +1,7 @@
 """Reductions. A plain sum over channels is exact; everything else over channels locks them."""
 
+import math
+
 import torch
 
 from mmprune.rules.pointwise import broadcast
@@ -34,10 +36,19 @@ def add_up(call: Call) -> None:
     call.label(call.out, without(call.labels(x), reduced_dims(call, x), bool(call.args.get('keepdim'))))
 
 
+@rule('aten::linalg_vector_norm')
+def vector_norm(call: Call) -> None:
+    """(sum |x|^p)^(1/p): a zero adds nothing to it, for the finite p above 0."""
+    if 0 < call['ord'] < math.inf:
+        add_up(call)
+    else:
+        reduce(call)
+
+
 @rule(
     'aten::mean', 'aten::amax', 'aten::amin', 'aten::max', 'aten::min', 'aten::argmax',
     'aten::argmin', 'aten::any', 'aten::all', 'aten::prod', 'aten::var', 'aten::std',
-    'aten::var_mean', 'aten::std_mean', 'aten::norm', 'aten::linalg_vector_norm', 'aten::logsumexp',
+    'aten::var_mean', 'aten::std_mean', 'aten::norm', 'aten::logsumexp',
     'aten::median', 'aten::nanmedian', 'aten::count_nonzero', 'aten::mode', 'aten::aminmax',
     'aten::kthvalue',
 )  # fmt: skip

@@ -33,7 +33,8 @@ def regroup(
     Memory order stays. With S elements behind ``dim``, element number i carries
     ``ids[(i // S) % len(ids)]``. In the new shape one dimension may carry that alone (also merged
     with others: then the ids repeat). Where several do, a labelled dimension was split into factors:
-    only the last may shrink, so the others are tied.
+    only one may shrink (that which the code leaves open with -1, else the last), so the others are
+    tied.
     """
     before = [max(n, 1) for n in before]
     after = [max(n, 1) for n in after]
@@ -53,14 +54,14 @@ def regroup(
             carried.append((new_dim, index))
     if not carried:
         return []
-    last_dim, last = carried[-1]
+    free = next((c for c in carried if c[0] == call.tracer.open_dim), carried[-1])
     if len(carried) > 1:
         table = np.zeros(1, dtype=np.int64)
-        for _, index in carried[:-1]:
-            table = np.add.outer(table, np.unique(index)).ravel()
-        columns = np.unique(last)
-        call.tie_all(ids[np.add.outer(table, columns) % ids.size])
-    return [(last_dim, ids[last])]
+        for other in carried:
+            if other is not free:
+                table = np.add.outer(table, np.unique(other[1])).ravel()
+        call.tie_all(ids[np.add.outer(table, np.unique(free[1])) % ids.size])
+    return [(free[0], ids[free[1]])]
 
 
 @rule('aten::permute')
@@ -166,7 +167,8 @@ def stack(call: Call) -> None:
 @rule('aten::split', 'aten::split_with_sizes',
       'aten::unsafe_split', 'aten::unsafe_split_with_sizes')  # fmt: skip
 def split(call: Call) -> None:
-    """Equal parts stay equal: their positions are tied. Unequal ones are numbers in the code."""
+    """Equal parts stay equal: their positions are tied. Unequal ones are numbers in the code, unless
+    an adapter says that they are attributes which follow."""
     x = call['self']
     dim = call.args.get('dim', 0) % x.ndim
     widths = [out.shape[dim] for out in call.out]
@@ -175,7 +177,7 @@ def split(call: Call) -> None:
     for ids in carried.get(dim, ()):
         if equal:
             call.tie_all(ids.reshape(len(widths), -1))
-        else:
+        elif not call.splits_follow():
             call.lock((ids,), 'split into unequal parts by number')
     start = 0
     for out, width in zip(call.out, widths, strict=True):

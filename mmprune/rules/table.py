@@ -150,6 +150,10 @@ class Call:
         if ids:
             self.tracer.follow(self.where, attribute, ids[0])
 
+    def splits_follow(self) -> bool:
+        """Whether the module's adapter declares the sizes that its code splits by."""
+        return self.tracer.splits_follow(self.module)
+
     def _reason(self, what: str) -> str:
         at = f' in {self.where} ({type(self.module).__name__})' if self.where else ''
         return f'{what}: {self.name}{at}'
