@@ -1,7 +1,6 @@
 """Scores and a budget -> which units stay."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -84,19 +83,6 @@ def home(trace: Trace, group: Group) -> str:
     return next((axis.name for axis in group.axes if axis not in reading), group.name)
 
 
-@dataclass
-class _Width:
-    """How a group's width is rounded: channels of a unit, and of others on its axis for good."""
-
-    unit: int
-    fixed: int
-
-    def rounded(self, kept: int, divisor: int) -> int:
-        """Units that give at least the channels of ``kept``, and a multiple of ``divisor``."""
-        wanted = -(-(self.fixed + kept * self.unit) // divisor) * divisor
-        return -(-(wanted - self.fixed) // self.unit)
-
-
 class _Choice:
     """One call of :func:`choose`: which limits hold where, and the search for each target."""
 
@@ -114,13 +100,6 @@ class _Choice:
         self.part = self._parts()
         limits = {part: budget.of_part(part) for part in budget.parts}
         self.limits: list[Limits] = [limits.get(part, budget.whole) for part in self.part]
-        reading = set(trace.readers)
-        self.widths = []
-        for group in trace.groups:
-            axes = [axis for axis in group.axes if axis not in reading] or list(group.axes)
-            axis = min(axes, key=lambda axis: (group.axes[axis], axis.size))
-            fixed = int((trace.unit_of[axis.ids] < 0).sum())
-            self.widths.append(_Width(group.axes[axis], fixed))
 
     def _parts(self) -> list[str | None]:
         """For each group the first part of the budget that it belongs to."""
@@ -235,12 +214,14 @@ class _Choice:
         left[gone] = False
         for number in groups:
             divisor = self.limits[number].divisor
-            units = self.trace.groups[number].units
+            group = self.trace.groups[number]
+            units, width = group.units, unit_width(group)
             out = units[~left[units]] if divisor > 1 else ()
             if not len(out):
                 continue
             kept = len(units) - len(out)
-            back = self.widths[number].rounded(kept, divisor) - kept
+            wanted = -(-kept * width // divisor) * divisor
+            back = -(-wanted // width) - kept
             best = out[np.argsort(-self.scores[out], kind='stable')]
             left[best[:back]] = True
         return left
