@@ -122,4 +122,6 @@ def _is_headline(name: str) -> bool:
 
 
 def _number(value: float | None) -> str:
-    return '' if value is None or not np.isfinite(value) else f'{value:.3f}'
+    if value is None or not np.isfinite(value):
+        return ''
+    return f'{value:,}' if isinstance(value, int) else f'{value:.3f}'

@@ -3,25 +3,28 @@
 from typing import Any
 
 import numpy as np
-from mmengine.hooks import Hook
+from mmengine.hooks import CheckpointHook, EarlyStoppingHook, Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.model.averaged_model import BaseAveragedModel
+from mmengine.optim import OptimWrapperDict
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
-from mmengine.runner.checkpoint import find_latest_checkpoint
 from torch import nn
 
-from mmprune import report, rng
+from mmprune import ranks, report, rng
 from mmprune.checkpoint import META, plan_in, read_checkpoint
 from mmprune.choose import make_budget
 from mmprune.couple import Trace
+from mmprune.cut import cut
 from mmprune.errors import PruneError
+from mmprune.files import ATOMIC, latest_readable
 from mmprune.forwards import both, forwards_of
-from mmprune.pipeline import choose_step, cut_checked, make_plan, remaining, trace
+from mmprune.pipeline import check_cut, choose_step, make_plan, remaining, trace
 from mmprune.plan import plan_of
 from mmprune.schedule import target_at
 from mmprune.score.adjust import make_score
 from mmprune.score.collector import Collector
+from mmprune.wrappers.ddp import check_rebuildable, rebuild_reducers
 
 STATE = 'mmprune_state'
 """The key of the hook's own state in a checkpoint (scores so far, random states, metrics)."""
@@ -32,14 +35,17 @@ class PruneHook(Hook):
     """Prunes the model while it is trained.
 
     ``keep_flops``, ``keep_params``, ``keep_channels``, ``prune_num`` and the other options of
-    :class:`mmprune.Budget`: when to stop. ``score``: a criterion's name, or a dict of it and its options. ``begin``: iterations
-    before scoring begins; then a cut every ``interval`` iterations, the budget reached in ``steps``
-    of them along ``schedule`` (``'linear'`` or ``'cubic'``). ``samples``: images of the batch that a
-    trace runs on. ``check``: compare each cut with the masked model before it is kept.
+    :class:`mmprune.Budget`: when to stop. ``score``: a criterion's name, or a dict of it and its
+    options. ``begin``: iterations before scoring begins; then a cut every ``interval`` iterations,
+    the budget reached in ``steps`` of them along ``schedule`` (``'linear'`` or ``'cubic'``).
+    ``samples``: images of the batch that a trace runs on. ``check``: compare each cut with the masked model before it is kept.
     ``rebuild_only``: no cutting; only rebuild what a checkpoint describes.
 
     Iterations count optimizer steps of the loop, as mmengine's do. A checkpoint's plan is applied
     before its weights are loaded, in testing, ``resume`` and ``load_from`` alike.
+
+    With several processes the first one chooses, from everyone's scores; all compare their plans
+    before they cut. Checkpoints are written beside their name and renamed.
     """
 
     # Before EMAHook copies the model, and before it averages what was just cut.
@@ -83,9 +89,11 @@ class PruneHook(Hook):
 
     def before_run(self, runner: Runner) -> None:
         """Gives the fresh model the structure of the checkpoint that is going to be loaded."""
+        if runner._resume and runner._load_from is None:
+            with ranks.together('looking for a checkpoint'):
+                found = latest_readable(runner.work_dir, read_checkpoint, runner.logger.warning)
+            runner._load_from = ranks.shared(found)  # mmengine would take a torn one as well
         path = runner._load_from
-        if runner._resume and path is None:
-            path = find_latest_checkpoint(runner.work_dir)
         if path is None:
             return
         plan = plan_in(read_checkpoint(path))
@@ -94,6 +102,7 @@ class PruneHook(Hook):
             runner.logger.info(f'{path} has no plan: it is of an unpruned model')
         elif plan_of(model) is None:
             plan.apply(model)
+            rebuild_reducers(runner.model)
             # Its weights come from the checkpoint; initial ones may not even fit any more.
             model._is_init = True
             runner.logger.info(f'Rebuilt the pruned structure of {path}: {plan}')
@@ -121,8 +130,14 @@ class PruneHook(Hook):
     # -- training ---------------------------------------------------------------------------------
 
     def before_train(self, runner: Runner) -> None:
+        for hook in runner.hooks:
+            if isinstance(hook, CheckpointHook) and not (hook.backend_args or hook.file_client_args):
+                if '://' not in str(hook.out_dir):
+                    hook.backend_args = dict(ATOMIC)
         if self.rebuild_only:
             return
+        check_rebuildable(runner.model)
+        check_accumulation(runner, begin=self.begin, interval=self.interval)
         if self._loaded is not None:
             self.cuts = self._loaded['cuts']
             self.start = dict(self._loaded['start'])
@@ -141,10 +156,13 @@ class PruneHook(Hook):
         if runner.iter < self.begin:
             return
         model = bare(runner.model)
-        counted, also = forwards_of(model, data_batch, self.samples)
-        traced = trace(model, counted, also=also)
-        self._trace = traced
-        self._collector = Collector(traced, self.score, runner.optim_wrapper, model)
+        with ranks.together('the trace'):
+            counted, also = forwards_of(model, data_batch, self.samples)
+            traced = trace(model, counted, also=also)
+            collector = Collector(
+                traced, self.score, runner.optim_wrapper, model, distributed=ranks.many()
+            )
+        self._trace, self._collector = traced, collector
         if self._loaded is not None and self._loaded['collector'] is not None:
             self._collector.load_state_dict(self._loaded['collector'])
         self._loaded = None
@@ -172,32 +190,44 @@ class PruneHook(Hook):
         assert self._collector is not None
         # Widths are those of the first trace; what each costs is measured on this batch, so that a
         # resumed run, which knows this batch and no earlier one, chooses the same units.
-        counted, also = forwards_of(model, batch, self.samples)
-        traced = trace(model, counted, also=also)
-        if not np.array_equal(traced.unit_of, self._collector.trace.unit_of):
-            raise PruneError(
-                'two batches were traced to different structures: the model runs other layers on '
-                'other data; lock what differs by name'
-            )
+        with ranks.together('the trace for a cut'):
+            counted, also = forwards_of(model, batch, self.samples)
+            traced = trace(model, counted, also=also)
+            if not np.array_equal(traced.unit_of, self._collector.trace.unit_of):
+                raise PruneError(
+                    'two batches were traced to different structures: the model runs other layers on '
+                    'other data; lock what differs by name'
+                )
         self.cuts += 1
-        scores = self._collector.scores()
+        with ranks.together('scoring'):
+            scores = self._collector.scores()
         report.log_scores(runner.logger, self._collector)
-        keep = choose_step(
-            traced, scores, self.budget, model,
-            lambda final: target_at(min(self.cuts, self.steps), self.steps, final, self.schedule),
-            self.start,
-        )  # fmt: skip
+        keep = None
+        with ranks.together('choosing'):
+            # Batches differ in size, and so does what a unit costs: one process chooses for all.
+            if ranks.is_first():
+                keep = choose_step(
+                    traced, scores, self.budget, model,
+                    lambda final: target_at(min(self.cuts, self.steps), self.steps, final, self.schedule),
+                    self.start,
+                )  # fmt: skip
+        keep = ranks.shared(keep)
         if keep.all():
             runner.logger.warning(f'Cut {self.cuts} removes nothing: its target is met already')
         else:
-            step = make_plan(traced, model, keep, self.budget, iteration=runner.iter + 1)
+            with ranks.together('planning'):
+                step = make_plan(traced, model, keep, self.budget, iteration=runner.iter + 1)
+            step = ranks.agreed(step)
             twins = averaged_models(runner)
-            cut_checked(
-                model, step, both(counted, *also) if self.check else None, runner.optim_wrapper,
-                tuple(twin.module for twin in twins),
-            )  # fmt: skip
+            with ranks.together('the check of a cut'):
+                if self.check:
+                    check_cut(model, step, both(counted, *also))
+            with ranks.together('the cut'):
+                cut(model, step, runner.optim_wrapper, [twin.module for twin in twins])
+                rebuild_reducers(runner.model)
             for twin in twins:
                 refresh(twin)
+            forget_best(runner)
             entry = plan_of(model).history[-1]
             report.log_cut(runner.logger, self.cuts, entry)
             runner.visualizer.add_scalars(
@@ -252,7 +282,8 @@ class PruneHook(Hook):
         if self.rebuild_only or not metrics:
             return
         numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
-        self.metrics['pruned' if plan_of(bare(runner.model)) is not None else 'unpruned'] = numbers
+        which = 'unpruned' if plan_of(bare(runner.model)) is None else 'pruned'
+        self.metrics[which] = {'iteration': runner.iter} | numbers
 
     def after_train(self, runner: Runner) -> None:
         if self.rebuild_only:
@@ -281,6 +312,31 @@ def averaged_models(runner: Runner) -> list[BaseAveragedModel]:
     """The copies that ``EMAHook`` and its like keep."""
     found = [getattr(hook, 'ema_model', None) for hook in runner.hooks]
     return [model for model in found if isinstance(model, BaseAveragedModel)]
+
+
+def forget_best(runner: Runner) -> None:
+    """What was best before a cut was best of another model: best checkpoints and early stopping
+    begin anew, or the unpruned model would stay the best one."""
+    for key in [k for k in runner.message_hub.runtime_info if k.startswith('best_score')]:
+        runner.message_hub.pop_info(key)
+    for hook in runner.hooks:
+        if isinstance(hook, EarlyStoppingHook):
+            hook.wait_count = 0
+            hook.best_score = -float('inf') if hook.rule == 'greater' else float('inf')
+
+
+def check_accumulation(runner: Runner, **iterations: int) -> None:
+    """A cut between two backward passes of one step would lose the first one's gradients."""
+    optim_wrapper = runner.optim_wrapper
+    wrappers = optim_wrapper.values() if isinstance(optim_wrapper, OptimWrapperDict) else [optim_wrapper]
+    for count in {wrapper._accumulative_counts for wrapper in wrappers}:
+        for name, value in iterations.items():
+            if value % count:
+                raise PruneError(
+                    f'PruneHook: {name}={value} is no multiple of accumulative_counts={count}: a cut '
+                    f'would fall between the backward passes of one step; give e.g. {name}='
+                    f'{-(-value // count) * count}'
+                )
 
 
 def refresh(twin: BaseAveragedModel) -> None:

@@ -44,9 +44,9 @@ def test_set_is_made_on_first_use_and_read(config, tmp_path, monkeypatch):
     assert train.metainfo['keypoint_id2name'] == dict(enumerate(KEYPOINTS))
     assert train.metainfo['flip_indices'] == [0, 1, 3, 2, 5, 4]
     sample = train[0]
-    assert sample['inputs'].shape == (3, 96, 96)
+    assert sample['inputs'].shape == (3, 64, 64)
     heatmaps = sample['data_samples'].gt_fields.heatmaps
-    assert heatmaps.shape == (len(KEYPOINTS), 24, 24) and heatmaps.max() > 0.9
+    assert heatmaps.shape == (len(KEYPOINTS), 16, 16) and heatmaps.max() > 0.9
     assert {p.name for p in (tmp_path / 'shapes').iterdir()} > set(SPLITS)
 
 

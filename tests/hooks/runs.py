@@ -75,8 +75,8 @@ class Right(BaseMetric):
 def config(work_dir: Path, epochs: int = 4, hook: dict | None = None, **more: Any) -> Config:
     """A run of ``epochs`` of 6 iterations; ``hook``: options of the PruneHook."""
     loader = dict(
-        batch_size=8, num_workers=0, collate_fn=dict(type='default_collate'), dataset=dict(type='Stripes'),
-        sampler=dict(type='DefaultSampler', shuffle=True),
+        batch_size=8, num_workers=0, collate_fn=dict(type='default_collate'),
+        dataset=dict(type='Stripes'), sampler=dict(type='DefaultSampler', shuffle=True),
     )  # fmt: skip
     base = dict(
         default_scope='mmengine',
