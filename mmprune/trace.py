@@ -8,6 +8,7 @@ compiled functions that the dispatcher does not see, have adapters (:mod:`mmprun
 """
 
 import contextlib
+import functools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -274,11 +275,10 @@ class Tracer(TorchDispatchMode):
 
     def leave(self, module: nn.Module, args: Any, out: Any) -> None:
         adapter = module_adapter(type(module))
-        if adapter is not None and id(module) in self._names:
+        if adapter is not None:
             with torch.utils._python_dispatch._disable_current_modes():
                 adapter(Call(self, type(module).__name__, args, out, module,
                              self._names[id(module)]))  # fmt: skip
-        self._stack.pop()
 
 
 class Outside(TorchFunctionMode):
@@ -353,21 +353,46 @@ def tensors_in(value: Any, depth: int = 6) -> Iterator[torch.Tensor]:
 
 
 @contextlib.contextmanager
-def watched(tracer: Tracer) -> Iterator[None]:
-    """Hooks on every module call, and interception of compiled functions, for one run."""
-    hooks = [
-        torch.nn.modules.module.register_module_forward_pre_hook(tracer.enter),
-        torch.nn.modules.module.register_module_forward_hook(tracer.leave),
-    ]
+def entered(tracer: Tracer, model: nn.Module) -> Iterator[None]:
+    """Tells the tracer of every module that is entered and left. In the place of hooks, because those
+    miss a ``forward`` that is called as a plain method (mmpose's heads are)."""
+
+    def told(module: nn.Module, forward: Callable) -> Callable:
+        @functools.wraps(forward)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            depth = len(tracer._stack)
+            tracer.enter(module, args)
+            try:
+                out = forward(*args, **kwargs)
+                tracer.leave(module, args, out)
+            finally:
+                del tracer._stack[depth:]
+            return out
+
+        return run
+
+    before = [(module, vars(module).get('forward')) for module in model.modules()]
+    for module, _ in before:
+        vars(module)['forward'] = told(module, module.forward)
+    try:
+        yield
+    finally:
+        for module, own in before:
+            del vars(module)['forward']
+            if own is not None:
+                vars(module)['forward'] = own
+
+
+@contextlib.contextmanager
+def watched(tracer: Tracer, model: nn.Module) -> Iterator[None]:
+    """Entered modules, and interception of compiled functions, for one run."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one opaque kernel for a whole encoder layer
     try:
-        with intercept(tracer), torch.no_grad(), Outside(tracer), tracer:
+        with entered(tracer, model), intercept(tracer), torch.no_grad(), Outside(tracer), tracer:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for hook in hooks:
-            hook.remove()
 
 
 @contextlib.contextmanager
@@ -409,7 +434,7 @@ def record(
         for run in (forward, *also):
             tracer.counting = run is forward
             tracer._stack = [model]
-            with watched(tracer):
+            with watched(tracer, model):
                 out = run(model)
             for tensor in tensors_in(out):
                 for ids in tracer.labels_of(tensor).values():

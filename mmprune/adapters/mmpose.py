@@ -12,3 +12,18 @@ def gated_attention(call: Call) -> None:
     call.follow('e', call.ids(block.o.weight, 1))
     base = block.gamma if block.attn_type == 'self-attn' else block.k_fc.weight
     call.follow('s', call.ids(base, 1 if block.attn_type == 'self-attn' else 0))
+
+
+@adapter('mmpose.models.backbones.rsn.RSB')
+def residual_steps(call: Call) -> None:
+    """One width for the branches that a wider convolution is split into."""
+    call.follow('branch_channels', call.ids(call.module.conv_bn_relu2_1_1.conv.weight, 0))
+
+
+@adapter('mmpose.models.heads.heatmap_heads.mspn_head.MSPNHead')
+def multi_stage_head(call: Call) -> None:
+    """It asserts one declared width for the features of all stages and units."""
+    features = [f for stage in call[0] for f in stage]
+    for feature in features[1:]:
+        call.tie(call.ids(features[0], 1), call.ids(feature, 1))
+    call.follow('unit_channels', call.ids(features[0], 1))
