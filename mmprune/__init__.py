@@ -6,10 +6,12 @@ from mmprune import compat  # noqa: F401, I001  (first: torchvision imports afte
 from mmprune import checkpoint, hooks
 from mmprune.adapters import adapter
 from mmprune.checkpoint import load_pruned
-from mmprune.choose import Budget
+from mmprune.budget import Budget
 from mmprune.errors import PruneError
 from mmprune.pipeline import prune, trace
 from mmprune.plan import Plan, plan_of
+from mmprune.pruner import Pruner, load_model_def, save_model_def
+from mmprune.recalibrate import recalibrate
 from mmprune.score import Score, criterion
 from mmprune.verify import verify
 
@@ -17,12 +19,17 @@ __all__ = [
     'Budget',
     'Plan',
     'PruneError',
+    'Pruner',
+    'Score',
     'adapter',
     'checkpoint',
     'criterion',
+    'load_model_def',
     'load_pruned',
     'plan_of',
     'prune',
+    'recalibrate',
+    'save_model_def',
     'trace',
     'verify',
 ]

@@ -1,0 +1,269 @@
+"""Pruning in any training loop, in a few lines."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mmprune import cost
+from mmprune.budget import TARGETS, make_budget
+from mmprune.checkpoint import plan_in, read_checkpoint
+from mmprune.choose import choose
+from mmprune.couple import Trace
+from mmprune.errors import PruneError
+from mmprune.pipeline import cut_checked, make_plan, original_cost, remaining, trace
+from mmprune.plan import Plan, fingerprint, plan_of
+from mmprune.score import Score, make_score
+from mmprune.score.collector import Collector
+from mmprune.trace import tensors_in, unchanged
+
+ToLoss = Callable[[nn.Module, Any], Any]
+
+
+@dataclass(frozen=True)
+class Removed:
+    """What one call of :meth:`Pruner.rebuild_model` did.
+
+    ``units``: how many went; ``channels``: {weight: (output channels before, after)} of the layers
+    that are narrower now; ``flops``, ``params``: what is left; ``keep_flops``, ``keep_params``: the
+    same as fractions of the unpruned model's; ``iterations``: training steps that the choice rests
+    on (0: it rests on the batch of the call); ``unscored``: why units could not be scored.
+    """
+
+    units: int
+    channels: dict[str, tuple[int, int]]
+    flops: int
+    params: int
+    keep_flops: float
+    keep_params: float
+    iterations: int
+    unscored: dict[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return (
+            f'removed {self.units} units in {len(self.channels)} layers after {self.iterations} '
+            f'iterations; left: {self.flops:,} FLOPs ({self.keep_flops:.1%}), '
+            f'{self.params:,} parameters ({self.keep_params:.1%})'
+        )
+
+
+class Pruner:
+    """Scores the units of ``model`` in a loop's own training steps, and removes some at each call.
+
+    ::
+
+        pruner = mmprune.Pruner(model)
+        for it, batch in enumerate(loader):
+            if (it + 1) % prune_freq == 0:
+                print(pruner.rebuild_model(batch, to_loss_fn, optimizer, prune_num))
+                continue
+            ...  # forward, backward, optimizer.step() as ever
+
+    It traces the model at the first forward pass in training mode and scores from the next step of
+    any optimizer that holds its weights. ``score``: see :class:`mmprune.Score`. ``check``: compare
+    each cut with the masked model before it is kept. ``options``: those of :class:`mmprune.Budget`,
+    ``prune_num`` aside: limits such as ``min_channels``, ``divisor``, ``lock``, and targets such as
+    ``keep_flops``, at which nothing more is removed. ``distributed``: the loop runs in several
+    processes, whose scores are added up.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        distributed: bool = False,
+        *,
+        score: str | dict[str, Any] | Score = 'taylor',
+        check: bool = True,
+        **options: Any,
+    ) -> None:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            raise PruneError(
+                'DistributedDataParallel: its buckets have the size of the tensors before a cut. Give '
+                'Pruner the module inside and average gradients in the loop'
+            )
+        if 'prune_num' in options:
+            raise PruneError(
+                f'Pruner: prune_num={options["prune_num"]!r} is an argument of rebuild_model'
+            )
+        make_budget({'prune_num': 1} | options)
+        self.model, self.distributed = model, distributed
+        self.score, self.check, self.options = make_score(score), check, options
+        self._collector: Collector | None = None
+        self._waiting = model.register_forward_pre_hook(
+            lambda module, args, kwargs: self._first_forward(args, kwargs), with_kwargs=True
+        )
+
+    def close(self) -> None:
+        """Takes all hooks away."""
+        self._waiting.remove()
+        if self._collector is not None:
+            self._collector.close()
+
+    def rebuild_model(self, batch: Any, to_loss_fn: ToLoss, optimizer: Any, prune_num: int) -> Removed:
+        """Removes ``prune_num`` units, those with the lowest scores since the last call.
+
+        ``to_loss_fn(model, batch)``: a loss, or anything that depends on the outputs; ``optimizer``:
+        what :func:`mmprune.cut` takes, also a scheduler. Scores come from the training steps before;
+        where there were none, from one backward pass on ``batch``. Weights that stay, optimizer state,
+        gradients of other weights, running statistics and random states are as before.
+
+        Raises:
+            PruneError: nothing may go any more, or the cut is not exact. Nothing has changed then.
+        """
+        budget = make_budget(self.options | {'prune_num': prune_num})
+        forward = lambda model: to_loss_fn(model, batch)  # noqa: E731
+        traced = trace(self.model, forward)
+        scores, collector = self._scores(traced, forward)
+        before = plan_of(self.model)
+        keep = choose(traced, scores, budget, original_cost(self.model, traced))
+        step = None
+        if not keep.all():
+            step = make_plan(traced, self.model, keep, budget)
+            cut_checked(self.model, step, forward if self.check else None, optimizer)
+        elif not any(name in self.options for name in TARGETS):
+            raise PruneError(f'prune_num={prune_num}: no unit is left that may go')
+        self._start(trace(self.model, forward) if step is not None else traced)
+        return self._told(before, step, traced, collector)
+
+    def _told(
+        self, before: Plan | None, step: Plan | None, traced: Trace, collector: Collector
+    ) -> Removed:
+        left = remaining(self.model)
+        entry = step.history[-1] if step is not None else None
+        making = {(axis.name, axis.dim) for axis in cost.output_axes(traced)}
+        return Removed(
+            units=entry['units_removed'] if entry else 0,
+            channels={
+                name: (step.fingerprint[name][dim], len(kept))
+                for name, dims in (step.keep.items() if step else ())
+                for dim, kept in dims.items()
+                if (name, dim) in making
+            },
+            flops=entry['flops'] if entry else traced.flops,
+            params=entry['params'] if entry else traced.params,
+            keep_flops=left['flops'],
+            keep_params=left['params'],
+            iterations=collector.iterations,
+            unscored=collector.unscored(),
+        )
+
+    # -- scores -----------------------------------------------------------------------------------
+
+    def _first_forward(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self._collector is None and self.model.training and torch.is_grad_enabled():
+            self._start(trace(self.model, lambda model: model(*args, **kwargs)))
+
+    def _start(self, traced: Trace) -> None:
+        self._waiting.remove()
+        if self._collector is not None:
+            self._collector.close()
+        self._collector = Collector(traced, self.score, model=self.model, distributed=self.distributed)
+
+    def _scores(
+        self, traced: Trace, forward: Callable[[nn.Module], Any]
+    ) -> tuple[np.ndarray, Collector]:
+        collector = self._collector
+        asked = self.score.criterion.needs != 'weights'
+        if collector is None or (asked and not collector.iterations):
+            if collector is not None:
+                collector.close()
+            collector = score_batch(self.model, traced, self.score, forward, self.distributed)
+        return transferred(collector.scores(), collector.trace, traced), collector
+
+
+def score_batch(
+    model: nn.Module,
+    traced: Trace,
+    score: Score,
+    forward: Callable[[nn.Module], Any],
+    distributed: bool = False,
+) -> Collector:
+    """A collector that has seen one backward pass of its own, which leaves gradients, running
+    statistics and random states as they were."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    about_to_step = torch.optim.SGD(parameters, lr=0.0)
+    collector = Collector(traced, score, about_to_step, model, distributed)
+    gradients = [p.grad for p in parameters]
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        with unchanged(model), torch.enable_grad():
+            outputs = [t for t in tensors_in(forward(model)) if t.requires_grad]
+            if not outputs:
+                raise PruneError(
+                    'to_loss_fn returns nothing that depends on trained weights: return the loss, or '
+                    'the outputs that it is made of'
+                )
+            torch.stack([t.float().sum() for t in outputs]).sum().backward()
+        about_to_step.step()
+    finally:
+        collector.close()
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+    return collector
+
+
+def transferred(scores: np.ndarray, old: Trace, new: Trace) -> np.ndarray:
+    """Scores of one trace's units for another trace of the same model: (new units,). A unit that
+    holds other channels there has none (NaN), and stays."""
+    if np.array_equal(old.unit_of, new.unit_of):
+        return scores
+    slots = np.flatnonzero((new.unit_of >= 0) & (old.unit_of >= 0))
+    pairs, counts = np.unique(
+        np.stack([new.unit_of[slots], old.unit_of[slots]], axis=1), axis=0, return_counts=True
+    )
+    size_new = np.bincount(new.unit_of[new.unit_of >= 0], minlength=new.n_units)
+    size_old = np.bincount(old.unit_of[old.unit_of >= 0], minlength=old.n_units)
+    same = (counts == size_new[pairs[:, 0]]) & (counts == size_old[pairs[:, 1]])
+    found = np.full(new.n_units, np.nan)
+    found[pairs[same, 0]] = scores[pairs[same, 1]]
+    return found
+
+
+# -- structure in a checkpoint ------------------------------------------------------------------------
+
+
+def save_model_def(model: nn.Module) -> dict[str, Any]:
+    """The structure of ``model``, pruned or not, to put into a checkpoint dict: plain numbers,
+    strings, lists and dicts."""
+    plan = plan_of(model)
+    return (plan or Plan({}, {}, fingerprint(model))).to_meta()
+
+
+def load_model_def(model: nn.Module, path_or_checkpoint: str | Path | dict[str, Any]) -> nn.Module:
+    """Gives a fresh, unpruned ``model`` the structure in a checkpoint, in place; a strict
+    ``load_state_dict`` can follow. Returns it.
+
+    ``path_or_checkpoint``: a file, its content, or what :func:`save_model_def` returned. In a dict it
+    may stand under any name, or where mmengine's checkpoints have it.
+
+    Raises:
+        PruneError: no structure in it, more than one, damaged, or of another model.
+    """
+    if isinstance(path_or_checkpoint, str | Path):
+        where, content = str(path_or_checkpoint), read_checkpoint(path_or_checkpoint)
+    else:
+        where, content = 'the checkpoint', path_or_checkpoint
+    if not isinstance(content, dict):
+        raise PruneError(f'{where} is a {type(content).__name__}: give a path or a checkpoint dict')
+    if plan_of(model) is not None:
+        raise PruneError('the model is pruned already: build it anew, as it was before pruning')
+    plan = Plan.from_meta(content) if _is_structure(content) else plan_in(content)
+    if plan is None:
+        found = [key for key, value in content.items() if _is_structure(value)]
+        if len(found) != 1:
+            raise PruneError(
+                f'{where} holds {len(found)} structures, wanted one: save it with '
+                "{'structure': mmprune.save_model_def(model), ...}"
+            )
+        plan = Plan.from_meta(content[found[0]])
+    plan.apply(model)
+    return model
+
+
+def _is_structure(value: Any) -> bool:
+    return isinstance(value, dict) and {'format', 'fingerprint', 'keep'} <= set(value)
