@@ -1,3 +1,9 @@
 """Before any test module imports mmdet or mmpose: what makes them importable on today's torch."""
 
 import mmprune.compat  # noqa: F401
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        '--random-nets', type=int, default=250, help='how many random networks to cut (250)'
+    )

@@ -48,6 +48,13 @@ def prelu(call: Call) -> None:
     call.follow('num_parameters', call.ids(call.module.weight, 0))
 
 
+@adapter(nn.RNNBase, nn.RNNCellBase)
+def recurrent(call: Call) -> None:
+    """Widths are checked against the constructor's, and the weights lie in one block of memory."""
+    for tensor in call.module.parameters():
+        call.lock_tensor(tensor, f'the widths of nn.{type(call.module).__name__} are wired')
+
+
 @adapter(nn.MultiheadAttention)
 def multihead_attention(call: Call) -> None:
     """The embedding is split by numbers fixed in the constructor."""

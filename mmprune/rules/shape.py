@@ -40,6 +40,12 @@ def regroup(
     after = [max(n, 1) for n in after]
     inner = math.prod(before[dim + 1 :])
     period = inner * ids.size
+    left = call.tracer.open_dim
+    # A factor of 1 that is left open: the others are fixed, and nothing is left to shrink.
+    inside = left is not None and dim <= left <= dim + len(after) - len(before)
+    if inside and after[left] == 1 and inner <= math.prod(after[left:]) <= period:
+        call.lock((ids,), 'split into factors by number')
+        return []
     carried: list[tuple[int, np.ndarray]] = []  # (new dimension, index into ids along it)
     stride = math.prod(after)
     for new_dim, size in enumerate(after):
