@@ -14,6 +14,8 @@ from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner
 
 from .errors import PruneError
+from .files import DISK
+from .wrappers.ddp import init_on_cpu
 
 
 class _KeyValues(DictAction):
@@ -70,11 +72,18 @@ def load_config(args: argparse.Namespace) -> Config:
         cfg.work_dir = args.work_dir
     elif not cfg.get('work_dir'):
         cfg.work_dir = str(Path('work_dirs') / Path(args.config).stem)
+    if args.launcher != 'none' and not cfg.get('model_wrapper_cfg'):
+        cfg.model_wrapper_cfg = dict(
+            type='PrunableDistributedDataParallel',
+            broadcast_buffers=False,
+            find_unused_parameters=cfg.get('find_unused_parameters', False),
+        )
     return cfg
 
 
 def build_runner(cfg: Config) -> Runner:
     """The runner of the config: mmengine's, or the one that its ``runner_type`` names."""
+    init_on_cpu(cfg.get('launcher', 'none'))
     if 'runner_type' not in cfg:
         return Runner.from_cfg(cfg)
     init_default_scope(cfg.get('default_scope') or 'mmengine')
@@ -82,8 +91,17 @@ def build_runner(cfg: Config) -> Runner:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's main function; a ``PruneError`` ends it with its message and exit code 1."""
+    """Run a script's main function; a ``PruneError``, or a disk that is full or not to be written
+    on, ends it with its message and exit code 1."""
     try:
         main()
     except PruneError as error:
         sys.exit(f'{Path(sys.argv[0]).name}: error: {error}')
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        where = error.filename or 'a file'
+        sys.exit(
+            f'{Path(sys.argv[0]).name}: error: {where}: {error.strerror}; make room, or take another '
+            '--work-dir; checkpoints that were written stay'
+        )

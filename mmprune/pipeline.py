@@ -198,10 +198,16 @@ def cut_checked(
     optimizer: Any = None,
     twins: tuple[nn.Module, ...] = (),
 ) -> Plan:
-    """Cuts by a plan that was made for the model as it is now; first, if ``forward`` is given, on a
-    copy, which :func:`verify` compares with the masked original."""
+    """Cuts by a plan that was made for the model as it is now; first, if ``forward`` is given,
+    :func:`check_cut`."""
     if forward is not None:
-        trial = copied(model)
-        cut(trial, plan)
-        verify(model, trial, plan, forward)
+        check_cut(model, plan, forward)
     return cut(model, plan, optimizer, twins)
+
+
+def check_cut(model: nn.Module, plan: Plan, forward: Forward) -> None:
+    """Cuts a copy of ``model``, which :func:`verify` compares with the masked original. Raises a
+    PruneError if they differ."""
+    trial = copied(model)
+    cut(trial, plan)
+    verify(model, trial, plan, forward)

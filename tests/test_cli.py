@@ -133,13 +133,18 @@ def test_mixed_precision(monkeypatch):
         train.use_mixed_precision(cfg)
 
 
-def test_mixed_precision_needs_a_gpu(monkeypatch):
+def test_mixed_precision_on_a_cpu_is_bfloat16(monkeypatch):
     train = script('train')
     for name in ('cuda', 'npu', 'mlu', 'musa'):
         monkeypatch.setattr(train, f'is_{name}_available', lambda: False)
+    cfg = Config(dict(optim_wrapper=dict(type='AmpOptimWrapper', loss_scale='dynamic')))
 
-    with pytest.raises(PruneError, match='--amp: .* needs a GPU'):
-        train.use_mixed_precision(Config(dict(optim_wrapper=dict(type='OptimWrapper'))))
+    train.use_mixed_precision(cfg)
+
+    assert cfg.optim_wrapper == dict(type='CPUAmpOptimWrapper')
+    cfg.optim_wrapper = dict(type='OptimWrapper', dtype='float16')
+    with pytest.raises(PruneError, match='--amp: optim_wrapper.dtype=float16'):
+        train.use_mixed_precision(cfg)
 
 
 def test_learning_rate_is_scaled_from_a_known_batch_size():

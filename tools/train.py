@@ -48,11 +48,7 @@ def main() -> None:
 
 
 def use_mixed_precision(cfg: Config) -> None:
-    """Make the config's optimizer wrapper mmengine's AmpOptimWrapper."""
-    if not (is_cuda_available() or is_npu_available() or is_mlu_available() or is_musa_available()):
-        raise mmprune.PruneError(
-            "--amp: mmengine's mixed precision needs a GPU and there is none; leave it out"
-        )
+    """Make the config's optimizer wrapper mmengine's AmpOptimWrapper; bfloat16 on a CPU."""
     kind = cfg.optim_wrapper.get('type', 'OptimWrapper')
     kind = getattr(kind, '__name__', kind)
     if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
@@ -60,8 +56,18 @@ def use_mixed_precision(cfg: Config) -> None:
             f"--amp: can't put AmpOptimWrapper in the place of optim_wrapper.type={kind}; "
             'set the precision in the config'
         )
-    cfg.optim_wrapper.type = 'AmpOptimWrapper'
-    cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+    if is_cuda_available() or is_npu_available() or is_mlu_available() or is_musa_available():
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+        return
+    if cfg.optim_wrapper.get('dtype', 'bfloat16') != 'bfloat16':
+        raise mmprune.PruneError(
+            f'--amp: optim_wrapper.dtype={cfg.optim_wrapper.dtype}, and a CPU trains in bfloat16 '
+            'alone; leave dtype out'
+        )
+    for option in ('dtype', 'loss_scale'):
+        cfg.optim_wrapper.pop(option, None)
+    cfg.optim_wrapper.type = 'CPUAmpOptimWrapper'
 
 
 def scale_learning_rate(cfg: Config) -> None:

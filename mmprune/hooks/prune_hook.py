@@ -38,7 +38,8 @@ class PruneHook(Hook):
     :class:`mmprune.Budget`: when to stop. ``score``: a criterion's name, or a dict of it and its
     options. ``begin``: iterations before scoring begins; then a cut every ``interval`` iterations,
     the budget reached in ``steps`` of them along ``schedule`` (``'linear'`` or ``'cubic'``).
-    ``samples``: images of the batch that a trace runs on. ``check``: compare each cut with the masked model before it is kept.
+    ``samples``: images of the batch that a trace runs on. ``check``: compare each cut with the masked
+    model before it is kept.
     ``rebuild_only``: no cutting; only rebuild what a checkpoint describes.
 
     Iterations count optimizer steps of the loop, as mmengine's do. A checkpoint's plan is applied
@@ -131,9 +132,9 @@ class PruneHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         for hook in runner.hooks:
-            if isinstance(hook, CheckpointHook) and not (hook.backend_args or hook.file_client_args):
-                if '://' not in str(hook.out_dir):
-                    hook.backend_args = dict(ATOMIC)
+            own = isinstance(hook, CheckpointHook) and not (hook.backend_args or hook.file_client_args)
+            if own and '://' not in str(hook.out_dir):
+                hook.backend_args = dict(ATOMIC)
         if self.rebuild_only:
             return
         check_rebuildable(runner.model)
@@ -206,9 +207,10 @@ class PruneHook(Hook):
         with ranks.together('choosing'):
             # Batches differ in size, and so does what a unit costs: one process chooses for all.
             if ranks.is_first():
+                number = min(self.cuts, self.steps)
                 keep = choose_step(
                     traced, scores, self.budget, model,
-                    lambda final: target_at(min(self.cuts, self.steps), self.steps, final, self.schedule),
+                    lambda final: target_at(number, self.steps, final, self.schedule),
                     self.start,
                 )  # fmt: skip
         keep = ranks.shared(keep)
@@ -299,7 +301,8 @@ class PruneHook(Hook):
                 f'Training ended before the budget {self.budget.to_meta()} was met: '
                 f'{self.cuts} of {self.steps} cuts'
             )
-        report.finish(runner, self._report, plan, self.metrics)
+        if ranks.is_first():
+            report.finish(runner, self._report, plan, self.metrics)
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -328,8 +331,9 @@ def forget_best(runner: Runner) -> None:
 def check_accumulation(runner: Runner, **iterations: int) -> None:
     """A cut between two backward passes of one step would lose the first one's gradients."""
     optim_wrapper = runner.optim_wrapper
-    wrappers = optim_wrapper.values() if isinstance(optim_wrapper, OptimWrapperDict) else [optim_wrapper]
-    for count in {wrapper._accumulative_counts for wrapper in wrappers}:
+    several = isinstance(optim_wrapper, OptimWrapperDict)
+    for wrapper in optim_wrapper.values() if several else [optim_wrapper]:
+        count = wrapper._accumulative_counts
         for name, value in iterations.items():
             if value % count:
                 raise PruneError(
