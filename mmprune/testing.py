@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmcv.cnn.bricks.conv_ws import ConvAWS2d
 from mmcv.ops import nms as mmcv_nms
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
@@ -110,8 +111,7 @@ def _offline(value: Any) -> Any:
         return value
     changed = copy.copy(value)
     for key, item in value.items():
-        kind = item.get('type', '') if isinstance(item, dict) else ''
-        if key == 'init_cfg' and 'Pretrained' in getattr(kind, '__name__', str(kind)):
+        if key == 'init_cfg' and isinstance(item, dict) and 'checkpoint' in item:
             changed[key] = None
         elif key == 'pretrained':
             changed[key] = False if isinstance(item, bool) else None
@@ -284,11 +284,15 @@ def shake(model: nn.Module, forward: Forward, seed: int = 0) -> None:
         for parameter in model.parameters():
             largest = parameter.abs().max() if parameter.numel() else torch.tensor(1.0)
             if parameter.ndim > 1 and largest < 1e-3:
-                parameter.add_(random(parameter, -0.05, 0.05))
+                bound = parameter[0].numel() ** -0.5
+                parameter.add_(random(parameter, -bound, bound))
             elif parameter.ndim == 1 and 0 < largest < 1e-3:  # a layer scale
                 parameter.copy_(random(parameter, 0.3, 0.6))
             elif parameter.ndim == 1 and largest == 0:
                 parameter.add_(random(parameter, -0.1, 0.1))
+        for module in model.modules():
+            if isinstance(module, ConvAWS2d):  # standardised weights, with a scale for each output
+                module.weight_gamma.fill_(module.weight[0].numel() ** -0.5)
         for norm in norms:
             if norm.affine:
                 norm.weight.copy_(random(norm.weight, 0.6, 1.2))

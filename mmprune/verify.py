@@ -217,7 +217,9 @@ class Decisions(TorchDispatchMode):
         self.reads_model = self.reads_model or any(id(t) in self._own for t in inputs)
         out = func(*args, **(kwargs or {}))
         results = out if isinstance(out, list | tuple) else [out]
-        if not any(_decides(r) for r in results) or func._schema.is_mutable:
+        # A view must stay one: what is written through it has to reach the tensor behind it.
+        shares = func._schema.is_mutable or any(r.alias_info for r in func._schema.returns)
+        if shares or not any(_decides(r) for r in results):
             return out
         name = str(func)
         number = self._seen[name] = self._seen.get(name, -1) + 1

@@ -255,6 +255,15 @@ def pick(call: Call) -> None:
     call.label(call.out, labels)
 
 
+@rule('aten::embedding')
+def embedding(call: Call) -> None:
+    """Rows of a table (rows, C) by number: (..., C)."""
+    table = call['weight']
+    call.lock_tensor(table, 'indexed by number', dims=[0])
+    call.lock_tensor(call['indices'], 'used as an index')
+    call.label(call.out, {call.out.ndim - 1: call.ids(table, 1)})
+
+
 def indexed_dims(x: torch.Tensor, indices: Sequence[torch.Tensor | None]) -> dict[int, int]:
     """Where each dimension of ``x`` that is not indexed stands in ``x[indices]``."""
     at, taken, shapes = 0, [], []
