@@ -224,7 +224,7 @@ def wrapped(r, c):
         lambda m, x: Double.apply(m.a(x)),
         lambda m, x: m.a(x.to(memory_format=torch.channels_last)),
         lambda m, x: F.interpolate(m.a(F.max_pool2d(x, 2)), scale_factor=2, mode='bilinear'),
-        lambda m, x: F.grid_sample(m.a(x), x.new_full((len(x), *x.shape[2:], 2), 0.3), align_corners=False),
+        lambda m, x: F.grid_sample(m.a(x), x[:, :2].permute(0, 2, 3, 1), align_corners=False),
     ]), a=inner), c  # fmt: skip
 
 

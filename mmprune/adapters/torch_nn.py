@@ -33,7 +33,7 @@ def linear(call: Call) -> None:
 def batch_norm(call: Call) -> None:
     norm = call.module
     tensor = norm.weight if norm.weight is not None else norm.running_mean
-    call.follow('num_features', call.ids(tensor, 0))
+    call.follow('num_features', call.ids(call.out, 1) if tensor is None else call.ids(tensor, 0))
 
 
 @adapter(nn.GroupNorm)
