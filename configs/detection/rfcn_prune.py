@@ -8,8 +8,8 @@ custom_hooks = [
         type='PruneHook',
         score='taylor',
         keep_flops=0.5,
-        begin=600,
-        interval=40,
+        begin=900,
+        interval=37,
         steps=8,
         min_channels=4,
     )
