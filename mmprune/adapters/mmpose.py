@@ -4,14 +4,23 @@ from mmprune.adapters import adapter
 from mmprune.rules.table import Call
 
 
-@adapter('mmpose.models.utils.rtmcc_block.RTMCCBlock', splits=True)
+@adapter(
+    'mmpose.models.utils.rtmcc_block.RTMCCBlock', 'mmpose.models.utils.transformer.GAUEncoder',
+    splits=True,
+)  # fmt: skip
 def gated_attention(call: Call) -> None:
-    """RTMPose's GAU: gate and value of width ``e``, and a base of width ``s``, from one projection.
-    The scale of the attention, and that of ScaleNorm, stay those of the original widths."""
+    """The GAU of RTMPose and RTMO: gate and value of width ``e``, and a base of width ``s``, from one
+    projection. The scale of the attention, and that of ScaleNorm, stay those of the original."""
     block = call.module
+    crossed = getattr(block, 'attn_type', '') == 'cross-attn'
     call.follow('e', call.ids(block.o.weight, 1))
-    base = block.gamma if block.attn_type == 'self-attn' else block.k_fc.weight
-    call.follow('s', call.ids(base, 1 if block.attn_type == 'self-attn' else 0))
+    call.follow('s', call.ids(block.k_fc.weight, 0) if crossed else call.ids(block.gamma, 1))
+
+
+@adapter('mmpose.models.heads.hybrid_heads.rtmo_head.RTMOHead')
+def coordinate_classifier(call: Call) -> None:
+    """Features of all keypoints come from one layer, viewed by their declared width."""
+    call.follow('dcc.feat_channels', call.ids(call.module.dcc.x_fc.weight, 0))
 
 
 @adapter('mmpose.models.backbones.rsn.RSB')
