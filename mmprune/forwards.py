@@ -56,7 +56,7 @@ def forwards_of(model: nn.Module, batch: Any, count: int = 4) -> tuple[Forward, 
     try:
         with torch.no_grad():
             tensor(model)
-    except (NotImplementedError, TypeError, AttributeError, KeyError, RuntimeError, AssertionError):
+    except (NotImplementedError, TypeError, AttributeError, LookupError, RuntimeError, AssertionError):
         # Not every detector implements it; the loss runs through the same layers.
         return loss, ()
     return tensor, (loss,)
