@@ -72,13 +72,13 @@ def load(name: str) -> Config:
 
 
 def bare(config: str | Config, seed: int = 0) -> nn.Module:
-    """The model of :func:`build` with weights as its constructor leaves them, to load others into."""
+    """The model of :func:`build`, its weights not yet shaken: one to load others into."""
     if isinstance(config, str) and config.startswith('torchvision::'):
         return _torchvision_model(config.removeprefix('torchvision::'), seed)
-    return build_model(load(config) if isinstance(config, str) else config, seed, init=False)
+    return build_model(load(config) if isinstance(config, str) else config, seed)
 
 
-def build_model(config: Config, seed: int = 0, init: bool = True) -> nn.Module:
+def build_model(config: Config, seed: int = 0) -> nn.Module:
     """The config's model with random weights, in training mode; SyncBN becomes BN."""
     scope = config.get('default_scope') or config.model.get('_scope_') or 'mmpose'
     # A package's own registry is filled by its registration function.
@@ -93,8 +93,7 @@ def build_model(config: Config, seed: int = 0, init: bool = True) -> nn.Module:
     logging.disable(logging.INFO)  # a page about each weight
     try:
         model = MODELS.build(_offline(config.model))
-        if init:
-            model.init_weights()
+        model.init_weights()
     finally:
         logging.disable(before)
     MessageHub.get_current_instance().update_info('epoch', 0)  # as its Runner would, for TOOD

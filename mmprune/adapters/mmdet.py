@@ -49,3 +49,9 @@ def side_aware_head(call: Call) -> None:
     head = call.module
     first = head.reg_cls_fcs[0] if len(head.reg_cls_fcs) else head.fc_reg_cls
     call.follow('reg_in_channels', call.ids(first.weight, 1))
+
+
+@adapter('mmdet.models.backbones.res2net.Bottle2neck')
+def res2net_block(call: Call) -> None:
+    """One width is split into equal scales, used one after another."""
+    call.follow('width', call.ids(call.module.convs[0].weight, 1))
