@@ -332,7 +332,7 @@ LEAVES = {
 
 CONTRACTIONS = frozenset(
     f'aten::{n}'
-    for n in ('convolution', 'mm', 'bmm', 'addmm', 'baddbmm', 'linear', 'mv', 'addmv', 'dot')
+    for n in ('convolution', 'mm', 'bmm', 'addmm', 'baddbmm', 'mv', 'addmv', 'dot')
 )
 
 

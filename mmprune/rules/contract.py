@@ -86,7 +86,7 @@ def convolve(
     call.multiply_adds(positions * math.prod(weight.shape), rows, columns)
 
 
-@rule('aten::convolution', 'aten::_convolution', 'aten::mkldnn_convolution')
+@rule('aten::convolution')
 def convolution(call: Call) -> None:
     convolve(
         call, call['input'], call['weight'], call['bias'], call.out,
@@ -139,21 +139,6 @@ def _add(call: Call, product: Labels) -> None:
     labels = broadcast(call, [bias, call.out], call.out.shape, [call.labels(bias), product])
     call.label(call.out, labels)
     call.nonzero(call.out, nonzero or call.tracer.is_nonzero(bias) or not own.issuperset(labels))
-
-
-@rule('aten::linear')
-def linear(call: Call) -> None:
-    x, weight, bias = call['input'], call['weight'], call['bias']
-    contract(call, x, call.ids(x, -1), weight, call.ids(weight, 1))
-    gives = call.ids(weight, 0)
-    call.tie_if(gives, bias)
-    labels = {d: ids for d, ids in call.labels(x).items() if d < x.ndim - 1}
-    labels[x.ndim - 1] = gives
-    call.label(call.out, labels)
-    call.nonzero(call.out, len(labels) > 1 or any(
-        call.tracer.is_nonzero(t) for t in (weight, bias) if t is not None
-    ))  # fmt: skip
-    call.multiply_adds(call.out.numel() * weight.shape[1], gives, call.ids(weight, 1))
 
 
 @rule('aten::mv', 'aten::dot', 'aten::addmv')

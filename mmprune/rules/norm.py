@@ -63,7 +63,7 @@ def layer_norm(call: Call) -> None:
     x = call['input']
     over = len(call['normalized_shape'])
     what = 'layer norm takes its statistics over it'
-    call.lock_tensor(x, what)
+    call.lock_tensor(x, what, dims=range(x.ndim - over, x.ndim))
     for name in ('weight', 'bias'):
         call.lock_tensor(call.args.get(name), what)
     out = call.out[0] if isinstance(call.out, list | tuple) else call.out

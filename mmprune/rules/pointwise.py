@@ -57,14 +57,15 @@ def pointwise(call: Call) -> None:
     for value in values:
         if isinstance(value, list | tuple):
             operands += [v for v in value if isinstance(v, torch.Tensor)]
+    # Asked before anything is said of a result, which may be an operand written in place.
+    nonzero, uniform = moves_zero(call), all(call.tracer.is_uniform(t) for t in operands)
     outputs = call.out if isinstance(call.out, list | tuple) else [call.out]
     for out in outputs:
         if not isinstance(out, torch.Tensor):
             continue
-        nonzero = moves_zero(call)
         call.label(out, broadcast(call, operands, out.shape))
         call.nonzero(out, nonzero)
-        if all(call.tracer.is_uniform(t) for t in operands):
+        if uniform:
             call.tracer.set_uniform(out)
 
 
@@ -118,7 +119,7 @@ def _try(function: Callable, kinds: dict[str, Any]) -> bool:
 # Elementwise too, though torch does not tag them so.
 rule(
     'aten::hardswish', 'aten::hardswish_', 'aten::_prelu_kernel', 'aten::native_dropout',
-    'aten::copy_', 'aten::copy', 'aten::_to_copy', 'aten::clone', 'aten::detach', 'aten::detach_',
+    'aten::copy_', 'aten::_to_copy', 'aten::clone', 'aten::detach',
     'aten::alias', 'aten::lift_fresh', 'aten::rrelu_with_noise', 'aten::rrelu_with_noise_',
     'aten::masked_fill', 'aten::masked_fill_', 'aten::where', 'aten::hardtanh', 'aten::softplus',
     'aten::log_sigmoid_forward', 'aten::fill_', 'aten::zero_', 'aten::bucketize',

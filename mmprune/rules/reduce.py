@@ -69,7 +69,7 @@ def reduce(call: Call) -> None:
 
 
 @rule(
-    'aten::_softmax', 'aten::_log_softmax', 'aten::_safe_softmax', 'aten::softmax', 'aten::cumsum',
+    'aten::_softmax', 'aten::_log_softmax', 'aten::_safe_softmax', 'aten::cumsum',
     'aten::cumprod', 'aten::cummax', 'aten::cummin', 'aten::sort', 'aten::topk',
     'aten::logcumsumexp',
 )  # fmt: skip

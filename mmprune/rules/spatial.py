@@ -18,14 +18,13 @@ def channelwise(call: Call, spatial: int) -> None:
 
 
 for _rank, _names in {
-    1: ('avg_pool1d', 'adaptive_avg_pool1d',
-        'upsample_nearest1d', 'upsample_linear1d', 'reflection_pad1d', 'replication_pad1d'),
-    2: ('max_pool2d_with_indices', 'avg_pool2d', '_adaptive_avg_pool2d',
-        'adaptive_avg_pool2d', 'adaptive_max_pool2d', 'upsample_nearest2d', 'upsample_bilinear2d',
-        'upsample_bicubic2d', '_upsample_nearest_exact2d', '_upsample_bilinear2d_aa',
-        '_upsample_bicubic2d_aa', 'reflection_pad2d', 'replication_pad2d', 'max_unpool2d'),
-    3: ('max_pool3d_with_indices', 'adaptive_avg_pool3d', '_adaptive_avg_pool3d',
-        'upsample_nearest3d', 'upsample_trilinear3d'),
+    1: ('upsample_nearest1d', 'upsample_linear1d', 'reflection_pad1d', 'replication_pad1d'),
+    2: ('max_pool2d_with_indices', 'avg_pool2d', '_adaptive_avg_pool2d', 'adaptive_max_pool2d',
+        'upsample_nearest2d', 'upsample_bilinear2d', 'upsample_bicubic2d',
+        '_upsample_nearest_exact2d', '_upsample_bilinear2d_aa', '_upsample_bicubic2d_aa',
+        'reflection_pad2d', 'replication_pad2d', 'max_unpool2d'),
+    3: ('max_pool3d_with_indices', '_adaptive_avg_pool3d', 'upsample_nearest3d',
+        'upsample_trilinear3d'),
 }.items():  # fmt: skip
     for _name in _names:
         rule(f'aten::{_name}')(lambda call, rank=_rank: channelwise(call, rank))
@@ -57,7 +56,8 @@ def constant_pad(call: Call) -> None:
             ends = (fixed_ids(before), fixed_ids(after))
             labels[dim] = tuple(np.concatenate([ends[0], ids, ends[1]]) for ids in labels[dim])
     call.label(call.out, labels)
-    call.nonzero(call.out, call.tracer.is_nonzero(x) or bool(call['value']))
+    beside = any(n and x.ndim - 1 - i // 2 not in labels for i, n in enumerate(pad))
+    call.nonzero(call.out, call.tracer.is_nonzero(x) or bool(call['value'] and beside))
 
 
 @rule('aten::im2col')
