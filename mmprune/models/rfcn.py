@@ -54,7 +54,8 @@ class RFCNBBoxHead(BBoxHead):
     """
 
     def __init__(self, *args, grid: int = 7, feat_channels: int = 1024, **kwargs) -> None:
-        kwargs.setdefault('init_cfg', dict(type='Normal', layer='Conv2d', std=0.01))
+        maps = dict(type='Normal', name='conv_maps', std=0.01)
+        kwargs.setdefault('init_cfg', dict(type='Xavier', layer='Conv2d', override=maps))
         kwargs.setdefault('reg_class_agnostic', True)  # as in the paper
         super().__init__(*args, with_avg_pool=True, **kwargs)
         self.grid = grid
