@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from hooks.runs import config, train
 from mmengine.runner import Runner
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
@@ -21,7 +22,6 @@ import mmprune
 from mmprune import ranks
 from mmprune.hooks import PruneHook, prune_hook
 from mmprune.wrappers import PrunableDistributedDataParallel, rebuild_reducers
-from tests.hooks.runs import config, train
 
 ROOT = Path(__file__).parent.parent
 
@@ -224,7 +224,7 @@ class Net(nn.Module):
 def halve(state: list[int], bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """A communication hook that can be told from none: it averages and takes half."""
     state.append(bucket.buffer().numel())
-    return default_hooks.allreduce_hook(None, bucket).then(lambda done: done.value()[0] / 2)
+    return default_hooks.allreduce_hook(None, bucket).then(lambda done: done.value() / 2)
 
 
 def plain_loop(folder: Path, options: dict, comm: str = '') -> dict:
