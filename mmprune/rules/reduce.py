@@ -110,7 +110,7 @@ def loss(call: Call) -> None:
 
 @rule(
     'aten::nonzero', 'aten::_unique2', 'aten::unique_dim', 'aten::masked_select',
-    'aten::equal', 'aten::bincount', 'aten::searchsorted', 'aten::histc', 'aten::_local_scalar_dense',
+    'aten::equal', 'aten::bincount', 'aten::searchsorted', 'aten::histc',
     'aten::multinomial', 'aten::unique_consecutive', 'aten::_cdist_forward',
     'aten::linalg_inv_ex', 'aten::_linalg_svd',
 )  # fmt: skip

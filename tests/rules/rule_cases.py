@@ -40,6 +40,10 @@ each('hardswish_ zero_', lambda op, m, y: finish(m, op(y.clone())) + finish(m, y
 each('masked_fill', lambda op, m, y: finish(m, op(y, y > 0, 0.3)))
 each('masked_fill_', lambda op, m, y: finish(m, op(y.clone(), y > 0, 0.3)))
 each('fill_', lambda op, m, y: finish(m, op(y.clone(), 0.3)))
+each('fill_', lambda op, m, y: finish(m, y) + op(y.clone(), 0.3).sum(), 'would not be zero')
+each('masked_fill_', lambda op, m, y: finish(m, y) + op(y.clone(), y > -1, 0.3).sum(),
+     'would not be zero')  # fmt: skip
+each('zero_', lambda op, m, y: finish(m, y) + op(y.sigmoid()).sum())
 each('copy_', lambda op, m, y: finish(m, op(torch.zeros_like(y), y)))
 each('copy_', lambda op, m, y: finish(m, op(m.const.new_zeros(2, 8, 4, 4)[:, :8], y)), 'written into')
 each('_to_copy', lambda op, m, y: finish(m, op(y, dtype=torch.float32).double()))
@@ -75,7 +79,6 @@ for _name in ('zeros', 'ones', 'empty'):
     each(f'new_{_name}', lambda op, m, y: finish(m, y * op(y, [y.shape[1], 4, 4]).fill_(0.5)))
 each('full', lambda op, m, y: finish(m, y * op([y.shape[1], 1, 1], 0.5)))
 each('new_full', lambda op, m, y: finish(m, y * op(y, [y.shape[1], 1, 1], 0.5)))
-each('scalar_tensor', lambda op, m, y: finish(m, y * op(0.5)))
 case('zeros', lambda m, y: finish(
     m, y * torch.zeros(8).scatter_(0, torch.tensor([1, 2]), 1.0).view(8, 1, 1)),
         'fixed width')  # fmt: skip
@@ -98,8 +101,8 @@ case('bmm', lambda m, y: finish(m, y) + (
         'zero on neither side')  # fmt: skip
 case('addmm', lambda m, y: finish(m, F.linear(y.mean((2, 3)), m.table, m.vector)))
 case('addmm', lambda m, y: finish(m, A.addmm(m.const, y.mean((2, 3)), m.table)))
-each('baddbmm', lambda op, m, y: finish(m, y) + op(
-    torch.zeros(1).double(), y.flatten(2).transpose(1, 2), y.flatten(2)).tanh().sum())  # fmt: skip
+each('baddbmm', lambda op, m, y: finish(m, op(
+    torch.zeros(1).double(), y.flatten(2).transpose(1, 2), m.table.expand(2, -1, -1)).transpose(1, 2)))
 case('mv', lambda m, y: finish(m, y) + (y.mean((2, 3)) @ m.vector).tanh().sum())
 case('dot', lambda m, y: finish(m, y) + y.mean((0, 2, 3)).dot(m.vector).tanh())
 each('addmv', lambda op, m, y: finish(m, y + op(m.const, m.table, y.mean((0, 2, 3)))[:, None, None]))
@@ -201,18 +204,10 @@ each(
 each('searchsorted', lambda op, m, y: finish(m, y) + op(
     torch.arange(3.0).double(), y).sum(), WHOLE)  # fmt: skip
 each('histc', lambda op, m, y: finish(m, y) + op(y).sum(), WHOLE)
-case(
-    '_local_scalar_dense', lambda m, y: finish(m, y) + y.mean((0, 2, 3))[0].item(), 'indexed by number'
-)
-each(
-    '_local_scalar_dense',
-    lambda op, m, y: finish(m, y) + op(y.view(-1)[:1].view(())),
-    'sliced by number',
-)
 each('multinomial', lambda op, m, y: finish(m, y) + op(y.mean((2, 3)).sigmoid(), 1).sum() * 0, WHOLE)
 case('_cdist_forward', lambda m, y: finish(m, y) + torch.cdist(y.mean(3), y.mean(3)).sum(), WHOLE)
 each('linalg_inv_ex', lambda op, m, y: finish(m, y) + op(
-    y.mean((0, 2, 3))[:, None] + torch.eye(8).double())[0].sum(), WHOLE)  # fmt: skip
+    m.table * y.mean((0, 2, 3))[:, None])[0].sum(), WHOLE)  # fmt: skip
 each('_linalg_svd', lambda op, m, y: finish(m, y) + op(y.mean((2, 3)))[1].sum(), WHOLE)
 
 
@@ -232,10 +227,10 @@ each('_unsafe_view', lambda op, m, y: finish(m, op(y, [2, y.shape[1], 16])))
 each('_reshape_alias', lambda op, m, y: finish(m, op(y, [2, y.shape[1], 16], [y.shape[1] * 16, 16, 1])))
 each('permute', lambda op, m, y: finish(m, op(y, [0, 1, 3, 2])))
 each('transpose', lambda op, m, y: finish(m, op(op(y, 1, 3), 3, 1)))
-each('transpose_', lambda op, m, y: finish(m, op(op(y.clone(), 1, 3), 3, 1)))
+each('transpose_', lambda op, m, y: finish(m, op(y.clone(), 1, 3).permute(0, 3, 2, 1)))
 each('t', lambda op, m, y: finish(m, op(op(y.mean((2, 3))))))
 each('unsqueeze', lambda op, m, y: finish(m, op(y, -1)))
-each('unsqueeze_', lambda op, m, y: finish(m, op(y.clone(), 2)))
+each('unsqueeze_', lambda op, m, y: finish(m, op(y.clone(), 1)[:, 0]))
 each('squeeze', lambda op, m, y: finish(m, op(y.mean((2, 3), True))))
 each('squeeze', lambda op, m, y: finish(m, op(y[:1].mean((2, 3), True), 0)[None]))
 each('expand', lambda op, m, y: finish(m, op(y[:1], [2, -1, -1, -1])))
@@ -337,13 +332,13 @@ each(
     'constant_pad_nd', lambda op, m, y: finish(m, y) + op(y, [0, 0, 0, 0, 1, 1], 0.5).tanh().sum(), None
 )
 each('constant_pad_nd', lambda op, m, y: finish(m, y) + op(y, [0, 0, 0, 0, -1, 0]).sum(), 'cropped')
-each('im2col', lambda op, m, y: finish(m, y) + op(y, [2, 2], [1, 1], [0, 0], [2, 2]).tanh().sum())
-each('col2im', lambda op, m, y: finish(m, y) + op(
-    F.unfold(y, 2, stride=2), [4, 4], [2, 2], [1, 1], [0, 0], [2, 2]).tanh().sum())  # fmt: skip
-each('pixel_shuffle', lambda op, m, y: finish(m, y) + op(y, 2).tanh().sum())
-each('pixel_unshuffle', lambda op, m, y: finish(m, y) + op(y, 2).tanh().sum())
+PATCH = ([2, 2], [1, 1], [0, 0], [2, 2])
+each('im2col', lambda op, m, y: finish(m, F.fold(op(y, *PATCH), 4, 2, stride=2)))
+each('col2im', lambda op, m, y: finish(m, op(F.unfold(y, 2, stride=2), [4, 4], *PATCH)))
+each('pixel_shuffle', lambda op, m, y: finish(m, F.pixel_unshuffle(op(y, 2), 2)))
+each('pixel_unshuffle', lambda op, m, y: finish(m, F.pixel_shuffle(op(y, 2), 2)))
 each('index_add', lambda op, m, y: finish(m, op(y, 0, FIRST, m.b(y))))
-each('index_add_', lambda op, m, y: finish(m, op(torch.zeros_like(y), 0, FIRST, y)))
+each('index_add_', lambda op, m, y: finish(m, op(y.new_zeros(2, y.shape[1], 4, 4), 0, FIRST, y)))
 each('index_copy', lambda op, m, y: finish(m, op(y, 0, FIRST, m.b(y))))
-each('index_copy_', lambda op, m, y: finish(m, op(torch.zeros_like(y), 0, FIRST, y)))
+each('index_copy_', lambda op, m, y: finish(m, op(y.new_zeros(2, y.shape[1], 4, 4), 0, FIRST, y)))
 each('index_add', lambda op, m, y: finish(m, op(y, 1, FIRST, y[:, :2])), 'indexed by number')
