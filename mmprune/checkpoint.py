@@ -5,6 +5,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner.checkpoint import _load_checkpoint
@@ -105,11 +106,29 @@ def plan_from(path: str | Path) -> Plan:
 
 def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:
     """Strictly: every tensor of the model comes from the checkpoint, and none is left over."""
-    state = checkpoint.get('state_dict', checkpoint)
+    state = weights_in(checkpoint, path)
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
         raise PruneError(f'{path}: weights do not fit the model: {error}') from error
+
+
+def weights_in(checkpoint: dict[str, Any], path: str | Path) -> dict[str, torch.Tensor]:
+    """The ``state_dict`` of a checkpoint, or a checkpoint that is one itself.
+
+    Raises:
+        PruneError: it holds something else than tensors.
+    """
+    state = checkpoint.get('state_dict', checkpoint)
+    if not isinstance(state, dict):
+        raise PruneError(f"{path}: its 'state_dict' is a {type(state).__name__}, not a dict of tensors")
+    odd = [name for name, tensor in state.items() if not isinstance(tensor, torch.Tensor)]
+    if odd:
+        raise PruneError(
+            f'{path}: weights do not fit the model: {str(odd[0])[:80]} is a '
+            f'{type(state[odd[0]]).__name__}, not a tensor'
+        )
+    return state
 
 
 def load_pruned(config: str | Path | Config, checkpoint: str | Path, device: str = 'cpu') -> nn.Module:

@@ -6,7 +6,10 @@ beside that the module attributes that change, and the history of cuts.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
+import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,6 +61,17 @@ class Plan:
 
     def then(self, second: Plan) -> Plan:
         """This plan and, after it, one made for the model that it leaves, as a single plan."""
+        left = {name: list(shape) for name, shape in self.fingerprint.items()}
+        for name, dims in self.keep.items():
+            for dim, kept in dims.items():
+                left[name][dim] = len(kept)
+        wanted = second.fingerprint
+        wrong = [name for name in [*left, *wanted] if left.get(name) != wanted.get(name)]
+        if wrong:
+            raise PruneError(
+                f'the second plan was made for {wrong[0]} of shape {_shape(wanted.get(wrong[0]))}, the '
+                f'first leaves {_shape(left.get(wrong[0]))}: they do not follow each other'
+            )
         keep = {name: dict(dims) for name, dims in self.keep.items()}
         for name, dims in second.keep.items():
             for dim, indices in dims.items():
@@ -81,7 +95,7 @@ class Plan:
         """Plain ints, strings, lists and dicts, for a checkpoint's ``meta['mmprune']``."""
         from mmprune import __version__
 
-        return {
+        meta = {
             'format': FORMAT,
             'mmprune': __version__,
             'fingerprint': {name: list(shape) for name, shape in self.fingerprint.items()},
@@ -93,6 +107,7 @@ class Plan:
             'history': [dict(entry) for entry in self.history],
             'budget': dict(self.budget),
         }
+        return meta | {'checksum': checksum(meta)}
 
     @classmethod
     def from_meta(cls, meta: Any) -> Plan:
@@ -153,6 +168,12 @@ def set_plan(model: nn.Module, plan: Plan | None) -> None:
         model._mmprune_plan = plan
 
 
+def checksum(meta: dict[str, Any]) -> str:
+    """Of all parts of a meta but itself."""
+    parts = {part: meta[part] for part in _PARTS}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
 # -- reading what a stranger wrote ----------------------------------------------------------------
 
 _PARTS = {
@@ -163,25 +184,42 @@ _ATTRIBUTE = re.compile(r'[A-Za-z_]\w*(\.[A-Za-z_]\w*|\[\d+\])*')
 
 
 def _bad(where: str, found: Any, wanted: str) -> PruneError:
-    text = repr(found)
-    text = text if len(text) <= 80 else text[:77] + '...'
     return PruneError(
-        f"meta['mmprune']{where} is {text}, not {wanted}: the file is damaged or was not written by "
-        'mmprune; use another checkpoint'
+        f"meta['mmprune']{where} is {_told(found)}, not {wanted}: the file is damaged or was not "
+        'written by mmprune; use another checkpoint'
     )
 
 
+def _told(value: Any) -> str:
+    """At most 80 characters of what may be endless."""
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+        return f'a number of {value.bit_length()} bits'
+    text = reprlib.repr(value)
+    return text if len(text) <= 80 else text[:77] + '...'
+
+
 def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63
+
+
+def _is_plain(value: Any, depth: int = 6) -> bool:
+    if value is None or isinstance(value, bool | str | float) or _is_int(value):
+        return True
+    if depth == 0 or not isinstance(value, dict | list | tuple):
+        return False
+    if isinstance(value, dict):
+        return all(isinstance(k, str) and _is_plain(v, depth - 1) for k, v in value.items())
+    return all(_is_plain(v, depth - 1) for v in value)
 
 
 def _check_meta(meta: Any) -> None:
     if not isinstance(meta, dict):
         raise _bad('', meta, 'a dict')
-    if _is_int(meta.get('format')) and meta['format'] > FORMAT:
+    later = meta.get('format')
+    if isinstance(later, int) and later > FORMAT:
         raise PruneError(
-            f"meta['mmprune'] has format {meta['format']}, this mmprune reads up to {FORMAT}: it was "
-            f'written by mmprune {str(meta.get("mmprune"))[:40]}; install that version or a later one'
+            f"meta['mmprune'] has format {_told(later)}, this mmprune reads up to {FORMAT}: it was "
+            f'written by mmprune {_told(meta.get("mmprune"))}; install that version or a later one'
         )
     for part, kind in _PARTS.items():
         if not isinstance(meta.get(part), kind) or isinstance(meta.get(part), bool):
@@ -194,13 +232,13 @@ def _check_meta(meta: Any) -> None:
             or not isinstance(shape, list)
             or not all(_is_int(n) and n >= 0 for n in shape)
         ):
-            raise _bad(f"['fingerprint'][{name!r}]", shape, 'a shape')
+            raise _bad(f"['fingerprint'][{_told(name)}]", shape, 'a shape')
     for name, dims in meta['keep'].items():
         shape = meta['fingerprint'].get(name)
         if shape is None or not isinstance(dims, dict):
-            raise _bad(f"['keep'][{name!r}]", dims, 'a dict of a tensor in the fingerprint')
+            raise _bad(f"['keep'][{_told(name)}]", dims, 'a dict of a tensor in the fingerprint')
         for dim, kept in dims.items():
-            at = f"['keep'][{name!r}][{dim!r}]"
+            at = f"['keep'][{_told(name)}][{_told(dim)}]"
             if not _is_int(dim) or not 0 <= dim < len(shape):
                 raise _bad(at, kept, f'for a dimension below {len(shape)}')
             if (
@@ -217,14 +255,21 @@ def _check_meta(meta: Any) -> None:
                 raise _bad(at, kept, f'ascending indices from 0 to {shape[dim] - 1}')
     for name, values in meta['attributes'].items():
         if not isinstance(name, str) or not isinstance(values, dict):
-            raise _bad(f"['attributes'][{name!r}]", values, 'a dict of a module')
+            raise _bad(f"['attributes'][{_told(name)}]", values, 'a dict of a module')
         for attribute, value in values.items():
-            good = isinstance(attribute, str) and _ATTRIBUTE.fullmatch(attribute)
+            good = isinstance(attribute, str) and len(attribute) < 200 and _ATTRIBUTE.fullmatch(attribute)
             if not good or '__' in attribute or not _is_int(value) or value < 1:
-                raise _bad(f"['attributes'][{name!r}][{attribute!r}]", value, 'a positive width')
+                raise _bad(f"['attributes'][{_told(name)}][{_told(attribute)}]", value, 'a positive width')
     for number, entry in enumerate(meta['history']):
-        if not isinstance(entry, dict) or not all(isinstance(key, str) for key in entry):
-            raise _bad(f"['history'][{number}]", entry, 'a dict')
+        if not isinstance(entry, dict) or not _is_plain(entry):
+            raise _bad(f"['history'][{number}]", entry, 'a dict of plain values')
+        for key in ('flops_before', 'params_before'):
+            if not _is_int(entry.get(key)) or entry[key] < 0:
+                raise _bad(f"['history'][{number}][{key!r}]", entry.get(key), 'a number of them')
+    if not _is_plain(meta['budget']):
+        raise _bad("['budget']", meta['budget'], 'a dict of plain values')
+    if meta.get('checksum') != checksum(meta):
+        raise _bad("['checksum']", meta.get('checksum'), 'that of what stands there')
 
 
 def narrowed(tensor: torch.Tensor, dims: dict[int, list[int]]) -> torch.Tensor:

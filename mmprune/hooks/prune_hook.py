@@ -12,7 +12,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from mmprune import ranks, report, rng
-from mmprune.checkpoint import META, plan_in, read_checkpoint
+from mmprune.checkpoint import META, plan_in, read_checkpoint, weights_in
 from mmprune.choose import make_budget
 from mmprune.couple import Trace
 from mmprune.cut import cut
@@ -114,7 +114,7 @@ class PruneHook(Hook):
         if plan is None:
             return
         model = bare(runner.model)
-        state = checkpoint.get('state_dict', {})
+        state = weights_in(checkpoint, runner._load_from)
         differ = [
             f'{name}: {tuple(state[name].shape) if name in state else "none"} in the checkpoint, '
             f'{tuple(tensor.shape)} in the model'
