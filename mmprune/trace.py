@@ -79,6 +79,7 @@ class Tracer(TorchDispatchMode):
         self.function: Any = None
         self.open_dim: int | None = None
         self._step = 0
+        self._locked = np.arange(self.record.slots.size) == FIXED
         self._names = {id(module): name for name, module in model.named_modules()}
         self._stack: list[nn.Module] = [model]
         self._storages: dict[int, str] = {}
@@ -166,6 +167,11 @@ class Tracer(TorchDispatchMode):
 
     def lock(self, ids: Ids, reason: str) -> None:
         self.record.locks.append((ids[ids != FIXED], reason))
+        self._locked[ids] = True
+
+    def all_locked(self, ids: Ids) -> bool:
+        """Whether all of ``ids`` were locked themselves (not only something that they are tied to)."""
+        return bool(self._locked[ids].all())
 
     def consume(self, ids: Ids, weight: bool) -> None:
         (self.record.weights_read if weight else self.record.read).append(ids)
@@ -427,9 +433,10 @@ def record(
     model: nn.Module,
     forward: Callable[[nn.Module], Any],
     also: tuple[Callable[[nn.Module], Any], ...] = (),
+    tracer: Tracer | None = None,
 ) -> Record:
     """Traces ``forward(model)`` and each of ``also``; FLOPs are counted in ``forward`` alone."""
-    tracer = Tracer(model)
+    tracer = tracer or Tracer(model)
     with unchanged(model):
         for run in (forward, *also):
             tracer.counting = run is forward

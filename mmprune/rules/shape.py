@@ -22,6 +22,11 @@ def view(call: Call) -> None:
         for array in ids:
             for new_dim, moved in regroup(call, array, dim, x.shape, call.out.shape):
                 labels[new_dim] = labels.get(new_dim, ()) + (moved,)
+    for new_dim, merged in labels.items():
+        # Of two widths in one dimension a locked one says nothing any more.
+        free = tuple(array for array in merged if not call.tracer.all_locked(array))
+        if len(merged) > 1 and free:
+            labels[new_dim] = free
     call.label(call.out, labels)
 
 
