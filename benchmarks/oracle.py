@@ -12,6 +12,7 @@ and mode (evaluation) are the same for oracle and scores.
 
 import argparse
 import json
+import logging
 import os
 import time
 
@@ -106,6 +107,7 @@ def faster_rcnn(root, seed, iterations):
     from mmengine.registry import DATASETS, MODELS, init_default_scope
 
     os.environ['MMPRUNE_SHAPES'] = str(root)
+    logging.disable(logging.INFO)
     config = Config.fromfile('configs/_base_/faster_rcnn_shapes.py')
     init_default_scope('mmdet')
     torch.manual_seed(seed)

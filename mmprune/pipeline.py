@@ -12,6 +12,7 @@ from mmprune.choose import Budget, choose, make_budget
 from mmprune.couple import Trace, couple
 from mmprune.cut import cut, read_attribute
 from mmprune.errors import PruneError
+from mmprune.latency import choose_measured
 from mmprune.plan import Plan, fingerprint, plan_of
 from mmprune.score import Score, make_score
 from mmprune.score.collector import scores_now
@@ -55,7 +56,7 @@ def prune(
     **options: Any,
 ) -> Plan:
     """Cuts ``model`` in place to the first budget that is reached; see :class:`Budget` for all
-    ``options`` (``min_channels``, ``divisor``, ``max_cut``, ``lock``).
+    ``options`` (``latency``, ``min_channels``, ``divisor``, ``max_cut``, ``lock``, ``parts``).
 
     ``score``: a criterion's name, a :class:`mmprune.Score` or a dict of its options, or (n_units,)
     numbers in the order of ``trace(...)``'s units.
@@ -74,9 +75,23 @@ def prune(
         score = make_score(score)
     traced = trace(model, forward)
     scores = score_now(traced, score)
-    keep = choose(traced, scores, budget, original_cost(model, traced))
-    step = make_plan(traced, model, keep, budget)
+    keep, about = choose_for(model, forward, traced, scores, budget)
+    step = make_plan(traced, model, keep, budget, **about)
     return cut_checked(model, step, forward if check else None, optimizer)
+
+
+def choose_for(
+    model: nn.Module, forward: Forward, traced: Trace, scores: np.ndarray, budget: Budget
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """(which units stay, what to note in the history); times are measured where the budget asks."""
+    original = original_cost(model, traced)
+    if budget.latency is None:
+        return choose(traced, scores, budget, original), {}
+    keep, left = choose_measured(
+        model, forward, traced, scores, budget, original,
+        lambda keep: make_plan(traced, model, keep, budget),
+    )  # fmt: skip
+    return keep, {'latency': left}
 
 
 def score_now(traced: Trace, score: str | dict | Score | np.ndarray | torch.Tensor) -> np.ndarray:

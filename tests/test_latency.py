@@ -1,0 +1,157 @@
+"""Measured time as a budget. Times are of this machine: what is checked is what holds on any."""
+
+import copy
+import statistics
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import mmprune
+from mmprune import Budget, PruneError
+from mmprune import latency as timing
+from mmprune.choose import choose
+
+
+class Net(nn.Module):
+    """Every kind of contraction: grouped, depthwise, transposed, a matrix; one layer runs twice."""
+
+    def __init__(self, width=64):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())
+        self.twice = nn.Conv2d(width, width, 3, padding=1)
+        self.grouped = nn.Conv2d(width, width, 3, padding=1, groups=4)
+        self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        self.up = nn.ConvTranspose2d(width, width, 2, stride=2)
+        self.head = nn.Sequential(nn.Linear(width, 48), nn.ReLU(), nn.Linear(48, 5))
+
+    def forward(self, x):
+        x = torch.relu(self.twice(torch.relu(self.twice(self.stem(x)))))
+        x = self.up(self.depthwise(torch.relu(self.grouped(x))))
+        return self.head(x.mean((2, 3)))
+
+
+X = torch.randn(2, 3, 24, 24)
+
+
+def forward(model):
+    return model(X)
+
+
+@pytest.fixture(scope='module')
+def model():
+    torch.manual_seed(0)
+    return Net()
+
+
+@pytest.fixture(scope='module')
+def traced(model):
+    return mmprune.trace(model, forward)
+
+
+@pytest.fixture(scope='module')
+def table(model, traced):
+    return timing.measure(model, forward, traced)
+
+
+def test_the_table_holds_the_contractions_of_the_run(model, traced, table):
+    calls = sorted(calls for calls, _, _ in table._terms)
+    assert sum(calls) == 8 and calls[-1] == 2  # one layer ran twice
+    assert table.divisor in timing.DIVISORS
+
+
+def test_all_units_take_the_time_of_a_whole_run_and_fewer_take_less(model, traced, table):
+    everything = np.ones(traced.n_units, dtype=bool)
+    whole = timing.seconds_of(model, forward)
+    assert table(everything) == pytest.approx(whole, rel=1.0)  # the machine may be busy
+    half = everything.copy()
+    for group in traced.groups:
+        half[group.units[::2]] = False
+    quarter = everything.copy()
+    for group in traced.groups:
+        quarter[group.units[len(group) // 4 :]] = False
+    assert 0 < table(quarter) < table(half) < table(everything)
+
+
+@pytest.mark.parametrize('fractions', [1.0, 0.5, 0.3, 0.01])
+def test_every_operation_runs_at_every_width(model, traced, fractions):
+    recorder = timing._Recorder(model, traced)
+    timing.record(model, forward, tracer=recorder)
+    assert len(recorder.ops) == 8
+    for op in recorder.ops:
+        assert timing.run_time(op, [fractions] * len(op.widths), X.device, 1) > 0
+
+
+def test_the_grid_is_interpolated_and_wider_is_never_faster(monkeypatch, model, traced):
+    times = {0.25: 1.0, 0.5: 3.0, 0.75: 2.0, 1.0: 5.0}
+    monkeypatch.setattr(timing, 'run_time', lambda op, f, device, repeats: times[f[0]])
+    op = timing.Op(None, (), {}, [np.arange(8)])
+    at = timing._grid(op, X.device, 1)
+    assert [at([f]) for f in (0.25, 0.375, 0.5, 0.75, 1.0)] == [1.0, 2.0, 3.0, 3.0, 5.0]
+
+
+@pytest.mark.parametrize('block, divisor', [(1, 2), (8, 8), (16, 16)])  # 2 costs 1 % where 1 is right
+def test_the_divisor_is_the_block_that_the_machine_works_in(monkeypatch, block, divisor):
+    def stepped(op, fractions, device, repeats):
+        return float(-(-round(fractions[-1] * 64) // block))
+
+    monkeypatch.setattr(timing, 'run_time', stepped)
+    op = timing.Op(None, (), {}, [np.arange(64), np.arange(64)])
+    assert timing.fast_divisor(op, X.device, 1) == divisor
+
+
+def test_the_result_takes_at_most_the_time_that_was_asked_for(model):
+    """Timed again, in turns with the original; a busy machine moves it, so with room."""
+    pruned = copy.deepcopy(model)
+    plan = mmprune.prune(pruned, forward, latency=0.6)
+    told = plan.history[-1]['latency']
+    assert told <= 0.66
+    assert plan.history[-1]['units_removed'] > 10
+    again = statistics.median(timing.ratio_of(pruned, model, forward) for _ in range(3))
+    assert again < 0.85
+
+
+def test_a_table_that_is_wrong_is_set_right_by_the_real_timing(monkeypatch, model, traced):
+    """The table knows a constant part too little; the aim goes down until the real time fits."""
+    share = lambda keep: keep.mean()  # noqa: E731
+
+    class Table:
+        divisor = 1
+
+        def __call__(self, keep):
+            return share(keep)
+
+    monkeypatch.setattr(timing, 'measure', lambda *a: Table())
+    kept = []
+
+    def planned(keep):
+        kept.append(keep)
+        return mmprune.pipeline.make_plan(traced, model, keep, Budget(latency=0.7))
+
+    monkeypatch.setattr(timing, 'ratio_of', lambda *a: 0.3 + 0.7 * share(kept[-1]))
+    scores = np.random.default_rng(0).random(traced.n_units)
+    keep, left = timing.choose_measured(
+        model, forward, traced, scores, Budget(latency=0.7), {}, planned
+    )
+    assert len(kept) > 1 and left <= 1.02 * 0.7 and left == pytest.approx(0.3 + 0.7 * share(keep))
+    one_shot = choose(traced, scores, Budget(latency=0.7), latency=share)
+    assert 0.3 + 0.7 * share(one_shot) > 1.02 * 0.7
+
+    monkeypatch.setattr(timing, 'ratio_of', lambda *a: 0.95)
+    with pytest.raises(PruneError, match='latency=0.7: 0.95 of the time is left after 4 tries'):
+        timing.choose_measured(model, forward, traced, scores, Budget(latency=0.7), {}, planned)
+
+
+def test_a_second_cut_is_of_the_original_time(monkeypatch, model):
+    seen = []
+
+    def fake(model, forward, trace, scores, budget, original, planned):
+        seen.append(original['plan'] and original['plan'].history[-1]['latency'])
+        return choose(trace, scores, Budget(prune_num=10)), 0.8
+
+    monkeypatch.setattr(mmprune.pipeline, 'choose_measured', fake)
+    pruned = copy.deepcopy(model)
+    mmprune.prune(pruned, forward, latency=0.8, check=False)
+    mmprune.prune(pruned, forward, latency=0.6, check=False)
+    assert seen == [None, 0.8]
