@@ -6,11 +6,13 @@ custom_imports = dict(imports=['mmprune'])
 custom_hooks = [
     dict(
         type='PruneHook',
-        score='taylor',
+        score=dict(name='taylor', per='flops'),
         keep_flops=0.5,
         begin=900,
         interval=37,
         steps=8,
+        # Five levels read the neck, so its scores are the highest of all: it gets a target of its own.
+        parts=dict(neck=dict(keep_channels=0.75)),
         min_channels=4,
     )
 ]

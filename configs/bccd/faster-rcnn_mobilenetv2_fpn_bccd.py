@@ -77,7 +77,7 @@ val_dataloader = dict(
 test_dataloader = val_dataloader
 val_evaluator = dict(type='VOCMetric', metric='mAP', eval_mode='area')
 test_evaluator = val_evaluator
-train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=12, val_interval=4)
+train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=8, val_interval=4)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 optim_wrapper = dict(
@@ -87,7 +87,7 @@ optim_wrapper = dict(
 )
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
-    dict(type='CosineAnnealingLR', eta_min_ratio=0.01, begin=0, end=12, T_max=12,
+    dict(type='CosineAnnealingLR', eta_min_ratio=0.01, begin=0, end=8, T_max=8,
          convert_to_iter_based=True),
 ]  # fmt: skip
 default_hooks = dict(logger=dict(interval=20), checkpoint=dict(max_keep_ckpts=1))
