@@ -12,10 +12,9 @@ from torch import nn
 from mmprune import cost
 from mmprune.budget import TARGETS, make_budget
 from mmprune.checkpoint import plan_in, read_checkpoint
-from mmprune.choose import choose
 from mmprune.couple import Trace
 from mmprune.errors import PruneError
-from mmprune.pipeline import cut_checked, make_plan, original_cost, remaining, trace
+from mmprune.pipeline import choose_for, cut_checked, make_plan, remaining, trace
 from mmprune.plan import Plan, fingerprint, plan_of
 from mmprune.score import Score, make_score
 from mmprune.score.collector import Collector
@@ -119,10 +118,10 @@ class Pruner:
         traced = trace(self.model, forward)
         scores, collector = self._scores(traced, forward)
         before = plan_of(self.model)
-        keep = choose(traced, scores, budget, original_cost(self.model, traced))
+        keep, about = choose_for(self.model, forward, traced, scores, budget)
         step = None
         if not keep.all():
-            step = make_plan(traced, self.model, keep, budget)
+            step = make_plan(traced, self.model, keep, budget, **about)
             cut_checked(self.model, step, forward if self.check else None, optimizer)
         elif not any(name in self.options for name in TARGETS):
             raise PruneError(f'prune_num={prune_num}: no unit is left that may go')
