@@ -5,6 +5,7 @@ put back should replacing fail.
 """
 
 import re
+import reprlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 from mmprune.errors import PruneError
 from mmprune.plan import Plan, check_fingerprint, narrowed, plan_of, set_plan
 from mmprune.slots import named_state
+from mmprune.trace import tensors_in
 
 Change = tuple[Callable[[], None], Callable[[], None]]
 """Two functions without arguments: do it, undo it."""
@@ -107,17 +109,25 @@ def optimizers_in(value: Any) -> list[torch.optim.Optimizer]:
 def _state_changes(
     optimizer: torch.optim.Optimizer, dims_of: dict[int, dict[int, list[int]]]
 ) -> list[Change]:
+    own = {id(p) for group in optimizer.param_groups for p in group['params']}
+    if dims_of and not own & set(dims_of):
+        raise PruneError(
+            f'the optimizer ({type(optimizer).__name__}) holds none of the parameters that are cut: '
+            'give the one that trains this model'
+        )
     changes: list[Change] = []
     for parameter, state in optimizer.state.items():
         dims = dims_of.get(id(parameter))
         if dims is None:
             continue
         for key, value in state.items():
-            if not isinstance(value, torch.Tensor) or value.numel() == 1 != parameter.numel():
+            tensors = list(tensors_in(value))  # in a list of them as well
+            if all(t.numel() == 1 != parameter.numel() for t in tensors):
                 continue
-            if value.shape != parameter.shape:
+            if tensors[0] is not value or value.shape != parameter.shape:
+                shapes = ', '.join(str(tuple(t.shape)) for t in tensors)
                 raise PruneError(
-                    f'{type(optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)} for a '
+                    f'{type(optimizer).__name__} keeps {key!r} of shape {shapes} for a '
                     f'parameter of shape {tuple(parameter.shape)}: that can not be sliced with it; '
                     'use an optimizer with state for each element (SGD, Adam, AdamW ...)'
                 )
@@ -146,6 +156,12 @@ def _attribute_changes(model: nn.Module, attributes: dict[str, dict[str, int]]) 
                     f'{name}.{attribute}: the plan sets it to {value}, but the model has none: build '
                     'the model from the config and the library versions that the plan was made with'
                 ) from error
+            if isinstance(old, bool) or not isinstance(old, int) or value > old:
+                raise PruneError(
+                    f'{name}.{attribute}: the plan sets it to {value}, but it is {reprlib.repr(old)}, '
+                    'which is no width that could shrink to that: the plan is damaged, or of another '
+                    'version of the library'
+                )
             changes.append(
                 (
                     lambda m=module, a=attribute, v=value: write_attribute(m, a, v),
@@ -163,6 +179,8 @@ def read_attribute(module: nn.Module, attribute: str) -> Any:
     """``a``, ``a.b`` or ``a[0]`` of a module."""
     value: Any = module
     for step in _steps(attribute):
+        if isinstance(value, int | float | str):
+            raise LookupError(f'{attribute} goes on behind {value!r}')
         value = value[step] if isinstance(step, int) else getattr(value, step)
     return value
 

@@ -192,9 +192,10 @@ def _bad(where: str, found: Any, wanted: str) -> PruneError:
 
 def _told(value: Any) -> str:
     """At most 80 characters of what may be endless."""
-    if isinstance(value, int) and abs(value) >= 1 << 63:
-        return f'a number of {value.bit_length()} bits'
-    text = reprlib.repr(value)
+    try:
+        text = reprlib.repr(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        return f'something huge ({type(value).__name__})'
     return text if len(text) <= 80 else text[:77] + '...'
 
 
@@ -257,9 +258,11 @@ def _check_meta(meta: Any) -> None:
         if not isinstance(name, str) or not isinstance(values, dict):
             raise _bad(f"['attributes'][{_told(name)}]", values, 'a dict of a module')
         for attribute, value in values.items():
-            good = isinstance(attribute, str) and len(attribute) < 200 and _ATTRIBUTE.fullmatch(attribute)
+            at = f"['attributes'][{_told(name)}][{_told(attribute)}]"
+            good = isinstance(attribute, str) and len(attribute) < 200
+            good = good and _ATTRIBUTE.fullmatch(attribute)
             if not good or '__' in attribute or not _is_int(value) or value < 1:
-                raise _bad(f"['attributes'][{_told(name)}][{_told(attribute)}]", value, 'a positive width')
+                raise _bad(at, value, 'a positive width')
     for number, entry in enumerate(meta['history']):
         if not isinstance(entry, dict) or not _is_plain(entry):
             raise _bad(f"['history'][{number}]", entry, 'a dict of plain values')
