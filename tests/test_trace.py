@@ -1,0 +1,78 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import mmprune
+from mmprune import PruneError
+
+X = torch.randn(2, 3, 6, 6)
+
+
+class Odd(nn.Module):
+    """Changes all that a forward can change."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.n, self.b = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1)
+        self.register_buffer('seen', torch.zeros(1))
+
+    def forward(self, x):
+        self.seen = self.seen + 1
+        random.random(), np.random.rand(), torch.rand(1)
+        self.b.train(not self.b.training)
+        return self.b(nn.functional.dropout(self.n(self.a(x))).relu())
+
+
+def test_the_model_and_the_random_states_are_left_as_they_were():
+    model = Odd()
+    model.a.weight.requires_grad_(False)
+    seen = model.seen
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    flags = [m.training for m in model.modules()]
+    states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    mmprune.trace(model, lambda m: m(X))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert model.seen is seen
+    assert [m.training for m in model.modules()] == flags
+    assert random.getstate() == states[0]
+    assert (np.random.get_state()[1] == states[1]).all()
+    assert torch.equal(torch.get_rng_state(), states[2])
+    assert [p.requires_grad for p in model.parameters()] == [False] + [True] * 5
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not nn.modules.module._global_forward_hooks
+
+
+def test_a_forward_that_trains_is_refused():
+    model = Odd()
+
+    def step(m):
+        with torch.no_grad():
+            m.a.weight.mul_(0.9)
+        return m(X)
+
+    with pytest.raises(PruneError, match=r'the run changes a.weight and 0 more parameters'):
+        mmprune.trace(model, step)
+
+
+def test_a_batch_that_fails():
+    with pytest.raises(PruneError, match='can not be traced on this batch: RuntimeError: .*4 chan'):
+        mmprune.trace(Odd(), lambda m: m(torch.zeros(1, 4, 6, 6)))
+
+
+def test_nothing_to_cut():
+    with pytest.raises(PruneError, match='nothing can be cut: every unit is locked. The first reasons'):
+        mmprune.prune(nn.Conv2d(3, 8, 1), lambda m: m(X), keep_channels=0.5)
+
+
+def test_an_unknown_operation_locks_by_its_name():
+    class Fourier(Odd):
+        def forward(self, x):
+            return self.b(torch.fft.fft2(self.a(x)).real)
+
+    traced = mmprune.trace(Fourier(), lambda m: m(X))
+    assert list(traced.unknown_ops)[0].startswith('aten::_fft')
+    assert any('no rule for this operation: aten::_fft' in str(entry) for entry in traced.locked)
+    assert not traced.groups

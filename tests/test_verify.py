@@ -1,0 +1,90 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import mmprune
+from mmprune import PruneError
+from mmprune.verify import copied
+
+X = torch.randn(2, 3, 6, 6)
+
+
+def net(act=nn.ReLU):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), act(), nn.Conv2d(8, 4, 1))
+
+
+def forward(model):
+    return model(X)
+
+
+def cut(model, **options):
+    pruned = copied(model)
+    return pruned, mmprune.prune(pruned, forward, keep_channels=0.5, check=False, **options)
+
+
+def test_an_exact_cut_passes():
+    model = net()
+    pruned, plan = cut(model)
+    assert mmprune.verify(model, pruned, plan, forward) < 1e-5
+
+
+@pytest.mark.parametrize('name', ['0.weight', '0.bias', '2.weight', '2.bias'])
+def test_one_wrong_number_does_not_pass(name):
+    model = net()
+    pruned, plan = cut(model)
+    with torch.no_grad():
+        pruned.get_parameter(name).view(-1)[0] += 0.5
+    with pytest.raises(PruneError, match='is not the masked original: relative error'):
+        mmprune.verify(model, pruned, plan, forward)
+
+
+def test_a_forward_that_runs_another_model_is_refused():
+    model = net()
+    pruned, plan = cut(model)
+    with pytest.raises(PruneError, match='does not run the model that it is given'):
+        mmprune.verify(model, pruned, plan, lambda m: model(X))
+
+
+def test_a_result_without_a_finite_number_is_refused():
+    model = net()
+    pruned, plan = cut(model)
+    nan = torch.full_like(X, float('nan'))
+    with pytest.raises(PruneError, match='nothing can be compared'):
+        mmprune.verify(model, pruned, plan, lambda m: m(nan))
+
+
+def test_a_decision_on_other_numbers_is_seen():
+    """The decision itself is repeated, and nothing else comes out."""
+    model = net()
+    pruned, plan = cut(model)
+    with torch.no_grad():
+        pruned[2].weight.mul_(1.5)
+    with pytest.raises(PruneError, match='is not the masked original'):
+        mmprune.verify(model, pruned, plan, lambda m: (m(X).sum(1) > 0))
+
+
+def test_a_weight_divided_by_its_norm():
+    model = net()
+    parametrizations.weight_norm(model[0])
+    pruned, plan = cut(model)
+    assert mmprune.verify(model, pruned, plan, forward) < 1e-5
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64])
+def test_other_precisions(dtype):
+    model = net().to(dtype)
+    mmprune.prune(model, lambda m: m(X.to(dtype)), keep_channels=0.5)
+    assert model[0].weight.shape[0] == 4
+
+
+def test_autocast():
+    model = net()
+
+    def run(m):
+        with torch.autocast('cpu', torch.bfloat16):
+            return m(X)
+
+    mmprune.prune(model, run, keep_channels=0.5)
+    assert model[0].weight.shape[0] == 4
