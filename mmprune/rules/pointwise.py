@@ -155,7 +155,7 @@ def random_like(call: Call) -> None:
 
 @rule(
     'aten::zeros', 'aten::ones', 'aten::full', 'aten::empty', 'aten::new_zeros', 'aten::new_ones',
-    'aten::new_full', 'aten::new_empty', 'aten::scalar_tensor',
+    'aten::new_full', 'aten::new_empty',
 )  # fmt: skip
 def fill(call: Call) -> None:
     """The same at every position, so it fits every width that the code asks of it."""
