@@ -263,6 +263,9 @@ def write_page(rows: list[dict], path: Path) -> None:
         if missing:
             lines += ['Does not build here:', '']
             lines += [f'- `{row["config"]}`: {row["failure"]}' for row in missing] + ['']
+    waiting = [name for name in families() if name not in {row['name'] for row in rows}]
+    if waiting:
+        lines += ['## Not run yet', '', ', '.join(waiting), '']
     path.write_text('\n'.join(lines))
 
 
