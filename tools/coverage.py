@@ -265,7 +265,7 @@ def write_page(rows: list[dict], path: Path) -> None:
             lines += [f'- `{row["config"]}`: {row["failure"]}' for row in missing] + ['']
     waiting = [name for name in families() if name not in {row['name'] for row in rows}]
     if waiting:
-        lines += ['## Not run yet', '', ', '.join(waiting), '']
+        lines += ['## No result of the present code yet', '', ', '.join(waiting), '']
     path.write_text('\n'.join(lines))
 
 
