@@ -2,11 +2,14 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
+from mmdet.apis import inference_detector
 
 import mmprune
 from mmprune import Plan, testing
+from mmprune.hooks import PruneHook
 from mmprune.verify import masked, relative_error, verify
 
 BOXES = torch.tensor(
@@ -80,7 +83,7 @@ def test_every_part_is_narrower(cut_model):
 
 def test_rebuilt_from_the_unpruned_config_it_is_the_same(cut_model):
     config, original, pruned, plan, forward = cut_model
-    again, second = copy.deepcopy(pruned), None
+    again = copy.deepcopy(pruned)
     second = mmprune.prune(again, forward, keep_flops=0.4, check=False)
     for model, made in ((pruned, plan), (again, second)):
         fresh = testing.bare(config)
@@ -91,7 +94,7 @@ def test_rebuilt_from_the_unpruned_config_it_is_the_same(cut_model):
     assert len(second.history) == 2
     assert second.history[1]['flops'] <= 0.4 * second.history[0]['flops_before']
     for wanted, found in zip(outputs(masked(original, second)), outputs(again), strict=True):
-        assert wanted.shape == found.shape
+        assert relative_error(wanted, found) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -146,8 +149,6 @@ def test_mmdet_defaults_freeze_the_stem_and_it_stays():
 def test_the_coco_config_builds_and_is_pruned_by_its_hook():
     config = testing.load('configs/faster_rcnn/faster-rcnn_r50_fpn_prune_coco.py')
     hook = next(hook for hook in config.custom_hooks if hook['type'] == 'PruneHook')
-    from mmprune.hooks import PruneHook
-
     budget = PruneHook(**{k: v for k, v in hook.items() if k != 'type'}).budget
     model, forward = testing.build(config)
     plan = mmprune.prune(
@@ -159,15 +160,11 @@ def test_the_coco_config_builds_and_is_pruned_by_its_hook():
 
 
 def test_inference_detector_takes_a_pruned_model(tmp_path, cut_model):
-    from mmdet.apis import inference_detector
-
     config, _, pruned, plan, _ = cut_model
     path = tmp_path / 'pruned.pth'
     meta = {'mmprune': plan.to_meta(), 'dataset_meta': {'classes': ('a', 'b')}}
     torch.save({'meta': meta, 'state_dict': pruned.state_dict()}, path)
     model = mmprune.load_pruned(config, path)
-    import numpy as np
-
     picture = np.random.default_rng(0).integers(0, 255, (96, 128, 3), dtype=np.uint8)
     model.cfg.test_dataloader.dataset.pipeline[1].scale = (128, 96)
     result = inference_detector(model, picture)
