@@ -138,7 +138,7 @@ def test_a_later_format_names_the_version_that_reads_it(good, tmp_path):
     torch.save(content, tmp_path / 'later.pth')
     with pytest.raises(
         mmprune.PruneError,
-        match=r'format 2, this mmprune reads up to 1: it was written by mmprune 7\.8\.9',
+        match=r'format 2, this mmprune reads up to 1: it was written by mmprune .?7\.8\.9',
     ):
         mmprune.load_pruned(config(tmp_path), tmp_path / 'later.pth')
 
@@ -182,18 +182,21 @@ def rewritten(good, path, change, **options):
 
 
 def test_packed_parts_are_refused_before_they_are_unpacked(good, tmp_path):
-    """A bomb: a few kB that would be a gigabyte."""
+    """A bomb: a few kB that would be 64 MB."""
     bomb = tmp_path / 'bomb.pth'
     zeros = bytes(2**20)
-    with zipfile.ZipFile(good) as old, zipfile.ZipFile(bomb, 'w', zipfile.ZIP_DEFLATED) as new:
+    with (
+        zipfile.ZipFile(good) as old,
+        zipfile.ZipFile(bomb, 'w', zipfile.ZIP_DEFLATED, compresslevel=1) as new,
+    ):
         for part in old.infolist():
             if part.filename.endswith('data/0'):
                 with new.open(part.filename, 'w', force_zip64=True) as out:
-                    for _ in range(1024):
+                    for _ in range(64):
                         out.write(zeros)
             else:
                 new.writestr(part.filename, old.read(part))
-    told = limited(lambda: read_checkpoint(bomb), 0.5)
+    told = limited(lambda: read_checkpoint(bomb), 0.05)
     assert told.startswith(f'PruneError: {bomb}: refused: it claims to hold more than its')
 
 
@@ -232,7 +235,7 @@ def test_huge_declared_sizes_are_refused(good, tmp_path):
 
 def test_deep_and_doubling_records_are_refused_at_once(good, tmp_path):
     """Lists in lists, more than a person or a recursion could read."""
-    marked, odd = io.BytesIO(), tmp_path / 'deep.pth'
+    odd = tmp_path / 'deep.pth'
     doubling = [1]
     for _ in range(60):
         doubling = [doubling, doubling]
@@ -244,7 +247,7 @@ def test_deep_and_doubling_records_are_refused_at_once(good, tmp_path):
         assert told.startswith('PruneError: '), (part, told)
 
         content['meta'][META][part] = {'x': 'MARK'} if part == 'fingerprint' else 'MARK'
-        marked.seek(0)
+        marked = io.BytesIO()
         torch.save(content, marked)
         nested = b']' * 20_000 + b'a' * 19_999
 
