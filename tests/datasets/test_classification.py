@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from mmprune.datasets import shapes
 from mmprune.datasets.classification import LoadCrop, PackLabel, ShapesCrops
@@ -57,6 +58,10 @@ def test_training_varies_what_validation_does_not(root):
     np.random.seed(0)
     assert (fixed[0]['inputs'] == fixed[0]['inputs']).all()
     assert any((varied[0]['inputs'] != varied[0]['inputs']).any() for _ in range(3))
+    # With next to no shift what is left is the mirror image, one time in two.
+    plain, mirrored = fixed[0]['inputs'], crops(root, jitter=1e-9)
+    seen = [torch.equal(mirrored[0]['inputs'], plain) for _ in range(20)]
+    assert any(seen) and not all(seen)
 
 
 def test_it_makes_the_set_when_it_is_not_there(tmp_path, monkeypatch):
