@@ -3,7 +3,7 @@
 __version__ = '0.1.0'
 
 from mmprune import compat  # noqa: F401, I001  (first: torchvision imports after it)
-from mmprune import checkpoint, hooks
+from mmprune import checkpoint, hooks  # noqa: F401  (hooks: registers PruneHook)
 from mmprune.adapters import adapter
 from mmprune.checkpoint import load_pruned
 from mmprune.budget import Budget

@@ -6,6 +6,7 @@ from functools import cached_property
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+from torch import nn
 
 from mmprune.slots import Axis, SlotTable
 from mmprune.trace import Follow, Record
@@ -52,7 +53,8 @@ class Trace:
     multiply-adds of the traced forward; ``params``: number of parameters; ``unknown_ops``: operations
     without a rule, with the modules that they happened in.
 
-    ``unit_of``: for each slot the number of its unit, or -1 where it can't be removed.
+    ``unit_of``: for each slot the number of its unit, or -1 where it can't be removed. ``unused``:
+    parameters and buffers that the run did not touch.
     """
 
     slots: SlotTable
@@ -82,8 +84,13 @@ class Trace:
 
     @cached_property
     def params(self) -> int:
-        return sum(t.numel() for t in self.slots.tensors.values() if t.requires_grad is not None
-                   and isinstance(t, _parameter()))  # fmt: skip
+        return sum(t.numel() for t in self.slots.tensors.values() if isinstance(t, nn.Parameter))
+
+    @property
+    def idle(self) -> list[str]:
+        """Trained parameters that took no part in the run: what hangs on them was not seen."""
+        unused = [(name, self.slots.tensors[name]) for name in self.unused]
+        return [name for name, t in unused if isinstance(t, nn.Parameter) and t.requires_grad]
 
     @cached_property
     def group_of(self) -> np.ndarray:
@@ -96,12 +103,6 @@ class Trace:
     def keeps(self, keep: np.ndarray) -> np.ndarray:
         """For each slot whether it stays, from the same for each unit."""
         return np.where(self.unit_of < 0, True, keep[self.unit_of])
-
-
-def _parameter() -> type:
-    from torch import nn
-
-    return nn.Parameter
 
 
 def couple(record: Record) -> Trace:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from torch import nn
 
@@ -56,8 +57,15 @@ def forwards_of(model: nn.Module, batch: Any, count: int = 4) -> tuple[Forward, 
     try:
         with torch.no_grad():
             tensor(model)
-    except (NotImplementedError, TypeError, AttributeError, LookupError, RuntimeError, AssertionError):
+    except (
+        NotImplementedError, TypeError, AttributeError, LookupError, RuntimeError, AssertionError,
+    ) as error:  # fmt: skip
         # Not every detector implements it; the loss runs through the same layers.
+        print_log(
+            f"FLOPs are those of mode='loss': mode='tensor' of {type(model).__name__} fails with "
+            f'{type(error).__name__}: {error}',
+            'current',
+        )
         return loss, ()
     return tensor, (loss,)
 

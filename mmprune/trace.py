@@ -218,8 +218,8 @@ class Tracer(TorchDispatchMode):
         if raw and handler is not None and name not in CONTRACTIONS:
             for tensor in outputs:
                 self._raw[tensor] = True
-        for tensor in carried:
-            if tensor in self._raw and isinstance(self._raw[tensor], str):
+        for tensor in inputs:
+            if isinstance(self._raw.get(tensor), str):
                 self.record.touched.add(self._raw[tensor])
         self._weigh(inputs, outputs)
         return out

@@ -26,6 +26,9 @@ from mmprune.score.adjust import make_score
 from mmprune.score.collector import Collector
 from mmprune.wrappers.ddp import check_rebuildable, rebuild_reducers
 
+PATIENCE = 20
+"""Iterations that a trace waits for a batch on which every layer runs (one with boxes, say)."""
+
 STATE = 'mmprune_state'
 """The key of the hook's own state in a checkpoint (scores so far, random states, metrics)."""
 
@@ -78,6 +81,7 @@ class PruneHook(Hook):
         self.budget = make_budget(budget)
         target_at(1, steps, 0.5, schedule)  # an unknown schedule is an error now, not at the first cut
         self.cuts = 0
+        self._due, self._waited = False, 0
         self.start: dict[str, float] = {}
         self.metrics: dict[str, dict[str, float]] = {}
         self._trace: Trace | None = None
@@ -140,7 +144,7 @@ class PruneHook(Hook):
         check_rebuildable(runner.model)
         check_accumulation(runner, begin=self.begin, interval=self.interval)
         if self._loaded is not None:
-            self.cuts = self._loaded['cuts']
+            self.cuts, self._due = self._loaded['cuts'], self._loaded['due']
             self.start = dict(self._loaded['start'])
             self.metrics = {k: dict(v) for k, v in self._loaded['metrics'].items()}
             self._report = dict(self._loaded['report'])
@@ -163,6 +167,17 @@ class PruneHook(Hook):
             collector = Collector(
                 traced, self.score, runner.optim_wrapper, model, distributed=ranks.many()
             )
+        idle = sorted(set().union(*ranks.gathered(traced.idle)))
+        if idle and self._waited < PATIENCE:
+            self._waited += 1
+            collector.close()
+            return
+        if idle:
+            runner.logger.warning(
+                f'{len(idle)} trained parameters took no part in {PATIENCE} batches, so what they are '
+                f'tied to was not seen: {", ".join(idle[:5])}. Lock their inputs by name'
+            )
+        self._waited = 0
         self._trace, self._collector = traced, collector
         if self._loaded is not None and self._loaded['collector'] is not None:
             self._collector.load_state_dict(self._loaded['collector'])
@@ -178,7 +193,8 @@ class PruneHook(Hook):
         if self.rebuild_only or self._trace is None:
             return
         done = runner.iter + 1 - self.begin
-        if done > 0 and done % self.interval == 0:
+        self._due = self._due or (done > 0 and done % self.interval == 0)
+        if self._due:
             if 'unpruned' not in self.metrics and runner.val_loop is not None:
                 runner.logger.info('Validating the unpruned model before the first cut')
                 runner.val_loop.run()
@@ -194,11 +210,16 @@ class PruneHook(Hook):
         with ranks.together('the trace for a cut'):
             counted, also = forwards_of(model, batch, self.samples)
             traced = trace(model, counted, also=also)
-            if not np.array_equal(traced.unit_of, self._collector.trace.unit_of):
+            alike = np.array_equal(traced.unit_of, self._collector.trace.unit_of)
+            if not alike and self._waited >= PATIENCE:
                 raise PruneError(
-                    'two batches were traced to different structures: the model runs other layers on '
-                    'other data; lock what differs by name'
+                    f'{PATIENCE} batches were traced to another structure than the first: the model '
+                    'runs other layers on other data; lock what differs by name'
                 )
+        if not all(ranks.gathered(alike)):
+            self._waited += 1  # no boxes in this batch, say; the next will do
+            return
+        self._due, self._waited = False, 0
         self.cuts += 1
         with ranks.together('scoring'):
             scores = self._collector.scores()
@@ -263,6 +284,7 @@ class PruneHook(Hook):
             return
         checkpoint[STATE] = {
             'cuts': self.cuts,
+            'due': self._due,
             'start': self.start,
             'metrics': self.metrics,
             'report': self._report,

@@ -1,5 +1,6 @@
 """Small real runs of mmengine's Runner, for the tests of the hook."""
 
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from mmengine.registry import DATASETS, METRICS, MODELS
 from mmengine.runner import Runner
 from torch import nn
 from torch.nn import functional as F
+
+_runs = count()
 
 
 @MODELS.register_module(force=True)
@@ -38,6 +41,26 @@ class TwoBranch(BaseModel):
         if mode == 'predict':
             return [(logits.argmax(1) == labels).float()]
         return logits
+
+
+@MODELS.register_module(force=True)
+class Sometimes(TwoBranch):
+    """Its third head runs on some batches only, as those do that need boxes."""
+
+    def __init__(self, first: int = 3) -> None:
+        super().__init__()
+        self.third = nn.Conv2d(16, 4, 1)
+        self.first, self.batches = first, 0
+
+    def train_step(self, *args: Any, **kwargs: Any) -> Any:
+        self.batches += 1
+        return super().train_step(*args, **kwargs)
+
+    def forward(self, inputs: torch.Tensor, labels: torch.Tensor = None, mode: str = 'tensor') -> Any:
+        if mode != 'loss' or self.batches < self.first:
+            return super().forward(inputs, labels, mode)
+        x = self.third(self.neck(self.stem(inputs).relu())).mean((2, 3))
+        return super().forward(inputs, labels, mode) | {'loss_third': F.cross_entropy(x, labels)}
 
 
 @DATASETS.register_module(force=True)
@@ -82,6 +105,8 @@ def config(work_dir: Path, epochs: int = 4, hook: dict | None = None, **more: An
         default_scope='mmengine',
         model=dict(type='TwoBranch'),
         work_dir=str(work_dir),
+        # Runs of one second would share their logger, and its file.
+        experiment_name=f'{work_dir}_{next(_runs)}'.strip('/').replace('/', '_'),
         train_dataloader=loader,
         val_dataloader=dict(loader, sampler=dict(type='DefaultSampler', shuffle=False)),
         train_cfg=dict(by_epoch=True, max_epochs=epochs, val_interval=2),
@@ -101,7 +126,7 @@ def config(work_dir: Path, epochs: int = 4, hook: dict | None = None, **more: An
 def train(cfg: Config, resume: bool = False) -> Runner:
     cfg = cfg.copy()
     cfg.resume = resume
-    cfg.experiment_name = f'run_{id(cfg)}'
+    cfg.experiment_name = f'{cfg.experiment_name}_{next(_runs)}'
     runner = Runner.from_cfg(cfg)
     runner.train()
     return runner

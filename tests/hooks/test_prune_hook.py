@@ -171,6 +171,21 @@ def test_frozen_layers_stay_and_are_named(tmp_path):
     assert 'block.0.weight is frozen' in log
 
 
+def test_a_trace_waits_for_a_batch_that_runs_every_layer(tmp_path):
+    cfg = config(tmp_path, epochs=3, model=dict(type='Sometimes', first=3))
+    runner = train(cfg)
+    neck = mmprune.plan_of(runner.model).keep['neck.weight'][0]
+    assert runner.model.third.in_channels == len(neck) < 16
+
+
+def test_layers_that_never_run_are_named(tmp_path):
+    cfg = config(tmp_path, epochs=5, model=dict(type='Sometimes', first=1000))
+    cfg.log_level = 'INFO'
+    train(cfg)
+    log = next(tmp_path.glob('*/*.log')).read_text()
+    assert 'third.bias, third.weight' in log and 'took no part in 20 batches' in log
+
+
 def test_a_checkpoint_of_another_model_is_refused(finished, tmp_path):
     _, work_dir = finished
     cfg = config(tmp_path, load_from=str(work_dir / 'epoch_4.pth'))
