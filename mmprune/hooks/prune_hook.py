@@ -3,7 +3,7 @@
 from typing import Any
 
 import numpy as np
-from mmengine.hooks import CheckpointHook, EarlyStoppingHook, Hook
+from mmengine.hooks import CheckpointHook, EarlyStoppingHook, Hook, ParamSchedulerHook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.model.averaged_model import BaseAveragedModel
 from mmengine.optim import OptimWrapperDict
@@ -197,8 +197,7 @@ class PruneHook(Hook):
         if self._due:
             if 'unpruned' not in self.metrics and runner.val_loop is not None:
                 runner.logger.info('Validating the unpruned model before the first cut')
-                runner.val_loop.run()
-                runner.model.train()
+                validate_apart(runner)
             self.cut(runner, data_batch)
 
     def cut(self, runner: Runner, batch: Any) -> None:
@@ -323,6 +322,9 @@ class PruneHook(Hook):
                 f'Training ended before the budget {self.budget.to_meta()} was met: '
                 f'{self.cuts} of {self.steps} cuts'
             )
+        last = self.metrics.get('pruned', {}).get('iteration')
+        if runner.val_loop is not None and last != runner.iter:
+            validate_apart(runner)  # a run that was ended in its last validation
         if ranks.is_first():
             report.finish(runner, self._report, plan, self.metrics)
 
@@ -337,6 +339,19 @@ def averaged_models(runner: Runner) -> list[BaseAveragedModel]:
     """The copies that ``EMAHook`` and its like keep."""
     found = [getattr(hook, 'ema_model', None) for hook in runner.hooks]
     return [model for model in found if isinstance(model, BaseAveragedModel)]
+
+
+def validate_apart(runner: Runner) -> None:
+    """Validates where the loop would not. No checkpoint, early stop or schedule follows from it: one
+    written amid an epoch would be resumed as if the epoch were at its start."""
+    hooks = runner._hooks
+    apart = (CheckpointHook, EarlyStoppingHook, ParamSchedulerHook)
+    runner._hooks = [hook for hook in hooks if not isinstance(hook, apart)]
+    try:
+        runner.val_loop.run()
+    finally:
+        runner._hooks = hooks
+    runner.model.train()
 
 
 def forget_best(runner: Runner) -> None:

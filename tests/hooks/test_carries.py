@@ -183,16 +183,16 @@ def test_early_stopping_and_best_begin_anew_at_a_cut(tmp_path, monkeypatch):
     """A metric that falls with every cut and rises between them, as accuracy does."""
     metrics = iter([0.9] + [0.5, 0.6, 0.55, 0.5, 0.45])
     monkeypatch.setattr(Right, 'compute_metrics', lambda self, results: {'accuracy': next(metrics)})
-    cfg = config(tmp_path, epochs=9, hook=dict(keep_flops=0.6, interval=4, steps=1))
+    cfg = config(tmp_path, epochs=9, hook=dict(keep_flops=0.6, interval=9, steps=1))
     cfg.train_cfg.val_interval = 1
     cfg.default_hooks.checkpoint.save_best = 'accuracy'
     cfg.custom_hooks.append(dict(type='EarlyStoppingHook', monitor='accuracy', patience=3))
     runner = train(cfg)
 
-    # Without that it would stop after 3 epochs, and the unpruned model would be the best.
-    assert runner.epoch == 5
+    # Without that it would stop after 4 epochs, and the unpruned model would be the best.
+    assert runner.epoch == 6
     best = list(tmp_path.glob('best_*.pth'))
-    assert [path.name for path in best] == ['best_accuracy_epoch_2.pth']
+    assert [path.name for path in best] == ['best_accuracy_epoch_3.pth']
     assert plan_from(best[0]).to_meta() == mmprune.plan_of(runner.model).to_meta()
 
 
@@ -275,3 +275,15 @@ def test_a_compiled_run_compiles_again_after_a_cut(tmp_path):
     assert mmprune.plan_of(runner.model).keep == mmprune.plan_of(plain.model).keep
     for name, tensor in plain.model.state_dict().items():
         assert torch.allclose(tensor, runner.model.state_dict()[name], rtol=1e-3, atol=1e-4), name
+
+
+def test_validation_before_the_first_cut_leaves_checkpoints_and_best_alone(tmp_path):
+    """It comes amid an epoch; a checkpoint of then would be resumed at the epoch's start."""
+    cfg = config(tmp_path, epochs=2, hook=dict(keep_flops=0.6, interval=9, steps=1))
+    cfg.train_cfg.val_interval = 2
+    cfg.default_hooks.checkpoint.save_best = 'accuracy'
+    runner = train(cfg)
+    assert cuts(runner) == [9]
+    first = read_checkpoint(tmp_path / 'epoch_1.pth')
+    assert first['meta']['iter'] == 6
+    assert [path.name for path in tmp_path.glob('best_*')] == ['best_accuracy_epoch_2.pth']
