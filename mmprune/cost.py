@@ -97,7 +97,8 @@ def params(trace: Trace, part: str | None = None) -> Products:
     for name, tensor in trace.slots.tensors.items():
         if isinstance(tensor, nn.Parameter) and (part is None or in_part(name, part)):
             axes = [trace.slots.by_key.get((name, dim)) for dim in range(tensor.ndim)]
-            terms.append((float(tensor.numel()), [axis.ids for axis in axes if axis is not None]))
+            count = float(trace.slots.shapes[name].numel())
+            terms.append((count, [axis.ids for axis in axes if axis is not None]))
     return Products(trace, terms)
 
 

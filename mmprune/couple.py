@@ -84,7 +84,9 @@ class Trace:
 
     @cached_property
     def params(self) -> int:
-        return sum(t.numel() for t in self.slots.tensors.values() if isinstance(t, nn.Parameter))
+        slots = self.slots
+        names = [name for name, t in slots.tensors.items() if isinstance(t, nn.Parameter)]
+        return sum(slots.shapes[name].numel() for name in names)
 
     @property
     def idle(self) -> list[str]:

@@ -41,6 +41,7 @@ class SlotTable:
     def __init__(self, model: nn.Module) -> None:
         self.axes: list[Axis] = []
         self.tensors: dict[str, torch.Tensor] = {}
+        self.shapes: dict[str, torch.Size] = {}  # as they were: a cut narrows the tensors
         self.by_key: dict[tuple[str, int], Axis] = {}
         self.aliases: dict[str, str] = {}
         first_name: dict[int, str] = {}
@@ -51,6 +52,7 @@ class SlotTable:
                 continue
             first_name[id(tensor)] = name
             self.tensors[name] = tensor
+            self.shapes[name] = tensor.shape
             if not (tensor.is_floating_point() or tensor.is_complex()):
                 continue
             for dim, length in enumerate(tensor.shape):
