@@ -14,9 +14,10 @@ import time
 
 import torch
 import torch.nn.functional as F
-import torchvision
 
-import mmprune
+import mmprune  # before torchvision, which on some machines imports only after it
+
+import torchvision  # isort: skip
 from mmprune.couple import couple
 from mmprune.score import CRITERIA
 from mmprune.score.collector import Collector
