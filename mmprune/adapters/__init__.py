@@ -122,6 +122,6 @@ def shown(tracer: 'Tracer', name: str, function: Callable) -> Callable:
     return call
 
 
-for _part in ('torch_nn', 'mmcv', 'mmdet', 'mmpose'):
+for _part in ('torch_nn', 'attention', 'mmcv', 'mmdet', 'mmpose'):
     with contextlib.suppress(ModuleNotFoundError):
         importlib.import_module(f'mmprune.adapters.{_part}')

@@ -43,14 +43,3 @@ def cross_resolution_weighting(call: Call) -> None:
     """Weights for all resolutions come from one convolution, split by the list ``channels``."""
     for number, weighted in enumerate(call.out):
         call.follow(f'channels[{number}]', call.ids(weighted, 1))
-
-
-@adapter(
-    'mmpose.models.backbones.hrformer.WindowMSA', 'mmpose.models.backbones.swin.WindowMSA',
-    'mmpose.models.backbones.dstformer.Attention',
-)  # fmt: skip
-def window_attention(call: Call) -> None:
-    """Heads are reshaped to ``C // num_heads``, and C is the width of the input."""
-    qkv = call.module.qkv
-    for tensor in (qkv.weight, qkv.bias):
-        call.lock(call.ids(tensor, 0), 'the width of the heads is that of the input')
