@@ -133,10 +133,11 @@ def choose_step(
     scores: np.ndarray,
     budget: Budget,
     model: nn.Module,
+    forward: Forward,
     target_at: Callable[[float], float],
     start: dict[str, float],
-) -> np.ndarray:
-    """The choice for one of several cuts: (n_units,) bool.
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """The choice for one of several cuts: see :func:`choose_for`.
 
     ``target_at``: from a final fraction the one of this cut; ``start``: the fractions of the original
     that the model had when this began (below 1 where it was pruned before).
@@ -146,8 +147,7 @@ def choose_step(
         whole = start.get(name.removeprefix('keep_'), 1.0)
         return min(1.0, whole * target_at(min(1.0, final / whole)))
 
-    budget = budget.scheduled(along)
-    return choose(traced, scores, budget, original_cost(model, traced))
+    return choose_for(model, forward, traced, scores, budget.scheduled(along))
 
 
 def make_plan(traced: Trace, model: nn.Module, keep: np.ndarray, budget: Budget, **about: Any) -> Plan:

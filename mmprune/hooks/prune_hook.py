@@ -223,22 +223,22 @@ class PruneHook(Hook):
         with ranks.together('scoring'):
             scores = self._collector.scores()
         report.log_scores(runner.logger, self._collector)
-        keep = None
+        keep, noted = None, {}
         with ranks.together('choosing'):
             # Batches differ in size, and so does what a unit costs: one process chooses for all.
             if ranks.is_first():
                 number = min(self.cuts, self.steps)
-                keep = choose_step(
-                    traced, scores, self.budget, model,
+                keep, noted = choose_step(
+                    traced, scores, self.budget, model, counted,
                     lambda final: target_at(number, self.steps, final, self.schedule),
                     self.start,
                 )  # fmt: skip
-        keep = ranks.shared(keep)
+        keep, noted = ranks.shared((keep, noted))
         if keep.all():
             runner.logger.warning(f'Cut {self.cuts} removes nothing: its target is met already')
         else:
             with ranks.together('planning'):
-                step = make_plan(traced, model, keep, self.budget, iteration=runner.iter + 1)
+                step = make_plan(traced, model, keep, self.budget, iteration=runner.iter + 1, **noted)
             step = ranks.agreed(step)
             twins = averaged_models(runner)
             with ranks.together('the check of a cut'):
@@ -268,10 +268,8 @@ class PruneHook(Hook):
         if self.cuts < self.steps:
             return False
         left = remaining(bare(runner.model))
-        return all(
-            getattr(self.budget, name) is None or left[part] <= getattr(self.budget, name) * (1 + 1e-6)
-            for name, part in (('keep_flops', 'flops'), ('keep_params', 'params'))
-        )
+        wanted = {name.removeprefix('keep_'): value for name, value in self.budget.targets.items()}
+        return all(left[name] <= wanted.get(name, 1) * (1 + 1e-6) for name in left)
 
     # -- state ------------------------------------------------------------------------------------
 
