@@ -1,5 +1,6 @@
 """Pruning in any training loop, in a few lines."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,16 +10,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from mmprune import cost
+from mmprune import cost, ranks
 from mmprune.budget import TARGETS, make_budget
 from mmprune.checkpoint import plan_in, read_checkpoint
 from mmprune.couple import Trace
+from mmprune.cut import cut
 from mmprune.errors import PruneError
-from mmprune.pipeline import choose_for, cut_checked, make_plan, remaining, trace
+from mmprune.pipeline import check_cut, choose_for, make_plan, remaining, trace
 from mmprune.plan import Plan, fingerprint, plan_of
 from mmprune.score import Score, make_score
 from mmprune.score.collector import Collector
 from mmprune.trace import tensors_in, unchanged
+from mmprune.wrappers.ddp import check_rebuildable, rebuild_reducers
 
 ToLoss = Callable[[nn.Module, Any], Any]
 
@@ -67,7 +70,8 @@ class Pruner:
     each cut with the masked model before it is kept. ``options``: those of :class:`mmprune.Budget`,
     ``prune_num`` aside: limits such as ``min_channels``, ``divisor``, ``lock``, and targets such as
     ``keep_flops``, at which nothing more is removed. ``distributed``: the loop runs in several
-    processes, whose scores are added up.
+    processes, with ``model`` in DistributedDataParallel or gradients averaged by the loop itself. All
+    of them call :meth:`rebuild_model` at the same step and cut the same units, or none of them any.
     """
 
     def __init__(
@@ -79,20 +83,23 @@ class Pruner:
         check: bool = True,
         **options: Any,
     ) -> None:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
+        wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
+        if wrapped and not distributed:
             raise PruneError(
-                'DistributedDataParallel: its buckets have the size of the tensors before a cut. Give '
-                'Pruner the module inside and average gradients in the loop'
+                'the model is in DistributedDataParallel and distributed=False: say '
+                'Pruner(model, distributed=True), in every process'
             )
+        check_rebuildable(model)
         if 'prune_num' in options:
             raise PruneError(
                 f'Pruner: prune_num={options["prune_num"]!r} is an argument of rebuild_model'
             )
         make_budget({'prune_num': 1} | options)
-        self.model, self.distributed = model, distributed
+        self.wrapper, self.model = model, model.module if wrapped else model
+        self.distributed = distributed and ranks.many()
         self.score, self.check, self.options = make_score(score), check, options
         self._collector: Collector | None = None
-        self._waiting = model.register_forward_pre_hook(
+        self._waiting = self.model.register_forward_pre_hook(
             lambda module, args, kwargs: self._first_forward(args, kwargs), with_kwargs=True
         )
 
@@ -115,14 +122,28 @@ class Pruner:
         """
         budget = make_budget(self.options | {'prune_num': prune_num})
         forward = lambda model: to_loss_fn(model, batch)  # noqa: E731
-        traced = trace(self.model, forward)
+        together = ranks.together if self.distributed else lambda what: contextlib.nullcontext()
+        with together('the trace'):
+            traced = trace(self.model, forward)
         scores, collector = self._scores(traced, forward)
-        before = plan_of(self.model)
-        keep, about = choose_for(self.model, forward, traced, scores, budget)
+        before, choice = plan_of(self.model), None
+        with together('choosing'):
+            # Batches differ, and so does what a unit costs: one process chooses for all.
+            if not self.distributed or ranks.is_first():
+                choice = choose_for(self.model, forward, traced, scores, budget)
+        keep, about = ranks.shared(choice) if self.distributed else choice
         step = None
         if not keep.all():
-            step = make_plan(traced, self.model, keep, budget, **about)
-            cut_checked(self.model, step, forward if self.check else None, optimizer)
+            with together('planning'):
+                step = make_plan(traced, self.model, keep, budget, **about)
+            if self.distributed:
+                step = ranks.agreed(step)
+            with together('the check of a cut'):
+                if self.check:
+                    check_cut(self.model, step, forward)
+            with together('the cut'):
+                cut(self.model, step, optimizer)
+            rebuild_reducers(self.wrapper)
         elif not any(name in self.options for name in TARGETS):
             raise PruneError(f'prune_num={prune_num}: no unit is left that may go')
         self._start(trace(self.model, forward) if step is not None else traced)

@@ -295,6 +295,59 @@ def test_a_plain_ddp_loop_goes_on_with_the_same_settings(tmp_path, options, comm
         assert first['numel'] == 4 * 6 + 4 + 2 * 4 + 2
 
 
+def pruner_loop(folder: Path, wrong: bool = False) -> dict:
+    """The loop of the first users, each rank with batches of its own."""
+    torch.manual_seed(0)
+    net = Net()
+    del net.unused
+    ddp = DistributedDataParallel(net)
+    pruner = mmprune.Pruner(ddp, distributed=True)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1, momentum=0.9)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+
+    def to_loss(model: nn.Module, batch: list[torch.Tensor]) -> torch.Tensor:
+        if wrong and dist.get_rank() == 1:
+            raise ValueError('no such batch')
+        return (model(batch[0]) - batch[1]).square().mean()
+
+    removed = []
+    for step in range(24):
+        batch = [torch.randn(4, size, generator=generator) for size in (6, 2)]
+        if (step + 1) % 6 == 0 and step < 12:
+            removed.append(pruner.rebuild_model(batch, to_loss, optimizer, 2).units)
+            continue
+        loss = (ddp(batch[0]) - batch[1]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return {'state': net.state_dict(), 'plan': mmprune.plan_of(net).keep, 'removed': removed}
+
+
+def test_pruner_in_a_plain_ddp_loop(tmp_path):
+    first, second = spawn(pruner_loop, 2, tmp_path)
+    assert first['removed'] == second['removed'] == [2, 2]
+    assert first['plan'] == second['plan']
+    assert first['state']['a.weight'].shape == (4, 6)
+    for name, tensor in first['state'].items():
+        if name != 'seen':
+            assert torch.equal(tensor, second['state'][name]), name
+
+
+def test_pruner_stops_all_processes_when_one_fails(tmp_path):
+    first, second = spawn(partial(pruner_loop, wrong=True), 2, tmp_path)
+    assert first.startswith('PruneError: the trace failed on rank 1 of 2') and 'no such batch' in first
+    assert second.startswith('PruneError') and 'no such batch' in second
+
+
+def unsaid(folder: Path) -> None:
+    mmprune.Pruner(DistributedDataParallel(nn.Linear(2, 2)))
+
+
+def test_pruner_wants_to_know_of_processes(tmp_path):
+    for told in spawn(unsaid, 2, tmp_path):
+        assert 'distributed=True' in told
+
+
 def fsdp_like() -> nn.Module:
     return type('FullyShardedDataParallel', (nn.Module,), {})()
 
