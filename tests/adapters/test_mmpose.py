@@ -93,7 +93,7 @@ class Estimator(nn.Module):
 def test_the_declared_width_of_several_units():
     torch.manual_seed(0)
     # The constructor asks for a loss for each of the stage's units.
-    loss = [dict(type='KeypointMSELoss')] * 2
+    loss = [dict(type='mmpose.KeypointMSELoss')] * 2
     head = MSPNHead(out_shape=(8, 8), unit_channels=10, out_channels=4, num_units=2, num_stages=1,
                     loss=loss, level_indices=[0, 1])  # fmt: skip
     x = torch.randn(2, 3, 8, 8)
