@@ -102,12 +102,11 @@ def test_the_divisor_is_the_block_that_the_machine_works_in(monkeypatch, block, 
 
 
 def timed_cut(model):
-    """(time left as the plan tells it, as it is timed again in turns with the original)."""
+    """(time left as the plan tells it, as it is timed again in turns with the original, units gone)."""
     pruned = copy.deepcopy(model)
     plan = mmprune.prune(pruned, forward, latency=0.6)
-    assert plan.history[-1]['units_removed'] > 10
     again = statistics.median(timing.ratio_of(pruned, model, forward) for _ in range(3))
-    return plan.history[-1]['latency'], again
+    return plan.history[-1]['latency'], again, plan.history[-1]['units_removed']
 
 
 def test_the_result_takes_at_most_the_time_that_was_asked_for(model):
@@ -119,7 +118,8 @@ def test_the_result_takes_at_most_the_time_that_was_asked_for(model):
         except PruneError as error:
             assert 'Is the machine busy?' in str(error)
             continue
-        if tries[-1][0] <= 0.66 and tries[-1][1] < 0.85:
+        told, again, gone = tries[-1]
+        if told <= 0.66 and again < 0.85 and gone > 10:
             return
     pytest.fail(f'asked for 0.6 of the time; told, and timed again: {tries}')
 
