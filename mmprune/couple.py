@@ -108,7 +108,7 @@ class Trace:
 
 
 def couple(record: Record) -> Trace:
-    """Connected components, what is locked among them, and groups of one shape. About 10 ms."""
+    """Connected components, what is locked among them, and groups of one shape."""
     slots = record.slots
     component = components(record)
     n = component.max() + 1
@@ -182,17 +182,21 @@ def _groups(
     codes, counts = np.unique(
         component[free].astype(np.int64) * len(slots.axes) + slots.axis_index(free), return_counts=True
     )
-    pairs = np.stack(np.divmod(codes, len(slots.axes)), axis=1)
-    starts = np.flatnonzero(np.diff(pairs[:, 0], prepend=-1))
-    shapes: dict[tuple, list[int]] = {}
-    for start, end in zip(starts, [*starts[1:], len(pairs)], strict=True):
-        shape = (tuple(pairs[start:end, 1].tolist()), tuple(counts[start:end].tolist()))
-        shapes.setdefault(shape, []).append(int(pairs[start, 0]))
+    units, axes = np.divmod(codes, len(slots.axes))
+    starts = np.flatnonzero(np.diff(units, prepend=-1))
+    shape = np.stack([axes, counts], axis=1)
+    members_of: dict[bytes, list[int]] = {}
+    for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(units)], strict=True):
+        members_of.setdefault(shape[start:end].tobytes(), []).append(start)
+    shapes = {
+        tuple(map(tuple, np.frombuffer(key, dtype=shape.dtype).reshape(-1, 2).T.tolist())): units[at]
+        for key, at in members_of.items()
+    }
     number = np.full(len(locked), -1, dtype=np.int64)
     groups, at = [], 0
     for (axes, widths), members in sorted(shapes.items(), key=lambda item: item[0]):
         units = np.arange(at, at + len(members))
-        number[np.array(members)] = units
+        number[members] = units
         at += len(members)
         groups.append(
             Group(
@@ -213,9 +217,10 @@ def _locked(
     ids = ids[ids > 0]
     units, first = np.unique(component[ids], return_index=True)
     found: dict[tuple[int, tuple[str, ...]], int] = {}
-    for unit, slot in zip(units.tolist(), ids[first].tolist(), strict=True):
+    axes = slots.axis_index(ids[first])
+    for unit, axis in zip(units.tolist(), axes.tolist(), strict=True):
         if unit in reasons:
-            key = (int(slots.axis_index(np.array([slot]))[0]), tuple(reasons[unit]))
+            key = (axis, tuple(reasons[unit]))
             found[key] = found.get(key, 0) + 1
     return [
         Locked(slots.axes[axis].name, slots.axes[axis].dim, count, why)
