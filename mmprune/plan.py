@@ -266,8 +266,8 @@ def _check_meta(meta: Any) -> None:
     for number, entry in enumerate(meta['history']):
         if not isinstance(entry, dict) or not _is_plain(entry):
             raise _bad(f"['history'][{number}]", entry, 'a dict of plain values')
-        for key in ('flops_before', 'params_before'):
-            if not _is_int(entry.get(key)) or entry[key] < 0:
+        for key in ('flops_before', 'flops', 'params_before', 'params'):
+            if not _is_int(entry.get(key)) or entry[key] < key.endswith('_before'):
                 raise _bad(f"['history'][{number}][{key!r}]", entry.get(key), 'a number of them')
     if not _is_plain(meta['budget']):
         raise _bad("['budget']", meta['budget'], 'a dict of plain values')

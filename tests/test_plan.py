@@ -235,3 +235,13 @@ def test_huge_counts_take_no_memory(plan):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 20e6, 'bytes'
+
+
+@pytest.mark.parametrize('key', ['flops_before', 'flops', 'params_before', 'params'])
+@pytest.mark.parametrize('value', [None, 'many', 1.5, -1, True])
+def test_a_history_counts(plan, key, value):
+    meta = plan.to_meta()
+    meta['history'][-1][key] = value
+    meta['checksum'] = checksum(meta)
+    with pytest.raises(PruneError, match=f"'{key}'"):
+        Plan.from_meta(meta)
