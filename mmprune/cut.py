@@ -14,8 +14,8 @@ from torch import nn
 
 from mmprune.errors import PruneError
 from mmprune.plan import Plan, check_fingerprint, narrowed, plan_of, set_plan
+from mmprune.runs import tensors_in
 from mmprune.slots import named_state
-from mmprune.trace import tensors_in
 
 Change = tuple[Callable[[], None], Callable[[], None]]
 """Two functions without arguments: do it, undo it."""

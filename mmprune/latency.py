@@ -25,7 +25,8 @@ from mmprune.cut import cut
 from mmprune.errors import PruneError
 from mmprune.plan import Plan
 from mmprune.rules.table import bind
-from mmprune.trace import CONTRACTIONS, Tracer, record, tensors_in, unchanged
+from mmprune.runs import tensors_in, unchanged
+from mmprune.trace import CONTRACTIONS, Tracer, record
 from mmprune.verify import evaluating
 
 FRACTIONS = (0.25, 0.5, 0.75, 1.0)

@@ -18,9 +18,9 @@ from mmprune.cut import cut
 from mmprune.errors import PruneError
 from mmprune.pipeline import check_cut, choose_for, make_plan, remaining, trace
 from mmprune.plan import Plan, fingerprint, plan_of
+from mmprune.runs import tensors_in, unchanged
 from mmprune.score import Score, make_score
 from mmprune.score.collector import Collector
-from mmprune.trace import tensors_in, unchanged
 from mmprune.wrappers.ddp import check_rebuildable, rebuild_reducers
 
 ToLoss = Callable[[nn.Module, Any], Any]

@@ -9,8 +9,7 @@ compiled functions that the dispatcher does not see, have adapters (:mod:`mmprun
 
 import contextlib
 import functools
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,13 +19,15 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from mmprune.adapters import FREE_SPLITS, intercept, module_adapter
+from mmprune.adapters import intercept, module_adapter, shown
 from mmprune.errors import PruneError
 from mmprune.outside import Outside
 from mmprune.rules import RULES, Call
 from mmprune.rules.pointwise import pointwise
 from mmprune.rules.table import Ids, Labels, bind
+from mmprune.runs import entered, tensors_in, unchanged
 from mmprune.slots import FIXED, SlotTable
+from mmprune.widths import in_step, remembered
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,10 @@ class Tracer(TorchDispatchMode):
         self._nonzero = WeakTensorKeyDictionary()
         self._told: set[int] = set()
         self.function: Any = None
-        self.open_dim: int | None = None
+        self.asked: Any = None  # sizes, in the order of the operation that is asked for in them
+        self.constants: dict[tuple[str, str], str] = {}
+        self._claims = WeakTensorKeyDictionary()
+        self.followed: dict[tuple[str, str], Ids] = {}
         self._step = 0
         self._locked = np.arange(self.record.slots.size) == FIXED
         self._names = {id(module): name for name, module in model.named_modules()}
@@ -134,9 +138,16 @@ class Tracer(TorchDispatchMode):
     def is_uniform(self, tensor: torch.Tensor) -> bool:
         return tensor.ndim == 0 or tensor in self._uniform
 
-    def set_uniform(self, tensor: torch.Tensor) -> None:
+    def set_uniform(self, tensor: torch.Tensor, asked: Sequence[int | None] = ()) -> None:
+        """``tensor`` is the same everywhere; ``asked``: the sizes that the code asked for."""
         self._uniform[tensor] = self._step
         self._labels.setdefault(tensor, {})
+        self._claims[tensor] = asked
+
+    def claim(self, tensor: torch.Tensor, dim: int) -> int | None:
+        """The size that the code asked for where it made a fill, if it did so by itself."""
+        asked = self._claims.get(tensor) if tensor in self._uniform else ()
+        return asked[dim] if asked else None
 
     def is_nonzero(self, tensor: torch.Tensor) -> bool:
         """Whether a channel whose weights are zero may be something else than zero here: behind a
@@ -180,11 +191,21 @@ class Tracer(TorchDispatchMode):
         if self.counting:
             self.record.work.append(Work(where, float(amount), axes))
 
-    def splits_follow(self, module: nn.Module) -> bool:
-        return module_adapter(type(module)) in FREE_SPLITS
-
     def follow(self, module: str, attribute: str, ids: Ids) -> None:
+        """A module's number shrinks with ``ids``; what it stands for elsewhere shrinks alike."""
+        key = (module, attribute)
+        first = self.followed.setdefault(key, ids)
+        in_step(self, first, ids, f'{attribute} is the width of two')
+        if key in self.constants:
+            self.lock(ids, f'{self.constants[key]}: {module}.{attribute}')
         self.record.follows.append(Follow(module, attribute, ids))
+
+    def stays(self, module: str, attribute: str, what: str) -> None:
+        """A module's number is used for its value, so what follows it elsewhere stays."""
+        key = (module, attribute)
+        self.constants.setdefault(key, what)
+        if key in self.followed:
+            self.lock(self.followed[key], f'{what}: {module}.{attribute}')
 
     # -- the run ----------------------------------------------------------------------------------
 
@@ -210,7 +231,7 @@ class Tracer(TorchDispatchMode):
         if handler is None and torch.Tag.pointwise in func.tags:
             handler = pointwise
         fresh = name.startswith(('aten::new_', 'aten::empty')) or not inputs
-        if carried or any(self.is_uniform(t) for t in inputs) or fresh:
+        if carried or any(self.is_uniform(t) for t in inputs) or fresh or self.asked is not None:
             self.apply(handler, name, bind(func, args, kwargs), out, carried)
             for tensor in outputs:
                 if func._schema.is_mutable and id(tensor) in in_place:
@@ -282,7 +303,8 @@ class Tracer(TorchDispatchMode):
     def leave(self, module: nn.Module, args: Any, out: Any) -> None:
         adapter = module_adapter(type(module))
         if adapter is not None:
-            with torch.utils._python_dispatch._disable_current_modes():
+            disabled = torch.utils._python_dispatch._disable_current_modes
+            with disabled(), torch._C.DisableTorchFunction():
                 adapter(Call(self, type(module).__name__, args, out, module,
                              self._names[id(module)]))  # fmt: skip
 
@@ -291,91 +313,19 @@ READERS = 'convolution mm bmm addmm baddbmm mv addmv dot'
 CONTRACTIONS = frozenset(f'aten::{name}' for name in READERS.split())
 
 
-def tensors_in(value: Any, depth: int = 6) -> Iterator[torch.Tensor]:
-    """Every tensor in nested containers and plain objects (mmengine's data elements included)."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif depth == 0 or isinstance(value, str | bytes | int | float | type | np.ndarray):
-        return
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_in(item, depth - 1)
-    elif isinstance(value, list | tuple | set):
-        for item in value:
-            yield from tensors_in(item, depth - 1)
-    elif hasattr(value, '__dict__') and not isinstance(value, nn.Module) and not callable(value):
-        yield from tensors_in(vars(value), depth - 1)
-
-
-@contextlib.contextmanager
-def entered(tracer: Tracer, model: nn.Module) -> Iterator[None]:
-    """Tells the tracer of every module that is entered and left. In the place of hooks, because those
-    miss a ``forward`` that is called as a plain method (mmpose's heads are)."""
-
-    def told(module: nn.Module, forward: Callable) -> Callable:
-        @functools.wraps(forward)
-        def run(*args: Any, **kwargs: Any) -> Any:
-            depth = len(tracer._stack)
-            tracer.enter(module, args)
-            try:
-                out = forward(*args, **kwargs)
-                tracer.leave(module, args, out)
-            finally:
-                del tracer._stack[depth:]
-            return out
-
-        return run
-
-    before = [(module, vars(module).get('forward')) for module in model.modules()]
-    for module, _ in before:
-        vars(module)['forward'] = told(module, module.forward)
-    try:
-        yield
-    finally:
-        for module, own in before:
-            del vars(module)['forward']
-            if own is not None:
-                vars(module)['forward'] = own
-
-
 @contextlib.contextmanager
 def watched(tracer: Tracer, model: nn.Module) -> Iterator[None]:
     """Entered modules, and interception of compiled functions, for one run."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one opaque kernel for a whole encoder layer
     try:
-        with entered(tracer, model), intercept(tracer), torch.no_grad(), Outside(tracer), tracer:
+        with (
+            entered(tracer, model), intercept(functools.partial(shown, tracer)), torch.no_grad(),
+            remembered(tracer, model), Outside(tracer), tracer,
+        ):  # fmt: skip
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-
-
-@contextlib.contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """Puts buffers (running statistics) and random states back as they were."""
-    devices = list({t.device for t in model.parameters() if t.device.type == 'cuda'})
-    numpy_state, python_state = np.random.get_state(), random.getstate()
-    modules = [(m, m.training, dict(m._buffers)) for m in model.modules()]
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    versions = [(name, p, p._version) for name, p in model.named_parameters()]
-    with torch.random.fork_rng(devices=devices):
-        try:
-            yield
-        finally:
-            np.random.set_state(numpy_state)
-            random.setstate(python_state)
-            for module, training, own in modules:
-                module.training = training
-                module._buffers.update(own)  # some put a new tensor in the place of the old
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
-    changed = [name for name, p, version in versions if p._version != version]
-    if changed:
-        raise PruneError(
-            f'the run changes {changed[0]} and {len(changed) - 1} more parameters: give a forward that '
-            'only reads them (no optimizer step)'
-        )
 
 
 def record(

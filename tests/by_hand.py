@@ -2,7 +2,7 @@
 
 import torch
 
-from mmprune.trace import tensors_in
+from mmprune.runs import tensors_in
 from mmprune.verify import copied
 
 TINY = 1e-40

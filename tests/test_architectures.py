@@ -15,7 +15,7 @@ from torch import nn
 import mmprune
 from mmprune import Plan, cost, testing
 from mmprune.forwards import first_samples, forwards_of
-from mmprune.trace import tensors_in
+from mmprune.runs import tensors_in
 from mmprune.verify import evaluating
 
 CONFIGS = Path(__file__).parent.parent / 'configs'

@@ -272,7 +272,10 @@ def test_a_failed_check_leaves_all_as_it_was():
             self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
 
         def forward(self, x):
-            return self.b(self.a(x).reshape(-1, 8, 6, 6))
+            features = self.a(x)
+            if features.stride(0) != 8 * 36:  # what no trace sees
+                raise RuntimeError('another width')
+            return self.b(features)
 
     model = Wired()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

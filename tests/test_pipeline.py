@@ -8,7 +8,7 @@ from torch import nn
 
 import mmprune
 from mmprune import cost
-from mmprune.trace import tensors_in
+from mmprune.runs import tensors_in
 
 
 def exact(model, forward, **options):

@@ -88,3 +88,26 @@ def test_autocast():
 
     mmprune.prune(model, run, keep_channels=0.5)
     assert model[0].weight.shape[0] == 4
+
+
+def test_rounding_is_told_from_a_fault_in_double_precision():
+    """The digits that a large number displaces are lost, also where the code names a precision."""
+
+    class Ill(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Conv2d(3, 64, 3), nn.Conv2d(64, 4, 1)
+
+        def forward(self, x):
+            return self.b(self.a(x).relu()) + 1e5 - torch.full((1,), 1e5, dtype=torch.float32)
+
+    model = Ill()
+    pruned, plan = cut(model)
+    with pytest.raises(PruneError, match='relative error'):
+        mmprune.verify(model, pruned, plan, forward, tolerance=1e-4)
+    assert mmprune.verify(model, pruned, plan, forward) < 1e-6
+    with torch.no_grad():
+        pruned.b.weight[0, 0] += 0.1
+    with pytest.raises(PruneError, match='is not the masked original: relative error'):
+        mmprune.verify(model, pruned, plan, forward)

@@ -148,8 +148,8 @@ def rebuilds(config: str, pruned, forward) -> bool:
     import torch
 
     import mmprune
+    from mmprune.runs import tensors_in, unchanged
     from mmprune.testing import bare
-    from mmprune.trace import tensors_in, unchanged
     from mmprune.verify import evaluating, relative_error
 
     file = io.BytesIO()
@@ -174,7 +174,7 @@ def steps(pruned, forward) -> bool:
     """Whether a step of SGD goes through and moves weights."""
     import torch
 
-    from mmprune.trace import tensors_in
+    from mmprune.runs import tensors_in
 
     # Some configs freeze all that is left of a part; some losses have no gradient at all.
     optimizer = torch.optim.SGD([p for p in pruned.parameters() if p.requires_grad], lr=1e-6)

@@ -20,6 +20,7 @@ from torch import nn
 
 from mmprune.errors import PruneError
 from mmprune.rules.table import RULES, Call, rule
+from mmprune.runs import tensors_in
 
 if TYPE_CHECKING:
     from mmprune.trace import Tracer
@@ -29,14 +30,11 @@ Adapter = Callable[[Call], None]
 MODULES: dict[type[nn.Module], Adapter] = {}
 BY_NAME: dict[str, Adapter] = {}
 
-FREE_SPLITS: set[Adapter] = set()
-"""Adapters that declare the sizes by which their module's code splits a tensor."""
-
 COMPILED = {'mmcv': 'mmcv._ext'}
 """Extension modules with compiled functions, by the namespace that their rules have."""
 
 
-def adapter(*keys: type[nn.Module] | str, splits: bool = False) -> Callable[[Adapter], Adapter]:
+def adapter(*keys: type[nn.Module] | str) -> Callable[[Adapter], Adapter]:
     """Declares what the dispatcher can not see.
 
     A key is a module class, the dotted name of one (imported only when a model has it), or the name
@@ -44,16 +42,11 @@ def adapter(*keys: type[nn.Module] | str, splits: bool = False) -> Callable[[Ada
     of it: for a module ``call.args`` are its positional inputs, ``call.out`` its result,
     ``call.module`` itself. Subclasses inherit an adapter until they have their own.
 
-    ``splits``: the module's own code splits a tensor into unequal parts, and their sizes are
-    attributes which the function follows; without it such a split locks what it splits.
-
     Raises:
         PruneError: a key is of another type or registered before.
     """
 
     def register(function: Adapter) -> Adapter:
-        if splits:
-            FREE_SPLITS.add(function)
         for key in keys:
             if isinstance(key, str) and '::' in key:
                 rule(key)(function)
@@ -83,9 +76,17 @@ def module_adapter(kind: type[nn.Module]) -> Adapter | None:
     return None
 
 
+Handler = Callable[[str, Callable, tuple, dict], Any]
+
+
 @contextlib.contextmanager
-def intercept(tracer: 'Tracer') -> Iterator[None]:
-    """Shows the tracer each call of a compiled function, which the dispatcher never sees."""
+def intercept(handler: Handler) -> Iterator[None]:
+    """Has ``handler(name, function, args, kwargs)`` in the place of each compiled function, which the
+    dispatcher never sees."""
+
+    def handled(name: str, function: Callable) -> Callable:
+        return lambda *args, **kwargs: handler(name, function, args, kwargs)
+
     put_back = []
     for namespace, name in COMPILED.items():
         module = sys.modules.get(name)
@@ -94,7 +95,7 @@ def intercept(tracer: 'Tracer') -> Iterator[None]:
         for attribute in dir(module):
             function = getattr(module, attribute)
             if callable(function) and not attribute.startswith('_'):
-                setattr(module, attribute, shown(tracer, f'{namespace}::{attribute}', function))
+                setattr(module, attribute, handled(f'{namespace}::{attribute}', function))
                 put_back.append((module, attribute, function))
     try:
         yield
@@ -103,25 +104,22 @@ def intercept(tracer: 'Tracer') -> Iterator[None]:
             setattr(module, attribute, function)
 
 
-def shown(tracer: 'Tracer', name: str, function: Callable) -> Callable:
-    """``function``, followed by its rule. What it writes in place is no fresh fill any more."""
-    from mmprune.trace import tensors_in
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with torch.utils._python_dispatch._disable_current_modes():
-            out = function(*args, **kwargs)
-            inputs = list(tensors_in((args, kwargs)))
-            carried = [t for t in inputs if tracer.labels_of(t)]
-            for tensor in inputs:
-                if not tracer.labels_of(tensor):
-                    tracer.set_labels(tensor, {})
-            result = out if out is not None else inputs
-            tracer.apply(RULES.get(name), name, (args, kwargs), result, carried)
-        return out
-
-    return call
+def shown(tracer: 'Tracer', name: str, function: Callable, args: tuple, kwargs: dict) -> Any:
+    """A call of a compiled function, followed by its rule. What it writes in place is no fresh fill
+    any more."""
+    disabled = torch.utils._python_dispatch._disable_current_modes
+    with disabled(), torch._C.DisableTorchFunction():
+        out = function(*args, **kwargs)
+        inputs = list(tensors_in((args, kwargs)))
+        carried = [t for t in inputs if tracer.labels_of(t)]
+        for tensor in inputs:
+            if not tracer.labels_of(tensor):
+                tracer.set_labels(tensor, {})
+        result = out if out is not None else inputs
+        tracer.apply(RULES.get(name), name, (args, kwargs), result, carried)
+    return out
 
 
 # They name the classes that they know by dotted paths, so none needs the library it is for.
-for _part in ('torch_nn', 'attention', 'mmcv', 'mmdet', 'mmpose'):
+for _part in ('torch_nn', 'mmcv'):
     importlib.import_module(f'mmprune.adapters.{_part}')

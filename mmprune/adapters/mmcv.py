@@ -130,26 +130,3 @@ def deformable_attention(call: Call) -> None:
     call.lock_tensor(value, 'attention runs over it', dims=[0, 1, 2])
     heads = value.shape[2]
     call.label(call.out, {2: tuple(np.tile(ids, heads) for ids in call.ids(value, 3))})
-
-
-@adapter('mmcv.cnn.bricks.non_local._NonLocalNd')
-def non_local(call: Call) -> None:
-    """``inter_channels`` is one number for three projections, so they shrink together."""
-    block = call.module
-    inner = call.ids(block.g.conv.weight, 0)
-    for name in ('theta', 'phi') if block.mode != 'gaussian' else ():
-        call.tie(inner, call.ids(getattr(block, name).conv.weight, 0))
-    if block.use_scale and block.mode == 'embedded_gaussian':
-        call.lock(inner, 'the scale of attention depends on its width')
-    call.follow('inter_channels', inner)
-    call.follow('in_channels', call.ids(call[0], 1))
-
-
-@adapter('mmcv.cnn.bricks.generalized_attention.GeneralizedAttention')
-def generalized_attention(call: Call) -> None:
-    """The width of a head: of queries and keys (which meet), and of values."""
-    block = call.module
-    for name in ('query_conv', 'key_conv', 'appr_geom_fc_x'):
-        if hasattr(block, name):
-            call.follow('qk_embed_dim', call.ids(getattr(block, name).weight, 0))
-    call.follow('v_dim', call.ids(block.value_conv.weight, 0))

@@ -6,12 +6,19 @@ from typing import Any
 import torch
 
 from mmprune.rules.table import Call, Labels, rule
+from mmprune.widths import Width
 
 
 def constrains(call: Call, tensor: torch.Tensor, dim: int) -> bool:
     """Whether an unlabelled dimension has a width of its own. One of size 1 is broadcast; an
-    expanded one (stride 0) was broadcast; a fresh fill (``zeros``) is the same at every width."""
-    return tensor.shape[dim] > 1 and tensor.stride(dim) != 0 and not call.tracer.is_uniform(tensor)
+    expanded one (stride 0) was broadcast; a fresh fill (``zeros``) is the same at every width, if it
+    was not asked for by a number."""
+    if tensor.shape[dim] <= 1 or tensor.stride(dim) == 0:
+        return False
+    if not call.tracer.is_uniform(tensor):
+        return True
+    claim = call.tracer.claim(tensor, dim)
+    return claim is not None and not isinstance(claim, Width)
 
 
 def broadcast(
@@ -29,7 +36,7 @@ def broadcast(
         return {}
     result: Labels = {}
     for dim, size in enumerate(shape):
-        found, fixed = [], False
+        found, fixed, claims = [], False, []
         for tensor, carried in zip(operands, labels, strict=True):
             own = dim - (len(shape) - tensor.ndim)
             if own < 0 or own >= tensor.ndim:
@@ -40,12 +47,16 @@ def broadcast(
                 call.lock(carried[own], 'meets a tensor of another width')
             else:
                 fixed = fixed or constrains(call, tensor, own)
+                claims.append(call.tracer.claim(tensor, own) if tensor.shape[own] > 1 else None)
         if not found:
             continue
         for other in found[1:]:
             call.tie(found[0], other)
         if fixed:
             call.lock(found[0], 'meets a tensor of fixed width')
+        for claim in claims:
+            if isinstance(claim, Width):
+                claim.sizes(found[0][0])
         result[dim] = found[0]
     return result
 
@@ -159,4 +170,4 @@ def random_like(call: Call) -> None:
 )  # fmt: skip
 def fill(call: Call) -> None:
     """The same at every position, so it fits every width that the code asks of it."""
-    call.tracer.set_uniform(call.out)
+    call.tracer.set_uniform(call.out, call.asked(call.out))

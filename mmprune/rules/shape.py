@@ -9,6 +9,7 @@ import torch
 from mmprune.rules.pointwise import broadcast, constrains
 from mmprune.rules.table import Call, Ids, Labels, rule
 from mmprune.slots import fixed_ids
+from mmprune.widths import Width
 
 
 @rule('aten::view', 'aten::_unsafe_view', 'aten::_reshape_alias')
@@ -18,40 +19,44 @@ def view(call: Call) -> None:
     if call.out.numel() != x.numel():  # seen as a dtype of another size
         call.lock_tensor(x, 'viewed as another dtype')
         return
+    asked = call.asked(call.out)
     for dim, ids in call.labels(x).items():
         for array in ids:
-            for new_dim, moved in regroup(call, array, dim, x.shape, call.out.shape):
+            for new_dim, moved in regroup(call, array, dim, x.shape, call.out.shape, asked):
                 labels[new_dim] = labels.get(new_dim, ()) + (moved,)
     for new_dim, merged in labels.items():
         # Of two widths in one dimension a locked one says nothing any more.
         free = tuple(array for array in merged if not call.tracer.all_locked(array))
         if len(merged) > 1 and free:
             labels[new_dim] = free
+        if len(free) > 1 and asked[new_dim] not in (None, -1):
+            call.lock(free, 'two widths in one size')
+        for array in labels[new_dim]:
+            call.sized(asked[new_dim], array)
     call.label(call.out, labels)
+    if call.tracer.is_uniform(x):
+        call.tracer.set_uniform(call.out, asked)
+    else:
+        for new_dim, number in enumerate(asked):
+            if isinstance(number, Width) and number > 1 and new_dim not in labels:
+                number.origin.stays('the size of a dimension that stays')
 
 
 def regroup(
-    call: Call, ids: Ids, dim: int, before: Sequence[int], after: Sequence[int]
+    call: Call, ids: Ids, dim: int, before: Sequence[int], after: Sequence[int], asked: Sequence
 ) -> list[tuple[int, Ids]]:
     """Where the labels ``ids`` of dimension ``dim`` go when ``before`` is viewed as ``after``.
 
     Memory order stays. With S elements behind ``dim``, element number i carries
     ``ids[(i // S) % len(ids)]``. In the new shape one dimension may carry that alone (also merged
     with others: then the ids repeat). Where several do, a labelled dimension was split into factors:
-    only one may shrink (that which the code leaves open with -1, else the last), so the others are
-    tied.
+    only one may shrink, so the others are tied.
     """
     before = [max(n, 1) for n in before]
     after = [max(n, 1) for n in after]
     inner = math.prod(before[dim + 1 :])
     period = inner * ids.size
-    left = call.tracer.open_dim
-    # A factor of 1 that is left open: the others are fixed, and nothing is left to shrink.
-    inside = left is not None and dim <= left <= dim + len(after) - len(before)
-    if inside and after[left] == 1 and inner <= math.prod(after[left:]) <= period:
-        call.lock((ids,), 'split into factors by number')
-        return []
-    carried: list[tuple[int, np.ndarray]] = []  # (new dimension, index into ids along it)
+    carried: dict[int, np.ndarray] = {}  # {new dimension: index into ids along it}
     stride = math.prod(after)
     for new_dim, size in enumerate(after):
         above, stride = stride, stride // size
@@ -62,17 +67,30 @@ def regroup(
                 return []
         index = (np.arange(size) * stride // inner) % ids.size
         if (index != index[0]).any():
-            carried.append((new_dim, index))
+            carried[new_dim] = index
     if not carried:
         return []
-    free = next((c for c in carried if c[0] == call.tracer.open_dim), carried[-1])
+    free = shrinking(ids, list(carried), asked)
+    table = np.zeros(1, dtype=np.int64)
+    for other in carried:
+        if other != free:
+            table = np.add.outer(table, np.unique(carried[other])).ravel()
     if len(carried) > 1:
-        table = np.zeros(1, dtype=np.int64)
-        for other in carried:
-            if other is not free:
-                table = np.add.outer(table, np.unique(other[1])).ravel()
-        call.tie_all(ids[np.add.outer(table, np.unique(free[1])) % ids.size])
-    return [(free[0], ids[free[1]])]
+        call.tie_all(ids[np.add.outer(table, np.unique(carried[free])) % ids.size])
+    return [(free, ids[carried[free]])]
+
+
+def shrinking(ids: Ids, factors: list[int], asked: Sequence) -> int:
+    """Which of the factors of a labelled dimension shrinks: one that the code takes from a tensor's
+    shape (from this tensor's first), or leaves open with -1, or has a module keep; else the last."""
+
+    def rank(factor: int) -> int:
+        number = asked[factor]
+        if isinstance(number, Width) and number.measured:
+            return 4 if np.array_equal(number.origin.ids, ids) else 2
+        return 3 if number == -1 else 1 if isinstance(number, Width) else 0
+
+    return max(factors, key=lambda factor: (rank(factor), factor))
 
 
 @rule('aten::permute')
@@ -112,9 +130,14 @@ def squeeze(call: Call) -> None:
 def expand(call: Call) -> None:
     x = call['self']
     shift = call.out.ndim - x.ndim
-    call.label(call.out, {d + shift: ids for d, ids in call.labels(x).items()})
+    labels = {d + shift: ids for d, ids in call.labels(x).items() if call.out.shape[d + shift] > 1}
+    asked = call.asked(call.out)
+    for dim, ids in labels.items():
+        for array in ids:
+            call.sized(asked[dim], array)
+    call.label(call.out, labels)
     if call.tracer.is_uniform(x):
-        call.tracer.set_uniform(call.out)
+        call.tracer.set_uniform(call.out, asked)
 
 
 @rule('aten::repeat')
@@ -178,18 +201,20 @@ def stack(call: Call) -> None:
 @rule('aten::split', 'aten::split_with_sizes',
       'aten::unsafe_split', 'aten::unsafe_split_with_sizes')  # fmt: skip
 def split(call: Call) -> None:
-    """Equal parts stay equal: their positions are tied. Unequal ones are numbers in the code, unless
-    an adapter says that they are attributes which follow."""
+    """Parts of sizes that the code was asked for; where torch divided (``chunk``), equal ones stay
+    equal: their positions are tied."""
     x = call['self']
     dim = call.args.get('dim', 0) % x.ndim
     widths = [out.shape[dim] for out in call.out]
-    equal = len(set(widths)) == 1
-    carried = call.labels(x)
+    asked, carried = call.tracer.asked, call.labels(x)
+    sizes = asked if isinstance(asked, list) else [asked] * len(widths)
     for ids in carried.get(dim, ()):
-        if equal:
+        if not isinstance(asked, list) and len(set(widths)) == 1:
             call.tie_all(ids.reshape(len(widths), -1))
-        elif not call.splits_follow():
+        elif asked is None:
             call.lock((ids,), 'split into unequal parts by number')
+        for part, size in zip(np.split(ids, np.cumsum(widths)[:-1]), sizes, strict=True):
+            call.sized(size, part)
     start = 0
     for out, width in zip(call.out, widths, strict=True):
         labels = dict(carried)
@@ -320,6 +345,7 @@ def index_put(call: Call) -> None:
             call.tie(labels[target], ids)
         elif call.tracer.is_uniform(x):
             labels[target] = ids
+            call.sized(call.tracer.claim(x, target), ids[0])
         else:
             call.lock(ids, 'meets a tensor of fixed width')
     for dim, ids in labels.items():

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mmprune.errors import PruneError
+from mmprune.widths import Width
 
 if TYPE_CHECKING:
     from mmprune.trace import Tracer
@@ -150,9 +151,18 @@ class Call:
         if ids:
             self.tracer.follow(self.where, attribute, ids[0])
 
-    def splits_follow(self) -> bool:
-        """Whether the module's adapter declares the sizes that its code splits by."""
-        return self.tracer.splits_follow(self.module)
+    def asked(self, out: torch.Tensor) -> list[int | None]:
+        """The sizes that the code asked for ``out`` to have; ``None`` where torch found them."""
+        asked = self.tracer.asked
+        fits = isinstance(asked, list) and len(asked) == out.ndim
+        return asked if fits else [None] * out.ndim
+
+    def sized(self, number: int | None, ids: Ids) -> None:
+        """The code asks for a dimension that carries ``ids`` to have the size ``number``."""
+        if isinstance(number, Width):
+            number.sizes(ids)
+        elif number is not None and number != -1:
+            self.lock((ids,), 'its size is a number in the code')
 
     def _reason(self, what: str) -> str:
         at = f' in {self.where} ({type(self.module).__name__})' if self.where else ''

@@ -14,7 +14,7 @@ def test_every_block_runs_in_order():
     tables = [(table, set(table)) for table in (MODULES, BY_NAME, RULES)]
     scope = {'__name__': 'adapters_page'}
     blocks = list(re.finditer(r'^```python\n(.*?)^```', text, re.DOTALL | re.MULTILINE))
-    assert len(blocks) == 8
+    assert len(blocks) == 9
     try:
         for block in blocks:
             line = text[: block.start(1)].count('\n')

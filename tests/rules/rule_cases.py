@@ -246,7 +246,7 @@ each('split_with_sizes unsafe_split_with_sizes', lambda op, m, y: finish(
 each(
     'split_with_sizes',
     lambda op, m, y: finish(m, torch.cat(op(y, [3, 5], 1)[::-1], 1)),
-    'unequal parts',
+    'its size is a number in the code',
 )
 each('unbind', lambda op, m, y: finish(m, op(y, 2)[0]))
 each('unbind', lambda op, m, y: finish(m, y) + op(y, 1)[0].sum(), 'indexed by number')

@@ -1,0 +1,56 @@
+"""Runs code that was written for single precision in double precision, to tell rounding from faults."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from mmprune.adapters import intercept
+
+
+class Double(TorchDispatchMode):
+    """Every operation takes its single precision inputs in double, whatever the code asks for."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        # How deepcopy makes a tensor of the same memory.
+        fresh = func is torch.ops.aten.new_empty.default and not args[1]
+        if fresh or func._schema.name == 'aten::set_':
+            return func(*args, **(kwargs or {}))
+        args, kwargs = tree_map(widened, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def in_double() -> Iterator[None]:
+    """The mode, and what it does not see: new tensors, and compiled functions."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with Double(), intercept(compiled):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def widened(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and value.dtype == torch.float32:
+        return value.double()
+    return torch.float64 if value is torch.float32 else value
+
+
+def narrowed(value: Any) -> Any:
+    return value.float() if isinstance(value, torch.Tensor) and value.dtype == torch.float64 else value
+
+
+def compiled(name: str, function: Callable, args: tuple, kwargs: dict) -> Any:
+    """Some (mmcv's nms) know single precision only; what they return are decisions."""
+    args, kwargs = tree_map(widened, (args, kwargs))
+    try:
+        return function(*args, **kwargs)
+    except RuntimeError:
+        with torch.utils._python_dispatch._disable_current_modes():
+            args, kwargs = tree_map(narrowed, (args, kwargs))
+            return function(*args, **kwargs)

@@ -1,0 +1,152 @@
+"""Numbers that follow a width, numbers that stay, and numbers that stand in the code."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import mmprune
+from mmprune.trace import Tracer
+from mmprune.widths import Origin, Width
+
+X = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)).double()
+
+
+class Net(nn.Module):
+    """``between(self, features (2, 8, 4, 4))`` between two convolutions, and what it needs."""
+
+    def __init__(self, between, out=8, **numbers):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(out, 2, 1)
+        self.other = nn.Conv2d(3, 8, 1)
+        self.between = between
+        self.__dict__.update(numbers)
+
+    def forward(self, x):
+        return self.b(self.between(self, self.a(x)))
+
+
+def outcome(between, **numbers):
+    """(width of ``a`` after a cut of half, numbers that follow, reasons why ``a`` is locked)."""
+    model = Net(between, **numbers).double()
+    original = copy.deepcopy(model)
+    forward = lambda m: m(X)  # noqa: E731
+    trace = mmprune.trace(model, forward)
+    told = ' '.join(str(locked) for locked in trace.locked if locked.name.startswith('a.'))
+    if not trace.groups:
+        return 8, {}, told
+    plan = mmprune.prune(model, forward, keep_channels=0.5)
+    assert mmprune.verify(original, model, plan, forward) < 1e-12
+    return model.a.out_channels, plan.attributes.get('', {}), told
+
+
+FOLLOWS = {
+    'a size': (lambda m, y: y.view(2, y.shape[1], 16).view(2, -1, 4, 4), {}, {}),
+    'size(dim)': (lambda m, y: y.reshape((2, y.size(1), 16)).unflatten(2, (4, 4)), {}, {}),
+    'a part of a size': (lambda m, y: y.view(2, 2, y.shape[1] // 2, 4, 4).flatten(1, 2), {}, {}),
+    'a multiple': (lambda m, y: y.view(2 * y.shape[1], 4, 4).view(2, -1, 4, 4), {}, {}),
+    'what is left open': (lambda m, y: y.view(2, 2, -1, 4, 4).flatten(1, 2), {}, {}),
+    'a number of elements': (
+        lambda m, y: y.view(2, y.numel() // 32, 16).view(2, -1, 4, 4), {}, {}),
+    'an attribute': (lambda m, y: y.reshape(-1, m.n, 4, 4), {'n': 8}, {'n': 4}),
+    'an attribute in a list': (
+        lambda m, y: torch.cat(y.split(m.n, 1), 1), {'n': [2, 6]}, {'n[0]': 1, 'n[1]': 3}),
+    'the last of two attributes': (
+        lambda m, y: y.view(2, m.heads, m.n, 4, 4).flatten(1, 2), {'heads': 2, 'n': 4}, {'n': 2}),
+    'a product of attributes': (
+        lambda m, y: y.view(2, m.heads, m.n, 4, 4).reshape(2, m.heads * m.n, 4, 4),
+        {'heads': 2, 'n': 4}, {'n': 2}),
+    'a product the other way round': (
+        lambda m, y: y.view(2, m.heads, m.n, 4, 4).reshape(2, m.n * m.heads, 4, 4),
+        {'heads': 2, 'n': 4}, {'n': 2}),
+    'a fill': (lambda m, y: y + y.new_zeros(2, m.n, 4, 4), {'n': 8}, {'n': 4}),
+    'torch.zeros': (lambda m, y: y + torch.zeros(m.n, 1, 1), {'n': 8}, {'n': 4}),
+    'an assertion': (lambda m, y: y if y.shape[1] == m.n else None, {'n': 8}, {'n': 4}),
+    'expand': (lambda m, y: y[:1].expand(2, m.n, 4, 4), {'n': 8}, {'n': 4}),
+    'view_as': (lambda m, y: y.flatten(2).view_as(y), {}, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', FOLLOWS)
+def test_a_number_follows(name):
+    between, numbers, expected = FOLLOWS[name]
+    assert outcome(between, **numbers)[:2] == (4, expected)
+
+
+STAYS = {
+    'a number in a view': (lambda m, y: y.reshape(-1, 8, 4, 4), {}, 'a number in the code'),
+    'numbers in a split': (
+        lambda m, y: torch.cat(y.split([4, 4], 1), 1), {}, 'a number in the code'),
+    'one number in a split': (lambda m, y: torch.cat(y.split(4, 1), 1), {}, 'a number in the code'),
+    'a number in a fill': (lambda m, y: y + y.new_zeros(2, 8, 4, 4), {}, 'meets a tensor of fixed'),
+    'a number in an object': (
+        lambda m, y: y.reshape(-1, m.n['a'], 4, 4), {'n': {'a': 8}}, 'a number in the code'),
+    'a sum': (lambda m, y: y.reshape(-1, m.n + 1, 4, 4), {'n': 7}, 'a number in the code'),
+    'a root': (lambda m, y: y / y.shape[1] ** 0.5, {}, 'the code computes with its width'),
+    'math': (lambda m, y: y / math.sqrt(y.size(1)), {}, 'the code computes with its width'),
+    'a division': (lambda m, y: y * (1 / y.shape[1]), {}, 'the code computes with its width'),
+    'a factor': (lambda m, y: y * y.shape[1], {}, 'a number for'),
+    'torch.arange': (lambda m, y: y * torch.arange(y.shape[1])[:, None, None], {}, 'a number for'),
+    'an attribute that is a value too': (
+        lambda m, y: y.reshape(-1, m.n, 4, 4) / m.n, {'n': 8}, 'a number for'),
+    'a value before it is a size': (
+        lambda m, y: (y / math.sqrt(m.n)).reshape(-1, m.n, 4, 4), {'n': 8}, 'computes with'),
+    'compared with a number': (lambda m, y: y if y.shape[1] == 8 else None, {}, 'compared with'),
+    'the size of a fixed one': (
+        lambda m, y: y + m.weight.view(y.shape[1], 1).sum(),
+        {'weight': torch.rand(8)}, 'dimension that stays'),
+    'a slice': (lambda m, y: y + torch.rand(9)[: y.shape[1], None, None], {}, 'a number for'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', STAYS)
+def test_a_number_locks(name):
+    between, numbers, reason = STAYS[name]
+    width, follows, told = outcome(between, **numbers)
+    assert (width, follows) == (8, {})
+    assert reason in told
+
+
+def test_two_widths_of_one_number_shrink_alike():
+    def between(m, y):
+        return y.reshape(-1, m.n, 4, 4) + m.other(X).reshape(-1, m.n, 4, 4).flip(1)
+
+    assert outcome(between, n=8)[:2] == (4, {'n': 4})
+
+
+def test_a_width_read_from_another_tensor_ties_the_two():
+    """The heads of window attention have the width of what goes in."""
+
+    def between(m, y):
+        return m.other(X).view(2, 2, y.shape[1] // 2, 4, 4).flatten(1, 2).flip(1) * y.sigmoid()
+
+    assert outcome(between)[0] == 4
+
+
+def test_integers_are_put_back_and_copies_are_plain():
+    model = Net(lambda m, y: y, n=8, sizes=[1, 2], pair=(3, 4), flag=True)
+    before = {key: value for key, value in vars(model).items() if key != 'between'}
+    seen = {}
+
+    def forward(m):
+        seen.update(n=m.n, copied=copy.deepcopy(m.n), read=pickle.loads(pickle.dumps(m.n)))
+        seen['flag'] = m.flag
+        return m(X.float())
+
+    mmprune.trace(model, forward)
+    assert isinstance(seen['n'], Width)
+    assert type(seen['copied']) is type(seen['read']) is int and seen['flag'] is True
+    for key, value in before.items():
+        assert vars(model)[key] is value
+
+
+def test_a_width_counts_as_the_integer_that_it_is():
+    model = nn.Conv2d(3, 8, 1)
+    width = Width(8, Origin(Tracer(model), None, '', 'out_channels'))
+    assert (width, hash(width), str(width), width // 3, width - 1) == (8, hash(8), '8', 2, 7)
+    assert {8: 'a'}[width] == 'a' and list(range(width)) == list(range(8))
+    assert width != 7 and not width != 8 and width * 2.0 == 16.0 and 2 * width == 16
