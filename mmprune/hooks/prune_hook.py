@@ -114,6 +114,8 @@ class PruneHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """mmengine skips tensors that do not fit; with a plan all of them must."""
+        if runner._resume and not self.rebuild_only:
+            self._loaded = checkpoint.get(STATE)
         plan = plan_in(checkpoint)
         if plan is None:
             return
@@ -129,8 +131,6 @@ class PruneHook(Hook):
             raise PruneError(
                 'the weights of the checkpoint do not fit its own plan:\n  ' + '\n  '.join(differ[:5])
             )
-        if runner._resume and not self.rebuild_only:
-            self._loaded = checkpoint.get(STATE)
 
     # -- training ---------------------------------------------------------------------------------
 
