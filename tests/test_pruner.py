@@ -187,6 +187,24 @@ def test_when_nothing_is_left_it_says_so():
     assert mmprune.plan_of(model) is None
 
 
+def test_a_divisor_that_gives_all_back_is_told_too():
+    with pytest.raises(PruneError, match='prune_num=3: no unit is left that may go'):
+        mmprune.Pruner(make(), divisor=64).rebuild_model(BATCHES[0], to_loss_fn, sgd(make()), 3)
+
+
+def test_a_cut_is_checked_unless_it_is_asked_not_to_be(monkeypatch):
+    def check_cut(model, plan, forward):
+        raise PruneError('the pruned model is not the masked original')
+
+    monkeypatch.setattr('mmprune.pruner.check_cut', check_cut)
+    model = make()
+    with pytest.raises(PruneError, match='is not the masked original'):
+        mmprune.Pruner(model).rebuild_model(BATCHES[0], to_loss_fn, sgd(model), 3)
+    assert mmprune.plan_of(model) is None
+    pruner = mmprune.Pruner(model, check=False)
+    assert pruner.rebuild_model(BATCHES[0], to_loss_fn, sgd(model), 3).units == 3
+
+
 def test_frozen_weights_and_evaluation_between_are_fine():
     model = make()
     model.block.requires_grad_(False)
@@ -284,6 +302,30 @@ def test_scores_go_from_one_trace_to_another():
     assert transferred(scores, wide, narrow).tolist() == [4, 5, 6, 7, 8]
     back = transferred(scores[4:], narrow, wide)
     assert np.isnan(back[:4]).all() and back[4:].tolist() == [4, 5, 6, 7, 8]
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (
+            nn.Linear(*shape) for shape in [(3, 4), (3, 4), (4, 2), (4, 2)]
+        )
+
+    def forward(self, x, out=(), tied=False):
+        a, b = self.a(x), self.b(x)
+        y = self.c(a) + self.d(b)
+        return (y + (a + b).sum(1, keepdim=True) if tied else y), *(dict(a=a, b=b)[k] for k in out)
+
+
+def test_units_that_hold_other_channels_take_over_no_score():
+    model, x = Two(), torch.randn(2, 3)
+    a, b = (mmprune.trace(model, lambda m, k=k: m(x, out=k)) for k in 'ba')  # the other is locked
+    assert a.n_units == b.n_units == 4
+    assert np.isnan(transferred(np.arange(4.0), a, b)).all()
+    apart, tied = mmprune.trace(model, lambda m: m(x)), mmprune.trace(model, lambda m: m(x, tied=True))
+    assert (apart.n_units, tied.n_units) == (8, 4)
+    assert np.isnan(transferred(np.arange(8.0), apart, tied)).all()
+    assert np.isnan(transferred(np.arange(4.0), tied, apart)).all()
 
 
 # -- structure in a checkpoint ------------------------------------------------------------------------
