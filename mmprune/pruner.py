@@ -34,7 +34,8 @@ class Removed:
     ``units``: how many went; ``channels``: {weight: (output channels before, after)} of the layers
     that are narrower now; ``flops``, ``params``: what is left; ``keep_flops``, ``keep_params``: the
     same as fractions of the unpruned model's; ``iterations``: training steps that the choice rests
-    on (0: it rests on the batch of the call); ``unscored``: why units could not be scored.
+    on (where there were none, 1: the batch of the call; 0 where weights alone are asked);
+    ``unscored``: why units could not be scored.
     """
 
     units: int
