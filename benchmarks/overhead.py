@@ -1,10 +1,13 @@
 """What scoring and tracing cost.
 
     python benchmarks/overhead.py [--models resnet18 mobilenet_v2] [--size 224] [--batch 8]
+                                  [--scores taylor fisher]
 
 Prints, for each model, the time of a training step (forward, backward, SGD with momentum) with each
 criterion as a ratio to the step without: both kinds of step take turns, and the median of the ratios
-of neighbours counts, so that a busy machine does not tell. Then the time to trace and to couple as a
+of neighbours counts, so that a busy machine does not tell. What still tells is the noise: by how much
+two steps without differ (median); a ratio within it is none. Scoring costs by the weights, a step by
+the images too: take the batch and size that are trained with. Then the time to trace and to couple as a
 ratio to one forward, next to Torch-Pruning's building of its graph where that can be imported.
 """
 
@@ -32,8 +35,9 @@ def seconds(function, device):
     return time.perf_counter() - start
 
 
-def steps(model, x, y, traced, rounds, device):
-    """{criterion: (median ratio of a step with it to the one before without, plain seconds)}."""
+def steps(model, x, y, traced, scores, rounds, device):
+    """({criterion: median ratio of a step with it to those beside it without}, seconds of a step
+    without, median relative difference between two of those)."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
 
     def step():
@@ -42,11 +46,9 @@ def steps(model, x, y, traced, rounds, device):
         optimizer.step()
 
     seconds(step, device)
-    found = {}
-    for name, criterion in CRITERIA.items():
-        if not criterion.gradients:
-            continue
-        ratios, plain = [], []
+    found, plain, noise = {}, [], []
+    for name in scores:
+        ratios = []
         for _ in range(rounds):
             before = seconds(step, device)
             collector = Collector(traced, name, optimizer, model)
@@ -56,9 +58,10 @@ def steps(model, x, y, traced, rounds, device):
             collector.close()
             after = seconds(step, device)
             plain += [before, after]
+            noise.append(abs(after - before) / before)
             ratios.append(ratio / ((before + after) / 2))
-        found[name] = (statistics.median(ratios), statistics.median(plain))
-    return found
+        found[name] = statistics.median(ratios)
+    return found, statistics.median(plain), statistics.median(noise)
 
 
 def graphs(model, x, rounds, device):
@@ -92,15 +95,17 @@ def main():
     parser.add_argument('--models', nargs='+', default=['resnet18', 'resnet50', 'mobilenet_v2'])
     parser.add_argument('--size', type=int, default=224)
     parser.add_argument('--batch', type=int, default=8)
+    gradients = [name for name, criterion in CRITERIA.items() if criterion.gradients]
+    parser.add_argument('--scores', nargs='+', default=gradients, choices=gradients)
     parser.add_argument('--rounds', type=int, default=7)
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--threads', type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    names = [name for name, criterion in CRITERIA.items() if criterion.gradients]
     print(f'batch {options.batch}, {options.size} x {options.size} pixels, {device.type}\n')
-    print(f'| model | step, ms | {" | ".join(names)} |\n|---|---|{"---|" * len(names)}')
+    print(f'| model | step, ms | noise | {" | ".join(options.scores)} |')
+    print('|---|---|---|' + '---|' * len(options.scores))
     built = {}
     for name in options.models:
         torch.manual_seed(0)
@@ -108,10 +113,9 @@ def main():
         x = torch.randn(options.batch, 3, options.size, options.size, device=device)
         y = torch.randint(10, (options.batch,), device=device)
         traced = mmprune.trace(model, lambda m, x=x: m(x))
-        found = steps(model, x, y, traced, options.rounds, device)
-        plain = statistics.median(seconds for _, seconds in found.values())
-        ratios = ' | '.join(f'{found[n][0]:.3f}' for n in names)
-        print(f'| {name} | {plain * 1e3:.0f} | {ratios} |', flush=True)
+        found, plain, noise = steps(model, x, y, traced, options.scores, options.rounds, device)
+        ratios = ' | '.join(f'{ratio:.3f}' for ratio in found.values())
+        print(f'| {name} | {plain * 1e3:.0f} | {noise:.3f} | {ratios} |', flush=True)
         built[name] = graphs(model, x, options.rounds, device)
     print('\n| model | forward, ms | trace | couple | both / forward | Torch-Pruning / forward |')
     print('|---|---|---|---|---|---|')

@@ -42,17 +42,12 @@ def forwards_of(model: nn.Module, batch: Any, count: int = 4) -> tuple[Forward, 
         )
     data = model.data_preprocessor(first_samples(batch, count), True)
 
-    def run(module: nn.Module, mode: str) -> Any:
-        if isinstance(data, dict):
-            return module(**data, mode=mode)
-        return module(*data, mode=mode)
-
     def loss(module: nn.Module) -> Any:
-        return run(module, 'loss')
+        return _run(module, data, 'loss')
 
     def tensor(module: nn.Module) -> Any:
         with in_evaluation(module):
-            return run(module, 'tensor')
+            return _run(module, data, 'tensor')
 
     try:
         with torch.no_grad():
@@ -68,6 +63,17 @@ def forwards_of(model: nn.Module, batch: Any, count: int = 4) -> tuple[Forward, 
         )
         return loss, ()
     return tensor, (loss,)
+
+
+def loss_of(model: nn.Module, batch: Any) -> Any:
+    """The losses of one batch of training data, as in a step of training."""
+    return _run(model, model.data_preprocessor(batch, True), 'loss')
+
+
+def _run(model: nn.Module, data: Any, mode: str) -> Any:
+    if isinstance(data, dict):
+        return model(**data, mode=mode)
+    return model(*data, mode=mode)
 
 
 def both(*forwards: Forward) -> Forward:

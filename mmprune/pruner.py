@@ -1,7 +1,7 @@
 """Pruning in any training loop, in a few lines."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from mmprune.cut import cut
 from mmprune.errors import PruneError
 from mmprune.pipeline import check_cut, choose_for, make_plan, remaining, trace
 from mmprune.plan import Plan, fingerprint, plan_of
+from mmprune.recalibrate import batches_asked, norms_in_training, recalibrate_norms
 from mmprune.runs import tensors_in, unchanged
 from mmprune.score import Score, make_score
 from mmprune.score.collector import Collector
@@ -33,7 +34,8 @@ class Removed:
     ``units``: how many went; ``channels``: {weight: (output channels before, after)} of the layers
     that are narrower now; ``flops``, ``params``: what is left; ``keep_flops``, ``keep_params``: the
     same as fractions of the unpruned model's; ``iterations``: training steps that the choice rests
-    on (0: it rests on the batch of the call); ``unscored``: why units could not be scored.
+    on (where there were none, 1: the batch of the call; 0 where weights alone are asked);
+    ``unscored``: why units could not be scored.
     """
 
     units: int
@@ -109,7 +111,14 @@ class Pruner:
         if self._collector is not None:
             self._collector.close()
 
-    def rebuild_model(self, batch: Any, to_loss_fn: ToLoss, optimizer: Any, prune_num: int) -> Removed:
+    def rebuild_model(
+        self,
+        batch: Any,
+        to_loss_fn: ToLoss,
+        optimizer: Any,
+        prune_num: int,
+        recalibrate: bool | Iterable[Any] = False,
+    ) -> Removed:
         """Removes ``prune_num`` units, those with the lowest scores since the last call.
 
         ``to_loss_fn(model, batch)``: a loss, or anything that depends on the outputs; ``optimizer``:
@@ -117,10 +126,16 @@ class Pruner:
         where there were none, from one backward pass on ``batch``. Weights that stay, optimizer state,
         gradients of other weights, running statistics and random states are as before.
 
+        ``recalibrate``: take the running statistics of batch norms anew after the cut, over ``batch``
+        (``True``) or over batches that are given; norms in evaluation mode are frozen and stay.
+
         Raises:
-            PruneError: nothing may go any more, or the cut is not exact. Nothing has changed then.
+            PruneError: nothing may go any more, or the cut is not exact. Nothing has changed then. Or
+                the recalibration failed: the statistics are those of before, and the cut is done.
         """
         budget = make_budget(self.options | {'prune_num': prune_num})
+        anew = batches_asked(recalibrate, batch)
+        norms = norms_in_training(self.model) if anew is not None else []
         forward = lambda model: to_loss_fn(model, batch)  # noqa: E731
         together = ranks.together if self.distributed else lambda what: contextlib.nullcontext()
         with together('the trace'):
@@ -147,6 +162,8 @@ class Pruner:
         elif not any(name in self.options for name in TARGETS):
             raise PruneError(f'prune_num={prune_num}: no unit is left that may go')
         self._start(trace(self.model, forward) if step is not None else traced)
+        if anew is not None and step is not None:
+            recalibrate_norms(self.model, norms, to_loss_fn, anew, self.distributed)
         return self._told(before, step, traced, collector)
 
     def _told(

@@ -80,6 +80,8 @@ def test_lowest_scores_go_first(traced):
 
 def test_keep_channels_is_for_every_group(traced):
     assert widths(traced, run(traced, keep_channels=0.7)) == [12, 17, 14]
+    wider = choose(traced, SCORES, Budget(keep_channels=0.28), {'units': [16, 25, 20]})
+    assert widths(traced, wider) == [5, 7, 6]  # 0.28 * 25 is 7.000000000000001
 
 
 def test_the_first_target_reached_counts(traced):
@@ -98,6 +100,7 @@ def test_a_unit_without_a_score_stays(traced):
     scores[scores < 10] = np.nan
     keep = run(traced, scores, prune_num=30)
     assert keep[np.isnan(scores)].all() and (~keep).sum() == 30
+    assert run(traced, scores, prune_num=60)[np.isnan(scores)].all()  # however much is asked for
 
 
 def test_the_original_counts_after_a_first_cut():
@@ -108,6 +111,11 @@ def test_the_original_counts_after_a_first_cut():
     history = mmprune.plan_of(model).history
     assert history[-1]['flops'] <= 0.5 * history[0]['flops_before']
     assert history[-1]['flops'] > 0.4 * history[0]['flops_before']
+
+
+def test_a_target_is_of_the_cost_that_is_told(traced):
+    met = choose(traced, SCORES, Budget(keep_flops=0.5), {'flops': 2 * traced.flops})
+    assert met.all()
 
 
 def test_what_a_part_had_before_the_cuts_is_reckoned_from_the_plan():
@@ -121,6 +129,7 @@ def test_what_a_part_had_before_the_cuts_is_reckoned_from_the_plan():
     mmprune.prune(model, forward, keep_channels=0.6)
     mmprune.prune(model, forward, keep_channels=0.4)
     plan, after = mmprune.plan_of(model), mmprune.trace(model, forward)
+    assert [len(group) for group in after.groups] == [7, 10, 8]  # 0.4 of the original's
     for part, (flops, params) in whole.items():
         assert cost.before(after, plan, cost.flops(after, part)) == pytest.approx(flops)
         assert cost.before(after, plan, cost.params(after, part)) == pytest.approx(params)
@@ -147,6 +156,9 @@ def test_widths_are_multiples(traced, divisor):
     assert any(w % divisor for w in widths(traced, run(traced, keep_flops=0.5)))
     flops = cost.flops(traced)
     assert flops(keep) <= 0.5 * traced.flops
+    for group in traced.groups:  # those that fill a width up are the best of what would go
+        stays = keep[group.units]
+        assert stays.all() or SCORES[group.units][~stays].max() < SCORES[group.units][stays].min()
 
 
 def test_prune_num_goes_on_to_a_whole_multiple(traced):
@@ -161,6 +173,24 @@ def test_min_channels(traced):
 
 def test_max_cut(traced):
     assert widths(traced, run(traced, prune_num=60, max_cut=0.25)) == [12, 18, 15]
+    assert widths(traced, run(traced, prune_num=60, max_cut=0.7)) == [5, 8, 6]  # of 20: 6 + 1e-15
+    # A target that one cut may not reach is for the next ones.
+    assert widths(traced, run(traced, keep_flops=0.3, max_cut=0.25)) == [12, 18, 15]
+
+
+def test_channels_are_counted_where_they_are_made():
+    """A unit is a norm group of 4 channels there, and here one channel of 4 positions."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.GroupNorm(8, 32), nn.Conv2d(32, 16, 3),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 5),
+    )  # fmt: skip
+    traced = mmprune.trace(model, lambda m: m(X))
+    assert widths(traced, np.ones(24, dtype=bool)) == [8, 16]
+    scores = np.arange(24.0)
+    assert widths(traced, run(traced, scores, prune_num=24, min_channels=9)) == [3, 9]
+    assert widths(traced, run(traced, scores, prune_num=3, divisor=16)) == [4, 16]
+    assert widths(traced, run(traced, scores, prune_num=18, divisor=8)) == [2, 8]
 
 
 @pytest.mark.parametrize(
@@ -179,6 +209,9 @@ def test_units_that_must_stay(traced):
     stay = SCORES < 5
     keep = choose(traced, SCORES, Budget(prune_num=20), stay=stay)
     assert keep[stay].all() and (~keep).sum() == 20
+    first = np.isin(np.arange(60), traced.groups[0].units[:3])
+    keep = choose(traced, SCORES, Budget(prune_num=60, min_channels=7), stay=first)
+    assert widths(traced, keep) == [7, 7, 7]  # they count among those that stay anyway
 
 
 # -- parts --------------------------------------------------------------------------------------------
@@ -199,6 +232,22 @@ def test_a_part_with_a_target_is_cut_to_it_and_by_no_other(traced):
     assert cost.flops(traced)(keep) <= 0.5 * traced.flops
 
 
+def test_a_unit_belongs_to_the_part_that_makes_it_not_to_one_that_reads_it():
+    class ReadsFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.backbone = nn.Conv2d(8, 2, 1), nn.Conv2d(3, 8, 1)
+
+        def forward(self, x):
+            return self.head(self.backbone(x))
+
+    traced = mmprune.trace(ReadsFirst(), lambda m: m(X))
+    keep = run(traced, np.arange(8.0), parts=dict(backbone=dict(prune_num=3)))
+    assert keep.sum() == 5
+    with pytest.raises(PruneError, match='no unit that may go is made there; .* are backbone, and'):
+        run(traced, np.arange(8.0), parts=dict(head=dict(prune_num=3)))
+
+
 def test_a_part_by_the_start_or_a_pattern_of_its_names(traced):
     first = run(traced, parts={'backbone.0': dict(prune_num=3)})
     assert widths(traced, first) == [13, 24, 20]
@@ -210,6 +259,8 @@ def test_a_part_by_the_start_or_a_pattern_of_its_names(traced):
 def test_limits_of_a_part(traced):
     keep = run(traced, prune_num=60, max_cut=0.5, parts=dict(head=dict(max_cut=0.1)))
     assert widths(traced, keep) == [8, 12, 18]
+    keep = run(traced, prune_num=60, max_cut=0.5, parts=dict(head=dict(min_channels=3)))
+    assert widths(traced, keep) == [8, 12, 10]  # what a part leaves out is the model's
     keep = run(traced, prune_num=60, parts=dict(backbone=dict(min_channels=5)))
     assert widths(traced, keep) == [5, 5, 1]
     keep = run(traced, prune_num=30, parts=dict(backbone=dict(divisor=8)))

@@ -3,6 +3,7 @@ import gc
 
 import pytest
 import torch
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from torch import nn
 
 import mmprune
@@ -95,6 +96,29 @@ def test_an_optimizer_of_another_model_is_refused():
         plan_for(model).apply(model, optimizer)
     with pytest.raises(PruneError, match='has no torch optimizer in it'):
         plan_for(model).apply(model, optimizer=3)
+
+
+@pytest.mark.parametrize(
+    'given',
+    [
+        lambda a, b: [a, b],
+        lambda a, b: dict(a=a, b=b),
+        lambda a, b: [torch.optim.lr_scheduler.StepLR(a, 3), b],
+        lambda a, b: OptimWrapperDict(a=OptimWrapper(a), b=OptimWrapper(b)),
+    ],
+    ids=['list', 'dict', 'scheduler', 'wrappers'],
+)
+def test_all_of_several_optimizers_follow(given):
+    model = net()
+    both = [torch.optim.SGD(part.parameters(), 0.1, momentum=0.9) for part in (model[:2], model[2:])]
+    forward(model).square().mean().backward()
+    for optimizer in both:
+        optimizer.step()
+    plan_for(model).apply(model, given(*both))
+    for optimizer in both:
+        assert optimizer.state
+        for parameter, state in optimizer.state.items():
+            assert state['momentum_buffer'].shape == parameter.shape
 
 
 def test_an_old_graph_lives_on():

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hooks.runs import config, train
 from mmengine.runner import Runner
+from processes import spawn
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
@@ -24,30 +24,6 @@ from mmprune.hooks import PruneHook, prune_hook
 from mmprune.wrappers import PrunableDistributedDataParallel, rebuild_reducers
 
 ROOT = Path(__file__).parent.parent
-
-
-def spawn(job: Any, count: int, folder: Path) -> list[Any]:
-    """What ``job(folder)`` returns in each of ``count`` processes that joined one group, by rank."""
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port = probe.getsockname()[1]
-    mp.start_processes(_enter, (job, count, port, folder), count, start_method='fork')
-    return [torch.load(folder / f'rank{rank}', weights_only=False) for rank in range(count)]
-
-
-def _enter(rank: int, job: Any, count: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ |= dict(
-        MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(count),
-        LOCAL_RANK=str(rank),
-    )  # fmt: skip
-    dist.init_process_group('gloo')
-    try:
-        result = job(folder)
-    except mmprune.PruneError as error:
-        result = f'PruneError: {error}'
-    torch.save(result, folder / f'rank{rank}')
-    dist.destroy_process_group()
 
 
 def distributed(folder: Path, batch_size: int = 4, **more: Any) -> Any:
@@ -170,6 +146,19 @@ def test_a_distributed_run_resumes_pruned(tmp_path):
     for name, tensor in found[0]['state'].items():
         if not name.endswith(('running_mean', 'running_var')):  # of each rank's own data
             assert torch.equal(tensor, found[1]['state'][name]), name
+
+
+def recalibrated_run(folder: Path) -> dict[str, Any]:
+    hook = dict(keep_flops=0.5, interval=6, steps=1, recalibrate=2)  # the cut ends the run
+    state = train(distributed(folder, epochs=1, hook=hook)).model.module.state_dict()
+    return {name: tensor for name, tensor in state.items() if 'running' in name}
+
+
+def test_recalibrated_statistics_are_those_of_all_ranks(tmp_path):
+    first, second = spawn(recalibrated_run, 2, tmp_path)
+    assert len(first) == 4
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
 
 
 def scored_run(folder: Path) -> dict[str, Any]:

@@ -116,6 +116,44 @@ def test_a_first_call_without_steps_scores_its_own_batch_and_leaves_gradients_al
     assert statistics.eq(0).all() and model.stem[1].running_mean.eq(0).all()
 
 
+@pytest.mark.parametrize('given', [True, BATCHES[2:5], iter(BATCHES[2:5])], ids=['own', 'list', 'iter'])
+def test_recalibration_over_the_batch_or_those_that_are_given(given):
+    model = make()
+    optimizer = sgd(model)
+    pruner = mmprune.Pruner(model, lock='head.0.bias')
+    train(model, optimizer, BATCHES[:2])
+    pruner.rebuild_model(BATCHES[2], to_loss_fn, optimizer, 3, recalibrate=given)
+    with torch.no_grad():
+        maps = [model.stem[0](x) for x in (BATCHES[2:3] if given is True else BATCHES[2:5])]
+    wanted = torch.stack([m.mean((0, 2, 3)) for m in maps]).mean(0)
+    assert wanted.shape == (9,)
+    torch.testing.assert_close(model.stem[1].running_mean, wanted)
+
+
+def test_recalibration_leaves_frozen_norms_alone():
+    model = make()
+    model.block = nn.Sequential(model.block, nn.BatchNorm2d(12).eval())
+    pruner = mmprune.Pruner(model)
+    pruner.rebuild_model(BATCHES[0], to_loss_fn, sgd(model), 3, recalibrate=True)
+    assert model.block[1].running_mean.eq(0).all() and model.stem[1].running_mean.any()
+
+
+def test_a_recalibration_that_can_do_nothing_stops_the_cut():
+    model = make().eval()
+    with pytest.raises(PruneError, match='the model has no batch norm in training mode'):
+        mmprune.Pruner(model).rebuild_model(BATCHES[0], to_loss_fn, sgd(model), 3, recalibrate=True)
+    assert mmprune.plan_of(model) is None
+
+
+@pytest.mark.parametrize('given', [-1, 3, 0.5, 'all', None, BATCHES[0], {'x': 1}])
+def test_nonsense_to_recalibrate_over_is_named(given):
+    model = make()
+    shown = repr(given) if isinstance(given, int | float | str) else 'Tensor|dict|None'
+    with pytest.raises(PruneError, match=f'recalibrate=.*({shown}).*: give True for the batch of the'):
+        mmprune.Pruner(model).rebuild_model(BATCHES[0], to_loss_fn, sgd(model), 3, recalibrate=given)
+    assert mmprune.plan_of(model) is None
+
+
 @pytest.mark.parametrize('score', ['fisher', 'l1', dict(name='taylor', per='memory', momentum=0.9)])
 def test_any_score(score):
     model = make()
@@ -147,6 +185,24 @@ def test_when_nothing_is_left_it_says_so():
     with pytest.raises(PruneError, match='prune_num=3: no unit is left that may go'):
         pruner.rebuild_model(BATCHES[0], to_loss_fn, sgd(model), 3)
     assert mmprune.plan_of(model) is None
+
+
+def test_a_divisor_that_gives_all_back_is_told_too():
+    with pytest.raises(PruneError, match='prune_num=3: no unit is left that may go'):
+        mmprune.Pruner(make(), divisor=64).rebuild_model(BATCHES[0], to_loss_fn, sgd(make()), 3)
+
+
+def test_a_cut_is_checked_unless_it_is_asked_not_to_be(monkeypatch):
+    def check_cut(model, plan, forward):
+        raise PruneError('the pruned model is not the masked original')
+
+    monkeypatch.setattr('mmprune.pruner.check_cut', check_cut)
+    model = make()
+    with pytest.raises(PruneError, match='is not the masked original'):
+        mmprune.Pruner(model).rebuild_model(BATCHES[0], to_loss_fn, sgd(model), 3)
+    assert mmprune.plan_of(model) is None
+    pruner = mmprune.Pruner(model, check=False)
+    assert pruner.rebuild_model(BATCHES[0], to_loss_fn, sgd(model), 3).units == 3
 
 
 def test_frozen_weights_and_evaluation_between_are_fine():
@@ -246,6 +302,30 @@ def test_scores_go_from_one_trace_to_another():
     assert transferred(scores, wide, narrow).tolist() == [4, 5, 6, 7, 8]
     back = transferred(scores[4:], narrow, wide)
     assert np.isnan(back[:4]).all() and back[4:].tolist() == [4, 5, 6, 7, 8]
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (
+            nn.Linear(*shape) for shape in [(3, 4), (3, 4), (4, 2), (4, 2)]
+        )
+
+    def forward(self, x, out=(), tied=False):
+        a, b = self.a(x), self.b(x)
+        y = self.c(a) + self.d(b)
+        return (y + (a + b).sum(1, keepdim=True) if tied else y), *(dict(a=a, b=b)[k] for k in out)
+
+
+def test_units_that_hold_other_channels_take_over_no_score():
+    model, x = Two(), torch.randn(2, 3)
+    a, b = (mmprune.trace(model, lambda m, k=k: m(x, out=k)) for k in 'ba')  # the other is locked
+    assert a.n_units == b.n_units == 4
+    assert np.isnan(transferred(np.arange(4.0), a, b)).all()
+    apart, tied = mmprune.trace(model, lambda m: m(x)), mmprune.trace(model, lambda m: m(x, tied=True))
+    assert (apart.n_units, tied.n_units) == (8, 4)
+    assert np.isnan(transferred(np.arange(8.0), apart, tied)).all()
+    assert np.isnan(transferred(np.arange(4.0), tied, apart)).all()
 
 
 # -- structure in a checkpoint ------------------------------------------------------------------------

@@ -149,4 +149,4 @@ def test_a_width_counts_as_the_integer_that_it_is():
     width = Width(8, Origin(Tracer(model), None, '', 'out_channels'))
     assert (width, hash(width), str(width), width // 3, width - 1) == (8, hash(8), '8', 2, 7)
     assert {8: 'a'}[width] == 'a' and list(range(width)) == list(range(8))
-    assert width != 7 and not width != 8 and width * 2.0 == 16.0 and 2 * width == 16
+    assert width != 7 and width == 8 and width * 2.0 == 16.0 and 2 * width == 16

@@ -21,6 +21,7 @@ from mmprune.files import ATOMIC, latest_readable
 from mmprune.forwards import both, forwards_of
 from mmprune.pipeline import check_cut, choose_step, make_plan, remaining, trace
 from mmprune.plan import plan_of
+from mmprune.recalibrate import check_run, recalibrate_run
 from mmprune.schedule import target_at
 from mmprune.score.adjust import make_score
 from mmprune.score.collector import Collector
@@ -42,7 +43,8 @@ class PruneHook(Hook):
     options. ``begin``: iterations before scoring begins; then a cut every ``interval`` iterations,
     the budget reached in ``steps`` of them along ``schedule`` (``'linear'`` or ``'cubic'``).
     ``samples``: images of the batch that a trace runs on. ``check``: compare each cut with the masked
-    model before it is kept.
+    model before it is kept. ``recalibrate``: batches of the training data over which batch norms'
+    statistics are taken anew after each cut (0: training alone sets them right); frozen ones stay.
     ``rebuild_only``: no cutting; only rebuild what a checkpoint describes.
 
     Iterations count optimizer steps of the loop, as mmengine's do. A checkpoint's plan is applied
@@ -64,16 +66,18 @@ class PruneHook(Hook):
         schedule: str = 'linear',
         samples: int = 4,
         check: bool = True,
+        recalibrate: int = 0,
         rebuild_only: bool = False,
         **budget: Any,
     ) -> None:
         self.rebuild_only = rebuild_only
         numbers = {'interval': (interval, 1), 'begin': (begin, 0), 'steps': (steps, 1)}
-        for name, (value, least) in (numbers | {'samples': (samples, 1)}).items():
+        numbers |= {'samples': (samples, 1), 'recalibrate': (recalibrate, 0)}
+        for name, (value, least) in numbers.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise PruneError(f'PruneHook: {name}={value!r}: give a whole number from {least} on')
         self.interval, self.begin, self.steps, self.samples = interval, begin, steps, samples
-        self.check = check
+        self.check, self.recalibrate = check, recalibrate
         self.score = make_score(score)
         self.schedule = schedule
         if rebuild_only:
@@ -114,6 +118,8 @@ class PruneHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """mmengine skips tensors that do not fit; with a plan all of them must."""
+        if runner._resume and not self.rebuild_only:
+            self._loaded = checkpoint.get(STATE)
         plan = plan_in(checkpoint)
         if plan is None:
             return
@@ -129,8 +135,6 @@ class PruneHook(Hook):
             raise PruneError(
                 'the weights of the checkpoint do not fit its own plan:\n  ' + '\n  '.join(differ[:5])
             )
-        if runner._resume and not self.rebuild_only:
-            self._loaded = checkpoint.get(STATE)
 
     # -- training ---------------------------------------------------------------------------------
 
@@ -161,6 +165,8 @@ class PruneHook(Hook):
         if runner.iter < self.begin:
             return
         model = bare(runner.model)
+        if self.recalibrate:
+            check_run(runner, model, self.recalibrate)  # an error now, not at the first cut
         with ranks.together('the trace'):
             counted, also = forwards_of(model, data_batch, self.samples)
             traced = trace(model, counted, also=also)
@@ -262,6 +268,10 @@ class PruneHook(Hook):
             )
         self._collector.close()
         self._trace = self._collector = None
+        if self.recalibrate and not keep.all():
+            # A copy that does not average buffers takes them from the model in each iteration.
+            averaged = [twin.module for twin in twins if twin.update_buffers]
+            recalibrate_run(runner, model, averaged, self.recalibrate)
 
     def _done(self, runner: Runner) -> bool:
         """Whether the budget is met: as many cuts as it has steps, and no fraction above target."""

@@ -81,6 +81,16 @@ def test_testing_and_tuning_rebuild_too(finished, tmp_path):
     assert len(mmprune.plan_of(tuned.model).history) == 2  # the budget was met, nothing more to cut
 
 
+def test_a_run_resumed_before_its_first_cut_keeps_its_scores(tmp_path):
+    cfg = config(tmp_path, epochs=2, hook=dict(keep_flops=0.5, interval=8, steps=1))
+    whole = train(cfg)
+    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'epoch_1.pth'))
+    resumed = train(cfg, resume=True)
+    assert mmprune.plan_of(resumed.model).keep == mmprune.plan_of(whole.model).keep
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+
+
 def test_an_interrupted_run_resumes_to_the_same_weights(tmp_path):
     """Killed between two cuts, after the scores of the second began."""
     hook = dict(keep_flops=0.5, interval=10, steps=2)
