@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -15,11 +16,23 @@ class Double(TorchDispatchMode):
     """Every operation takes its single precision inputs in double, whatever the code asks for."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         # How deepcopy makes a tensor of the same memory.
         fresh = func is torch.ops.aten.new_empty.default and not args[1]
         if fresh or func._schema.name == 'aten::set_':
-            return func(*args, **(kwargs or {}))
-        args, kwargs = tree_map(widened, (args, kwargs or {}))
+            return func(*args, **kwargs)
+        if func._schema.is_mutable:  # what is written to must be the tensor itself
+            return func(args[0], *tree_map(widened, args[1:]), **tree_map(widened, kwargs))
+        return func(*tree_map(widened, args), **tree_map(widened, kwargs))
+
+
+class Before(TorchFunctionMode):
+    """The same for what a function checks before it comes to operations (a convolution, its dtypes)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not getattr(func, '__name__', '_').endswith('_'):
+            args, kwargs = tree_map(widened, (args, kwargs))
         return func(*args, **kwargs)
 
 
@@ -29,7 +42,7 @@ def in_double() -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with Double(), intercept(compiled):
+        with Before(), Double(), intercept(compiled):
             yield
     finally:
         torch.set_default_dtype(before)
