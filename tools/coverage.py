@@ -32,23 +32,25 @@ TOLERANCE = 1e-5
 FORK = multiprocessing.get_context('fork')
 
 
-def families() -> dict[str, tuple[str, int]]:
-    """{'mmdet/atss': (config, side of the images)} in the order of the file."""
+def families() -> dict[str, tuple[str, dict]]:
+    """{'mmdet/atss': (config, further arguments of ``build``)} in the order of the file."""
     found, zoo = {}, ''
     for line in FAMILIES.read_text().splitlines():
         if line.startswith('['):
             zoo = line.strip('[] ')
         elif line.strip() and not line.startswith('#'):
             name, config, *options = line.split()
-            size = int(dict(o.split('=') for o in options).get('size', 96))
-            found[f'{zoo}/{name}'] = (config, size)
+            how = dict(option.split('=') for option in options)
+            if 'size' in how:
+                how['size'] = int(how['size'])
+            found[f'{zoo}/{name}'] = (config, how)
     return found
 
 
 # -- one family, in its own process ---------------------------------------------------------------
 
 
-def examine(config: str, size: int, row: dict, done: Callable[[], None]) -> None:
+def examine(config: str, how: dict, row: dict, done: Callable[[], None]) -> None:
     """Fills the row of one family; calls ``done`` after each stage."""
     import torch
 
@@ -59,13 +61,12 @@ def examine(config: str, size: int, row: dict, done: Callable[[], None]) -> None
     from mmprune.testing import build
     from mmprune.verify import verify
 
-
     def at(stage: str) -> None:
         row['stage'] = stage
         done()
 
     at('build')
-    model, forward = build(config, size)
+    model, forward = build(config, **how)
     with torch.no_grad():
         row['forward_s'] = timed(lambda: forward(copy.deepcopy(model)))[1]
     at('trace')
@@ -95,7 +96,7 @@ def examine(config: str, size: int, row: dict, done: Callable[[], None]) -> None
         try:
             with torch.no_grad():
                 forward(copy.deepcopy(model), mode='predict')
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
+        except Exception as error:  # a fault of the zoo, whatever it is, and none of the cut
             row['note'] = f'the original predicts nothing here: {error}'[:200]
         else:
             row['error_predict'] = verify(model, pruned, plan, lambda m: forward(m, mode='predict'))
@@ -191,10 +192,10 @@ def steps(pruned, forward) -> bool:
 # -- all of them ----------------------------------------------------------------------------------
 
 
-def run(name: str, config: str, size: int, limit: int) -> dict:
+def run(name: str, config: str, how: dict, limit: int) -> dict:
     """The row of one family, from a process with a time limit; errors stand in the row."""
     here, there = FORK.Pipe(duplex=False)
-    process = FORK.Process(target=child, args=(there, config, size))
+    process = FORK.Process(target=child, args=(there, config, how))
     process.start()
     there.close()
     row: dict = {'config': config, 'stage': 'import'}
@@ -211,14 +212,14 @@ def run(name: str, config: str, size: int, limit: int) -> dict:
     return {'name': name} | row
 
 
-def child(pipe, config: str, size: int) -> None:
+def child(pipe, config: str, how: dict) -> None:
     """Sends the row after each stage, so that a crash leaves what came before."""
     sink = os.open(os.devnull, os.O_WRONLY)
     os.dup2(sink, 1)
     os.dup2(sink, 2)
     row: dict = {'config': config}
     try:
-        examine(config, size, row, lambda: pipe.send(row))
+        examine(config, how, row, lambda: pipe.send(row))
     except Exception as error:  # whatever a model of the zoo may raise belongs into the table
         row['failure'] = ''.join(traceback.format_exception_only(error)).strip()[:1000]
         pipe.send(row)
@@ -279,6 +280,8 @@ def cells(row: dict) -> list[str]:
     error = max(row.get('error', 0), row.get('error_predict', 0))
     told = [row['failure']] if 'failure' in row else row.get('locks', [])
     told = told + [f'no rule for {name}' for name in row.get('unknown', {})]
+    if 'note' in row:
+        told = [*told, row['note']]
     return [
         row['name'].split('/')[1], verdict(row), f'{error:.0e}' if 'error' in row else '',
         *(f'{free[part]:.0%}' if part in free else '' for part in ('backbone', 'neck', 'heads')),
