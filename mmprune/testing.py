@@ -6,15 +6,19 @@ makes its output vanish).
 
 import contextlib
 import copy
+import functools
 import logging
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from mmcv.cnn.bricks.conv_ws import ConvAWS2d
 from mmcv.ops import nms as mmcv_nms
+from mmcv.ops import roi_align as mmcv_roi_align
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.logging import MessageHub
@@ -48,27 +52,38 @@ def build(
     if isinstance(config, str) and config.startswith('torchvision::'):
         name = config.removeprefix('torchvision::')
         model = _torchvision_model(name, seed)
-        batch = _torchvision_batch(name, model, size, seed)
+        batch = _torchvision_batch(model, size, seed)
         return _shaken(model, lambda m: _at_size(m, size)(*copy.deepcopy(batch)), seed)
     config = load(config) if isinstance(config, str) else copy.deepcopy(config)
     model = build_model(config, seed)
-    if config.get('default_scope') == 'mmpose' or 'mmpose' in type(model).__module__:
-        batch = pose_batch(config, seed)
-    else:
-        batch = detection_batch(config, size)
-    torch.manual_seed(seed)
-    batch = model.data_preprocessor(batch, training=True)
-    forward = lambda m, mode=mode: m(**copy.deepcopy(batch), mode=mode)  # noqa: E731
-    _shaken(model, lambda m: forward(m, mode='loss'), seed)
-    return model, forward
+    pose = config.get('default_scope') == 'mmpose' or 'mmpose' in type(model).__module__
+    preprocess = copy.deepcopy(model.data_preprocessor)
+
+    @functools.cache
+    def batch(training: bool) -> dict[str, Any]:
+        made = pose_batch(config, seed, training) if pose else detection_batch(config, size)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return preprocess(made, training=training)
+
+    def forward(model: nn.Module, mode: str = mode) -> Any:
+        return model(**copy.deepcopy(batch(mode == 'loss')), mode=mode)
+
+    return _shaken(model, forward, seed)
 
 
 def load(name: str) -> Config:
     """A config that an installed package ships (``mmdet::...``), or of a file."""
-    if '::' in name:
-        package, name = name.split('::', 1)
-        name = os.path.join(get_installed_path(package), '.mim', 'configs', name)
-    return Config.fromfile(name)
+    if '::' not in name:
+        return Config.fromfile(name)
+    package, name = name.split('::', 1)
+    # ``from mmpose.configs... import *`` in a config: a wheel has those files here and not there.
+    with mock.patch('mmengine.config.config.get_installed_path', _shipped):
+        return Config.fromfile(os.path.join(_shipped(package), 'configs', name))
+
+
+def _shipped(package: str) -> str:
+    return os.path.join(get_installed_path(package), '.mim')
 
 
 def bare(config: str | Config, seed: int = 0) -> nn.Module:
@@ -86,6 +101,7 @@ def build_model(config: Config, seed: int = 0) -> nn.Module:
     if registration:
         __import__(registration, fromlist=['x']).register_all_modules(init_default_scope=False)
     init_default_scope(scope)
+    _stand_in()
     from mmengine.registry import MODELS
 
     torch.manual_seed(seed)
@@ -118,6 +134,8 @@ def _offline(value: Any) -> Any:
             changed[key] = None
         elif key == 'sampler' and 'num' in item:
             changed[key] = dict(item, num=min(item['num'], PROPOSALS))
+        elif key == 'type' and item == 'MMSyncBN':  # asks for a process group when it is made
+            changed[key] = 'BN'
         elif key == 'max_per_img':
             changed[key] = min(item, PROPOSALS)
         elif key == 'teacher_config' and isinstance(item, str):
@@ -132,17 +150,20 @@ def _offline(value: Any) -> Any:
 
 
 def detection_batch(config: Config, size: int = 96) -> dict[str, Any]:
-    """Two random images of (3, size, size) with boxes, masks and semantic maps."""
+    """Two random images of (3, size, size) with boxes, and with masks and semantic maps where the
+    training pipeline loads them (or is not given): some assigners behave differently with them."""
     from mmdet.testing import demo_mm_inputs, demo_mm_proposals
 
     classes = min(_values(config.model, 'num_classes') + _values(config.model, 'num_things_classes'),
                   default=2)  # fmt: skip
     strides = 8 if 'semantic_head' in config.model.get('roi_head', {}) else 1
+    train = config.get('train_dataloader') or {'with_mask': True, 'with_seg': True}
     state = np.random.get_state()
     np.random.seed(0)
-    batch = demo_mm_inputs(
-        2, (3, size, size), num_items=[3, 5], num_classes=max(2, classes), with_mask=True,
-        with_semantic=True, sem_seg_output_strides=strides,
+    batch = demo_mm_inputs(  # at most what its semantic maps, of bytes, can hold
+        2, (3, size, size), num_items=[3, 5], num_classes=min(max(2, classes), 256),
+        with_mask=bool(_values(train, 'with_mask')), with_semantic=bool(_values(train, 'with_seg')),
+        sem_seg_output_strides=strides,
     )  # fmt: skip
     np.random.set_state(state)
     for sample in batch['data_samples']:
@@ -161,12 +182,14 @@ def _values(config: Any, key: str) -> list[int]:
     return own + [v for item in config.values() for v in _values(item, key)]
 
 
-def pose_batch(config: Config, seed: int = 0) -> dict[str, Any]:
-    """Two samples as the config's own training pipeline makes them of random images."""
+def pose_batch(config: Config, seed: int = 0, training: bool = True) -> dict[str, Any]:
+    """Samples as the config's own pipeline of training, or of validation, makes them of random images:
+    two, or one where it loads one at a time (some heads predict no more)."""
     from mmengine.dataset import Compose
     from mmpose.registry import TRANSFORMS
 
-    dataset = config.train_dataloader.dataset
+    loader = config.train_dataloader if training else config.val_dataloader
+    dataset = loader.dataset
     while 'pipeline' not in dataset and 'dataset' in dataset:
         dataset = dataset.dataset
     skipped = ('LoadImage', 'Mosaic', 'YOLOXMixUp', 'Albumentation', 'KeypointConverter')
@@ -178,11 +201,11 @@ def pose_batch(config: Config, seed: int = 0) -> dict[str, Any]:
     np.random.seed(seed)
     try:
         pipeline = Compose([TRANSFORMS.build(step) for step in steps])
-        samples = [pipeline(_pose_sample(dataset)) for _ in range(2)]
+        samples = [pipeline(_pose_sample(dataset)) for _ in range(min(2, loader.batch_size))]
     finally:
         np.random.set_state(state)
     if any(sample is None for sample in samples):
-        raise PruneError('the training pipeline of the config dropped a random sample')
+        raise PruneError('the pipeline of the config dropped a random sample')
     return pseudo_collate(samples)
 
 
@@ -217,14 +240,10 @@ def _pose_sample(dataset: Any, shape: tuple[int, int] = (240, 320)) -> dict[str,
 
 
 def _torchvision_model(name: str, seed: int) -> nn.Module:
-    """A torchvision model by its name. Where torchvision's compiled ops do not load, mmcv's NMS
-    stands in for the one that its detectors need."""
+    """A torchvision model by its name."""
     import torchvision
 
-    if not torchvision.extension._has_ops():
-        torchvision.ops.boxes.nms = lambda boxes, scores, iou_threshold: mmcv_nms(
-            boxes, scores, float(iou_threshold)
-        )[1]
+    _stand_in()
     torch.manual_seed(seed)
     keywords: dict[str, Any] = {'weights': None}
     try:
@@ -235,10 +254,26 @@ def _torchvision_model(name: str, seed: int) -> nn.Module:
         return torchvision.models.get_model(name, **keywords).train()
 
 
-def _torchvision_batch(name: str, model: nn.Module, size: int, seed: int) -> tuple:
+def _stand_in() -> None:
+    """Where torchvision's compiled ops do not load, mmcv's take their places. (There is no NMS else;
+    RoIAlign would be compiled anew in each process, into something that takes gigabytes.)"""
+    import torchvision
+
+    if torchvision.extension._has_ops():
+        return
+    torchvision.ops.boxes.nms = lambda boxes, scores, iou_threshold: mmcv_nms(
+        boxes, scores, float(iou_threshold)
+    )[1]
+    # The attribute of torchvision.ops is the function; its module holds the fallback.
+    sys.modules['torchvision.ops.roi_align']._roi_align = (
+        lambda x, rois, scale, height, width, ratio, aligned: mmcv_roi_align(
+            x, rois, (height, width), scale, max(0, ratio), 'avg', aligned
+        )
+    )
+
+
+def _torchvision_batch(model: nn.Module, side: int, seed: int) -> tuple:
     """The inputs of a torchvision model's forward."""
-    sizes = {'inception_v3': 128, 'vit': 224, 'maxvit': 224}
-    side = next((n for key, n in sizes.items() if name.startswith(key)), size)
     images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(seed))
     if not type(model).__module__.startswith('torchvision.models.detection'):
         return (images,)
@@ -296,17 +331,18 @@ def shake(model: nn.Module, forward: Forward, seed: int = 0) -> None:
             if norm.affine:
                 norm.weight.copy_(random(norm.weight, 0.6, 1.2))
                 norm.bias.copy_(random(norm.bias, -0.3, 0.3))
-        modes = [(norm, norm.training, norm.momentum) for norm in norms]
+        modes = [(norm, norm.training, norm.momentum, norm.eps) for norm in norms]
         for norm in norms:
             norm.train()
             norm.momentum = 1.0
+            norm.eps = max(norm.eps, 1e-5)  # some configs say 0, which training refuses
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             with contextlib.ExitStack() as stack:
                 stack.enter_context(_numpy_state_kept(seed))
                 forward(model)
-        for norm, mode, momentum in modes:
-            norm.training, norm.momentum = mode, momentum
+        for norm, mode, momentum, eps in modes:
+            norm.training, norm.momentum, norm.eps = mode, momentum, eps
             if norm.running_mean is not None:
                 norm.running_mean.add_(random(norm.running_mean, -0.2, 0.2) * norm.running_var.sqrt())
                 norm.running_var.mul_(random(norm.running_var, 0.7, 1.4)).add_(1e-4)
