@@ -100,23 +100,24 @@ def verify(
     """
     error, complaint = compare(original, pruned, plan, forward, tolerance)
     if complaint and tolerance is None:
-        with contextlib.suppress(PruneError, RuntimeError):
-            doubled = [copied(model).double() for model in (original, pruned)]
-            error, again = compare(*doubled, plan, forward_in_double(forward), DOUBLE)
+        with contextlib.suppress(PruneError, RuntimeError):  # not all code runs in double
+            error, again = compare_in_double(original, pruned, plan, forward)
             complaint = complaint if again else ''
     if complaint:
         raise PruneError(complaint)
     return error
 
 
-def forward_in_double(forward: Callable[[nn.Module], Any]) -> Callable[[nn.Module], Any]:
-    """``forward`` as :func:`mmprune.double.in_double` runs it."""
+def compare_in_double(
+    original: nn.Module, pruned: nn.Module, plan: Plan, forward: Callable[[nn.Module], Any]
+) -> tuple[float, str]:
+    """:func:`compare` of copies in double precision."""
 
     def run(model: nn.Module) -> Any:
         with in_double():
             return forward(model)
 
-    return run
+    return compare(copied(original).double(), copied(pruned).double(), plan, run, DOUBLE)
 
 
 def compare(
