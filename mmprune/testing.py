@@ -6,6 +6,7 @@ makes its output vanish).
 
 import contextlib
 import copy
+import functools
 import logging
 import os
 import sys
@@ -55,13 +56,20 @@ def build(
         return _shaken(model, lambda m: _at_size(m, size)(*copy.deepcopy(batch)), seed)
     config = load(config) if isinstance(config, str) else copy.deepcopy(config)
     model = build_model(config, seed)
-    if config.get('default_scope') == 'mmpose' or 'mmpose' in type(model).__module__:
-        batch = pose_batch(config, seed)
-    else:
-        batch = detection_batch(config, size)
-    torch.manual_seed(seed)
-    batch = model.data_preprocessor(batch, training=True)
-    return _shaken(model, lambda m, mode=mode: m(**copy.deepcopy(batch), mode=mode), seed)
+    pose = config.get('default_scope') == 'mmpose' or 'mmpose' in type(model).__module__
+    preprocess = copy.deepcopy(model.data_preprocessor)
+
+    @functools.cache
+    def batch(training: bool) -> dict[str, Any]:
+        made = pose_batch(config, seed, training) if pose else detection_batch(config, size)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return preprocess(made, training=training)
+
+    def forward(model: nn.Module, mode: str = mode) -> Any:
+        return model(**copy.deepcopy(batch(mode == 'loss')), mode=mode)
+
+    return _shaken(model, forward, seed)
 
 
 def load(name: str) -> Config:
@@ -174,29 +182,30 @@ def _values(config: Any, key: str) -> list[int]:
     return own + [v for item in config.values() for v in _values(item, key)]
 
 
-def pose_batch(config: Config, seed: int = 0) -> dict[str, Any]:
-    """Two samples as the config's own training pipeline makes them of random images. Where that is
-    empty (a model that mmpose does not train), as the one of validation does."""
+def pose_batch(config: Config, seed: int = 0, training: bool = True) -> dict[str, Any]:
+    """Samples as the config's own pipeline of training, or of validation, makes them of random images:
+    two, or one where it loads one at a time (some heads predict no more)."""
     from mmengine.dataset import Compose
     from mmpose.registry import TRANSFORMS
 
-    dataset = config.train_dataloader.dataset
+    loader = config.train_dataloader if training else config.val_dataloader
+    dataset = loader.dataset
     while 'pipeline' not in dataset and 'dataset' in dataset:
         dataset = dataset.dataset
     skipped = ('LoadImage', 'Mosaic', 'YOLOXMixUp', 'Albumentation', 'KeypointConverter')
     steps = [
-        step for step in dataset.pipeline or config.val_dataloader.dataset.pipeline
+        step for step in dataset.pipeline
         if getattr(step['type'], '__name__', step['type']) not in skipped
     ]  # fmt: skip
     state = np.random.get_state()
     np.random.seed(seed)
     try:
         pipeline = Compose([TRANSFORMS.build(step) for step in steps])
-        samples = [pipeline(_pose_sample(dataset)) for _ in range(2)]
+        samples = [pipeline(_pose_sample(dataset)) for _ in range(min(2, loader.batch_size))]
     finally:
         np.random.set_state(state)
     if any(sample is None for sample in samples):
-        raise PruneError('the training pipeline of the config dropped a random sample')
+        raise PruneError('the pipeline of the config dropped a random sample')
     return pseudo_collate(samples)
 
 
