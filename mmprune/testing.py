@@ -39,7 +39,8 @@ PROPOSALS = 64
 def build(
     config: str | Config, size: int = 96, mode: str = 'loss', seed: int = 0
 ) -> tuple[nn.Module, Forward]:
-    """A model in training mode and ``forward(model)``, which runs it on a random batch of two.
+    """A model in training mode and ``forward(model)``, which runs it on a random batch of two (of one
+    where a pose model is validated on one at a time).
 
     ``config``: ``mmdet::retinanet/retinanet_r50_fpn_1x_coco.py`` (also ``mmpose::``; a file; a
     ``Config``), or ``torchvision::resnet50``. ``size``: sides of the images where the config does not

@@ -112,7 +112,8 @@ def loss(call: Call) -> None:
     'aten::nonzero', 'aten::_unique2', 'aten::unique_dim', 'aten::masked_select',
     'aten::equal', 'aten::bincount', 'aten::searchsorted', 'aten::histc',
     'aten::multinomial', 'aten::unique_consecutive', 'aten::_cdist_forward',
-    'aten::linalg_inv_ex', 'aten::_linalg_svd',
+    'aten::linalg_inv_ex', 'aten::_linalg_svd', 'aten::linalg_cholesky_ex',
+    'aten::linalg_solve_triangular',
 )  # fmt: skip
 def whole(call: Call) -> None:
     """Takes the tensor as a whole; what it carries can not follow."""
