@@ -1,5 +1,6 @@
 """How a model of mmengine, mmdet or mmpose is run for a trace: its loss, and its plain forward."""
 
+import copy
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
@@ -30,8 +31,10 @@ def forwards_of(model: nn.Module, batch: Any, count: int = 4) -> tuple[Forward, 
     """(the run whose FLOPs count, further runs whose ties count) for one batch of training data.
 
     The first is ``mode='tensor'`` in evaluation mode, which is inference without post-processing;
-    where a model has none that works, its loss. The second is ``mode='loss'`` as in training, so
-    that heads used only there are seen. ``count``: samples of the batch that are used.
+    where a model has none that works, its loss. The others are ``mode='loss'`` as in training, so
+    that heads used only there are seen, and ``mode='predict'``, for the numbers that only
+    post-processing reads, where the batch has what that needs. ``count``: samples of the batch that
+    are used.
 
     Raises:
         PruneError: the model is no ``BaseModel``, or the batch does not go through its loss.
@@ -49,20 +52,34 @@ def forwards_of(model: nn.Module, batch: Any, count: int = 4) -> tuple[Forward, 
         with in_evaluation(module):
             return _run(module, data, 'tensor')
 
-    try:
-        with torch.no_grad():
-            tensor(model)
-    except (
-        NotImplementedError, TypeError, AttributeError, LookupError, RuntimeError, AssertionError,
-    ) as error:  # fmt: skip
+    def predict(module: nn.Module) -> Any:
+        with in_evaluation(module):
+            return _run(module, copy.deepcopy(data), 'predict')  # predictions are put into samples
+
+    found = (loss, predict) if _failure(predict, model) is None else (loss,)
+    error = _failure(tensor, model)
+    if error is not None:
         # Not every detector implements it; the loss runs through the same layers.
         print_log(
             f"FLOPs are those of mode='loss': mode='tensor' of {type(model).__name__} fails with "
             f'{type(error).__name__}: {error}',
             'current',
         )
-        return loss, ()
-    return tensor, (loss,)
+        return found[0], found[1:]
+    return tensor, found
+
+
+def _failure(forward: Forward, model: nn.Module) -> Exception | None:
+    """What the model as it is raises, if it does."""
+    try:
+        with torch.no_grad():
+            forward(model)
+    except (
+        NotImplementedError, TypeError, AttributeError, LookupError, RuntimeError, AssertionError,
+        ValueError,
+    ) as error:  # fmt: skip
+        return error
+    return None
 
 
 def loss_of(model: nn.Module, batch: Any) -> Any:

@@ -95,7 +95,7 @@ class Tracer(TorchDispatchMode):
                     labels[dim] = (axis.ids,)
             self._labels[tensor] = labels
             self._raw[tensor] = name
-            self._storages[tensor.untyped_storage().data_ptr()] = name
+            self._storages[memory(tensor)] = name
 
     # -- what rules use ---------------------------------------------------------------------------
 
@@ -109,7 +109,7 @@ class Tracer(TorchDispatchMode):
         """A tensor that no traced operation made: a constant, or another face of a parameter
         (``.data`` passes by the dispatcher)."""
         labels: Labels = {}
-        name = self._storages.get(tensor.untyped_storage().data_ptr()) if tensor.numel() else None
+        name = self._storages.get(memory(tensor)) if tensor.numel() else None
         if name is not None:
             own = self.record.slots.tensors[name]
             if own.shape == tensor.shape and own.stride() == tensor.stride():
@@ -287,11 +287,11 @@ class Tracer(TorchDispatchMode):
         """Counts the elements of new memory: not of views, nor of what is written in place."""
         if not self.counting:
             return
-        old = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+        old = {memory(tensor) for tensor in inputs}
         where = self._names.get(id(self._stack[-1]), '')
         for tensor in outputs:
             labels = self._labels.get(tensor)
-            new = tensor.untyped_storage().data_ptr() not in old
+            new = memory(tensor) not in old
             if labels and new and tensor not in self._raw:
                 self.record.elements.append(
                     (where, tensor.numel(), [ids[0] for ids in labels.values()])
@@ -307,6 +307,11 @@ class Tracer(TorchDispatchMode):
             with disabled(), torch._C.DisableTorchFunction():
                 adapter(Call(self, type(module).__name__, args, out, module,
                              self._names[id(module)]))  # fmt: skip
+
+
+def memory(tensor: torch.Tensor) -> int:
+    """The address of what a tensor shows; 0 for a sparse one."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
 
 
 READERS = 'convolution mm bmm addmm baddbmm mv addmv dot'

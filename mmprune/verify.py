@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmprune.adapters import intercept
@@ -154,7 +155,7 @@ def compare(
         if other is None or other.shape != value.shape:
             if key[0] == '':
                 shape = None if other is None else tuple(other.shape)
-                raise PruneError(
+                return float('inf'), (
                     f'output {key[1]} of the model has shape {shape}, the original {tuple(value.shape)}'
                 )
             continue
@@ -238,11 +239,13 @@ def _outputs(model: nn.Module, forward: Callable, decisions: 'Decisions') -> dic
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Modules without children (dropout, batch norm) in evaluation mode; afterwards each module has
-    the mode that it had. The others keep theirs: in many heads the code of the loss depends on it."""
+    """Dropout and its like (modules without children or parameters) and norms in evaluation mode;
+    afterwards each module has the mode that it had. The others keep theirs: in many heads the code of
+    the loss depends on it."""
     modes = [(module, module.training) for module in model.modules()]
     for module, _ in modes:
-        if next(module.children(), None) is None:
+        bare = next(module.children(), None) is None and next(module.parameters(), None) is None
+        if bare or isinstance(module, _NormBase):
             module.training = False
     try:
         yield

@@ -57,6 +57,7 @@ def examine(config: str, how: dict, row: dict, done: Callable[[], None]) -> None
     import mmprune
     from mmprune.choose import Budget, choose
     from mmprune.cut import cut
+    from mmprune.forwards import both
     from mmprune.pipeline import make_plan, score_now
     from mmprune.testing import build
 
@@ -66,10 +67,19 @@ def examine(config: str, how: dict, row: dict, done: Callable[[], None]) -> None
 
     at('build')
     model, forward = build(config, **how)
+    runs = [forward]
+    if not config.startswith('torchvision'):
+        runs.append(lambda m: in_mode(m, 'predict', forward))
+        with torch.no_grad():
+            try:
+                runs[1](copy.deepcopy(model))
+            except Exception as error:  # a fault of the zoo, whatever it is, and none of the cut
+                row['note'] = f'the original predicts nothing here: {error}'[:200]
+                runs.pop()
     with torch.no_grad():
-        row['forward_s'] = timed(lambda: forward(copy.deepcopy(model)))[1]
+        row['forward_s'] = timed(lambda: both(*runs)(copy.deepcopy(model)))[1]
     at('trace')
-    trace, row['trace_s'] = timed(lambda: mmprune.trace(model, forward))
+    trace, row['trace_s'] = timed(lambda: mmprune.trace(model, forward, also=tuple(runs[1:])))
     row['unknown'] = {name: where[:3] for name, where in trace.unknown_ops.items()}
     row['params'] = trace.params
     row |= {'free': shares(trace), 'locks': lock_reasons(trace)}
@@ -91,22 +101,20 @@ def examine(config: str, how: dict, row: dict, done: Callable[[], None]) -> None
     if not row['rebuilds'] and not rebuilds(config, model, forward):
         row['rebuilds'] = None  # a loss that counts its runs, or draws by where objects lie in memory
         row['note'] = 'nor has the original the same losses after its own checkpoint was loaded'
-    if not config.startswith('torchvision'):
+    for predict in runs[1:]:
         at('predict')
-        for each in (model, pruned):
-            each.eval()
-        try:
-            with torch.no_grad():
-                forward(copy.deepcopy(model), mode='predict')
-        except Exception as error:  # a fault of the zoo, whatever it is, and none of the cut
-            row['note'] = f'the original predicts nothing here: {error}'[:200]
-        else:
-            predict = lambda m: forward(m, mode='predict')  # noqa: E731
-            row['error_predict'] = checked(row, model, pruned, plan, predict)
-        pruned.train()
+        row['error_predict'] = checked(row, model, pruned, plan, predict)
     at('step')
     row['steps'] = steps(pruned, forward)
     at('done')
+
+
+def in_mode(model, mode: str, forward):
+    """One run in evaluation mode."""
+    from mmprune.forwards import in_evaluation
+
+    with in_evaluation(model):
+        return forward(model, mode=mode)
 
 
 def checked(row: dict, model, pruned, plan, forward) -> float:
