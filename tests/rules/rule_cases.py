@@ -208,6 +208,11 @@ each('multinomial', lambda op, m, y: finish(m, y) + op(y.mean((2, 3)).sigmoid(),
 case('_cdist_forward', lambda m, y: finish(m, y) + torch.cdist(y.mean(3), y.mean(3)).sum(), WHOLE)
 each('linalg_inv_ex', lambda op, m, y: finish(m, y) + op(
     m.table * y.mean((0, 2, 3))[:, None])[0].sum(), WHOLE)  # fmt: skip
+each('linalg_cholesky_ex', lambda op, m, y: finish(m, y) + op(
+    y[0].flatten(1) @ y[0].flatten(1).T + 9 * torch.eye(y.shape[1]).double())[0].sum(), WHOLE)
+each('linalg_solve_triangular', lambda op, m, y: finish(m, y) + op(
+    y[0].flatten(1)[:, : y.shape[1]].triu() + 9 * torch.eye(y.shape[1]).double(),
+    y[0].flatten(1), upper=True).sum(), WHOLE)
 each('_linalg_svd', lambda op, m, y: finish(m, y) + op(y.mean((2, 3)))[1].sum(), WHOLE)
 
 
