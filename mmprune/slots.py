@@ -35,7 +35,8 @@ class SlotTable:
     """All axes of a model. Slot 0 is ``FIXED``; the others are numbered in the model's own order.
 
     A tensor that the model holds under several names (tied weights) has one set of slots, under its
-    first name. Dimensions of size 1 and integer buffers have none: nothing of them can be removed.
+    first name. Dimensions of size 1, integer buffers, and the kernels of convolutions have none:
+    nothing of them can be removed.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -45,7 +46,7 @@ class SlotTable:
         self.by_key: dict[tuple[str, int], Axis] = {}
         self.aliases: dict[str, str] = {}
         first_name: dict[int, str] = {}
-        size = 1
+        size, kernels = 1, kernel_weights(model)
         for name, tensor in named_state(model):
             if id(tensor) in first_name:
                 self.aliases[name] = first_name[id(tensor)]
@@ -56,7 +57,7 @@ class SlotTable:
             if not (tensor.is_floating_point() or tensor.is_complex()):
                 continue
             for dim, length in enumerate(tensor.shape):
-                if length > 1:
+                if length > 1 and not (dim >= 2 and name in kernels):
                     axis = Axis(name, dim, size, length)
                     self.axes.append(axis)
                     self.by_key[name, dim] = axis
@@ -70,6 +71,14 @@ class SlotTable:
 
     def axis_of(self, slot: int) -> Axis:
         return self.axes[int(self.axis_index(np.array([slot]))[0])]
+
+
+def kernel_weights(model: nn.Module) -> set[str]:
+    """Names of weights (C_out, C_in, kernel ...): of modules that have a ``kernel_size``."""
+    return {
+        f'{name}.weight' if name else 'weight' for name, module in model.named_modules()
+        if hasattr(module, 'kernel_size') and module._parameters.get('weight') is not None
+    }  # fmt: skip
 
 
 def named_state(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
