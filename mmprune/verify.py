@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Iterator
 from types import CellType, FunctionType, MethodType
 from typing import Any
@@ -100,7 +101,7 @@ def verify(
             does not run the model that it is given, or gives nothing that can be compared.
     """
     error, complaint = compare(original, pruned, plan, forward, tolerance)
-    if complaint and tolerance is None:
+    if complaint and tolerance is None and math.isfinite(error):
         with contextlib.suppress(PruneError, RuntimeError):  # not all code runs in double
             error, again = compare_in_double(original, pruned, plan, forward)
             complaint = complaint if again else ''

@@ -16,7 +16,7 @@ import mmprune
 from mmprune import Plan, cost, testing
 from mmprune.forwards import first_samples, forwards_of
 from mmprune.runs import tensors_in
-from mmprune.verify import evaluating
+from mmprune.verify import compare, compare_in_double, evaluating
 
 CONFIGS = Path(__file__).parent.parent / 'configs'
 TWO_STAGE = ('backbone', 'rpn_head', 'roi_head.bbox_head')
@@ -103,14 +103,15 @@ def test_it_prunes_exactly_and_comes_back(config):
     train_step(model, batch, optimizer)
     original = copy.deepcopy(model)
 
-    assert mmprune.trace(model, also[-1]).unknown_ops == {}
+    assert mmprune.trace(model, also[0]).unknown_ops == {}
     plan = mmprune.prune(model, both, keep_channels=0.7, optimizer=optimizer, check=False)
 
     whole, kept = channels(original), channels(model)
     for part in LIST[config]:
         assert kept[part] < whole[part], part
     assert parameters(model) < 0.65 * parameters(original)
-    assert mmprune.verify(original, model, plan, both, tolerance=1e-5) <= 1e-5
+    if compare(original, model, plan, both, 1e-5)[1]:  # of rounding, or of a fault?
+        assert compare_in_double(original, model, plan, both)[0] < 1e-9
 
     meta = json.loads(json.dumps(plan.to_meta()), object_hook=whole_numbers)
     Plan.from_meta(meta).apply(fresh)

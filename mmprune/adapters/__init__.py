@@ -121,5 +121,5 @@ def shown(tracer: 'Tracer', name: str, function: Callable, args: tuple, kwargs: 
 
 
 # They name the classes that they know by dotted paths, so none needs the library it is for.
-for _part in ('torch_nn', 'mmcv'):
+for _part in ('torch_nn', 'mmcv', 'mmdet'):
     importlib.import_module(f'mmprune.adapters.{_part}')

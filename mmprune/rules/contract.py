@@ -18,7 +18,8 @@ def contract(
     if a and not b:
         call.lock(a, 'multiplied with a matrix of fixed width')
     elif b and not a:
-        call.lock(b, 'reads a tensor of fixed width')
+        if not call.tracer.fits_all(x):
+            call.lock(b, 'reads a tensor of fixed width')
     else:
         call.tie(a, b, 'reads a fixed channel')
         if call.tracer.is_nonzero(x) and call.tracer.is_nonzero(w):
