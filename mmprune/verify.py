@@ -98,8 +98,15 @@ def verify(
 
     Raises:
         PruneError: above ``tolerance``, with the first module that differs; ``forward`` fails, or
-            does not run the model that it is given, or gives nothing that can be compared.
+            does not run the model that it is given, or gives nothing that can be compared; a
+            parameter is not finite.
     """
+    wrong = [name for name, p in original.named_parameters() if not torch.isfinite(p).all()]
+    if wrong:
+        raise PruneError(
+            f'{wrong[0]} and {len(wrong) - 1} more parameters hold NaN or infinity: the training '
+            'diverged; go back to an earlier checkpoint'
+        )
     error, complaint = compare(original, pruned, plan, forward, tolerance)
     if complaint and tolerance is None and math.isfinite(error):
         with contextlib.suppress(PruneError, RuntimeError):  # not all code runs in double

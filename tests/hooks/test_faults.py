@@ -157,7 +157,7 @@ def test_a_model_that_diverged_stops_the_run(tmp_path):
     """Its weights are NaN from then on."""
     cfg = config(tmp_path, epochs=1, hook=dict(HOOK, steps=1))
     cfg.optim_wrapper.optimizer.lr = 1e30
-    with pytest.raises(mmprune.PruneError):
+    with pytest.raises(mmprune.PruneError, match='more parameters hold NaN or infinity'):
         train(cfg)
 
 
