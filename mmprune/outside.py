@@ -32,7 +32,7 @@ class Outside(TorchFunctionMode):
         widths = list(widths_in((args, kwargs)))
         if widths:
             for number in widths if name not in ASKED and name not in GROUPED else ():
-                number.origin.stays(f'a number for {name}')
+                number.stays(f'a number for {name}')
             args, kwargs = plain(args), plain(kwargs)  # torch's own Python code is none of ours
         try:
             out = func(*args, **kwargs)

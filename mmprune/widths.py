@@ -65,6 +65,12 @@ class Width(int):
         """Whether it was read from a tensor, and so follows by itself."""
         return self.origin.ids is not None
 
+    def stays(self, what: str) -> None:
+        """Its value counts for itself, so what it was read from has to stay."""
+        self.origin.stays(what)
+        if self.other is not None:
+            self.other.stays(what)
+
     def sizes(self, ids: np.ndarray) -> None:
         """It is the size of a dimension that carries ``ids``: the two shrink by the same factor."""
         tracer, origin = self.origin.tracer, self.origin
@@ -73,7 +79,7 @@ class Width(int):
             last = Width(self, self.other.origin, self.other.share)
             known = (origin.module, origin.attribute) in tracer.followed
             shrinks, stays = (first, last) if known or last.origin.fixed else (last, first)
-            stays.origin.stays('a factor of a size')
+            stays.stays('a factor of a size')
             shrinks.sizes(ids)
             return
         if origin.ids is not None:
@@ -95,7 +101,7 @@ class Width(int):
 
     def _scaled(self, other: Any, by: Fraction, value: int) -> int:
         if isinstance(other, Width):
-            other.origin.stays('a factor of a size')
+            other.stays('a factor of a size')
         if self.other is not None:
             return value
         return Width(value, self.origin, self.share * by)
@@ -112,7 +118,7 @@ class Width(int):
             return self._scaled(other, Fraction(int(other)), value)
         if self.measured or self.other is not None or other.other is not None:
             for one in (self, other):
-                one.origin.stays('a factor of a size')
+                one.stays('a factor of a size')
             return value
         first = Fraction(value, int(self)) * self.share
         return Width(value, self.origin, first, Width(other, other.origin, other.share * int(self)))
@@ -132,8 +138,23 @@ class Width(int):
             return NotImplemented
         for one in (self, other):
             if isinstance(one, Width):
-                one.origin.stays('the code computes with its width')
+                one.stays('the code computes with its width')
         return getattr(int(self), operation)(int(other) if isinstance(other, Width) else other)
+
+    def __add__(self, other: Any) -> Any:
+        if self.measured or isinstance(other, Width) and other.measured:
+            return self._number('__add__', other)
+        return int(self) + other
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Any) -> Any:
+        if self.measured or isinstance(other, Width) and other.measured:
+            return self._number('__sub__', other)
+        return int(self) - other
+
+    def __rsub__(self, other: Any) -> Any:
+        return self._number('__rsub__', other) if self.measured else other - int(self)
 
     def __truediv__(self, other: Any) -> Any:
         return self._number('__truediv__', other)
@@ -148,7 +169,7 @@ class Width(int):
         return self._number('__rfloordiv__', other)
 
     def __float__(self) -> float:
-        self.origin.stays('the code computes with its width')
+        self.stays('the code computes with its width')
         return float(int(self))
 
     def __eq__(self, other: object) -> bool:
@@ -159,7 +180,7 @@ class Width(int):
                 if other.share == self.share == 1:
                     other.sizes(self.origin.ids)
             else:
-                self.origin.stays('compared with a number')
+                self.stays('compared with a number')
         elif equal and isinstance(other, Width) and other.measured:
             return other == self
         return equal

@@ -89,6 +89,13 @@ STAYS = {
     'a root': (lambda m, y: y / y.shape[1] ** 0.5, {}, 'the code computes with its width'),
     'math': (lambda m, y: y / math.sqrt(y.size(1)), {}, 'the code computes with its width'),
     'a division': (lambda m, y: y * (1 / y.shape[1]), {}, 'the code computes with its width'),
+    'a sum of sizes': (lambda m, y: y * float(y.shape[1] + 1), {}, 'the code computes with its width'),
+    'a difference': (
+        lambda m, y: y + nn.functional.pad(m.other(X)[:, :1], (0, 0, 0, 0, 0, y.shape[1] - 1)),
+        {}, 'the code computes with its width'),
+    'a product that is a value': (
+        lambda m, y: y.view(2, m.heads, m.n, 4, 4).flatten(1, 2) / (m.heads * m.n),
+        {'heads': 2, 'n': 4}, 'a number for'),
     'a factor': (lambda m, y: y * y.shape[1], {}, 'a number for'),
     'torch.arange': (lambda m, y: y * torch.arange(y.shape[1])[:, None, None], {}, 'a number for'),
     'an attribute that is a value too': (
@@ -147,6 +154,6 @@ def test_integers_are_put_back_and_copies_are_plain():
 def test_a_width_counts_as_the_integer_that_it_is():
     model = nn.Conv2d(3, 8, 1)
     width = Width(8, Origin(Tracer(model), None, '', 'out_channels'))
-    assert (width, hash(width), str(width), width // 3, width - 1) == (8, hash(8), '8', 2, 7)
+    assert (width, hash(width), str(width), width // 3, 1 + width - 2) == (8, hash(8), '8', 2, 7)
     assert {8: 'a'}[width] == 'a' and list(range(width)) == list(range(8))
     assert width != 7 and width == 8 and width * 2.0 == 16.0 and 2 * width == 16

@@ -39,7 +39,7 @@ def view(call: Call) -> None:
     else:
         for new_dim, number in enumerate(asked):
             if isinstance(number, Width) and number > 1 and new_dim not in labels:
-                number.origin.stays('the size of a dimension that stays')
+                number.stays('the size of a dimension that stays')
 
 
 def regroup(
