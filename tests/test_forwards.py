@@ -24,6 +24,7 @@ class Model(BaseModel):
             raise NotImplementedError(mode)
         x = self.stem(inputs)
         if mode == 'loss':
+            assert not data_samples, 'predictions are left in the batch'
             return {'loss': self.head(x).mean() + self.auxiliary(x).mean()}
         if mode == 'predict':
             data_samples.append('a prediction')
@@ -40,6 +41,8 @@ def test_inference_is_counted_and_the_rest_seen():
     model.seen.clear()
     for run in (counted, *also):
         run(model)
+    also[0](model)
+    model.seen.pop()
     assert model.seen == [('tensor', False, 2), ('loss', True, 2), ('predict', False, 2)]
     assert model.training and BATCH['data_samples'] == []
     trace = mmprune.trace(model, counted, also=also)
