@@ -159,12 +159,13 @@ def detection_batch(config: Config, size: int = 96) -> dict[str, Any]:
                   default=2)  # fmt: skip
     strides = 8 if 'semantic_head' in config.model.get('roi_head', {}) else 1
     train = config.get('train_dataloader') or {'with_mask': True, 'with_seg': True}
+    both = 'LoadPanopticAnnotations' in str(train)  # by default
     state = np.random.get_state()
     np.random.seed(0)
     batch = demo_mm_inputs(  # at most what its semantic maps, of bytes, can hold
         2, (3, size, size), num_items=[3, 5], num_classes=min(max(2, classes), 256),
-        with_mask=bool(_values(train, 'with_mask')), with_semantic=bool(_values(train, 'with_seg')),
-        sem_seg_output_strides=strides,
+        with_mask=both or bool(_values(train, 'with_mask')),
+        with_semantic=both or bool(_values(train, 'with_seg')), sem_seg_output_strides=strides,
     )  # fmt: skip
     np.random.set_state(state)
     for sample in batch['data_samples']:
