@@ -271,7 +271,7 @@ def write_page(rows: list[dict], path: Path) -> None:
         'One model of each family, random weights, two random images; 30 % of every group of channels',
         'cut. *Exact*: the pruned model equals the original with the cut channels at zero, in the',
         'losses, the predictions and every layer on the way, to 1e-5 of the largest value in single',
-        'precision, or, where rounding alone is more (given in brackets), to 1e-6 in double; its',
+        'precision, or, where rounding alone is more (given in brackets), the same in double; its',
         'checkpoint rebuilds it from the unpruned config, with the same outputs (where the original',
         'comes back so); it takes a step of SGD. *Free*: the share of parameters that hang on channels',
         'which may go; *left*: that of parameters after the cut. *Trace*: seconds to find what can be',
