@@ -5,7 +5,7 @@ An operation is in one of four states: it has a rule here; it is elementwise by 
 it is unknown, and locks every channel that goes in, under its name.
 """
 
-from mmprune.rules import contract, norm, pointwise, reduce, shape, spatial  # noqa: F401
+from mmprune.rules import contract, index, norm, pointwise, reduce, shape, spatial  # noqa: F401
 from mmprune.rules.table import RULES, Call, rule
 
 __all__ = ['RULES', 'Call', 'rule']
