@@ -27,7 +27,7 @@ from mmprune.rules.pointwise import pointwise
 from mmprune.rules.table import Ids, Labels, bind
 from mmprune.runs import entered, tensors_in, unchanged
 from mmprune.slots import FIXED, SlotTable
-from mmprune.widths import Width, in_step, remembered
+from mmprune.widths import in_step, remembered
 
 
 @dataclass(frozen=True)
@@ -148,11 +148,6 @@ class Tracer(TorchDispatchMode):
         """The size that the code asked for where it made a fill, if it did so by itself."""
         asked = self._claims.get(tensor) if tensor in self._uniform else ()
         return asked[dim] if asked else None
-
-    def fits_all(self, tensor: torch.Tensor) -> bool:
-        """Whether it is a fill, of sizes that the code did not write as numbers."""
-        asked = self._claims.get(tensor) or () if tensor in self._uniform else (2,)
-        return all(n is None or n < 2 or isinstance(n, Width) for n in asked)
 
     def is_nonzero(self, tensor: torch.Tensor) -> bool:
         """Whether a channel whose weights are zero may be something else than zero here: behind a

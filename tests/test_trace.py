@@ -76,3 +76,20 @@ def test_an_unknown_operation_locks_by_its_name():
     assert list(traced.unknown_ops)[0].startswith('aten::_fft')
     assert any('no rule for this operation: aten::_fft' in str(entry) for entry in traced.locked)
     assert not traced.groups
+
+
+def test_a_layer_that_reads_a_fill_keeps_its_width():
+    """Queries start from zeros of a width that the code knows; a batch of nothing says none."""
+
+    class Queries(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 8), nn.Linear(8, 2)
+
+        def forward(self, x, count):
+            zeros = torch.zeros(1, 8).expand(count, 8).clone()
+            return self.b(self.a(x)).sum() + self.b(zeros).sum()
+
+    x = torch.rand(4, 3)
+    assert not mmprune.trace(Queries(), lambda m: m(x, 5)).groups
+    assert mmprune.trace(Queries(), lambda m: m(x, 0)).n_units == 8

@@ -252,7 +252,7 @@ def child(pipe, config: str, how: dict) -> None:
     try:
         examine(config, how, row, lambda: pipe.send(row))
     except Exception as error:  # whatever a model of the zoo may raise belongs into the table
-        row['failure'] = ''.join(traceback.format_exception_only(error)).strip()[:1000]
+        row['failure'] = ''.join(traceback.format_exception_only(error)).strip().splitlines()[0][:400]
         pipe.send(row)
 
 
