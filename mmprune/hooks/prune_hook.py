@@ -158,6 +158,11 @@ class PruneHook(Hook):
                 f'PruneHook: the first cut would come after iteration {self.begin + self.interval}, '
                 f'and training ends at {runner.max_iters}: lower begin or interval'
             )
+        if self.begin + self.interval * self.steps > runner.max_iters:
+            runner.logger.warning(
+                f'PruneHook: training ends at iteration {runner.max_iters}, before the last of '
+                f'{self.steps} cuts: the budget will not be met; lower begin, interval or steps'
+            )
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         if self.rebuild_only or self._trace is not None or self._done(runner):
