@@ -1,5 +1,8 @@
 """Before any test module imports mmdet or mmpose: what makes them importable on today's torch."""
 
+import pytest
+import torch
+
 import mmprune.compat  # noqa: F401
 
 
