@@ -56,7 +56,14 @@ def forwards_of(model: nn.Module, batch: Any, count: int = 4) -> tuple[Forward, 
         with in_evaluation(module):
             return _run(module, copy.deepcopy(data), 'predict')  # predictions are put into samples
 
-    found = (loss, predict) if _failure(predict, model) is None else (loss,)
+    unable = _failure(predict, model)
+    if unable is not None:
+        print_log(
+            f"mode='predict' is not looked at: on this batch of {type(model).__name__} it fails with "
+            f'{type(unable).__name__}: {unable}',
+            'current',
+        )
+    found = (loss,) if unable is not None else (loss, predict)
     error = _failure(tensor, model)
     if error is not None:
         # Not every detector implements it; the loss runs through the same layers.

@@ -51,7 +51,7 @@ class Outside(TorchFunctionMode):
 
     def _size(self, tensor: torch.Tensor, dim: Any = None) -> Any:
         sizes = sizes_of(self.tracer, tensor)
-        return sizes if dim is None or not isinstance(dim, int) else sizes[dim]
+        return sizes if dim is None else sizes[dim]
 
     def _count(self, number: int, tensor: torch.Tensor) -> int:
         """The number of elements, which follows the one dimension that can shrink."""

@@ -73,6 +73,7 @@ def test_modes_that_fail_are_left_out(works, modes, monkeypatch):
     for run in (counted, *also):
         run(model)
     assert [mode for mode, _, _ in model.seen] == modes
+    assert any("mode='predict' is not looked at" in text for text in told) == ('predict' in works)
     assert any("FLOPs are those of mode='loss'" in text for text in told) == ('tensor' in works)
 
 

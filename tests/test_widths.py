@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -47,6 +48,8 @@ def outcome(between, **numbers):
 FOLLOWS = {
     'a size': (lambda m, y: y.view(2, y.shape[1], 16).view(2, -1, 4, 4), {}, {}),
     'size(dim)': (lambda m, y: y.reshape((2, y.size(1), 16)).unflatten(2, (4, 4)), {}, {}),
+    'size(dim) by a number of numpy': (
+        lambda m, y: y.reshape(2, y.size(np.int64(1)), 16).unflatten(2, (4, 4)), {}, {}),
     'a part of a size': (lambda m, y: y.view(2, 2, y.shape[1] // 2, 4, 4).flatten(1, 2), {}, {}),
     'a multiple': (lambda m, y: y.view(2 * y.shape[1], 4, 4).view(2, -1, 4, 4), {}, {}),
     'what is left open': (lambda m, y: y.view(2, 2, -1, 4, 4).flatten(1, 2), {}, {}),
