@@ -36,13 +36,23 @@ class Before(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def doubled(forward: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """``forward`` under the modes, which belong to the thread that it is called in."""
+
+    def run(model: Any) -> Any:
+        with Before(), Double():
+            return forward(model)
+
+    return run
+
+
 @contextlib.contextmanager
 def in_double() -> Iterator[None]:
-    """The mode, and what it does not see: new tensors, and compiled functions."""
+    """What the modes do not see, for all threads: new tensors, and compiled functions."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with Before(), Double(), intercept(compiled):
+        with intercept(compiled):
             yield
     finally:
         torch.set_default_dtype(before)

@@ -1,4 +1,4 @@
-"""The one exception of the package."""
+"""The exception of the package, and the one kind of it that the package itself acts on."""
 
 
 class PruneError(Exception):
@@ -16,4 +16,12 @@ class PruneError(Exception):
     once, rather than one for each try. For example::
 
         keep_flops=1.3 is outside (0, 1]: it is the fraction of FLOPs that remains, e.g. 0.5
+    """
+
+
+class InexactCut(PruneError):
+    """A cut that was tried on a copy does not compute what the masked original does, or can't run.
+
+    Leaving out the groups of channels that are to blame makes it exact; other errors stay whatever is
+    cut.
     """

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from mmprune.errors import PruneError
 
@@ -89,3 +90,20 @@ def unchanged(model: nn.Module) -> Iterator[None]:
             f'the run changes {changed[0]} and {len(changed) - 1} more parameters: give a forward that '
             'only reads them (no optimizer step)'
         )
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout and its like (modules without children or parameters) and norms in evaluation mode;
+    afterwards each module has the mode that it had. The others keep theirs: in many heads the code of
+    the loss depends on it."""
+    modes = [(module, module.training) for module in model.modules()]
+    for module, _ in modes:
+        bare = next(module.children(), None) is None and next(module.parameters(), None) is None
+        if bare or isinstance(module, _NormBase):
+            module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

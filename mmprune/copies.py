@@ -1,0 +1,43 @@
+"""Deep copies of models, also of those that ``copy.deepcopy`` gets wrong."""
+
+import copy
+from types import CellType, FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy, also of a model that keeps a result with its graph (as weight norm does)."""
+    results = [
+        value for module in model.modules() for value in vars(module).values()
+        if isinstance(value, torch.Tensor) and not value.is_leaf
+    ]  # fmt: skip
+    memo = {id(value): value.detach().clone() for value in results}
+    twin = copy.deepcopy(model, memo)
+    for module in model.modules():
+        forward = vars(module).get('forward')
+        if isinstance(forward, FunctionType):
+            vars(memo[id(module)])['forward'] = _rebound(forward, memo)
+    return twin
+
+
+def _rebound(value: Any, memo: dict[int, Any]) -> Any:
+    """A function that was put in the place of a module's forward (as gradient checkpointing does),
+    with the copy where it holds the module: ``deepcopy`` would have the copy run the original."""
+    if isinstance(value, nn.Module):
+        return memo.get(id(value), value)
+    if isinstance(value, MethodType):
+        return MethodType(value.__func__, _rebound(value.__self__, memo))
+    if not isinstance(value, FunctionType) or not value.__closure__:
+        return value
+    if id(value) not in memo:
+        cells = tuple(CellType() for _ in value.__closure__)
+        memo[id(value)] = FunctionType(
+            value.__code__, value.__globals__, value.__name__, value.__defaults__, cells
+        )
+        memo[id(value)].__kwdefaults__ = value.__kwdefaults__
+        for cell, old in zip(cells, value.__closure__, strict=True):
+            cell.cell_contents = _rebound(old.cell_contents, memo)
+    return memo[id(value)]

@@ -1,0 +1,107 @@
+"""Decisions of one run, repeated in a second, so that rounding can't tip them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mmprune.runs import tensors_in
+from mmprune.slots import named_state
+
+Key = tuple[str, int]
+"""An operation's name, and its how many-th call."""
+
+Basis = tuple[torch.Size, float, float]
+"""Shape, sum, and sum of absolute values of a tensor that a decision was taken on."""
+
+
+@dataclass
+class Taken:
+    """What the first run decided and the second has not come to yet. ``error``: the largest relative
+    difference between what decisions were taken on in the two runs (its sum, over the sum of its
+    absolute values)."""
+
+    results: dict[Key, list[Any]] = field(default_factory=dict)
+    bases: dict[Key, list[Basis]] = field(default_factory=dict)
+    error: float = 0.0
+
+
+class Decisions(TorchDispatchMode):
+    """Records integer and boolean results of one run into ``taken``, or repeats them from there.
+
+    Near ties in top-k, thresholds and matching fall either way by rounding; what follows would then
+    differ without anything being wrong. Results whose shape changed are those of narrower tensors,
+    no decisions, and left alone. ``reads_model``: whether the run used ``model`` at all.
+    """
+
+    def __init__(self, model: nn.Module, taken: Taken, repeat: bool) -> None:
+        super().__init__()
+        self._own = {id(tensor) for _, tensor in named_state(model)}
+        self._taken, self._repeat = taken, repeat
+        self._calls: dict[str, int] = {}
+        self.reads_model = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        inputs = list(tensors_in((args, kwargs)))
+        self.reads_model = self.reads_model or any(id(t) in self._own for t in inputs)
+        out = func(*args, **(kwargs or {}))
+        # A view must stay one: what is written through it has to reach the tensor behind it.
+        shares = func._schema.is_mutable or any(r.alias_info for r in func._schema.returns)
+        return out if shares else self._settled(str(func), inputs, out)
+
+    def compiled(self, name: str, function: Callable, args: tuple, kwargs: dict) -> Any:
+        """The same for a compiled function (nms)."""
+        return self._settled(name, list(tensors_in((args, kwargs))), function(*args, **kwargs))
+
+    def _settled(self, name: str, inputs: list[torch.Tensor], out: Any) -> Any:
+        """``out``, recorded, or with decisions of the first run in its place."""
+        results = out if isinstance(out, list | tuple) else [out]
+        if not any(_decides(r) for r in results):
+            return out
+        number = self._calls[name] = self._calls.get(name, -1) + 1
+        key = (name, number)
+        bases = [_basis(t) for t in inputs if t.is_floating_point()]
+        taken = self._taken
+        if not self._repeat:
+            taken.bases[key] = bases
+            taken.results[key] = [
+                r.clone() if isinstance(r, torch.Tensor) and _decides(r) else r for r in results
+            ]
+            return out
+        for old, new in zip(taken.bases.pop(key, bases), bases, strict=False):
+            if old[0] == new[0]:
+                taken.error = max(taken.error, abs(old[1] - new[1]) / max(old[2], 1e-12))
+        before = taken.results.pop(key, results)
+        repeated = [
+            old if _decides(new) and _alike(old, new) else new
+            for old, new in zip(before, results, strict=True)
+        ]
+        return type(out)(repeated) if isinstance(out, list | tuple) else repeated[0]
+
+
+def _basis(tensor: torch.Tensor) -> Basis:
+    """Of what is finite in ``tensor``; in its own precision, or single where that is coarser."""
+    values = tensor.detach()
+    values = values.float() if values.element_size() < 4 else values
+    if values.is_sparse:
+        values = values.coalesce().values()
+    total = float(values.sum())
+    if not abs(total) < float('inf'):
+        values = values.nan_to_num(0, 0, 0)
+        total = float(values.sum())
+    return tensor.shape, total, float(torch.linalg.vector_norm(values, 1))
+
+
+def _decides(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return not value.is_floating_point() and not value.is_complex()
+    return isinstance(value, int)
+
+
+def _alike(old: Any, new: Any) -> bool:
+    if isinstance(new, torch.Tensor):
+        return isinstance(old, torch.Tensor) and old.shape == new.shape and old.dtype == new.dtype
+    return isinstance(old, int)

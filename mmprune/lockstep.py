@@ -1,0 +1,116 @@
+"""Two runs that take turns, so that what they compute can be compared piece by piece and dropped."""
+
+import random
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class Abandoned(BaseException):
+    """Ends the run ahead when nobody will look at the rest of it."""
+
+
+class RunAhead:
+    """A function in a thread of its own that stops at each thing it shows.
+
+    Only one of the two threads runs at any moment, and each has its own random state, so both draw what
+    they would have drawn alone. Modes of torch (no_grad, dispatch modes) belong to a thread; gradients
+    are off in this one, and autocast and the device are the caller's.
+
+    Args:
+        function: called with ``show(value)``, which waits until :meth:`advance` is called again.
+    """
+
+    def __init__(self, function: Callable[[Callable[[Any], None]], Any]) -> None:
+        self._function = function
+        self._turn = threading.Condition()
+        self._runs = self._abandoned = False
+        self._randomness = random_state()
+        self._devices = [(kind, *_autocast(kind)) for kind in ('cpu', 'cuda')]
+        self._cuda = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        self._error: BaseException | None = None
+        self.shown: Any = None
+        self.result: Any = None
+        self.ended = False
+        self.thread = threading.Thread(target=self._run, daemon=True)
+
+    def advance(self) -> None:
+        """Goes on to the next ``shown``, or to ``ended`` and ``result``. Raises what the function
+        raised."""
+        if self.ended:
+            return
+        mine = random_state()
+        set_random_state(self._randomness)
+        self.shown = None
+        with self._turn:
+            self._runs = True
+            if not self.thread.is_alive():
+                self.thread.start()
+            self._turn.notify_all()
+            self._turn.wait_for(lambda: not self._runs)
+        self._randomness = random_state()
+        set_random_state(mine)
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def close(self) -> None:
+        """Ends the thread, wherever it is."""
+        if self.thread.is_alive():
+            with self._turn:
+                self._abandoned = self._runs = True
+                self._turn.notify_all()
+            self.thread.join()
+
+    def show(self, value: Any) -> None:
+        """Called by the function only; elsewhere (the other run entered this one's model) it does
+        nothing."""
+        if threading.current_thread() is not self.thread:
+            return
+        self.shown = value
+        with self._turn:
+            self._runs = False
+            self._turn.notify_all()
+            self._turn.wait_for(lambda: self._runs)
+        if self._abandoned:
+            raise Abandoned
+
+    def _run(self) -> None:
+        try:
+            if self._cuda is not None:
+                torch.cuda.set_device(self._cuda)
+            for kind, enabled, dtype in self._devices:
+                torch.set_autocast_enabled(kind, enabled)
+                torch.set_autocast_dtype(kind, dtype)
+            with torch.no_grad():
+                self.result = self._function(self.show)
+        except Abandoned:
+            pass
+        except BaseException as error:  # raised again in the thread that waits
+            self._error = error
+        finally:
+            with self._turn:
+                self.ended, self._runs = True, False
+                self._turn.notify_all()
+
+
+def _autocast(kind: str) -> tuple[bool, torch.dtype]:
+    return torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+
+def random_state() -> tuple[Any, ...]:
+    """Of Python, numpy and torch; of all GPUs where they are in use."""
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), gpus
+
+
+def set_random_state(state: tuple[Any, ...]) -> None:
+    """Puts back what :func:`random_state` returned."""
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    torch.set_rng_state(state[2])
+    if state[3] is not None:
+        torch.cuda.set_rng_state_all(state[3])
