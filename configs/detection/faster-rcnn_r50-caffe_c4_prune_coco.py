@@ -2,6 +2,11 @@
 _base_ = 'mmdet::faster_rcnn/faster-rcnn_r50-caffe_c4-1x_coco.py'
 
 custom_imports = dict(imports=['mmprune'])
+# mmdet freezes the stem and the first stage. Their maps are the largest of all, and what a frozen
+# weight reads has no gradient, so no score, and would stay. Trained, they are pruned like the rest.
+model = dict(
+    backbone=dict(frozen_stages=-1, init_cfg=None), roi_head=dict(shared_head=dict(init_cfg=None))
+)
 custom_hooks = [
     dict(
         type='PruneHook',
@@ -13,3 +18,4 @@ custom_hooks = [
         divisor=8,
     )
 ]
+load_from = 'https://download.openmmlab.com/mmdetection/v2.0/faster_rcnn/faster_rcnn_r50_caffe_c4_1x_coco/faster_rcnn_r50_caffe_c4_1x_coco_20220316_150152-3f885b85.pth'  # noqa: E501

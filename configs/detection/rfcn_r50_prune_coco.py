@@ -2,6 +2,9 @@
 _base_ = '../_base_/rfcn_r50_coco.py'
 
 custom_imports = dict(imports=['mmprune', 'mmprune.models.rfcn'])
+# mmdet freezes the stem and the first stage. Their maps are the largest of all, and what a frozen
+# weight reads has no gradient, so no score, and would stay. Trained, they are pruned like the rest.
+model = dict(backbone=dict(frozen_stages=-1, init_cfg=None))
 custom_hooks = [
     dict(
         type='PruneHook',
@@ -13,3 +16,5 @@ custom_hooks = [
         divisor=8,
     )
 ]
+# No zoo has its weights: train configs/_base_/rfcn_r50_coco.py first.
+load_from = 'work_dirs/rfcn_r50_coco/epoch_12.pth'

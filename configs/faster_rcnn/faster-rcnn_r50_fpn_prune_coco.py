@@ -3,6 +3,9 @@
 _base_ = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
 
 custom_imports = dict(imports=['mmprune'])
+# mmdet freezes the stem and the first stage. Their maps are the largest of all, and what a frozen
+# weight reads has no gradient, so no score, and would stay. Trained, they are pruned like the rest.
+model = dict(backbone=dict(frozen_stages=-1, init_cfg=None))
 custom_hooks = [
     dict(
         type='PruneHook',

@@ -2,6 +2,8 @@
 _base_ = 'mmpose::body_2d_keypoint/topdown_heatmap/coco/td-hm_hourglass52_8xb32-210e_coco-256x256.py'
 
 custom_imports = dict(imports=['mmprune'])
+# None of its stages is frozen by default: all are trained, so all are pruned.
+model = dict(backbone=dict(init_cfg=None))  # all weights come from load_from
 custom_hooks = [
     *_base_.custom_hooks,
     dict(
@@ -14,3 +16,4 @@ custom_hooks = [
         divisor=8,
     ),
 ]
+load_from = 'https://download.openmmlab.com/mmpose/top_down/hourglass/hourglass52_coco_256x256-4ec713ba_20200709.pth'  # noqa: E501
