@@ -136,7 +136,7 @@ def couple(record: Record) -> Trace:
         reasons[unit] = {'output of the model' if seen[unit] else 'not used in the traced run': None}
     locked |= unread
 
-    unit_of, groups = _groups(slots, component, locked)
+    unit_of, groups = group_units(slots, component, locked)
     return Trace(
         slots=slots,
         groups=groups,
@@ -171,7 +171,7 @@ def _axes_in(slots: SlotTable, arrays: list[np.ndarray]) -> list[Axis]:
     return [slots.axes[i] for i in sorted(hit)]
 
 
-def _groups(
+def group_units(
     slots: SlotTable, component: np.ndarray, locked: np.ndarray
 ) -> tuple[np.ndarray, list[Group]]:
     free = np.flatnonzero(~locked[component])
