@@ -8,7 +8,8 @@ from mmprune.adapters import adapter
 from mmprune.checkpoint import load_pruned
 from mmprune.budget import Budget
 from mmprune.errors import PruneError
-from mmprune.pipeline import prune, trace
+from mmprune.api import prune
+from mmprune.pipeline import trace
 from mmprune.plan import Plan, plan_of
 from mmprune.pruner import Pruner, load_model_def, save_model_def
 from mmprune.recalibrate import recalibrate

@@ -3,6 +3,7 @@
 import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from mmprune.errors import PruneError
@@ -75,6 +76,10 @@ class Budget:
     def targets(self) -> dict[str, float]:
         """The targets that were given, those of parts aside."""
         return {name: getattr(self, name) for name in TARGETS if getattr(self, name) is not None}
+
+    def locks(self, name: str) -> bool:
+        """Whether a pattern of ``lock`` names this tensor."""
+        return any(fnmatchcase(name, pattern) for pattern in self.lock)
 
     def of_part(self, name: str) -> 'Limits':
         """The options of one part, the whole model's where it has none."""

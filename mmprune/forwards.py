@@ -1,8 +1,9 @@
 """How a model of mmengine, mmdet or mmpose is run for a trace: its loss, and its plain forward."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from mmengine.model import BaseModel
 from torch import nn
 
 from mmprune.errors import PruneError
+from mmprune.runs import unchanged
 
 Forward = Callable[[nn.Module], Any]
 
@@ -27,53 +29,166 @@ def first_samples(batch: Any, count: int) -> Any:
     return batch
 
 
-def forwards_of(model: nn.Module, batch: Any, count: int = 4) -> tuple[Forward, tuple[Forward, ...]]:
-    """(the run whose FLOPs count, further runs whose ties count) for one batch of training data.
+@dataclass(frozen=True)
+class Runs:
+    """How a model is run on one batch: ``counted``, whose FLOPs count, and ``also``, whose ties do.
+    ``counted_as`` says what the first one is: ``"one image of 800 x 1333"``."""
 
-    The first is ``mode='tensor'`` in evaluation mode, which is inference without post-processing;
-    where a model has none that works, its loss. The others are ``mode='loss'`` as in training, so
-    that heads used only there are seen, and ``mode='predict'``, for the numbers that only
-    post-processing reads, where the batch has what that needs. ``count``: samples of the batch that
-    are used.
+    counted: Forward
+    also: tuple[Forward, ...]
+    counted_as: str
+
+    @property
+    def all(self) -> Forward:
+        """One after another; returns what each returned."""
+        return both(self.counted, *self.also)
+
+
+def forwards_of(model: nn.Module, batch: Any, count: int = 4) -> tuple[Forward, tuple[Forward, ...]]:
+    """(the run whose FLOPs count, further runs whose ties count) of :func:`runs_of`, the modes being
+    found out on this batch."""
+    runs = runs_of(model, batch, working_modes(model, batch), count)
+    return runs.counted, runs.also
+
+
+def runs_of(
+    model: nn.Module,
+    batch: Any,
+    modes: frozenset[str],
+    count: int = 4,
+    size: tuple[int, int] | None = None,
+) -> Runs:
+    """How to run ``model`` on a batch of training data.
+
+    Counted is ``mode='tensor'`` in evaluation mode, which is inference without post-processing; where
+    a model has none that works, ``mode='predict'``, else its loss. Beside it stand ``mode='loss'`` as
+    in training, so that heads used only there are seen, and ``mode='predict'``, for the numbers that
+    only post-processing reads.
+
+    Args:
+        batch: what the training's data loader gives.
+        modes: those of :func:`working_modes`.
+        count: samples of the batch that the loss is run on. All else runs on the first one.
+        size: height and width of the image whose FLOPs count (:func:`test_size`); the first sample is
+            resized to it. By default it keeps its own.
 
     Raises:
-        PruneError: the model is no ``BaseModel``, or the batch does not go through its loss.
+        PruneError: the model is no ``BaseModel``.
     """
-    if not isinstance(model, BaseModel):
-        raise PruneError(
-            f'{type(model).__name__} is no mmengine BaseModel: use mmprune.Pruner in your own loop'
-        )
-    data = model.data_preprocessor(first_samples(batch, count), True)
+    data = _preprocessed(model, batch, count)
+    single = _resized(model, first_samples(data, 1), size)
 
     def loss(module: nn.Module) -> Any:
         return _run(module, data, 'loss')
 
     def tensor(module: nn.Module) -> Any:
         with in_evaluation(module):
-            return _run(module, data, 'tensor')
+            return _run(module, single, 'tensor')
 
     def predict(module: nn.Module) -> Any:
         with in_evaluation(module):
-            return _run(module, copy.deepcopy(data), 'predict')  # predictions are put into samples
+            return _run(module, copy.deepcopy(single), 'predict')  # predictions are put into samples
 
-    unable = _failure(predict, model)
-    if unable is not None:
+    also = (loss, predict) if 'predict' in modes else (loss,)
+    image = f'one image of {_sides(single, size)}'
+    if 'tensor' in modes:
+        return Runs(tensor, also, image)
+    if 'predict' in modes:
+        return Runs(predict, (loss,), image)
+    return Runs(loss, (), f"mode='loss' on {count_of(data)} samples of the batch")
+
+
+def working_modes(model: nn.Module, batch: Any) -> frozenset[str]:
+    """Which of ``'tensor'`` and ``'predict'`` the model can be run in; not every detector has the
+    first, nor every batch of training data what the second needs. One run each, of one image."""
+    runs = runs_of(model, batch, frozenset({'tensor', 'predict'}), 1)
+    found = set()
+    for mode, run in (('tensor', runs.counted), ('predict', runs.also[1])):
+        with unchanged(model):
+            error = _failure(run, model)
+        if error is None:
+            found.add(mode)
+            continue
         print_log(
-            f"mode='predict' is not looked at: on this batch of {type(model).__name__} it fails with "
-            f'{type(unable).__name__}: {unable}',
-            'current',
-        )
-    found = (loss,) if unable is not None else (loss, predict)
-    error = _failure(tensor, model)
-    if error is not None:
-        # Not every detector implements it; the loss runs through the same layers.
-        print_log(
-            f"FLOPs are those of mode='loss': mode='tensor' of {type(model).__name__} fails with "
+            f'mode={mode!r} of {type(model).__name__} is left out: on this batch it fails with '
             f'{type(error).__name__}: {error}',
             'current',
         )
-        return found[0], found[1:]
-    return tensor, found
+    return frozenset(found)
+
+
+def test_size(cfg: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(height, width) of the images that a config tests at, by the last transform of its test
+    pipeline that names a size; of ``(1333, 800)`` with the ratio kept, a picture that fills it.
+    ``None`` where none does: then pictures keep their own sizes."""
+    loader = cfg.get('test_dataloader') or cfg.get('val_dataloader') or {}
+    dataset = loader.get('dataset', {})
+    while 'pipeline' not in dataset and isinstance(dataset.get('dataset'), Mapping):
+        dataset = dataset['dataset']
+    found = None
+    for step in dataset.get('pipeline') or ():
+        for key in ('scale', 'size', 'img_scale', 'input_size', 'crop_size'):
+            value = step.get(key)
+            if isinstance(value, int) and not isinstance(value, bool):
+                value = (value, value)
+            whole = isinstance(value, list | tuple) and len(value) == 2
+            if whole and all(isinstance(side, int) and side > 0 for side in value):
+                found = (value[1], value[0])  # OpenMMLab's are (width, height)
+    return found
+
+
+def _preprocessed(model: nn.Module, batch: Any, count: int) -> Any:
+    """The first samples as the model gets them in training, without augmentation of whole batches
+    (which draws a size, and mixes images)."""
+    if not isinstance(model, BaseModel):
+        raise PruneError(
+            f'{type(model).__name__} is no mmengine BaseModel: use mmprune.Pruner in your own loop'
+        )
+    preprocessor = model.data_preprocessor
+    augments = getattr(preprocessor, 'batch_augments', None)
+    with unchanged(model):
+        if augments is not None:
+            preprocessor.batch_augments = None
+        try:
+            return preprocessor(first_samples(batch, count), True)
+        finally:
+            if augments is not None:
+                preprocessor.batch_augments = augments
+
+
+def _resized(model: nn.Module, data: Any, size: tuple[int, int] | None) -> Any:
+    """The one sample of ``data`` at ``size``, padded as the model's preprocessor does."""
+    images = data.get('inputs') if isinstance(data, dict) else None
+    if size is None or not isinstance(images, torch.Tensor) or images.ndim != 4:
+        return data
+    padded = _padded(model, size)
+    samples = copy.deepcopy(data.get('data_samples'))
+    for sample in samples if isinstance(samples, list) else ():
+        known = set(sample.metainfo_keys())
+        sizes = {'img_shape': size, 'pad_shape': padded, 'batch_input_shape': padded}
+        sample.set_metainfo({key: value for key, value in sizes.items() if key in known})
+    images = nn.functional.interpolate(images, size=padded, mode='bilinear', align_corners=False)
+    return data | {'inputs': images} | ({'data_samples': samples} if samples is not None else {})
+
+
+def _padded(model: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
+    divisor = getattr(model.data_preprocessor, 'pad_size_divisor', 1)
+    height, width = (-(-side // divisor) * divisor for side in size)
+    return height, width
+
+
+def _sides(data: Any, size: tuple[int, int] | None) -> str:
+    images = data.get('inputs') if isinstance(data, dict) else None
+    if isinstance(images, torch.Tensor) and images.ndim == 4:
+        size = size or tuple(images.shape[-2:])
+        return f'{size[0]} x {size[1]}'
+    return 'the batch'
+
+
+def count_of(data: Any) -> int:
+    """Samples in a preprocessed batch."""
+    images = data.get('inputs') if isinstance(data, dict) else data[0]
+    return len(images)
 
 
 def _failure(forward: Forward, model: nn.Module) -> Exception | None:

@@ -1,4 +1,4 @@
-"""trace -> couple -> score -> choose -> cut: the whole way, in one file. Read this first."""
+"""trace -> couple -> score -> choose -> cut: the steps. :mod:`mmprune.session` puts them in order."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,16 +8,17 @@ import torch
 from torch import nn
 
 from mmprune import cost
-from mmprune.choose import Budget, choose, make_budget
+from mmprune.choose import Budget, choose
+from mmprune.copies import copied
 from mmprune.couple import Trace, couple
 from mmprune.cut import cut, read_attribute
-from mmprune.errors import PruneError
+from mmprune.errors import InexactCut, PruneError
 from mmprune.latency import choose_measured
 from mmprune.plan import Plan, fingerprint, plan_of
-from mmprune.score import Score, make_score
+from mmprune.score import Score
 from mmprune.score.collector import scores_now
 from mmprune.trace import record
-from mmprune.verify import copied, verify
+from mmprune.verify import verify
 
 Forward = Callable[[nn.Module], Any]
 
@@ -40,44 +41,6 @@ def trace(model: nn.Module, forward: Forward, *, also: tuple[Forward, ...] = ())
         raise PruneError(
             f'the model can not be traced on this batch: {type(error).__name__}: {error}'
         ) from error
-
-
-def prune(
-    model: nn.Module,
-    forward: Forward,
-    *,
-    keep_flops: float | None = None,
-    keep_params: float | None = None,
-    keep_channels: float | None = None,
-    prune_num: int | None = None,
-    score: str | dict | Score | np.ndarray | torch.Tensor = 'l2',
-    optimizer: Any = None,
-    check: bool = True,
-    **options: Any,
-) -> Plan:
-    """Cuts ``model`` in place to the first budget that is reached; see :class:`Budget` for all
-    ``options`` (``latency``, ``min_channels``, ``divisor``, ``max_cut``, ``lock``, ``parts``).
-
-    ``score``: a criterion's name, a :class:`mmprune.Score` or a dict of its options, or (n_units,)
-    numbers in the order of ``trace(...)``'s units.
-    ``check``: run :func:`verify` before the cut is kept. Returns the plan against the original,
-    earlier cuts included.
-
-    Raises:
-        PruneError: bad options, nothing to cut, a budget below the floor. Nothing has changed then.
-    """
-    fractions = {
-        'keep_flops': keep_flops, 'keep_params': keep_params, 'keep_channels': keep_channels,
-        'prune_num': prune_num,
-    }  # fmt: skip
-    budget = make_budget({k: v for k, v in fractions.items() if v is not None} | options)
-    if isinstance(score, str | dict):
-        score = make_score(score)
-    traced = trace(model, forward)
-    scores = score_now(traced, score)
-    keep, about = choose_for(model, forward, traced, scores, budget)
-    step = make_plan(traced, model, keep, budget, **about)
-    return cut_checked(model, step, forward if check else None, optimizer)
 
 
 def choose_for(
@@ -197,27 +160,13 @@ def _followed(traced: Trace, model: nn.Module, stays: np.ndarray) -> dict[str, d
         new, rest = divmod(old * int(left.sum()), left.size)
         where = f'{follow.module}.{follow.attribute}'
         if rest:
-            raise PruneError(
+            raise InexactCut(
                 f'{where} is {old} and should follow {left.size} -> {left.sum()} channels, which '
                 'gives no whole number: its adapter follows the wrong axis'
             )
         if found.setdefault(follow.module, {}).setdefault(follow.attribute, new) != new:
-            raise PruneError(f'{where} follows two widths that became different: lock one by name')
+            raise InexactCut(f'{where} follows two widths that became different: lock one by name')
     return found
-
-
-def cut_checked(
-    model: nn.Module,
-    plan: Plan,
-    forward: Forward | None,
-    optimizer: Any = None,
-    twins: tuple[nn.Module, ...] = (),
-) -> Plan:
-    """Cuts by a plan that was made for the model as it is now; first, if ``forward`` is given,
-    :func:`check_cut`."""
-    if forward is not None:
-        check_cut(model, plan, forward)
-    return cut(model, plan, optimizer, twins)
 
 
 def check_cut(model: nn.Module, plan: Plan, forward: Forward) -> None:

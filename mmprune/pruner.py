@@ -1,6 +1,7 @@
 """Pruning in any training loop, in a few lines."""
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,15 +15,15 @@ from mmprune import cost, ranks
 from mmprune.budget import TARGETS, make_budget
 from mmprune.checkpoint import plan_in, read_checkpoint
 from mmprune.couple import Trace
-from mmprune.cut import cut
 from mmprune.errors import PruneError
-from mmprune.pipeline import check_cut, choose_for, make_plan, remaining, trace
+from mmprune.pipeline import choose_for, remaining, trace
 from mmprune.plan import Plan, fingerprint, plan_of
 from mmprune.recalibrate import batches_asked, norms_in_training, recalibrate_norms
 from mmprune.runs import tensors_in, unchanged
 from mmprune.score import Score, make_score
 from mmprune.score.collector import Collector
-from mmprune.wrappers.ddp import check_rebuildable, rebuild_reducers
+from mmprune.session import cut_once
+from mmprune.wrappers.ddp import check_rebuildable
 
 ToLoss = Callable[[nn.Module, Any], Any]
 
@@ -68,12 +69,19 @@ class Pruner:
             ...  # forward, backward, optimizer.step() as ever
 
     It traces the model at the first forward pass in training mode and scores from the next step of
-    any optimizer that holds its weights. ``score``: see :class:`mmprune.Score`. ``check``: compare
-    each cut with the masked model before it is kept. ``options``: those of :class:`mmprune.Budget`,
-    ``prune_num`` aside: limits such as ``min_channels``, ``divisor``, ``lock``, and targets such as
-    ``keep_flops``, at which nothing more is removed. ``distributed``: the loop runs in several
-    processes, with ``model`` in DistributedDataParallel or gradients averaged by the loop itself. All
-    of them call :meth:`rebuild_model` at the same step and cut the same units, or none of them any.
+    any optimizer that holds its weights; with the loss of the first call it is traced once more.
+
+    Args:
+        distributed: the loop runs in several processes, with ``model`` in DistributedDataParallel or
+            gradients averaged by the loop itself. All of them call :meth:`rebuild_model` at the same
+            step and cut the same units, or none of them any.
+        score: see :class:`mmprune.Score`.
+        check: compare each cut with the masked model before it is kept.
+        strict: a cut that fails the check is an error; by default the groups of channels that are to
+            blame are locked, with a warning, and the rest is cut.
+        options: those of :class:`mmprune.Budget`, ``prune_num`` aside: limits such as
+            ``min_channels``, ``divisor``, ``lock``, and targets such as ``keep_flops``, at which
+            nothing more is removed.
     """
 
     def __init__(
@@ -83,6 +91,7 @@ class Pruner:
         *,
         score: str | dict[str, Any] | Score = 'taylor',
         check: bool = True,
+        strict: bool = False,
         **options: Any,
     ) -> None:
         wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
@@ -99,7 +108,9 @@ class Pruner:
         make_budget({'prune_num': 1} | options)
         self.wrapper, self.model = model, model.module if wrapped else model
         self.distributed = distributed and ranks.many()
-        self.score, self.check, self.options = make_score(score), check, options
+        self.score, self.options = make_score(score), options
+        self.check, self.strict = check, strict
+        self._of_loss = False  # whether what is scored was traced with the loss
         self._collector: Collector | None = None
         self._waiting = self.model.register_forward_pre_hook(
             lambda module, args, kwargs: self._first_forward(args, kwargs), with_kwargs=True
@@ -138,30 +149,24 @@ class Pruner:
         norms = norms_in_training(self.model) if anew is not None else []
         forward = lambda model: to_loss_fn(model, batch)  # noqa: E731
         together = ranks.together if self.distributed else lambda what: contextlib.nullcontext()
-        with together('the trace'):
-            traced = trace(self.model, forward)
+        traced = self._collector.trace if self._collector is not None else None
+        if traced is None or not self._of_loss:
+            with together('the trace'):
+                traced = trace(self.model, forward)
         scores, collector = self._scores(traced, forward)
-        before, choice = plan_of(self.model), None
-        with together('choosing'):
-            # Batches differ, and so does what a unit costs: one process chooses for all.
-            if not self.distributed or ranks.is_first():
-                choice = choose_for(self.model, forward, traced, scores, budget)
-        keep, about = ranks.shared(choice) if self.distributed else choice
-        step = None
-        if not keep.all():
-            with together('planning'):
-                step = make_plan(traced, self.model, keep, budget, **about)
-            if self.distributed:
-                step = ranks.agreed(step)
-            with together('the check of a cut'):
-                if self.check:
-                    check_cut(self.model, step, forward)
-            with together('the cut'):
-                cut(self.model, step, optimizer)
-            rebuild_reducers(self.wrapper)
-        elif not any(name in self.options for name in TARGETS):
+        before = plan_of(self.model)
+        outcome = cut_once(
+            self.model, traced, scores,
+            lambda traced, scores: choose_for(self.model, forward, traced, scores, budget), budget,
+            forward=forward if self.check else None, optimizer=optimizer, wrapper=self.wrapper,
+            distributed=self.distributed, strict=self.strict,
+            warn=lambda text: warnings.warn(text, stacklevel=4),
+        )  # fmt: skip
+        step = outcome.plan
+        if step is None and not any(name in self.options for name in TARGETS):
             raise PruneError(f'prune_num={prune_num}: no unit is left that may go')
-        self._start(trace(self.model, forward) if step is not None else traced)
+        self._start(outcome.trace)
+        self._of_loss = True
         if anew is not None and step is not None:
             recalibrate_norms(self.model, norms, to_loss_fn, anew, self.distributed)
         return self._told(before, step, traced, collector)

@@ -1,5 +1,6 @@
 """Before and after: tables for a person (rich) and the same as JSON."""
 
+import io
 import json
 import logging
 from pathlib import Path
@@ -30,6 +31,7 @@ def before(traced: Trace) -> dict[str, Any]:
             {'name': each.name, 'dim': each.dim, 'units': each.count, 'why': list(each.reasons)}
             for each in traced.locked
         ],
+        'failed': {},
     }
 
 
@@ -46,16 +48,52 @@ def channels(axes: dict[str, list[list[Any]]], plan: Plan) -> dict[str, dict[str
     return found
 
 
-def log_trace(logger: logging.Logger, traced: Trace) -> None:
-    """One line of figures, then what can't be cut, shortest reasons first."""
-    logger.info(
-        f'Traced: {traced.n_units} units in {len(traced.groups)} groups may be cut; '
-        f'{traced.flops:,} FLOPs, {traced.params:,} parameters'
-    )
+def log_trace(logger: logging.Logger, traced: Trace, counted_as: str) -> None:
+    """One table of what may go; what can't be cut at level DEBUG, since it stands in the report too.
+
+    ``counted_as``: what the FLOPs are those of.
+    """
     for name, where in traced.unknown_ops.items():
         logger.warning(f'No rule for {name}: locked what goes into it in {", ".join(where)}')
     for each in traced.locked:
-        logger.info(f'Locked {each.count} of {each.name}[dim {each.dim}]: {each.reasons[0]}')
+        logger.debug(f'Locked {each.count} of {each.name}[dim {each.dim}]: {each.reasons[0]}')
+    locked = sum(each.count for each in traced.locked)
+    logger.info(
+        f'{traced.n_units} units in {len(traced.groups)} groups may be cut, {locked} are locked '
+        f'(reasons: {FILE}); FLOPs are of {counted_as}\n{as_text(trace_table(traced))}'
+    )
+
+
+def trace_table(traced: Trace) -> Table:
+    """By part: output channels, how many of them may go, FLOPs and parameters."""
+    out = Table()
+    out.add_column('part')
+    for name in ('channels', 'may go', 'FLOPs', 'parameters'):
+        out.add_column(name, justify='right')
+    axes = cost.output_axes(traced)
+    rows: dict[str, tuple[int, ...]] = {}
+    everything = np.ones(traced.n_units, dtype=bool)
+    for part in dict.fromkeys(cost.part_of(axis.name) for axis in axes):
+        own = [axis for axis in axes if cost.part_of(axis.name) == part]
+        rows[part] = (
+            sum(axis.size for axis in own),
+            sum(int((traced.unit_of[axis.ids] >= 0).sum()) for axis in own),
+            round(cost.flops(traced, part)(everything)),
+            round(cost.params(traced, part)(everything)),
+        )
+    for part, numbers in rows.items():
+        out.add_row(part, *(f'{number:,}' for number in numbers))
+    out.add_section()
+    channels, free = (sum(row[i] for row in rows.values()) for i in (0, 1))
+    out.add_row('all', *(f'{n:,}' for n in (channels, free, traced.flops, traced.params)))
+    return out
+
+
+def as_text(content: Table) -> str:
+    """A table for a log file: no colours, as wide as it needs."""
+    console = Console(width=120, color_system=None, force_terminal=False, file=io.StringIO())
+    console.print(content)
+    return console.file.getvalue().rstrip()
 
 
 def log_scores(logger: logging.Logger, collector: Collector) -> None:
@@ -87,11 +125,11 @@ def finish(
         'metrics': metrics,
         'history': plan.history,
         'locked': started['locked'],
+        'failed': started.get('failed', {}),
     }
     path = Path(runner.work_dir) / FILE
     path.write_text(json.dumps(content, indent=2) + '\n')
-    Console().print(table(content))
-    runner.logger.info(f'Wrote {path}')
+    runner.logger.info(f'Wrote {path}\n{as_text(table(content))}')
 
 
 def table(content: dict[str, Any]) -> Table:

@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from hooks.runs import config, train
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from processes import spawn
 from torch import nn
@@ -19,8 +21,8 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 import mmprune
-from mmprune import ranks
-from mmprune.hooks import PruneHook, prune_hook
+from mmprune import ranks, session
+from mmprune.hooks import PruneHook
 from mmprune.wrappers import PrunableDistributedDataParallel, rebuild_reducers
 
 ROOT = Path(__file__).parent.parent
@@ -44,8 +46,8 @@ def evaluated(cfg: Any) -> Runner:
     return train(cfg)
 
 
-@prune_hook.HOOKS.register_module(force=True)
-class Evaluating(prune_hook.Hook):
+@HOOKS.register_module(force=True)
+class Evaluating(Hook):
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         for module in runner.model.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -89,7 +91,7 @@ def test_every_rank_cuts_alike_and_as_one_process_would(tmp_path, count):
 
 
 def disagreeing_run(folder: Path) -> None:
-    make_plan = prune_hook.make_plan
+    make_plan = session.make_plan
 
     def other_plan(traced, model, keep, *args, **kwargs):
         if dist.get_rank() == 1:
@@ -97,7 +99,7 @@ def disagreeing_run(folder: Path) -> None:
             keep[keep.argmax()] = False
         return make_plan(traced, model, keep, *args, **kwargs)
 
-    prune_hook.make_plan = other_plan
+    session.make_plan = other_plan
     runner = Runner.from_cfg(distributed(folder, hook=HOOK))
     try:
         runner.train()
@@ -112,14 +114,14 @@ def test_a_plan_that_differs_on_one_rank_stops_all_uncut(tmp_path):
 
 
 def failing_run(folder: Path, where: str) -> None:
-    real = getattr(prune_hook, where)
+    real = getattr(session, where)
 
     def fail(*args, **kwargs):
         if dist.get_rank() == 1:
             raise mmprune.PruneError('out of luck')
         return real(*args, **kwargs)
 
-    setattr(prune_hook, where, fail)
+    setattr(session, where, fail)
     train(distributed(folder, hook=HOOK))
 
 
@@ -174,8 +176,8 @@ def scored_run(folder: Path) -> dict[str, Any]:
     return found
 
 
-@prune_hook.HOOKS.register_module(force=True)
-class Noting(prune_hook.Hook):
+@HOOKS.register_module(force=True)
+class Noting(Hook):
     """Keeps the scores of one iteration."""
 
     def __init__(self, after):

@@ -4,7 +4,8 @@ from mmengine.model import BaseModel
 from torch import nn
 
 import mmprune
-from mmprune.forwards import both, first_samples, forwards_of
+from mmprune import forwards, testing
+from mmprune.forwards import both, first_samples, forwards_of, runs_of, working_modes
 
 
 class Model(BaseModel):
@@ -43,38 +44,85 @@ def test_inference_is_counted_and_the_rest_seen():
         run(model)
     also[0](model)
     model.seen.pop()
-    assert model.seen == [('tensor', False, 2), ('loss', True, 2), ('predict', False, 2)]
+    assert model.seen == [('tensor', False, 1), ('loss', True, 2), ('predict', False, 1)]
     assert model.training and BATCH['data_samples'] == []
     trace = mmprune.trace(model, counted, also=also)
-    assert trace.flops == 2 * 16 * (3 * 8 + 8 * 2) and trace.idle == []
+    assert trace.flops == 16 * (3 * 8 + 8 * 2) and trace.idle == []
+
+
+def test_flops_are_of_one_image_of_the_size_that_is_tested_at():
+    model = Model()
+    modes = working_modes(model, BATCH)
+    assert modes == {'tensor', 'predict'}
+    runs = runs_of(model, BATCH, modes, size=(8, 6))
+    assert mmprune.trace(model, runs.counted).flops == 8 * 6 * (3 * 8 + 8 * 2)
+    assert runs.counted_as == 'one image of 8 x 6'
+    assert runs_of(model, BATCH, modes).counted_as == 'one image of 4 x 4'
+
+
+@pytest.mark.parametrize(
+    ('config', 'size'),
+    [
+        ('mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', (800, 1333)),
+        ('mmdet::rtmdet/rtmdet_s_8xb32-300e_coco.py', (640, 640)),
+        ('mmdet::ssd/ssd300_coco.py', (300, 300)),
+        ('mmpose::body_2d_keypoint/rtmpose/coco/rtmpose-m_8xb256-420e_coco-256x192.py', (256, 192)),
+        ('configs/faster_rcnn_prune.py', None),
+    ],
+)
+def test_the_size_that_a_config_tests_at(config, size):
+    assert forwards.test_size(testing.load(config)) == size
+
+
+def test_a_batch_is_looked_at_without_a_trace():
+    """Batch augmentation draws a size and keeps it; running statistics move in training."""
+
+    class Augment(nn.Module):
+        calls = 0
+
+        def forward(self, inputs, data_samples):
+            Augment.calls += 1
+            return inputs.repeat(1, 1, 2, 2), data_samples
+
+    cfg = testing.load('mmdet::retinanet/retinanet_r18_fpn_1x_coco.py')
+    model = testing.build_model(cfg)
+    model.data_preprocessor.batch_augments = nn.ModuleList([Augment()])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    states = torch.get_rng_state()
+    batch = testing.detection_batch(cfg, 64)
+    runs = runs_of(model, batch, working_modes(model, batch), size=(96, 64))
+    assert runs.counted_as == 'one image of 96 x 64' and Augment.calls == 0
+    assert len(model.data_preprocessor.batch_augments) == 1
+    assert torch.equal(torch.get_rng_state(), states)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
 
 
 def test_a_number_that_only_predicting_reads_follows():
     model = Model()
     counted, also = forwards_of(model, BATCH)
     mmprune.prune(model, both(counted, *also), keep_channels=0.5)
-    assert model.width == 4 and len(also[1](model)) == 4
+    assert model.width == 4 and len(also[1](model)) == 1
 
 
 @pytest.mark.parametrize(
-    ('works', 'modes'),
+    ('works', 'modes', 'counted'),
     [
-        ({'predict': False}, ['tensor', 'loss']),
-        ({'tensor': False}, ['loss', 'predict']),
-        ({'tensor': False, 'predict': False}, ['loss']),
+        ({'predict': False}, ['tensor', 'loss'], 'one image of 4 x 4'),
+        ({'tensor': False}, ['predict', 'loss'], 'one image of 4 x 4'),
+        ({'tensor': False, 'predict': False}, ['loss'], "mode='loss' on 4 samples of the batch"),
     ],
 )
-def test_modes_that_fail_are_left_out(works, modes, monkeypatch):
+def test_modes_that_fail_are_left_out(works, modes, counted, monkeypatch):
     told = []
     monkeypatch.setattr('mmprune.forwards.print_log', lambda text, logger: told.append(text))
     model = Model(**works)
-    counted, also = forwards_of(model, BATCH)
+    runs = runs_of(model, BATCH, working_modes(model, BATCH))
     model.seen.clear()
-    for run in (counted, *also):
-        run(model)
-    assert [mode for mode, _, _ in model.seen] == modes
-    assert any("mode='predict' is not looked at" in text for text in told) == ('predict' in works)
-    assert any("FLOPs are those of mode='loss'" in text for text in told) == ('tensor' in works)
+    runs.all(model)
+    assert [mode for mode, _, _ in model.seen] == modes and runs.counted_as == counted
+    for mode in works:
+        assert any(f'mode={mode!r} of Model is left out' in text for text in told)
 
 
 def test_another_kind_of_model_is_refused():

@@ -196,7 +196,7 @@ def test_a_cut_is_checked_unless_it_is_asked_not_to_be(monkeypatch):
     def check_cut(model, plan, forward):
         raise PruneError('the pruned model is not the masked original')
 
-    monkeypatch.setattr('mmprune.pruner.check_cut', check_cut)
+    monkeypatch.setattr('mmprune.session.check_cut', check_cut)
     model = make()
     with pytest.raises(PruneError, match='is not the masked original'):
         mmprune.Pruner(model).rebuild_model(BATCHES[0], to_loss_fn, sgd(model), 3)

@@ -1,0 +1,71 @@
+"""Pruning in one call."""
+
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mmprune.choose import make_budget
+from mmprune.errors import PruneError
+from mmprune.pipeline import Forward, choose_for, score_now, trace
+from mmprune.plan import Plan, plan_of
+from mmprune.score import Score, make_score
+from mmprune.session import cut_once
+
+
+def prune(
+    model: nn.Module,
+    forward: Forward,
+    *,
+    keep_flops: float | None = None,
+    keep_params: float | None = None,
+    keep_channels: float | None = None,
+    prune_num: int | None = None,
+    score: str | dict | Score | np.ndarray | torch.Tensor = 'l2',
+    optimizer: Any = None,
+    check: bool = True,
+    strict: bool = False,
+    **options: Any,
+) -> Plan:
+    """Cuts ``model`` in place to the first budget that is reached.
+
+    Args:
+        forward: runs the model that it is given, e.g. ``lambda m: m(x)``.
+        keep_flops, keep_params, keep_channels, prune_num: see :class:`Budget`.
+        score: a criterion's name, a :class:`mmprune.Score` or a dict of its options, or (n_units,)
+            numbers in the order of ``trace(...)``'s units.
+        optimizer: what :func:`mmprune.cut.cut` takes; its state is narrowed too.
+        check: compare a copy that is cut with the masked model (:func:`verify`) before the cut is kept.
+        strict: a cut that fails the check is an error; by default the groups of channels that are to
+            blame are locked, with a warning, and the rest is cut.
+        options: the others of :class:`Budget`: ``latency``, ``min_channels``, ``divisor``, ``max_cut``,
+            ``lock``, ``parts``.
+
+    Returns the plan against the original, earlier cuts included.
+
+    Raises:
+        PruneError: bad options, nothing to cut, a budget below the floor. Nothing has changed then.
+    """
+    fractions = {
+        'keep_flops': keep_flops, 'keep_params': keep_params, 'keep_channels': keep_channels,
+        'prune_num': prune_num,
+    }  # fmt: skip
+    budget = make_budget({k: v for k, v in fractions.items() if v is not None} | options)
+    if isinstance(score, str | dict):
+        score = make_score(score)
+    traced = trace(model, forward)
+    outcome = cut_once(
+        model, traced, score_now(traced, score),
+        lambda traced, scores: choose_for(model, forward, traced, scores, budget), budget,
+        forward=forward if check else None, optimizer=optimizer, strict=strict,
+        warn=lambda text: warnings.warn(text, stacklevel=4),
+    )  # fmt: skip
+    plan = plan_of(model)
+    if outcome.plan is None or plan is None:
+        raise PruneError(
+            'this would remove nothing: the budget is met already, or no unit may go; ask for less '
+            f'than {budget.to_meta()}'
+        )
+    return plan

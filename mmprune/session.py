@@ -1,0 +1,151 @@
+"""One cut, from scores to the trace of what is left: the only place where its order stands.
+
+choose -> plan -> check on a copy -> cut -> carry the trace on. Groups of channels that fail the check
+are found, locked, and the choice is made again without them.
+"""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from mmprune import ranks
+from mmprune.couple import Trace
+from mmprune.cut import cut
+from mmprune.errors import InexactCut, PruneError
+from mmprune.pipeline import check_cut, make_plan
+from mmprune.plan import Plan
+from mmprune.traces import after_cut, without
+from mmprune.wrappers.ddp import rebuild_reducers
+
+Choose = Callable[[Trace, np.ndarray], tuple[np.ndarray, dict[str, Any]]]
+"""From a trace and its units' scores: which units stay (n_units, bool), and what to note of it."""
+
+FAILED = 'failed the check'
+"""The reason of a lock that no rule gave, but the comparison with the masked model."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a cut left. ``plan``: of this cut alone, ``None`` where nothing went; ``trace``: of the
+    model as it is now; ``failed``: {name of a group that was locked since it failed the check: why}."""
+
+    plan: Plan | None
+    trace: Trace
+    failed: dict[str, str]
+
+
+def cut_once(
+    model: nn.Module,
+    traced: Trace,
+    scores: np.ndarray,
+    choose: Choose,
+    budget: Any,
+    *,
+    forward: Callable[[nn.Module], Any] | None,
+    optimizer: Any = None,
+    twins: Callable[[], list[nn.Module]] = list,
+    wrapper: nn.Module | None = None,
+    distributed: bool = False,
+    strict: bool = False,
+    warn: Callable[[str], Any] | None = None,
+) -> Outcome:
+    """Cuts ``model`` once, in place.
+
+    Args:
+        traced: the trace of ``model`` as it is.
+        scores: (n_units,), in the order of its units.
+        choose: which units stay. Called again where groups had to be locked.
+        budget: what was asked for, for the record.
+        forward: the run by which a cut is checked on a copy; ``None``: it is not.
+        optimizer: see :func:`mmprune.cut.cut`.
+        twins: gives the averaged copies that are cut alike.
+        wrapper: what holds ``model`` (DistributedDataParallel), whose reducers are made anew.
+        distributed: all processes of the default group call this at once. The first one chooses; where
+            the check fails in one of them, it failed in all.
+        strict: a cut that fails the check is an error.
+        warn: told of every group that is locked.
+
+    Raises:
+        InexactCut: the check failed, and ``strict``.
+        PruneError: nothing can be cut (any more). Nothing has changed then.
+    """
+    together = ranks.together if distributed else lambda what: contextlib.nullcontext()
+
+    def try_cut(keep: np.ndarray) -> str:
+        """Why the cut to ``keep`` is none; empty where it is exact."""
+        complaint = ''
+        with together('the check of a cut'):
+            try:
+                step = make_plan(traced, model, keep, budget)
+                if forward is not None:
+                    check_cut(model, step, forward)
+            except InexactCut as error:
+                if strict:
+                    raise
+                complaint = str(error)
+        return next(filter(None, ranks.gathered(complaint)), '') if distributed else complaint
+
+    failed: dict[str, str] = {}
+    while True:
+        choice = None
+        with together('choosing'):
+            # Batches differ in size, and so may what a unit costs: one process chooses for all.
+            if not distributed or ranks.is_first():
+                choice = choose(traced, scores)
+        keep, noted = ranks.shared(choice) if distributed else choice
+        if keep.all():
+            return Outcome(None, traced, failed)
+        complaint = try_cut(keep)
+        if not complaint:
+            break
+        blamed = groups_to_blame(traced, keep, try_cut)
+        for number in blamed:
+            failed[traced.groups[number].name] = complaint
+            if warn is not None:
+                warn(f'{traced.groups[number]} {FAILED} and stay: {complaint}')
+        if len(blamed) == len(traced.groups):
+            raise PruneError(f'nothing can be cut: every group of channels {FAILED}: {complaint}')
+        traced, left = without(traced, blamed, FAILED)
+        scores = scores[left]
+    with together('planning'):
+        step = make_plan(traced, model, keep, budget, **noted)
+    step = ranks.agreed(step) if distributed else step
+    with together('the cut'):
+        cut(model, step, optimizer, twins())
+        rebuild_reducers(wrapper if wrapper is not None else model)
+        return Outcome(step, after_cut(traced, model, keep), failed)
+
+
+def groups_to_blame(traced: Trace, keep: np.ndarray, fails: Callable[[np.ndarray], Any]) -> list[int]:
+    """The groups without whose cuts the rest of ``keep`` passes, by bisection.
+
+    ``fails(keep)`` says whether a choice fails; that of ``keep`` does. About log2(groups) trials for
+    each group that is found.
+    """
+    suspects = [n for n, group in enumerate(traced.groups) if not keep[group.units].all()]
+    blamed: list[int] = []
+    passed: list[int] = []
+
+    def of(groups: list[int]) -> np.ndarray:
+        choice = np.ones(traced.n_units, dtype=bool)
+        for number in groups:
+            units = traced.groups[number].units
+            choice[units] = keep[units]
+        return choice
+
+    while suspects and (not blamed or fails(of(passed + suspects))):
+        low, high = 0, len(suspects)  # with the first `low` it passes, with the first `high` it fails
+        while high - low > 1:
+            middle = (low + high) // 2
+            if fails(of(passed + suspects[:middle])):
+                high = middle
+            else:
+                low = middle
+        passed += suspects[:low]
+        blamed.append(suspects[low])
+        suspects = suspects[high:]
+    return blamed
