@@ -17,8 +17,9 @@ measured here, no accuracy.
 
 A *cut* is all that ``PruneHook`` does for it: trace, choice, check, cut, the new trace before the next
 step. Memory is the peak of what the process holds at once (``VmHWM`` of Linux, set back before each
-part; where that is forbidden, the peak so far), on a GPU that of torch's allocator. Results are kept
-as JSON in ``--out``; a config that has one of the same settings is not run again.
+part; where that is forbidden, the peak so far), on a GPU that of torch's allocator; *idle* is before
+the first step. Seconds are of CPU time, on a GPU of the clock. Results are kept as JSON in ``--out``;
+a config that has one of the same settings is not run again.
 """
 
 import argparse
@@ -29,28 +30,25 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from coco_pictures import use_data, write_data
 from mmengine.config import Config, DictAction
 from mmengine.hooks import Hook
-from mmengine.runner.priority import get_priority
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
+from mmengine.runner.priority import get_priority
 from rich.console import Console
 from rich.table import Table
 
+from mmprune import testing
 from mmprune.checkpoint import without_pretrained
 from mmprune.hooks import PruneHook
 
 ROOT = Path(__file__).resolve().parent.parent
-SUBSET = Path(os.environ.get('MMPRUNE_COCO', ROOT / '../shared/data/coco_subset')).resolve()
 BATCH = 2
-FULL = 1333, 800
-"""Width and height that mmdet's detectors resize to."""
 
 
 # -- in the process that trains --------------------------------------------------------------------
@@ -78,21 +76,30 @@ def reset_peak() -> None:
         return
 
 
+def clock() -> float:
+    """Seconds of this process: of its threads on a CPU, so that a busy machine does not tell."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
 class _Parts(list):
     """What was measured, in order: ``part``, ``iteration``, ``cuts`` made before it, ``seconds``,
     ``peak``. One for the two hooks of the process."""
 
     since = 0.0
 
+    def begin(self) -> None:
+        reset_peak()
+        self.since = clock()
+
     def end(self, part: str, runner: Runner, cuts: int) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - self.since
+        seconds = clock() - self.since
         self.append(
             dict(part=part, iteration=runner.iter, cuts=cuts, seconds=seconds, peak=read_peak())
         )
-        reset_peak()
-        self.since = time.perf_counter()
+        self.begin()
 
 
 PARTS = _Parts()
@@ -111,6 +118,9 @@ class StopwatchHook(Hook):
         if self.limit:  # an allocation beyond it is an error here, not the end of other processes
             resource.setrlimit(resource.RLIMIT_DATA, (self.limit, resource.RLIM_INFINITY))
         self.prune = next(hook for hook in runner.hooks if isinstance(hook, PruneHook))
+
+    def before_train(self, runner: Runner) -> None:
+        PARTS.begin()
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         self.cuts = self.prune.cuts
@@ -133,135 +143,11 @@ class StopwatchHook(Hook):
         if not self.first:
             return
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'
-        content = dict(size=self.size, device=device, parts=PARTS)
+        content = dict(size=self.size, device=device, cuts=self.prune.cuts, parts=PARTS)
         Path(self.out).write_text(json.dumps(content, indent=1) + '\n')
 
 
-# -- pictures ---------------------------------------------------------------------------------------
-
-
-def pictures_of(split: str, folder: Path) -> list[dict[str, Any]]:
-    """Wide pictures with boxes, as COCO's ``images`` with their ``annotations`` in them: of the subset
-    where it is there, otherwise drawn into ``folder``."""
-    if not SUBSET.is_dir():
-        return list(_drawn(split, folder))
-    content = json.loads((SUBSET / 'annotations' / f'instances_{split}2017.json').read_text())
-    ids = {each['id']: i for i, each in enumerate(content['categories'])}
-    pictures = {picture['id']: picture | {'annotations': []} for picture in content['images']}
-    for each in content['annotations']:
-        if not each['iscrowd'] and min(each['bbox'][2:]) >= 1:
-            kept = dict(category=ids[each['category_id']], bbox=each['bbox'])
-            kept['segmentation'] = each.get('segmentation') or [_corners(*each['bbox'])]
-            pictures[each['image_id']]['annotations'].append(kept)
-    for picture in pictures.values():
-        picture['file_name'] = str(SUBSET / f'{split}2017' / picture['file_name'])
-    return [p for p in pictures.values() if p['annotations'] and p['width'] >= p['height']]
-
-
-def _corners(x: float, y: float, width: float, height: float) -> list[float]:
-    return [x, y, x + width, y, x + width, y + height, x, y + height]
-
-
-def _drawn(split: str, folder: Path, count: int = 8) -> Iterator[dict[str, Any]]:
-    """``count`` drawn pictures of the full size; a puppet is a person."""
-    import cv2
-
-    from mmprune.datasets.drawing import FIGURE, SHAPES, box_of, draw
-
-    width, height = FULL
-    rng = np.random.default_rng(split == 'val')
-    for i in range(count):
-        image, items = draw(rng, width)
-        boxes = [(item.kind, box_of(item.whole)) for item in items]
-        found = [
-            (kind, [x1, y1, x2 - x1, min(y2, height) - y1])
-            for kind, (x1, y1, x2, y2) in boxes
-            if y1 < height - 40
-        ]
-        if found:
-            path = folder / f'{split}{i}.jpg'
-            cv2.imwrite(str(path), image[:height])
-            yield dict(
-                file_name=str(path), width=width, height=height,
-                annotations=[
-                    dict(category=0 if kind == FIGURE else 1 + SHAPES.index(kind), bbox=box,
-                         segmentation=[_corners(*box)])
-                    for kind, box in found
-                ],
-            )  # fmt: skip
-
-
-def full_size(pictures: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """``count`` pictures, in turns of about 5 : 3 and 4 : 3. Resized into 1333 x 800 the former have
-    the full width and the latter the full height, so any two neighbours fill a batch."""
-
-    def nearest(ratio: float) -> list[dict[str, Any]]:
-        return sorted(pictures, key=lambda p: (abs(p['width'] / p['height'] - ratio), p['file_name']))
-
-    wide, high = nearest(FULL[0] / FULL[1]), nearest(4 / 3)
-    return [kind[i // 2] for i, kind in zip(range(count), [wide, high] * count, strict=False)]
-
-
-def write_data(folder: Path, train: int, val: int) -> None:
-    """COCO's files in ``folder/annotations``, as the configs name them: boxes and polygons of ``train``
-    and ``val`` pictures; as many people, with 17 keypoints at random places in each one's box, and as
-    detections that an earlier stage found."""
-    from mmdet.datasets import CocoDataset
-
-    out = folder / 'annotations'
-    out.mkdir(parents=True, exist_ok=True)
-    names = CocoDataset.METAINFO['classes']
-    categories = [{'id': i + 1, 'name': name} for i, name in enumerate(names)]
-    rng = np.random.default_rng(0)
-    for split, count in (('train', train), ('val', val)):
-        pictures = pictures_of(split, folder)
-        _write(out / f'instances_{split}2017.json', full_size(pictures, count), categories)
-        people = [
-            picture | {'annotations': [_with_keypoints(each, rng)]}
-            for picture in pictures for each in picture['annotations']
-            if each['category'] == 0 and min(each['bbox'][2:]) >= 48
-        ][:count]  # fmt: skip
-        _write(out / f'person_keypoints_{split}2017.json', people, categories[:1])
-    detections = [
-        dict(image_id=i + 1, category_id=1, bbox=each['annotations'][0]['bbox'], score=0.9)
-        for i, each in enumerate(people)
-    ]
-    (out / 'detections.json').write_text(json.dumps(detections))
-
-
-def _with_keypoints(annotation: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-    x, y, width, height = annotation['bbox']
-    places = rng.random((17, 2)) * (width, height) + (x, y)
-    points = np.concatenate([places, np.full((17, 1), 2.0)], 1).round(1).ravel().tolist()
-    return annotation | dict(keypoints=points, num_keypoints=17)
-
-
-def _write(path: Path, pictures: list[dict[str, Any]], categories: list[dict[str, Any]]) -> None:
-    annotations: list[dict[str, Any]] = []
-    for i, picture in enumerate(pictures):
-        for each in picture['annotations']:
-            kept = {key: value for key, value in each.items() if key != 'category'}
-            kept |= dict(id=len(annotations) + 1, image_id=i + 1, category_id=each['category'] + 1)
-            annotations.append(kept | dict(iscrowd=0, area=each['bbox'][2] * each['bbox'][3]))
-    images = [
-        {key: picture[key] for key in ('file_name', 'width', 'height')} | {'id': i + 1}
-        for i, picture in enumerate(pictures)
-    ]
-    path.write_text(json.dumps(dict(images=images, annotations=annotations, categories=categories)))
-
-
 # -- configs ----------------------------------------------------------------------------------------
-
-
-def use_data(node: Any, folder: Path) -> None:
-    """Every dataset and evaluator in a config takes its annotations from ``folder``, in place."""
-    if isinstance(node, dict):
-        if 'ann_file' in node:
-            node['ann_file'] = str(folder / 'annotations' / Path(node['ann_file']).name)
-        if node.get('bbox_file'):
-            node['bbox_file'] = str(folder / 'annotations' / 'detections.json')
-    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
-        use_data(child, folder)
 
 
 def shorten(cfg: Config, epochs: int, hook: dict[str, Any]) -> None:
@@ -280,8 +166,6 @@ def shorten(cfg: Config, epochs: int, hook: dict[str, Any]) -> None:
 
 def derive(path: str, work_dir: Path, args: argparse.Namespace) -> Config:
     """The config at ``path`` on a handful of pictures, for two cuts, with stopwatches."""
-    from mmprune import testing
-
     cfg = Config.fromfile(path)
     cfg.model = without_pretrained(cfg.model)
     model, _ = testing.build(cfg)
@@ -300,9 +184,7 @@ def derive(path: str, work_dir: Path, args: argparse.Namespace) -> Config:
     if args.short:
         cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None
     when = dict(begin=0, interval=1) if args.short else dict(begin=1, interval=2)
-    import inspect  # TMP
-    if 'validate_first' in inspect.signature(PruneHook).parameters: when['validate_first']=False
-    shorten(cfg, epochs, dict(when, steps=2) | args.hook)
+    shorten(cfg, epochs, dict(when, steps=2, validate_first=False) | args.hook)
     cfg.custom_imports.imports = [*cfg.custom_imports.imports, 'real_size']
     behind = get_priority(PruneHook.priority) + 1
     cfg.custom_hooks += [
@@ -349,12 +231,13 @@ def figures(measured: dict[str, Any]) -> dict[str, Any]:
     steps = [part for part in parts if part['part'] == 'step' and part['cuts'] == 0]
     cuts = [
         [part for part in parts if part['part'] in ('trace', 'cut') and part['cuts'] == made]
-        for made in range(max(part['cuts'] for part in parts))
+        for made in range(measured['cuts'])
     ]
     step_seconds = statistics.median(part['seconds'] for part in steps[1:] or steps)
     return dict(
         size=measured['size'],
         device=measured['device'],
+        idle=parts[0]['peak'],
         step_seconds=step_seconds,
         step_peak=max(part['peak'] for part in steps),
         cut_seconds=[sum(part['seconds'] for part in cut) for cut in cuts],
@@ -364,19 +247,19 @@ def figures(measured: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(results: dict[str, dict[str, Any]]) -> Table:
-    out = Table(title=f'Batches of {BATCH}; memory in GB, time in seconds', title_justify='left')
+    out = Table(title=f'Batches of {BATCH}', title_justify='left')
     out.add_column('config')
-    for name in ('pixels', 'step', 'cuts', 'cut / step', 'step, GB', 'cut, GB', 'cut / step', 'FLOPs'):
+    for name in ('pixels', 'step, s', 'cuts, s', 'ratio', 'idle, GB', 'step', 'cut', 'ratio', 'FLOPs'):
         out.add_column(name, justify='right')
     for name, found in results.items():
         if 'failed' in found:
-            out.add_row(name, 'failed:', found['failed'])
+            out.add_row(name, '', 'failed')
             continue
         step, cuts = found['step_seconds'], found['cut_seconds']
         out.add_row(
             name.removesuffix('_prune_coco'), ' x '.join(map(str, found['size'])), f'{step:.1f}',
             ', '.join(f'{each:.1f}' for each in cuts), f'{max(cuts) / step:.2f}',
-            f'{found["step_peak"]:.2f}', f'{found["cut_peak"]:.2f}',
+            f'{found["idle"]:.2f}', f'{found["step_peak"]:.2f}', f'{found["cut_peak"]:.2f}',
             f'{found["cut_peak"] / found["step_peak"]:.2f}', f'{found["flops_left"]:.0%}',
         )  # fmt: skip
     return out
@@ -404,7 +287,9 @@ def main() -> None:
         if found.get('settings') != settings:
             console.print(f'{path} ...')
             found = run(path, args, settings)
-            if 'failed' not in found:
+            if 'failed' in found:
+                console.print(found['failed'], style='red', markup=False)
+            else:
                 kept.write_text(json.dumps(found, indent=1) + '\n')
         results[Path(path).stem] = found
     console.print(table(results))

@@ -29,19 +29,15 @@ def shapes(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def real_size():
-    spec = importlib.util.spec_from_file_location('real_size', ROOT / 'benchmarks' / 'real_size.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope='module')
-def coco(real_size, tmp_path_factory):
-    """A folder with annotations of six pictures, named as COCO's."""
+def use_data(tmp_path_factory):
+    """A function by which a part of a config takes its annotations from those of six pictures."""
+    path = ROOT / 'benchmarks' / 'coco_pictures.py'
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    pictures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pictures)
     folder = tmp_path_factory.mktemp('coco')
-    real_size.write_data(folder, train=6, val=2)
-    return folder
+    pictures.write_data(folder, train=6, val=2)
+    return lambda node: pictures.use_data(node, folder)
 
 
 def prune_hook(config):
@@ -88,11 +84,11 @@ def test_a_coco_config_has_time_for_its_budget(name):
 
 
 @pytest.mark.parametrize('name', COCO)
-def test_every_transform_of_a_coco_config_runs(name, real_size, coco):
+def test_every_transform_of_a_coco_config_runs(name, use_data):
     config = Config.fromfile(CONFIGS / name)
     init_default_scope(config.default_scope)
     for loader in (config.train_dataloader, config.test_dataloader):
-        real_size.use_data(loader, coco)
+        use_data(loader)
         dataset = DATASETS.build(loader.dataset)
         assert set(dataset[0]) == {'inputs', 'data_samples'}
     for hook in config.custom_hooks:

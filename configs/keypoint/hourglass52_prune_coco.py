@@ -14,6 +14,7 @@ custom_hooks = [
         interval=500,
         steps=20,
         divisor=8,
+        lock=['backbone.inters.*'],  # between stacks, and this is one: they never run
     ),
 ]
 load_from = 'https://download.openmmlab.com/mmpose/top_down/hourglass/hourglass52_coco_256x256-4ec713ba_20200709.pth'  # noqa: E501

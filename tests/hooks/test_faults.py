@@ -90,7 +90,7 @@ def test_a_cut_that_fails_at_any_step_leaves_model_optimizer_and_average(
             assert same(before, everything(runner, ema)), number
             assert hook._trace is trace
             assert hook._collector is collector
-            hook.cuts -= 1
+            assert hook.cuts == 0  # what failed does not count
             number += 7
         monkeypatch.setattr(cutting, 'commit', commit)
         PruneHook.cut(hook, runner, batch)
