@@ -1,6 +1,6 @@
 """Ties -> units and groups: units are the connected components of everything that was tied."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -112,6 +112,7 @@ def couple(record: Record) -> Trace:
     slots = record.slots
     component = components(record)
     n = component.max() + 1
+    settle(record, component)
     reasons: dict[int, dict[str, None]] = {}
     locked = np.zeros(n, dtype=bool)
     for ids, reason in record.locks:
@@ -136,6 +137,7 @@ def couple(record: Record) -> Trace:
         reasons[unit] = {'output of the model' if seen[unit] else 'not used in the traced run': None}
     locked |= unread
 
+    component = component[: slots.size]
     unit_of, groups = _groups(slots, component, locked)
     return Trace(
         slots=slots,
@@ -150,8 +152,9 @@ def couple(record: Record) -> Trace:
 
 
 def components(record: Record) -> np.ndarray:
-    """For each slot the number of its connected component; slot 0 stands alone."""
-    size = record.slots.size
+    """For each slot, and each stand-in after them, the number of its connected component; slot 0
+    stands alone."""
+    size = record.slots.size + record.stand_ins
     if record.ties:
         rows = np.concatenate([a for a, _ in record.ties])
         columns = np.concatenate([b for _, b in record.ties])
@@ -161,11 +164,26 @@ def components(record: Record) -> np.ndarray:
     return connected_components(graph, directed=False)[1]
 
 
+def settle(record: Record, component: np.ndarray) -> None:
+    """Where a record holds a stand-in for its width, puts a slot of the same unit in its place; where
+    it was tied to none, ``FIXED``."""
+    size = record.slots.size
+    if component.size == size:
+        return
+    slot = np.arange(component.size)
+    first = np.zeros(component.max() + 1, dtype=np.int64)
+    first[component[size - 1 :: -1]] = slot[size - 1 :: -1]
+    slot[size:] = first[component[size:]]
+    record.follows = [replace(follow, ids=slot[follow.ids]) for follow in record.follows]
+    record.work = [replace(work, axes=[slot[ids] for ids in work.axes]) for work in record.work]
+    record.elements = [(at, count, [slot[ids] for ids in axes]) for at, count, axes in record.elements]
+
+
 def _axes_in(slots: SlotTable, arrays: list[np.ndarray]) -> list[Axis]:
     """The axes that any of the id arrays lies on."""
     hit: set[int] = set()
     for ids in arrays:
-        real = ids[ids > 0]
+        real = ids[(ids > 0) & (ids < slots.size)]
         if real.size:
             hit.update(np.unique(slots.axis_index(real)).tolist())
     return [slots.axes[i] for i in sorted(hit)]

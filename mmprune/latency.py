@@ -26,6 +26,7 @@ from mmprune.errors import PruneError
 from mmprune.plan import Plan
 from mmprune.rules.table import bind
 from mmprune.runs import tensors_in, unchanged
+from mmprune.slots import FIXED
 from mmprune.trace import CONTRACTIONS, Tracer, record
 from mmprune.verify import evaluating
 
@@ -102,10 +103,11 @@ class _Recorder(Tracer):
         widths: dict[bytes, tuple[int, np.ndarray]] = {}
 
         def width(ids: np.ndarray) -> int:
-            units = np.unique(self.unit_of[ids])
+            of_each = self.unit_of[np.where(ids < self.unit_of.size, ids, FIXED)]  # stand-ins stay
+            units = np.unique(of_each)
             if not (units >= 0).any():
                 return -1
-            return widths.setdefault(units.tobytes(), (len(widths), self.unit_of[ids]))[0]
+            return widths.setdefault(units.tobytes(), (len(widths), of_each))[0]
 
         def slot(value: Any) -> Any:
             if not isinstance(value, torch.Tensor):
