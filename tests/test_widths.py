@@ -88,8 +88,8 @@ FOLLOWS = {
         lambda m, y: torch.cat([y, y.new_ones(2, y.shape[1], 4, 4).clone()], 1)
         .unflatten(1, (2, -1)).sum(1), {}, {}),
     'two fills that are joined': (
-        lambda m, y: y + torch.cat([y.new_ones(1, m.n, 1, 1), y.new_zeros(1, m.n, 1, 1)], 2).sum(2, True),
-        {'n': 8}, {'n': 4}),
+        lambda m, y: y + torch.cat(
+            [y.new_ones(1, m.n, 1, 1), y.new_zeros(1, m.n, 1, 1)], 2).sum(2, True), {'n': 8}, {'n': 4}),
     'a fill moved about': (
         lambda m, y: y + torch.full((4, 1, y.shape[1]), 0.3).permute(1, 2, 0)[..., None], {}, {}),
     'a fill seen otherwise': (
@@ -97,6 +97,9 @@ FOLLOWS = {
     'a fill grown': (
         lambda m, y: y * (torch.ones(1, 1, 1) / 2).expand(m.n, -1, -1), {'n': 8}, {'n': 4}),
     'one channel, expanded': (lambda m, y: y * X[:, :1].expand(-1, y.shape[1], -1, -1), {}, {}),
+    'a kernel that is a fill': (
+        lambda m, y: nn.functional.conv2d(y, y.new_ones(m.n, 1, 1, 1) / 3, groups=m.n),
+        {'n': 8}, {'n': 4}),
     'a fill that is written in a part': (lambda m, y: filled(y, y.new_zeros(2, m.n, 4, 4)),
                                          {'n': 8}, {'n': 4}),
 }  # fmt: skip

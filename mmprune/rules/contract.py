@@ -117,7 +117,9 @@ def matrix_product(call: Call, a: torch.Tensor, b: torch.Tensor, out: torch.Tens
 
 def _select(call: Call, tensor: torch.Tensor, dims: int) -> torch.Tensor:
     """The leading dimensions alone, for a check of shapes."""
-    return part(call, tensor[(...,) + (0,) * (tensor.ndim - dims)], tensor) if tensor.numel() else tensor
+    if not tensor.numel():
+        return tensor
+    return part(call, tensor[(...,) + (0,) * (tensor.ndim - dims)], tensor)
 
 
 @rule('aten::mm', 'aten::bmm')
