@@ -222,8 +222,7 @@ def score_batch(
     """A collector that has seen one backward pass of its own, which leaves gradients, running
     statistics and random states as they were."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    about_to_step = torch.optim.SGD(parameters, lr=0.0)
-    collector = Collector(traced, score, about_to_step, model, distributed)
+    collector = Collector(traced, score, 'none', model, distributed)
     gradients = [p.grad for p in parameters]
     try:
         for parameter in parameters:
@@ -236,7 +235,7 @@ def score_batch(
                     'the outputs that it is made of'
                 )
             torch.stack([t.float().sum() for t in outputs]).sum().backward()
-        about_to_step.step()
+        collector.look()
     finally:
         collector.close()
         for parameter, gradient in zip(parameters, gradients, strict=True):
