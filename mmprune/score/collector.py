@@ -219,8 +219,8 @@ class Collector:
             raise PruneError(
                 f'score={self.score.name!r}: no iteration was scored: no weight had a gradient in '
                 f'{skipped["missing"]} of them, {skipped["nonfinite"]} had gradients not finite (a '
-                'loss that is NaN or infinite, or too large a scale). Scores come from the steps of the '
-                'optimizer between a trace and a cut, or from the batch of a call before any step'
+                'loss that is NaN or infinite, or too large a scale). Scores come from the steps of '
+                'the optimizer between a trace and a cut; before any step, from the batch of the call'
             )
         values = np.sum(found, axis=0)
         values[self._blind()] = np.nan
