@@ -16,7 +16,7 @@ from torch import nn
 
 from mmprune.compat import allow_mmengine_checkpoints
 from mmprune.errors import PruneError
-from mmprune.plan import Plan
+from mmprune.plan import Plan, names_by_first, plan_of
 
 META = 'mmprune'
 """The key of the record in a checkpoint's ``meta``."""
@@ -131,8 +131,16 @@ def plan_from(path: str | Path) -> Plan:
 
 
 def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Strictly: every tensor of the model comes from the checkpoint, and none is left over."""
-    state = weights_in(checkpoint, path)
+    """Strictly: every tensor of the model comes from the checkpoint, and none is left over but under
+    another name that its plan knows."""
+    state, plan, own = dict(weights_in(checkpoint, path)), plan_of(model), set(model.state_dict())
+    for names in names_by_first(plan.aliases if plan is not None else {}).values():
+        found = sorted((name for name in names if name in state), key=own.__contains__)
+        for name in names if found else ():
+            if name in own:
+                state.setdefault(name, state[found[-1]])
+            elif name in state and torch.equal(state[name], state[found[-1]]):
+                del state[name]
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:

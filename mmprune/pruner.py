@@ -22,6 +22,7 @@ from mmprune.recalibrate import batches_asked, norms_in_training, recalibrate_no
 from mmprune.runs import tensors_in, unchanged
 from mmprune.score import Score, make_score
 from mmprune.score.collector import Collector
+from mmprune.slots import aliases_of
 from mmprune.wrappers.ddp import check_rebuildable, rebuild_reducers
 
 ToLoss = Callable[[nn.Module, Any], Any]
@@ -267,7 +268,7 @@ def save_model_def(model: nn.Module) -> dict[str, Any]:
     """The structure of ``model``, pruned or not, to put into a checkpoint dict: plain numbers,
     strings, lists and dicts."""
     plan = plan_of(model)
-    return (plan or Plan({}, {}, fingerprint(model))).to_meta()
+    return (plan or Plan({}, {}, fingerprint(model), aliases=aliases_of(model))).to_meta()
 
 
 def load_model_def(model: nn.Module, path_or_checkpoint: str | Path | dict[str, Any]) -> nn.Module:
