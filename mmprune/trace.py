@@ -92,7 +92,8 @@ class Tracer(TorchDispatchMode):
                 axis = self.record.slots.by_key.get((name, dim))
                 if axis is not None:
                     labels[dim] = (axis.ids,)
-            self._facts[tensor] = Facts(labels, name=name, raw=True)
+            own = isinstance(tensor, nn.Parameter)  # buffers are not masked
+            self._facts[tensor] = Facts(labels, nonzero=not own, name=name, raw=True)
             self._storages[memory(tensor)] = name
 
     # -- what rules use ---------------------------------------------------------------------------

@@ -24,6 +24,7 @@ class Net(nn.Module):
         torch.manual_seed(0)
         self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(out, 2, 1)
         self.other = nn.Conv2d(3, 8, 1)
+        self.register_buffer('table', torch.rand(8, 8))
         self.between = between
         self.__dict__.update(numbers)
 
@@ -140,6 +141,11 @@ STAYS = {
         lambda m, y: y + (torch.zeros(m.n) + torch.rand(8))[:, None, None], {'n': 8}, 'of fixed width'),
     'a fill that is added up': (
         lambda m, y: y * torch.ones(y.shape[1]).sum(), {}, 'would not be zero'),
+    'a fill that a buffer reads': (
+        lambda m, y: y + (torch.ones(1, y.shape[1]).double() @ m.table)[..., None, None],
+        {}, 'zero on neither side'),
+    'a buffer that is added up': (
+        lambda m, y: y + (y + m.table[0, :, None, None]).sum(1, True), {}, 'would not be zero'),
     'a value of a fill': (
         lambda m, y: y + torch.full((1, 1), y.shape[1]), {}, 'a number for full'),
     'a number in an object': (

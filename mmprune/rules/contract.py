@@ -81,8 +81,9 @@ def convolve(
     if call.ids(x, 0):
         labels[0] = call.ids(x, 0)
     call.label(out, labels)
-    call.nonzero(out, any(call.tracer.is_nonzero(t) for t in (weight, bias) if t is not None)
-                 or bool(call.ids(x, 0) and bias is not None))  # fmt: skip
+    nonzero = [call.tracer.is_nonzero(t) for t in (x, weight, bias) if t is not None]
+    nonzero[:2] = [all(nonzero[:2])] if depthwise else nonzero[1:2]
+    call.nonzero(out, any(nonzero) or bool(call.ids(x, 0) and bias is not None))
     positions = (x if transposed else out).numel() / (n_in if transposed else n_out)
     call.multiply_adds(positions * math.prod(weight.shape), rows, columns)
 
