@@ -111,6 +111,9 @@ def couple(record: Record) -> Trace:
     """Connected components, what is locked among them, and groups of one shape."""
     slots = record.slots
     component = components(record)
+    if record.parts:
+        size_parts(record, component)
+        component = components(record)
     n = component.max() + 1
     settle(record, component)
     reasons: dict[int, dict[str, None]] = {}
@@ -162,6 +165,16 @@ def components(record: Record) -> np.ndarray:
         rows = columns = np.zeros(0, dtype=np.int64)
     graph = coo_array((np.ones(rows.size, dtype=bool), (rows, columns)), shape=(size, size))
     return connected_components(graph, directed=False)[1]
+
+
+def size_parts(record: Record, component: np.ndarray) -> None:
+    """Ties fills whose size is a part or a multiple of a width to that, by the units that their
+    positions met."""
+    first = np.zeros(component.max() + 1, dtype=np.int64)
+    first[component[::-1]] = np.arange(component.size)[::-1]
+    unit = first[component]
+    for number, ids in record.parts:
+        number.of_units(unit).sizes(unit[ids])
 
 
 def settle(record: Record, component: np.ndarray) -> None:

@@ -66,6 +66,8 @@ class Record:
     scales: list[Ids] = field(default_factory=list)
     stand_ins: int = 0
     """How many ids above those of the slots stand for positions of fills (:meth:`Tracer.stand_in`)."""
+    parts: list[tuple[Width, Ids]] = field(default_factory=list)
+    """Those that are a part or a multiple of a width. Which of them go together, the run shows."""
 
 
 class Tracer(TorchDispatchMode):
@@ -158,15 +160,18 @@ class Tracer(TorchDispatchMode):
         return found is not None and found.raw and not found.fill
 
     def stand_in(self, number: Width) -> Ids:
-        """Ids for the positions of a fill that is made with the size ``number``: they are tied to the
-        channels that the number was read from, and no slots themselves."""
+        """Ids for the positions of a fill that is made with the size ``number``: they go with the
+        channels that the number was read from, and are no slots themselves."""
         key = number.key
         if key not in self._stand_ins:
             first = self._locked.size
             self._locked = np.append(self._locked, np.zeros(int(number), dtype=bool))
             self.record.stand_ins += int(number)
-            self._stand_ins[key] = np.arange(first, first + int(number))
-            number.sizes(self._stand_ins[key])
+            ids = self._stand_ins[key] = np.arange(first, first + int(number))
+            if number.share == 1:
+                number.sizes(ids)
+            else:
+                self.record.parts.append((number, ids))
         return self._stand_ins[key]
 
     def tie(self, a: Ids, b: Ids, reason: str) -> None:

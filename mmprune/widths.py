@@ -85,6 +85,12 @@ class Width(int):
             return self.origin.ids
         return self.origin.tracer.stand_in(self)
 
+    def of_units(self, unit: np.ndarray) -> 'Width':
+        """The same number, read from ``unit[slot]`` in the place of each slot."""
+        if self.origin.ids is None:
+            return self
+        return Width(int(self), Origin(self.origin.tracer, unit[self.origin.ids]), self.share)
+
     def sizes(self, ids: np.ndarray) -> None:
         """It is the size of a dimension that carries ``ids``: the two shrink by the same factor."""
         tracer, origin = self.origin.tracer, self.origin

@@ -166,6 +166,11 @@ def fills(r, c):
             :, None, None, None].tanh(),
         lambda m, x: m.b(part_written(m.a(x), x.new_zeros(len(x), m.n, *x.shape[2:]))),
         lambda m, x: m.b(F.dropout2d(m.a(x), 1e-12, True)),
+        lambda m, x: m.b(m.a(x) + torch.ones(m.n * 16).view(m.n, 4, 4).relu()),
+        lambda m, x: m.b(m.a(x) + torch.cat(
+            [torch.ones(m.n // 2), torch.zeros(m.n // 2)]).view(-1, 1, 1)),
+        lambda m, x: m.b(m.a(x).flatten(0, 1).add(torch.ones(len(x) * m.n, 4, 4)).view(
+            len(x), m.n, 4, 4)),
         lambda m, x: m.b(m.a(x) + torch.ones(d, 1, 1).mul(2)),
         lambda m, x: m.b(m.a(x) + x[:, :1].expand(-1, d, -1, -1)),
         lambda m, x: m.b(m.a(x) + torch.cat([torch.ones(d // 2), torch.zeros(d // 2)])[:, None, None]),

@@ -95,6 +95,13 @@ FOLLOWS = {
         lambda m, y: y + torch.full((4, 1, y.shape[1]), 0.3).permute(1, 2, 0)[..., None], {}, {}),
     'a fill seen otherwise': (
         lambda m, y: y + torch.ones(2 * m.n, 16).sub(0.5).view(2, -1, 4, 4), {'n': 8}, {'n': 4}),
+    'a fill seen otherwise, inside out': (
+        lambda m, y: y + torch.ones(2, m.n * 16).sub(0.5).view(2, -1, 4, 4), {'n': 8}, {'n': 4}),
+    'a flat fill of the same size': (
+        lambda m, y: y + torch.ones(2, y.shape[1] * y.shape[2] * y.shape[3]).view(y.shape), {}, {}),
+    'a flat fill of half the size': (
+        lambda m, y: y + torch.ones(1, y.shape[1] // 2, 1).expand(-1, -1, 2).reshape(1, -1, 1, 1),
+        {}, {}),
     'a fill grown': (
         lambda m, y: y * (torch.ones(1, 1, 1) / 2).expand(m.n, -1, -1), {'n': 8}, {'n': 4}),
     'one channel, expanded': (lambda m, y: y * X[:, :1].expand(-1, y.shape[1], -1, -1), {}, {}),
