@@ -1,6 +1,7 @@
 """The record in a checkpoint: reading it, and rebuilding the pruned model from its unpruned config."""
 
 import contextlib
+import copy
 import os
 import pickle
 import zipfile
@@ -133,7 +134,8 @@ def plan_from(path: str | Path) -> Plan:
 def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:
     """Strictly: every tensor of the model comes from the checkpoint, and none is left over but under
     another name that its plan knows."""
-    state, plan, own = dict(weights_in(checkpoint, path)), plan_of(model), set(model.state_dict())
+    state = copy.copy(weights_in(checkpoint, path))  # not as a dict: modules' versions hang on it
+    plan, own = plan_of(model), set(model.state_dict())
     for names in names_by_first(plan.aliases if plan is not None else {}).values():
         found = sorted((name for name in names if name in state), key=own.__contains__)
         for name in names if found else ():

@@ -177,16 +177,22 @@ def size_parts(record: Record, component: np.ndarray) -> None:
         number.of_units(unit).sizes(unit[ids])
 
 
-def settle(record: Record, component: np.ndarray) -> None:
-    """Where a record holds a stand-in for its width, puts a slot of the same unit in its place; where
-    it was tied to none, ``FIXED``."""
+def slots_for(record: Record, component: np.ndarray) -> np.ndarray:
+    """For each id a slot: its own, or for a stand-in one of the same unit; where it was tied to none,
+    ``FIXED``."""
     size = record.slots.size
-    if component.size == size:
-        return
     slot = np.arange(component.size)
     first = np.zeros(component.max() + 1, dtype=np.int64)
     first[component[size - 1 :: -1]] = slot[size - 1 :: -1]
     slot[size:] = first[component[size:]]
+    return slot
+
+
+def settle(record: Record, component: np.ndarray) -> None:
+    """Puts slots in the place of stand-ins for the width of something."""
+    if not record.stand_ins:
+        return
+    slot = slots_for(record, component)
     record.follows = [replace(follow, ids=slot[follow.ids]) for follow in record.follows]
     record.work = [replace(work, axes=[slot[ids] for ids in work.axes]) for work in record.work]
     record.elements = [(at, count, [slot[ids] for ids in axes]) for at, count, axes in record.elements]

@@ -63,6 +63,19 @@ def test_a_plan_of_a_model_that_ran_fits_a_fresh_one(late):
         load_weights(fresh, file, 'it')
 
 
+def test_the_versions_of_modules_are_kept(late):
+    class Versioned(Lends):
+        _version = 2
+
+        def _load_from_state_dict(self, state, prefix, metadata, *others):
+            assert metadata['version'] == 2
+            super()._load_from_state_dict(state, prefix, metadata, *others)
+
+    model = Versioned(late)
+    mmprune.prune(model, run, keep_channels=0.5)
+    load_weights(model, {'state_dict': model.state_dict()}, 'it')
+
+
 def test_a_plan_of_a_fresh_model_fits_one_that_ran(late):
     fresh = Lends(late).eval()
     plan = mmprune.prune(fresh, run, keep_channels=0.5)

@@ -46,6 +46,11 @@ def outcome(between, **numbers):
     return model.a.out_channels, plan.attributes.get('', {}), told
 
 
+def written(out):
+    out[:, :, 0].add_(1)
+    return out
+
+
 def filled(y, out):
     out[:, :, 1:] = y[:, :, 1:]
     return out
@@ -153,6 +158,9 @@ STAYS = {
         {}, 'zero on neither side'),
     'a buffer that is added up': (
         lambda m, y: y + (y + m.table[0, :, None, None]).sum(1, True), {}, 'would not be zero'),
+    'a part of a fill that is not zero': (
+        lambda m, y: y + (y * 0 + written(y.new_zeros(2, y.shape[1], 4, 4))).sum(1, True),
+        {}, 'would not be zero'),
     'a value of a fill': (
         lambda m, y: y + torch.full((1, 1), y.shape[1]), {}, 'a number for full'),
     'a number in an object': (
