@@ -1,7 +1,11 @@
 """The record in a checkpoint: reading it, and rebuilding the pruned model from its unpruned config."""
 
+import contextlib
+import copy
+import os
 import pickle
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +15,17 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner.checkpoint import _load_checkpoint
 from torch import nn
 
+from mmprune.compat import allow_mmengine_checkpoints
 from mmprune.errors import PruneError
-from mmprune.plan import Plan
+from mmprune.plan import Plan, names_by_first, plan_of
 
 META = 'mmprune'
 """The key of the record in a checkpoint's ``meta``."""
 
 
 def read_checkpoint(path: str | Path, device: str = 'cpu') -> dict[str, Any]:
-    """A checkpoint's content. Never runs code: ``torch.load``'s ``weights_only`` stays on.
+    """A checkpoint's content. Never runs code: ``torch.load``'s ``weights_only`` is on, whatever
+    mmengine's own loader or the environment would say.
 
     ``path``: a file, or an address that mmengine fetches (``https://...``).
 
@@ -32,9 +38,14 @@ def read_checkpoint(path: str | Path, device: str = 'cpu') -> dict[str, Any]:
     if local and not Path(path).is_file():
         raise PruneError(f'{path}: no such checkpoint file')
     try:
+        # Again: torch's context manager `safe_globals` forgets at its end what was known before it.
+        allow_mmengine_checkpoints()
         if local:
             check_archive(path)
-        checkpoint = _load_checkpoint(path, map_location=device)
+            checkpoint = torch.load(path, map_location=device, weights_only=True)
+        else:
+            with weights_only_everywhere():
+                checkpoint = _load_checkpoint(path, map_location=device)
     except PruneError:
         raise
     except pickle.UnpicklingError as error:
@@ -50,6 +61,22 @@ def read_checkpoint(path: str | Path, device: str = 'cpu') -> dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise PruneError(f'{path}: holds a {type(checkpoint).__name__}, not a checkpoint dict')
     return checkpoint
+
+
+@contextlib.contextmanager
+def weights_only_everywhere() -> Iterator[None]:
+    """Has every ``torch.load`` refuse what could run code, one with ``weights_only=False`` too."""
+    before = {name: os.environ.pop(name, None) for name in (FORCE, FORCE_NOT)}
+    os.environ[FORCE] = '1'
+    try:
+        yield
+    finally:
+        del os.environ[FORCE]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+FORCE, FORCE_NOT = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
+"""torch's own variables. The second counts where a caller says nothing, as mmengine does."""
 
 
 def check_archive(path: str | Path) -> None:
@@ -105,8 +132,17 @@ def plan_from(path: str | Path) -> Plan:
 
 
 def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Strictly: every tensor of the model comes from the checkpoint, and none is left over."""
-    state = weights_in(checkpoint, path)
+    """Strictly: every tensor of the model comes from the checkpoint, and none is left over but under
+    another name that its plan knows."""
+    state = copy.copy(weights_in(checkpoint, path))  # not as a dict: modules' versions hang on it
+    plan, own = plan_of(model), set(model.state_dict())
+    for names in names_by_first(plan.aliases if plan is not None else {}).values():
+        found = sorted((name for name in names if name in state), key=own.__contains__)
+        for name in names if found else ():
+            if name in own:
+                state.setdefault(name, state[found[-1]])
+            elif name in state and torch.equal(state[name], state[found[-1]]):
+                del state[name]
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:

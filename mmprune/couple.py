@@ -1,6 +1,6 @@
 """Ties -> units and groups: units are the connected components of everything that was tied."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -111,7 +111,11 @@ def couple(record: Record) -> Trace:
     """Connected components, what is locked among them, and groups of one shape."""
     slots = record.slots
     component = components(record)
+    if record.parts:
+        size_parts(record, component)
+        component = components(record)
     n = component.max() + 1
+    settle(record, component)
     reasons: dict[int, dict[str, None]] = {}
     locked = np.zeros(n, dtype=bool)
     for ids, reason in record.locks:
@@ -136,6 +140,7 @@ def couple(record: Record) -> Trace:
         reasons[unit] = {'output of the model' if seen[unit] else 'not used in the traced run': None}
     locked |= unread
 
+    component = component[: slots.size]
     unit_of, groups = group_units(slots, component, locked)
     return Trace(
         slots=slots,
@@ -150,8 +155,9 @@ def couple(record: Record) -> Trace:
 
 
 def components(record: Record) -> np.ndarray:
-    """For each slot the number of its connected component; slot 0 stands alone."""
-    size = record.slots.size
+    """For each slot, and each stand-in after them, the number of its connected component; slot 0
+    stands alone."""
+    size = record.slots.size + record.stand_ins
     if record.ties:
         rows = np.concatenate([a for a, _ in record.ties])
         columns = np.concatenate([b for _, b in record.ties])
@@ -161,11 +167,42 @@ def components(record: Record) -> np.ndarray:
     return connected_components(graph, directed=False)[1]
 
 
+def size_parts(record: Record, component: np.ndarray) -> None:
+    """Ties fills whose size is a part or a multiple of a width to that, by the units that their
+    positions met."""
+    first = np.zeros(component.max() + 1, dtype=np.int64)
+    first[component[::-1]] = np.arange(component.size)[::-1]
+    unit = first[component]
+    for number, ids in record.parts:
+        number.of_units(unit).sizes(unit[ids])
+
+
+def slots_for(record: Record, component: np.ndarray) -> np.ndarray:
+    """For each id a slot: its own, or for a stand-in one of the same unit; where it was tied to none,
+    ``FIXED``."""
+    size = record.slots.size
+    slot = np.arange(component.size)
+    first = np.zeros(component.max() + 1, dtype=np.int64)
+    first[component[size - 1 :: -1]] = slot[size - 1 :: -1]
+    slot[size:] = first[component[size:]]
+    return slot
+
+
+def settle(record: Record, component: np.ndarray) -> None:
+    """Puts slots in the place of stand-ins for the width of something."""
+    if not record.stand_ins:
+        return
+    slot = slots_for(record, component)
+    record.follows = [replace(follow, ids=slot[follow.ids]) for follow in record.follows]
+    record.work = [replace(work, axes=[slot[ids] for ids in work.axes]) for work in record.work]
+    record.elements = [(at, count, [slot[ids] for ids in axes]) for at, count, axes in record.elements]
+
+
 def _axes_in(slots: SlotTable, arrays: list[np.ndarray]) -> list[Axis]:
     """The axes that any of the id arrays lies on."""
     hit: set[int] = set()
     for ids in arrays:
-        real = ids[ids > 0]
+        real = ids[(ids > 0) & (ids < slots.size)]
         if real.size:
             hit.update(np.unique(slots.axis_index(real)).tolist())
     return [slots.axes[i] for i in sorted(hit)]

@@ -15,7 +15,7 @@ from torch import nn
 from mmprune.errors import PruneError
 from mmprune.plan import Plan, check_fingerprint, narrowed, plan_of, set_plan
 from mmprune.runs import tensors_in
-from mmprune.slots import named_state
+from mmprune.slots import aliases_of, named_state
 
 Change = tuple[Callable[[], None], Callable[[], None]]
 """Two functions without arguments: do it, undo it."""
@@ -32,8 +32,10 @@ def cut(model: nn.Module, plan: Plan, optimizer: Any = None, twins: Iterable[nn.
         PruneError: the model is another one, or state can't follow. Nothing has changed then.
     """
     twins = list(twins)
+    for each in (model, *twins):  # a copy may hold a tensor under a name that the model lacks
+        plan = plan.with_aliases(aliases_of(each))
     for each in (model, *twins):
-        check_fingerprint(plan.fingerprint, each, 'the plan')
+        check_fingerprint(plan.fingerprint, each, 'the plan', plan.aliases)
     changes: list[Change] = []
     dims_of: dict[int, dict[int, list[int]]] = {}
     for each in (model, *twins):
@@ -43,7 +45,7 @@ def cut(model: nn.Module, plan: Plan, optimizer: Any = None, twins: Iterable[nn.
                 done.add(id(tensor))
                 dims_of[id(tensor)] = plan.keep[name]
                 changes += _narrow_tensor(tensor, plan.keep[name])
-        changes += _attribute_changes(each, plan.attributes)
+        changes += _attribute_changes(each, plan)
         before = plan_of(each)
         total = plan if before is None else before.then(plan)
         changes.append(
@@ -144,12 +146,15 @@ def _state_changes(
 # -- attributes -----------------------------------------------------------------------------------
 
 
-def _attribute_changes(model: nn.Module, attributes: dict[str, dict[str, int]]) -> list[Change]:
+def _attribute_changes(model: nn.Module, plan: Plan) -> list[Change]:
     changes: list[Change] = []
-    for name, values in attributes.items():
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, values in plan.attributes.items():
+        others = plan.module_names(name) if name not in modules else ()
+        known = next((other for other in others if other in modules), name)
         for attribute, value in values.items():
             try:
-                module = model.get_submodule(name)
+                module = model.get_submodule(known)
                 old = read_attribute(module, attribute)
             except (AttributeError, LookupError, TypeError) as error:
                 raise PruneError(

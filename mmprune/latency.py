@@ -20,7 +20,7 @@ from torch import nn
 from mmprune import cost
 from mmprune.budget import Budget
 from mmprune.choose import choose
-from mmprune.couple import Trace
+from mmprune.couple import Trace, components, slots_for
 from mmprune.cut import cut
 from mmprune.errors import PruneError
 from mmprune.plan import Plan
@@ -44,7 +44,7 @@ class Slot:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    follows: tuple[int, ...]
+    follows: tuple[Any, ...]
     channels_last: bool
 
 
@@ -89,34 +89,47 @@ class _Recorder(Tracer):
 
     def __init__(self, model: nn.Module, trace: Trace) -> None:
         super().__init__(model)
-        self.unit_of = trace.unit_of
-        self.ops: list[Op] = []
+        self._unit_of = trace.unit_of
+        self._calls: list[tuple[Any, tuple, dict]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         out = super().__torch_dispatch__(func, types, args, kwargs)
         if func._schema.name in CONTRACTIONS and any(True for _ in tensors_in((args, kwargs))):
-            self.ops.append(self._noted(func, args, kwargs or {}))
+            args = tuple(map(self._seen, args))
+            self._calls.append((func, args, {k: self._seen(v) for k, v in (kwargs or {}).items()}))
         return out
 
-    def _noted(self, func: Any, args: tuple, kwargs: dict) -> Op:
+    def _seen(self, value: Any) -> Any:
+        """What is kept of an argument: of a tensor a slot, with ids in the place of numbers."""
+        if not isinstance(value, torch.Tensor):
+            return value
+        labels = self.labels_of(value)
+        follows = tuple(labels[d][0] if labels.get(d) else None for d in range(value.ndim))
+        last = value.ndim == 4 and not value.is_contiguous()
+        return Slot(tuple(value.shape), value.dtype, follows, last)
+
+    @property
+    def ops(self) -> list[Op]:
+        """The calls of the run, once it has ended: only then is known what goes with what."""
+        slot = slots_for(self.record, components(self.record))
+        return [self._noted(self._unit_of[slot], *call) for call in self._calls]
+
+    def _noted(self, unit_of: np.ndarray, func: Any, args: tuple, kwargs: dict) -> Op:
         widths: dict[bytes, tuple[int, np.ndarray]] = {}
 
-        def width(ids: np.ndarray) -> int:
-            units = np.unique(self.unit_of[ids])
+        def width(ids: np.ndarray | None) -> int:
+            units = np.unique(unit_of[ids]) if ids is not None else np.zeros(0)
             if not (units >= 0).any():
                 return -1
-            return widths.setdefault(units.tobytes(), (len(widths), self.unit_of[ids]))[0]
+            return widths.setdefault(units.tobytes(), (len(widths), unit_of[ids]))[0]
 
-        def slot(value: Any) -> Any:
-            if not isinstance(value, torch.Tensor):
+        def numbered(value: Any) -> Any:
+            if not isinstance(value, Slot):
                 return value
-            labels = self.labels_of(value)
-            follows = tuple(width(labels[d][0]) if labels.get(d) else -1 for d in range(value.ndim))
-            last = value.ndim == 4 and not value.is_contiguous()
-            return Slot(tuple(value.shape), value.dtype, follows, last)
+            return replace(value, follows=tuple(map(width, value.follows)))
 
-        arguments = tuple(slot(a) for a in args)
-        keywords = {k: slot(v) for k, v in kwargs.items()}
+        arguments = tuple(map(numbered, args))
+        keywords = {k: numbered(v) for k, v in kwargs.items()}
         return Op(func, arguments, keywords, [units for _, units in widths.values()])
 
 

@@ -1,6 +1,7 @@
 """What the dispatcher is not told of: ways out of torch, faces of a tensor without an operation, and
 where the sizes come from that a view, a split or a fill is asked for."""
 
+import operator
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -27,12 +28,17 @@ class Outside(TorchFunctionMode):
         if func == SHAPE or func is torch.Tensor.size:
             return self._size(*args, **kwargs)
         name = getattr(func, '__name__', '').partition('.')[0]
+        widths = list(widths_in((args, kwargs)))
         if name in ASKED:
             self.tracer.asked = ASKED[name](self.tracer, *args, **kwargs)
-        widths = list(widths_in((args, kwargs)))
         if widths:
-            for number in widths if name not in ASKED and name not in GROUPED else ():
-                number.stays(f'a number for {name}')
+            known = widths if name in ASKED or name in GROUPED else ()
+            if name.endswith('full'):  # what it is full of is no size
+                known = widths_in([self.tracer.asked])
+            known = {id(number) for number in known}
+            for number in widths:
+                if id(number) not in known:
+                    number.stays(f'a number for {name}')
             args, kwargs = plain(args), plain(kwargs)  # torch's own Python code is none of ours
         try:
             out = func(*args, **kwargs)
@@ -98,7 +104,10 @@ def after_self(tracer: 'Tracer', x: Any, *sizes: Any, **kwargs: Any) -> list | N
     given = sizes[0] if sizes and isinstance(sizes[0], list | tuple) else sizes
     for key in ('size', 'shape'):
         given = kwargs.get(key, given)
-    return list(given) if all(isinstance(n, int) for n in given) and given else None
+    try:  # numbers of numpy, and of torch, are numbers too
+        return [n if isinstance(n, int) else operator.index(n) for n in given] or None
+    except TypeError:  # a dtype
+        return None
 
 
 def from_start(tracer: 'Tracer', *sizes: Any, **kwargs: Any) -> list | None:
@@ -128,6 +137,7 @@ ASKED: dict[str, Callable] = {
     **dict.fromkeys(('view', '_unsafe_view', '_reshape_alias', 'reshape', 'expand', 'as_strided',
                      'as_strided_', 'new_zeros', 'new_ones', 'new_full', 'new_empty'), after_self),
     **dict.fromkeys(('zeros', 'ones', 'full', 'empty'), from_start),
+    'broadcast_to': after_self,
     **dict.fromkeys(('view_as', 'reshape_as', 'expand_as'), of_other),
     **dict.fromkeys(('split', 'split_with_sizes', 'unsafe_split', 'unsafe_split_with_sizes'), of_parts),
     'unflatten': of_one,

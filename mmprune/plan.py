@@ -11,14 +11,14 @@ import json
 import re
 import reprlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from mmprune.errors import PruneError
-from mmprune.slots import named_state
+from mmprune.slots import aliases_of, named_state
 
 FORMAT = 1
 """Version of ``meta['mmprune']``. Readers refuse later ones."""
@@ -34,7 +34,8 @@ class Plan:
     ``keep``: {tensor name: {dimension: kept original indices, ascending}} for every parameter and
     buffer that was cut; ``attributes``: {module name: {attribute: value}}; ``fingerprint``: names
     and shapes of the original's state; ``history``: one dict for each cut; ``budget``: what was
-    asked for.
+    asked for. ``aliases``: {further name of a tensor: its first name}; of such names a model may have
+    some and lack others, since code may give a module a second name while it runs.
     """
 
     keep: Keep
@@ -42,6 +43,7 @@ class Plan:
     fingerprint: Fingerprint
     history: list[dict[str, Any]] = field(default_factory=list)
     budget: dict[str, Any] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         last = self.history[-1] if self.history else {}
@@ -61,8 +63,9 @@ class Plan:
 
     def then(self, second: Plan) -> Plan:
         """This plan and, after it, one made for the model that it leaves, as a single plan."""
-        left = {name: list(shape) for name, shape in self.fingerprint.items()}
-        for name, dims in self.keep.items():
+        first, second = self.with_aliases(second.aliases), second.with_aliases(self.aliases)
+        left = {name: list(shape) for name, shape in first.fingerprint.items()}
+        for name, dims in first.keep.items():
             for dim, kept in dims.items():
                 left[name][dim] = len(kept)
         wanted = second.fingerprint
@@ -72,7 +75,7 @@ class Plan:
                 f'the second plan was made for {wrong[0]} of shape {_shape(wanted.get(wrong[0]))}, the '
                 f'first leaves {_shape(left.get(wrong[0]))}: they do not follow each other'
             )
-        keep = {name: dict(dims) for name, dims in self.keep.items()}
+        keep = {name: dict(dims) for name, dims in first.keep.items()}
         for name, dims in second.keep.items():
             for dim, indices in dims.items():
                 before = keep.get(name, {}).get(dim)
@@ -82,9 +85,34 @@ class Plan:
         for name, values in second.attributes.items():
             attributes.setdefault(name, {}).update(values)
         return Plan(
-            keep, attributes, self.fingerprint, self.history + second.history,
-            second.budget or self.budget,
+            keep, attributes, first.fingerprint, self.history + second.history,
+            second.budget or self.budget, first.aliases | second.aliases,
         )  # fmt: skip
+
+    def with_aliases(self, aliases: dict[str, str]) -> Plan:
+        """The same plan, in which tensors have further names as well: {name: another}."""
+        if aliases.items() <= self.aliases.items():
+            return self
+        shapes, keep, found = dict(self.fingerprint), dict(self.keep), {}
+        for first, names in names_by_first(self.aliases | aliases).items():
+            known = next((name for name in names if name in shapes), None)
+            for name in names if known is not None else ():
+                shapes.setdefault(name, shapes[known])
+                if known in keep:
+                    keep.setdefault(name, keep[known])
+                if name != first:
+                    found[name] = first
+        return replace(self, keep=keep, fingerprint=shapes, aliases=found)
+
+    def module_names(self, name: str) -> list[str]:
+        """Other names that a module has by the plan's aliases."""
+        found = []
+        for pair in self.aliases.items():
+            parts = [one.split('.') for one in pair]
+            while parts[0] and parts[1] and parts[0].pop() == parts[1].pop():
+                own = ['.'.join(part) for part in parts]
+                found += [other for one, other in (own, own[::-1]) if one == name]
+        return found
 
     def removed(self, name: str, dim: int) -> list[int]:
         """The original indices that go from one dimension of a tensor."""
@@ -107,6 +135,8 @@ class Plan:
             'history': [dict(entry) for entry in self.history],
             'budget': dict(self.budget),
         }
+        if self.aliases:
+            meta['aliases'] = dict(self.aliases)
         return meta | {'checksum': checksum(meta)}
 
     @classmethod
@@ -126,6 +156,7 @@ class Plan:
             fingerprint={name: list(shape) for name, shape in meta['fingerprint'].items()},
             history=[dict(entry) for entry in meta['history']],
             budget=dict(meta['budget']),
+            aliases=dict(meta.get('aliases', {})),
         )
 
 
@@ -134,9 +165,27 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     return {name: list(tensor.shape) for name, tensor in named_state(model)}
 
 
-def check_fingerprint(expected: Fingerprint, model: nn.Module, what: str) -> None:
-    """Raises a PruneError that lists the first differences by name and shape."""
+def names_by_first(aliases: dict[str, str]) -> dict[str, list[str]]:
+    """{first name: all names of a tensor, from aliases of one model or of several}."""
+    group: dict[str, list[str]] = {}
+    for name, first in aliases.items():
+        names, more = group.setdefault(first, [first]), group.get(name, [name])
+        if names is not more:
+            names += more
+            group.update(dict.fromkeys(more, names))
+    return {names[0]: names for names in group.values()}
+
+
+def check_fingerprint(
+    expected: Fingerprint, model: nn.Module, what: str, aliases: dict[str, str] | None = None
+) -> None:
+    """Raises a PruneError that lists the first differences by name and shape. Of the names that a
+    tensor has by ``aliases`` the model needs one."""
     found = fingerprint(model)
+    for names in names_by_first(aliases or {}).values():
+        known = next((name for name in names if name in found), None)
+        if known is not None:
+            found |= {name: found[known] for name in names if name not in found}
     differences = [
         f'{name}: {what} has {_shape(expected.get(name))}, the model {_shape(found.get(name))}'
         for name in list(expected) + [n for n in found if n not in expected]
@@ -158,7 +207,8 @@ def _shape(shape: list[int] | None) -> str:
 
 def plan_of(model: nn.Module) -> Plan | None:
     """The plan by which ``model`` was cut, against its original; ``None`` if it never was."""
-    return getattr(model, '_mmprune_plan', None)
+    plan = getattr(model, '_mmprune_plan', None)
+    return plan if plan is None else plan.with_aliases(aliases_of(model))
 
 
 def set_plan(model: nn.Module, plan: Plan | None) -> None:
@@ -170,7 +220,7 @@ def set_plan(model: nn.Module, plan: Plan | None) -> None:
 
 def checksum(meta: dict[str, Any]) -> str:
     """Of all parts of a meta but itself."""
-    parts = {part: meta[part] for part in _PARTS}
+    parts = {part: meta[part] for part in (*_PARTS, 'aliases') if part in meta}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -254,6 +304,7 @@ def _check_meta(meta: Any) -> None:
                 or any(b <= a for a, b in zip(kept, kept[1:], strict=False))
             ):
                 raise _bad(at, kept, f'ascending indices from 0 to {shape[dim] - 1}')
+    _check_aliases(meta)
     for name, values in meta['attributes'].items():
         if not isinstance(name, str) or not isinstance(values, dict):
             raise _bad(f"['attributes'][{_told(name)}]", values, 'a dict of a module')
@@ -273,6 +324,16 @@ def _check_meta(meta: Any) -> None:
         raise _bad("['budget']", meta['budget'], 'a dict of plain values')
     if meta.get('checksum') != checksum(meta):
         raise _bad("['checksum']", meta.get('checksum'), 'that of what stands there')
+
+
+def _check_aliases(meta: dict[str, Any]) -> None:
+    aliases, shapes, keep = meta.get('aliases', {}), meta['fingerprint'], meta['keep']
+    if not isinstance(aliases, dict):
+        raise _bad("['aliases']", aliases, 'of type dict')
+    for name, first in aliases.items():
+        known = isinstance(first, str) and name in shapes and first not in aliases
+        if not known or shapes[name] != shapes.get(first) or keep.get(name) != keep.get(first):
+            raise _bad(f"['aliases'][{_told(name)}]", first, 'another name of the same tensor')
 
 
 def narrowed(tensor: torch.Tensor, dims: dict[int, list[int]]) -> torch.Tensor:

@@ -23,6 +23,7 @@ from mmprune.runs import tensors_in, unchanged
 from mmprune.score import Score, make_score
 from mmprune.score.collector import Collector
 from mmprune.session import cut_once
+from mmprune.slots import aliases_of
 from mmprune.wrappers.ddp import check_rebuildable
 
 ToLoss = Callable[[nn.Module, Any], Any]
@@ -227,8 +228,7 @@ def score_batch(
     """A collector that has seen one backward pass of its own, which leaves gradients, running
     statistics and random states as they were."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    about_to_step = torch.optim.SGD(parameters, lr=0.0)
-    collector = Collector(traced, score, about_to_step, model, distributed)
+    collector = Collector(traced, score, 'none', model, distributed)
     gradients = [p.grad for p in parameters]
     try:
         for parameter in parameters:
@@ -241,7 +241,7 @@ def score_batch(
                     'the outputs that it is made of'
                 )
             torch.stack([t.float().sum() for t in outputs]).sum().backward()
-        about_to_step.step()
+        collector.look()
     finally:
         collector.close()
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -273,7 +273,7 @@ def save_model_def(model: nn.Module) -> dict[str, Any]:
     """The structure of ``model``, pruned or not, to put into a checkpoint dict: plain numbers,
     strings, lists and dicts."""
     plan = plan_of(model)
-    return (plan or Plan({}, {}, fingerprint(model))).to_meta()
+    return (plan or Plan({}, {}, fingerprint(model), aliases=aliases_of(model))).to_meta()
 
 
 def load_model_def(model: nn.Module, path_or_checkpoint: str | Path | dict[str, Any]) -> nn.Module:

@@ -44,14 +44,11 @@ class SlotTable:
         self.tensors: dict[str, torch.Tensor] = {}
         self.shapes: dict[str, torch.Size] = {}  # as they were: a cut narrows the tensors
         self.by_key: dict[tuple[str, int], Axis] = {}
-        self.aliases: dict[str, str] = {}
-        first_name: dict[int, str] = {}
+        self.aliases = aliases_of(model)
         size, kernels = 1, kernel_weights(model)
         for name, tensor in named_state(model):
-            if id(tensor) in first_name:
-                self.aliases[name] = first_name[id(tensor)]
+            if name in self.aliases:
                 continue
-            first_name[id(tensor)] = name
             self.tensors[name] = tensor
             self.shapes[name] = tensor.shape
             if not (tensor.is_floating_point() or tensor.is_complex()):
@@ -79,6 +76,13 @@ def kernel_weights(model: nn.Module) -> set[str]:
         f'{name}.weight' if name else 'weight' for name, module in model.named_modules()
         if hasattr(module, 'kernel_size') and module._parameters.get('weight') is not None
     }  # fmt: skip
+
+
+def aliases_of(model: nn.Module) -> dict[str, str]:
+    """{further name of a parameter or buffer: its first name}."""
+    first_name: dict[int, str] = {}
+    names = [(name, first_name.setdefault(id(t), name)) for name, t in named_state(model)]
+    return {name: first for name, first in names if name != first}
 
 
 def named_state(model: nn.Module) -> list[tuple[str, torch.Tensor]]:

@@ -9,7 +9,7 @@ compiled functions that the dispatcher does not see, have adapters (:mod:`mmprun
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,13 +21,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from mmprune.adapters import intercept, module_adapter, shown
 from mmprune.errors import PruneError
+from mmprune.facts import Facts
 from mmprune.outside import Outside
 from mmprune.rules import RULES, Call
 from mmprune.rules.pointwise import pointwise
 from mmprune.rules.table import Ids, Labels, bind
 from mmprune.runs import entered, tensors_in, unchanged
 from mmprune.slots import FIXED, SlotTable
-from mmprune.widths import in_step, remembered
+from mmprune.widths import Width, in_step, remembered
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,10 @@ class Record:
     touched: set[str] = field(default_factory=set)
     elements: list[tuple[str, int, list[Ids]]] = field(default_factory=list)
     scales: list[Ids] = field(default_factory=list)
+    stand_ins: int = 0
+    """How many ids above those of the slots stand for positions of fills (:meth:`Tracer.stand_in`)."""
+    parts: list[tuple[Width, Ids]] = field(default_factory=list)
+    """Those that are a part or a multiple of a width. Which of them go together, the run shows."""
 
 
 class Tracer(TorchDispatchMode):
@@ -72,17 +77,13 @@ class Tracer(TorchDispatchMode):
         super().__init__()
         self.record = Record(SlotTable(model))
         self.counting = True
-        self._labels = WeakTensorKeyDictionary()
-        self._uniform = WeakTensorKeyDictionary()
-        self._raw = WeakTensorKeyDictionary()
-        self._nonzero = WeakTensorKeyDictionary()
-        self._told: set[int] = set()
+        self._facts = WeakTensorKeyDictionary()
+        self._told: set[tuple[str, int]] = set()  # what the rule of this operation spoke of
         self.function: Any = None
         self.asked: Any = None  # sizes, in the order of the operation that is asked for in them
         self.constants: dict[tuple[str, str], str] = {}
-        self._claims = WeakTensorKeyDictionary()
         self.followed: dict[tuple[str, str], Ids] = {}
-        self._step = 0
+        self._stand_ins: dict[tuple, Ids] = {}
         self._locked = np.arange(self.record.slots.size) == FIXED
         self._names = {id(module): name for name, module in model.named_modules()}
         self._stack: list[nn.Module] = [model]
@@ -93,77 +94,85 @@ class Tracer(TorchDispatchMode):
                 axis = self.record.slots.by_key.get((name, dim))
                 if axis is not None:
                     labels[dim] = (axis.ids,)
-            self._labels[tensor] = labels
-            self._raw[tensor] = name
+            own = isinstance(tensor, nn.Parameter)  # buffers are not masked
+            self._facts[tensor] = Facts(labels, nonzero=not own, name=name, raw=True)
             self._storages[memory(tensor)] = name
 
     # -- what rules use ---------------------------------------------------------------------------
 
-    def labels_of(self, tensor: torch.Tensor) -> Labels:
-        found = self._labels.get(tensor)
-        if found is None:
-            found = self._adopt(tensor)
-        return found
+    def facts_of(self, tensor: torch.Tensor) -> Facts:
+        found = self._facts.get(tensor)
+        return self._adopt(tensor) if found is None else found
 
-    def _adopt(self, tensor: torch.Tensor) -> Labels:
+    def _adopt(self, tensor: torch.Tensor) -> Facts:
         """A tensor that no traced operation made: a constant, or another face of a parameter
         (``.data`` passes by the dispatcher)."""
-        labels: Labels = {}
+        facts = Facts()
         name = self._storages.get(memory(tensor)) if tensor.numel() else None
         if name is not None:
             own = self.record.slots.tensors[name]
             if own.shape == tensor.shape and own.stride() == tensor.stride():
-                labels = self._labels[own]
-                self._raw[tensor] = name
+                facts = self._facts[own]
             else:
-                for ids in self._labels[own].values():
+                for ids in self._facts[own].labels.values():
                     self.lock(ids[0], f'{name} is read through another view of its memory')
-        self._labels[tensor] = labels
-        return labels
+        self._facts[tensor] = facts
+        return facts
+
+    def labels_of(self, tensor: torch.Tensor) -> Labels:
+        return self.facts_of(tensor).labels
 
     def set_labels(self, tensor: torch.Tensor, labels: Labels) -> None:
-        self._labels[tensor] = labels
-        self._uniform.pop(tensor, None)
+        facts = self._facts.setdefault(tensor, Facts())
+        facts.labels, facts.fits = labels, ()
 
     def same(self, tensor: torch.Tensor, other: torch.Tensor) -> None:
         """``tensor`` is another face of ``other``: all that is known of that holds for it."""
-        self._labels[tensor] = self.labels_of(other)
-        for known in (self._uniform, self._raw, self._nonzero):
-            if other in known:
-                known[tensor] = known[other]
+        self._facts[tensor] = self.facts_of(other)
 
-    def is_known(self, tensor: torch.Tensor) -> bool:
-        return tensor in self._labels
+    def fits(self, tensor: torch.Tensor) -> Collection[int]:
+        """Dimensions that have the width of whatever they meet."""
+        found = self._facts.get(tensor)
+        return () if found is None else found.fits
 
-    def is_uniform(self, tensor: torch.Tensor) -> bool:
-        return tensor.ndim == 0 or tensor in self._uniform
+    def set_fits(self, tensor: torch.Tensor, dims: Collection[int]) -> None:
+        self._told.add(('fits', id(tensor)))
+        self._facts.setdefault(tensor, Facts()).fits = dims
 
-    def set_uniform(self, tensor: torch.Tensor, asked: Sequence[int | None] = ()) -> None:
-        """``tensor`` is the same everywhere; ``asked``: the sizes that the code asked for."""
-        self._uniform[tensor] = self._step
-        self._labels.setdefault(tensor, {})
-        self._claims[tensor] = asked
-
-    def claim(self, tensor: torch.Tensor, dim: int) -> int | None:
-        """The size that the code asked for where it made a fill, if it did so by itself."""
-        asked = self._claims.get(tensor) if tensor in self._uniform else ()
-        return asked[dim] if asked else None
+    def set_fill(self, tensor: torch.Tensor) -> None:
+        """No parameter and no activation is in it."""
+        facts = self._facts[tensor]
+        facts.raw = facts.fill = True
 
     def is_nonzero(self, tensor: torch.Tensor) -> bool:
         """Whether a channel whose weights are zero may be something else than zero here: behind a
         sigmoid it is 0.5. Only a sum, or a product of two activations, cares."""
-        return tensor in self._nonzero
+        found = self._facts.get(tensor)
+        return found is not None and found.nonzero
 
     def set_nonzero(self, tensor: torch.Tensor, nonzero: bool) -> None:
-        self._told.add(id(tensor))
-        if nonzero:
-            self._nonzero[tensor] = True
-        else:
-            self._nonzero.pop(tensor, None)
+        self._told.add(('nonzero', id(tensor)))
+        self._facts.setdefault(tensor, Facts()).nonzero = nonzero
 
     def is_raw(self, tensor: torch.Tensor) -> bool:
         """Whether it is a parameter, or one that was only moved about or rescaled."""
-        return tensor in self._raw
+        found = self._facts.get(tensor)
+        return found is not None and found.raw and not found.fill
+
+    def stand_in(self, number: Width) -> Ids:
+        """Ids for the positions of a fill that is made with the size ``number``: they go with the
+        channels that the number was read from, and are no slots themselves."""
+        key = number.key
+        if key not in self._stand_ins:
+            first = self._locked.size
+            self._locked = np.append(self._locked, np.zeros(int(number), dtype=bool))
+            self.record.stand_ins += int(number)
+            ids = self._stand_ins[key] = np.arange(first, first + int(number))
+            if number.share == 1:
+                number.sizes(ids)
+            else:
+                self.record.parts.append((number, ids))
+        return self._stand_ins[key]
 
     def tie(self, a: Ids, b: Ids, reason: str) -> None:
         if a.size != b.size:
@@ -216,48 +225,53 @@ class Tracer(TorchDispatchMode):
     def _dispatch(self, func: Any, args: tuple, kwargs: dict) -> Any:
         name = func._schema.name
         inputs = list(tensors_in((args, kwargs)))
-        carried = [t for t in inputs if self.labels_of(t)]
-        raw = bool(carried) and all(t in self._raw for t in carried)
-        nonzero = any(t in self._nonzero for t in carried)
+        known = [self.facts_of(t) for t in inputs]
+        carrying = [facts for facts in known if facts.labels]
+        carried = [t for t, facts in zip(inputs, known, strict=True) if facts.labels]
+        raw = bool(carrying) and all(facts.raw for facts in carrying) and name not in CONTRACTIONS
+        nonzero = any(facts.nonzero for facts in carrying)
         out = func(*args, **kwargs)
         outputs = list(tensors_in(out))
-        in_place = {id(t): self.labels_of(t) for t in inputs}
+        in_place = {id(t): facts.labels for t, facts in zip(inputs, known, strict=True)}
         for tensor in outputs:
             if id(tensor) not in in_place:
-                self.set_labels(tensor, {})
-                self.set_nonzero(tensor, nonzero)
-        self.function, self._step, self._told = func, self._step + 1, set()
+                self._facts[tensor] = Facts(nonzero=nonzero)
+        self.function, self._told = func, set()
         handler = RULES.get(name)
         if handler is None and torch.Tag.pointwise in func.tags:
             handler = pointwise
-        fresh = name.startswith(('aten::new_', 'aten::empty')) or not inputs
-        if carried or any(self.is_uniform(t) for t in inputs) or fresh or self.asked is not None:
+        makes = name.startswith(MAKERS) or not inputs or self.asked is not None
+        if carried or makes or any(facts.fits for facts in known):
             self.apply(handler, name, bind(func, args, kwargs), out, carried)
+        if carried and handler is not None:
+            fill = raw and all(facts.fill for facts in carrying)
             for tensor in outputs:
-                if func._schema.is_mutable and id(tensor) in in_place:
-                    self._written(tensor, in_place[id(tensor)], nonzero)
-        if raw and handler is not None and name not in CONTRACTIONS:
-            for tensor in outputs:
-                self._raw[tensor] = True
-        for tensor in inputs:
-            if isinstance(self._raw.get(tensor), str):
-                self.record.touched.add(self._raw[tensor])
+                facts = self._facts[tensor]
+                facts.raw, facts.fill = raw or facts.name is not None, fill
+        for tensor in outputs if func._schema.is_mutable else ():
+            if id(tensor) in in_place:
+                self._written(tensor, in_place[id(tensor)], nonzero)
+        self.record.touched.update(facts.name for facts in known if facts.name is not None)
         self._weigh(inputs, outputs)
         return out
 
     def _written(self, tensor: torch.Tensor, before: Labels, nonzero: bool) -> None:
         """After an operation in place. Through a view it wrote into the tensor behind, which does
         not learn of new labels: they are locked."""
-        if self._uniform.get(tensor, self._step) != self._step:
-            del self._uniform[tensor]  # it was the same everywhere before that
-        if id(tensor) not in self._told:
-            self.set_nonzero(tensor, nonzero)
+        facts = self._facts[tensor]
+        if ('fits', id(tensor)) not in self._told:
+            facts.fits = ()  # it was the same everywhere before that
+        if ('nonzero', id(tensor)) not in self._told:
+            facts.nonzero = nonzero
         if tensor._is_view():
-            for dim, ids in self._labels[tensor].items():
+            for dim, ids in facts.labels.items():
                 for array in ids if dim not in before else ():
                     self.lock(array, 'written into a part of another tensor')
-            if tensor in self._nonzero and tensor._base is not None:
-                self.set_nonzero(tensor._base, True)
+            behind = self._facts.get(tensor._base) if tensor._base is not None else None
+            if behind is not None:
+                behind.nonzero, behind.fits = behind.nonzero or facts.nonzero, ()
+                behind.raw = behind.raw and facts.raw or behind.name is not None
+                behind.fill = behind.fill and facts.fill
 
     def apply(
         self, handler: Callable | None, name: str, args: Any, out: Any, carried: list[torch.Tensor]
@@ -290,11 +304,10 @@ class Tracer(TorchDispatchMode):
         old = {memory(tensor) for tensor in inputs}
         where = self._names.get(id(self._stack[-1]), '')
         for tensor in outputs:
-            labels = self._labels.get(tensor)
-            new = memory(tensor) not in old
-            if labels and new and tensor not in self._raw:
+            facts = self._facts[tensor]
+            if facts.labels and not facts.raw and memory(tensor) not in old:
                 self.record.elements.append(
-                    (where, tensor.numel(), [ids[0] for ids in labels.values()])
+                    (where, tensor.numel(), [ids[0] for ids in facts.labels.values()])
                 )
 
     def enter(self, module: nn.Module, args: Any) -> None:
@@ -315,6 +328,9 @@ def memory(tensor: torch.Tensor) -> int:
 
 
 READERS = 'convolution mm bmm addmm baddbmm mv addmv dot'
+MAKERS = ('aten::new_', 'aten::empty', 'aten::expand')
+"""Operations that make a width of nothing."""
+
 CONTRACTIONS = frozenset(f'aten::{name}' for name in READERS.split())
 
 

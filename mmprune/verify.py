@@ -99,7 +99,7 @@ def compare(
     tolerance: float | None,
 ) -> tuple[float, str]:
     """The work of :func:`verify`: the error, and a complaint about it where it is too large."""
-    check_fingerprint(plan.fingerprint, original, 'the plan')
+    check_fingerprint(plan.fingerprint, original, 'the plan', plan.aliases)
     found = Comparison()
     with contextlib.ExitStack() as stack:
         for model in (original, pruned):
@@ -378,7 +378,7 @@ def masked_in_place(model: nn.Module, plan: Plan) -> Iterator[None]:
 
 def masked(original: nn.Module, plan: Plan) -> nn.Module:
     """A copy of ``original`` in which the parameters of every removed channel are zero (``MASK``)."""
-    check_fingerprint(plan.fingerprint, original, 'the plan')
+    check_fingerprint(plan.fingerprint, original, 'the plan', plan.aliases)
     model = copied(original)
     for name, parameter in model.named_parameters():
         for dim in plan.keep.get(name, {}):

@@ -71,6 +71,26 @@ class Width(int):
         if self.other is not None:
             self.other.stays(what)
 
+    @property
+    def key(self) -> tuple:
+        """Equal for numbers that come from the same place in the same way."""
+        origin, other = self.origin, self.other and self.other.key
+        read = origin.ids.tobytes() if origin.ids is not None else (origin.module, origin.attribute)
+        return int(self), read, self.share, other
+
+    @property
+    def ids(self) -> np.ndarray:
+        """What a dimension carries that is made with this size: it follows the number."""
+        if self.origin.ids is not None and self.share == 1:
+            return self.origin.ids
+        return self.origin.tracer.stand_in(self)
+
+    def of_units(self, unit: np.ndarray) -> 'Width':
+        """The same number, read from ``unit[slot]`` in the place of each slot."""
+        if self.origin.ids is None:
+            return self
+        return Width(int(self), Origin(self.origin.tracer, unit[self.origin.ids]), self.share)
+
     def sizes(self, ids: np.ndarray) -> None:
         """It is the size of a dimension that carries ``ids``: the two shrink by the same factor."""
         tracer, origin = self.origin.tracer, self.origin

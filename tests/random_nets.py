@@ -150,6 +150,39 @@ def picked(r, c):
     return Step(run, a=conv(c, d), b=conv(d, c, 1)), c
 
 
+@block
+def fills(r, c):
+    d = even(r)
+    run = r.choice([
+        lambda m, x: m.b(m.a(x) + 0.5 * torch.ones(m.n, 1, 1)),
+        lambda m, x: m.b(m.a(x) + (torch.ones(m.a(x).shape[1]) - x.sum())[:, None, None].clone()),
+        lambda m, x: m.b(torch.cat([m.a(x), x.new_ones(len(x), m.n, *x.shape[2:]).neg()], 1)
+                         .unflatten(1, (2, -1)).sum(1)),
+        lambda m, x: m.b(m.a(x) * x[:, :1].expand(-1, m.n, -1, -1)),
+        lambda m, x: m.b(m.a(x)) + m.v(x.new_ones(len(x), m.n).float().double())[..., None, None],
+        lambda m, x: m.b(m.a(x) + torch.full((m.n,), 0.3).cumsum(0)[:, None, None]),
+        lambda m, x: m.b(m.a(x) * (torch.ones(m.n) / m.n)[:, None, None]),
+        lambda m, x: m.b(m.a(x)) + (x.new_full((1, m.n), 0.2) * m.a(x).mean((2, 3))).sum(1)[
+            :, None, None, None].tanh(),
+        lambda m, x: m.b(part_written(m.a(x), x.new_zeros(len(x), m.n, *x.shape[2:]))),
+        lambda m, x: m.b(F.dropout2d(m.a(x), 1e-12, True)),
+        lambda m, x: m.b(m.a(x) + torch.ones(m.n * 16).view(m.n, 4, 4).relu()),
+        lambda m, x: m.b(m.a(x) + torch.cat(
+            [torch.ones(m.n // 2), torch.zeros(m.n // 2)]).view(-1, 1, 1)),
+        lambda m, x: m.b(m.a(x).flatten(0, 1).add(torch.ones(len(x) * m.n, 4, 4)).view(
+            len(x), m.n, 4, 4)),
+        lambda m, x: m.b(m.a(x) + torch.ones(d, 1, 1).mul(2)),
+        lambda m, x: m.b(m.a(x) + x[:, :1].expand(-1, d, -1, -1)),
+        lambda m, x: m.b(m.a(x) + torch.cat([torch.ones(d // 2), torch.zeros(d // 2)])[:, None, None]),
+    ])  # fmt: skip
+    return Step(run, a=conv(c, d), b=conv(d, c, 1), v=nn.Linear(d, c), n=d), c
+
+
+def part_written(y, out):
+    out[:, :, 1:] = y[:, :, 1:]
+    return out
+
+
 def written(y):
     y[:, :, 0] = 0.7
     y[..., -1].mul_(2)

@@ -122,6 +122,21 @@ def test_every_operation_runs_at_every_width(model, traced, fractions):
         assert timing.run_time(op, [fractions] * len(op.widths), X.device, 1) > 0
 
 
+def test_a_fill_that_an_operation_reads():
+    class Kernel(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.width = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1), 8
+
+        def forward(self, x):
+            mean = torch.ones(self.width, 1, 3, 3) / 9
+            return self.second(nn.functional.conv2d(self.first(x), mean, groups=self.width))
+
+    net = Kernel()
+    measured = timing.measure(net, forward, mmprune.trace(net, forward), 1)
+    assert measured(np.ones(8, dtype=bool)) >= measured(np.arange(8) < 2) > 0
+
+
 def test_the_grid_is_interpolated_and_wider_is_never_faster(monkeypatch, model, traced):
     times = {0.25: 1.0, 0.5: 3.0, 0.75: 2.0, 1.0: 5.0}
     monkeypatch.setattr(timing, 'run_time', lambda op, f, device, repeats: times[f[0]])

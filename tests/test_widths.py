@@ -24,6 +24,7 @@ class Net(nn.Module):
         torch.manual_seed(0)
         self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(out, 2, 1)
         self.other = nn.Conv2d(3, 8, 1)
+        self.register_buffer('table', torch.rand(8, 8))
         self.between = between
         self.__dict__.update(numbers)
 
@@ -43,6 +44,16 @@ def outcome(between, **numbers):
     plan = mmprune.prune(model, forward, keep_channels=0.5)
     assert mmprune.verify(original, model, plan, forward) < 1e-12
     return model.a.out_channels, plan.attributes.get('', {}), told
+
+
+def written(out):
+    out[:, :, 0].add_(1)
+    return out
+
+
+def filled(y, out):
+    out[:, :, 1:] = y[:, :, 1:]
+    return out
 
 
 FOLLOWS = {
@@ -71,6 +82,39 @@ FOLLOWS = {
     'an assertion': (lambda m, y: y if y.shape[1] == m.n else None, {'n': 8}, {'n': 4}),
     'expand': (lambda m, y: y[:1].expand(2, m.n, 4, 4), {'n': 8}, {'n': 4}),
     'view_as': (lambda m, y: y.flatten(2).view_as(y), {}, {}),
+    'a fill times a number': (lambda m, y: y + 0.5 * torch.ones(y.shape[1], 1, 1), {}, {}),
+    'a fill times a number, of an attribute': (
+        lambda m, y: y + 0.5 * torch.ones(m.n, 1, 1), {'n': 8}, {'n': 4}),
+    'a fill in another precision': (lambda m, y: y + y.new_ones(m.n).float()[:, None, None].double(),
+                                    {'n': 8}, {'n': 4}),
+    'a fill of a part': (lambda m, y: y + torch.cat([torch.ones(y.shape[1] // 2, 1, 1)] * 2), {}, {}),
+    'a fill of an unknown part': (
+        lambda m, y: y + torch.cat([torch.ones(m.n // 2, 1, 1)] * 2), {'n': 8}, {'n': 4}),
+    'a fill that is joined': (
+        lambda m, y: torch.cat([y, y.new_ones(2, y.shape[1], 4, 4).clone()], 1)
+        .unflatten(1, (2, -1)).sum(1), {}, {}),
+    'two fills that are joined': (
+        lambda m, y: y + torch.cat(
+            [y.new_ones(1, m.n, 1, 1), y.new_zeros(1, m.n, 1, 1)], 2).sum(2, True), {'n': 8}, {'n': 4}),
+    'a fill moved about': (
+        lambda m, y: y + torch.full((4, 1, y.shape[1]), 0.3).permute(1, 2, 0)[..., None], {}, {}),
+    'a fill seen otherwise': (
+        lambda m, y: y + torch.ones(2 * m.n, 16).sub(0.5).view(2, -1, 4, 4), {'n': 8}, {'n': 4}),
+    'a fill seen otherwise, inside out': (
+        lambda m, y: y + torch.ones(2, m.n * 16).sub(0.5).view(2, -1, 4, 4), {'n': 8}, {'n': 4}),
+    'a flat fill of the same size': (
+        lambda m, y: y + torch.ones(2, y.shape[1] * y.shape[2] * y.shape[3]).view(y.shape), {}, {}),
+    'a flat fill of half the size': (
+        lambda m, y: y + torch.ones(1, y.shape[1] // 2, 1).expand(-1, -1, 2).reshape(1, -1, 1, 1),
+        {}, {}),
+    'a fill grown': (
+        lambda m, y: y * (torch.ones(1, 1, 1) / 2).expand(m.n, -1, -1), {'n': 8}, {'n': 4}),
+    'one channel, expanded': (lambda m, y: y * X[:, :1].expand(-1, y.shape[1], -1, -1), {}, {}),
+    'a kernel that is a fill': (
+        lambda m, y: nn.functional.conv2d(y, y.new_ones(m.n, 1, 1, 1) / 3, groups=m.n),
+        {'n': 8}, {'n': 4}),
+    'a fill that is written in a part': (lambda m, y: filled(y, y.new_zeros(2, m.n, 4, 4)),
+                                         {'n': 8}, {'n': 4}),
 }  # fmt: skip
 
 
@@ -86,6 +130,39 @@ STAYS = {
         lambda m, y: torch.cat(y.split([4, 4], 1), 1), {}, 'a number in the code'),
     'one number in a split': (lambda m, y: torch.cat(y.split(4, 1), 1), {}, 'a number in the code'),
     'a number in a fill': (lambda m, y: y + y.new_zeros(2, 8, 4, 4), {}, 'meets a tensor of fixed'),
+    'a number in a fill that is scaled': (
+        lambda m, y: y + 0.5 * torch.ones(8, 1, 1), {}, 'meets a tensor of fixed width'),
+    'a number in a fill that is copied': (
+        lambda m, y: y + y.new_ones(8, 1, 1).clone(), {}, 'meets a tensor of fixed width'),
+    'a number in a fill of another precision': (
+        lambda m, y: y + torch.zeros(2, 8, 4, 4).to(y.dtype), {}, 'meets a tensor of fixed width'),
+    'numbers in fills that are joined': (
+        lambda m, y: y * torch.cat([torch.ones(4), torch.zeros(4)])[:, None, None],
+        {}, 'meets a tensor of fixed width'),
+    'a number in a fill that is like one': (
+        lambda m, y: y + torch.zeros_like(torch.rand(8, 1, 1)), {}, 'meets a tensor of fixed width'),
+    'a number in an expansion': (
+        lambda m, y: y + X[:, :1].expand(-1, 8, -1, -1), {}, 'meets a tensor of fixed width'),
+    'a number in an expanded fill': (
+        lambda m, y: y + torch.ones(1, 1, 1).expand(8, 1, 1) * 2, {}, 'meets a tensor of fixed width'),
+    'a number in a broadcast': (
+        lambda m, y: y + torch.broadcast_to(X[:, :1], (2, 8, 4, 4)), {}, 'a tensor of fixed width'),
+    'a fill that meets a constant': (
+        lambda m, y: y + (torch.zeros(y.shape[1]) + torch.rand(8)).sum(), {}, 'of fixed width'),
+    'an attribute of a fill that meets a constant': (
+        lambda m, y: y + (torch.zeros(m.n) + torch.rand(8))[:, None, None], {'n': 8}, 'of fixed width'),
+    'a fill that is added up': (
+        lambda m, y: y * torch.ones(y.shape[1]).sum(), {}, 'would not be zero'),
+    'a fill that a buffer reads': (
+        lambda m, y: y + (torch.ones(1, y.shape[1]).double() @ m.table)[..., None, None],
+        {}, 'zero on neither side'),
+    'a buffer that is added up': (
+        lambda m, y: y + (y + m.table[0, :, None, None]).sum(1, True), {}, 'would not be zero'),
+    'a part of a fill that is not zero': (
+        lambda m, y: y + (y * 0 + written(y.new_zeros(2, y.shape[1], 4, 4))).sum(1, True),
+        {}, 'would not be zero'),
+    'a value of a fill': (
+        lambda m, y: y + torch.full((1, 1), y.shape[1]), {}, 'a number for full'),
     'a number in an object': (
         lambda m, y: y.reshape(-1, m.n['a'], 4, 4), {'n': {'a': 8}}, 'a number in the code'),
     'a sum': (lambda m, y: y.reshape(-1, m.n + 1, 4, 4), {'n': 7}, 'a number in the code'),

@@ -178,6 +178,7 @@ def rebuilds(config: str, trained, forward) -> bool:
     import torch
 
     import mmprune
+    from mmprune.checkpoint import load_weights
     from mmprune.runs import tensors_in, unchanged
     from mmprune.testing import bare
     from mmprune.verify import evaluating, relative_error
@@ -191,7 +192,7 @@ def rebuilds(config: str, trained, forward) -> bool:
     fresh = bare(config)
     if meta is not None:
         mmprune.Plan.from_meta(checkpoint['meta']).apply(fresh)
-    fresh.load_state_dict(checkpoint['state_dict'], strict=True)
+    load_weights(fresh, checkpoint, 'the checkpoint')
     outputs = []
     for model in (trained, fresh):
         with evaluating(model), unchanged(model), torch.no_grad():

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 
-from mmprune.rules.pointwise import broadcast
+from mmprune.rules.pointwise import broadcast, part
 from mmprune.rules.table import Call, Ids, Labels, rule
 
 
@@ -81,8 +81,9 @@ def convolve(
     if call.ids(x, 0):
         labels[0] = call.ids(x, 0)
     call.label(out, labels)
-    call.nonzero(out, any(call.tracer.is_nonzero(t) for t in (weight, bias) if t is not None)
-                 or bool(call.ids(x, 0) and bias is not None))  # fmt: skip
+    nonzero = [call.tracer.is_nonzero(t) for t in (x, weight, bias) if t is not None]
+    nonzero[:2] = [all(nonzero[:2])] if depthwise else nonzero[1:2]
+    call.nonzero(out, any(nonzero) or bool(call.ids(x, 0) and bias is not None))
     positions = (x if transposed else out).numel() / (n_in if transposed else n_out)
     call.multiply_adds(positions * math.prod(weight.shape), rows, columns)
 
@@ -99,7 +100,7 @@ def matrix_product(call: Call, a: torch.Tensor, b: torch.Tensor, out: torch.Tens
     """``a``: (..., M, K), ``b``: (..., K, N), with equal leading dimensions."""
     n = a.ndim
     contract(call, a, call.ids(a, n - 1), b, call.ids(b, n - 2))
-    labels = broadcast(call, [_select(a, n - 2), _select(b, n - 2)], out.shape[: n - 2], [
+    labels = broadcast(call, [_select(call, a, n - 2), _select(call, b, n - 2)], out.shape[: n - 2], [
         {d: ids for d, ids in call.labels(t).items() if d < n - 2} for t in (a, b)
     ])  # fmt: skip
     if call.ids(a, n - 2):
@@ -115,9 +116,11 @@ def matrix_product(call: Call, a: torch.Tensor, b: torch.Tensor, out: torch.Tens
     return labels
 
 
-def _select(tensor: torch.Tensor, dims: int) -> torch.Tensor:
+def _select(call: Call, tensor: torch.Tensor, dims: int) -> torch.Tensor:
     """The leading dimensions alone, for a check of shapes."""
-    return tensor[(...,) + (0,) * (tensor.ndim - dims)] if tensor.numel() else tensor
+    if not tensor.numel():
+        return tensor
+    return part(call, tensor[(...,) + (0,) * (tensor.ndim - dims)], tensor)
 
 
 @rule('aten::mm', 'aten::bmm')
@@ -173,7 +176,7 @@ def attention(call: Call) -> None:
     for tensor in (query, key, value):
         call.lock_tensor(tensor, 'attention runs over it', dims=[0, 2])
     mask = call.args.get('attn_mask', call.args.get('attn_bias'))
-    operands = [t[..., :1, :1] for t in (query, key, value, mask) if t is not None]
+    operands = [part(call, t[..., :1, :1], t) for t in (query, key, value, mask) if t is not None]
     heads = [{d: i for d, i in call.labels(t).items() if d == t.ndim - 3}
              for t in (query, key, value, mask) if t is not None]  # fmt: skip
     labels = broadcast(call, operands, query[..., :1, :1].shape, heads)

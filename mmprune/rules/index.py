@@ -82,9 +82,8 @@ def index_put(call: Call) -> None:
             call.lock(ids, 'written by number')
         elif target in labels:
             call.tie(labels[target], ids)
-        elif call.tracer.is_uniform(x):
+        elif target in call.tracer.fits(x):
             labels[target] = ids
-            call.sized(call.tracer.claim(x, target), ids[0])
         else:
             call.lock(ids, 'meets a tensor of fixed width')
     for dim, ids in labels.items():

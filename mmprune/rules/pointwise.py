@@ -6,19 +6,29 @@ from typing import Any
 import torch
 
 from mmprune.rules.table import Call, Labels, rule
-from mmprune.widths import Width
 
 
 def constrains(call: Call, tensor: torch.Tensor, dim: int) -> bool:
-    """Whether an unlabelled dimension has a width of its own. One of size 1 is broadcast; an
-    expanded one (stride 0) was broadcast; a fresh fill (``zeros``) is the same at every width, if it
-    was not asked for by a number."""
-    if tensor.shape[dim] <= 1 or tensor.stride(dim) == 0:
-        return False
-    if not call.tracer.is_uniform(tensor):
-        return True
-    claim = call.tracer.claim(tensor, dim)
-    return claim is not None and not isinstance(claim, Width)
+    """Whether an unlabelled dimension has a width of its own: all but those of size 1, which are
+    broadcast, and those that torch sized to fit."""
+    return tensor.shape[dim] > 1 and dim not in call.tracer.fits(tensor)
+
+
+def fitting(call: Call, operands: Sequence[torch.Tensor], shape: Sequence[int]) -> list[int]:
+    """Dimensions along which arithmetic of ``operands`` gives the same everywhere, at any width."""
+    if not any(call.tracer.fits(t) for t in operands):
+        return []
+    shifts = [(t, len(shape) - t.ndim) for t in operands]
+    return [
+        d for d, size in enumerate(shape) if size > 1 and not any(
+            d >= n and (d - n in call.labels(t) or constrains(call, t, d - n)) for t, n in shifts)
+    ]  # fmt: skip
+
+
+def part(call: Call, tensor: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
+    """``tensor``, the first dimensions of which are those of ``of``."""
+    call.tracer.set_fits(tensor, [d for d in call.tracer.fits(of) if d < tensor.ndim])
+    return tensor
 
 
 def broadcast(
@@ -36,7 +46,7 @@ def broadcast(
         return {}
     result: Labels = {}
     for dim, size in enumerate(shape):
-        found, fixed, claims = [], False, []
+        found, fixed = [], False
         for tensor, carried in zip(operands, labels, strict=True):
             own = dim - (len(shape) - tensor.ndim)
             if own < 0 or own >= tensor.ndim:
@@ -47,16 +57,12 @@ def broadcast(
                 call.lock(carried[own], 'meets a tensor of another width')
             else:
                 fixed = fixed or constrains(call, tensor, own)
-                claims.append(call.tracer.claim(tensor, own) if tensor.shape[own] > 1 else None)
         if not found:
             continue
         for other in found[1:]:
             call.tie(found[0], other)
         if fixed:
             call.lock(found[0], 'meets a tensor of fixed width')
-        for claim in claims:
-            if isinstance(claim, Width):
-                claim.sizes(found[0][0])
         result[dim] = found[0]
     return result
 
@@ -69,15 +75,15 @@ def pointwise(call: Call) -> None:
         if isinstance(value, list | tuple):
             operands += [v for v in value if isinstance(v, torch.Tensor)]
     # Asked before anything is said of a result, which may be an operand written in place.
-    nonzero, uniform = moves_zero(call), all(call.tracer.is_uniform(t) for t in operands)
+    nonzero = moves_zero(call)
     outputs = call.out if isinstance(call.out, list | tuple) else [call.out]
     for out in outputs:
         if not isinstance(out, torch.Tensor):
             continue
-        call.label(out, broadcast(call, operands, out.shape))
+        labels, fits = broadcast(call, operands, out.shape), fitting(call, operands, out.shape)
+        call.label(out, labels)
         call.nonzero(out, nonzero)
-        if uniform:
-            call.tracer.set_uniform(out)
+        call.tracer.set_fits(out, fits)
 
 
 _SAMPLES = (0.5, -1.5, 2.0, 3.0)
@@ -144,7 +150,7 @@ def fill_like(call: Call) -> None:
     """A constant of another tensor's shape follows that shape."""
     call.label(call.out, dict(call.labels(call['self'])))
     call.nonzero(call.out, call.name != 'aten::zeros_like')
-    call.tracer.set_uniform(call.out)
+    call.tracer.set_fits(call.out, call.tracer.fits(call['self']))
 
 
 @rule(
@@ -155,13 +161,12 @@ def random_like(call: Call) -> None:
     """Drawn for the shape that is there, so with fewer channels come other numbers. In training
     (dropout) that does not matter."""
     x = call['self']
-    uniform = call.tracer.is_uniform(x) and call.module.training
+    fits = call.tracer.fits(x) if call.module.training else ()
     if not call.module.training:
         call.lock_tensor(x, 'random numbers are drawn for it')
     call.label(call.out, dict(call.labels(x)))
     call.nonzero(call.out)
-    if uniform:
-        call.tracer.set_uniform(call.out)
+    call.tracer.set_fits(call.out, fits)
 
 
 @rule(
@@ -169,5 +174,7 @@ def random_like(call: Call) -> None:
     'aten::new_full', 'aten::new_empty',
 )  # fmt: skip
 def fill(call: Call) -> None:
-    """The same at every position, so it fits every width that the code asks of it."""
-    call.tracer.set_uniform(call.out, call.asked(call.out))
+    """The same at every position, so it follows what its sizes were read from."""
+    call.spread(call.out, range(call.out.ndim), {})
+    call.nonzero(call.out, not call.name.endswith('zeros') and call.args.get('fill_value') != 0)
+    call.tracer.set_fill(call.out)

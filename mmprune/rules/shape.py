@@ -1,12 +1,12 @@
 """Data movement: what a dimension carries moves with it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
 
-from mmprune.rules.pointwise import broadcast
+from mmprune.rules.pointwise import broadcast, part
 from mmprune.rules.table import Call, Ids, Labels, rule
 from mmprune.slots import fixed_ids
 from mmprune.widths import Width
@@ -33,13 +33,26 @@ def view(call: Call) -> None:
             call.lock(free, 'two widths in one size')
         for array in labels[new_dim]:
             call.sized(asked[new_dim], array)
-    call.label(call.out, labels)
-    if call.tracer.is_uniform(x):
-        call.tracer.set_uniform(call.out, asked)
-    else:
-        for new_dim, number in enumerate(asked):
-            if isinstance(number, Width) and number > 1 and new_dim not in labels:
-                number.stays('the size of a dimension that stays')
+    fits = fitting_dims(x.shape, call.out.shape, call.tracer.fits(x))
+    call.spread(call.out, fits, labels)
+    for new_dim, number in enumerate(asked):
+        if isinstance(number, Width) and number > 1 and new_dim not in {*labels, *fits}:
+            number.stays('the size of a dimension that stays')
+
+
+def fitting_dims(before: Sequence[int], after: Sequence[int], fits: Collection[int]) -> list[int]:
+    """Which dimensions of ``after`` show nothing but dimensions of ``before`` that are in ``fits``."""
+    if not fits:
+        return []
+
+    def extents(shape: Sequence[int]) -> list[tuple[int, int]]:
+        return [(math.prod(shape[d + 1 :]), math.prod(shape[d:])) for d in range(len(shape))]
+
+    own = [(low, high) for d, (low, high) in enumerate(extents(before)) if d not in fits]
+    return [
+        d for d, (low, high) in enumerate(extents(after))
+        if not any(max(low, a) < min(high, b) for a, b in own)
+    ]  # fmt: skip
 
 
 def regroup(
@@ -96,26 +109,29 @@ def shrinking(ids: Ids, factors: list[int], asked: Sequence) -> int:
 @rule('aten::permute')
 def permute(call: Call) -> None:
     x = call['self']
-    labels = call.labels(x)
-    order = [d % x.ndim for d in call['dims']]
-    call.label(call.out, {new: labels[old] for new, old in enumerate(order) if old in labels})
+    moved(call, {d % x.ndim: new for new, d in enumerate(call['dims'])})
+
+
+def moved(call: Call, to: dict[int, int]) -> None:
+    """Each dimension goes where ``to`` says."""
+    x = call['self']
+    fits = [to[d] for d in call.tracer.fits(x)]
+    call.label(call.out, {to[d]: ids for d, ids in call.labels(x).items()})
+    call.tracer.set_fits(call.out, fits)
 
 
 @rule('aten::transpose', 'aten::transpose_', 'aten::t')
 def transpose(call: Call) -> None:
     x = call['self']
-    if x.ndim < 2:
-        call.label(call.out, call.labels(x))
-        return
-    a, b = (call.args.get('dim0', 0) % x.ndim, call.args.get('dim1', 1) % x.ndim)
-    swap = {a: b, b: a}
-    call.label(call.out, {swap.get(d, d): ids for d, ids in call.labels(x).items()})
+    n = max(x.ndim, 1)
+    a, b = (call.args.get('dim0', 0) % n, call.args.get('dim1', 1) % n)
+    moved(call, dict(enumerate(range(x.ndim))) | ({a: b, b: a} if x.ndim else {}))
 
 
 @rule('aten::unsqueeze', 'aten::unsqueeze_')
 def unsqueeze(call: Call) -> None:
     at = call['dim'] % call.out.ndim
-    call.label(call.out, {d + (d >= at): ids for d, ids in call.labels(call['self']).items()})
+    moved(call, {d: d + (d >= at) for d in range(call.out.ndim - 1)})
 
 
 @rule('aten::squeeze')
@@ -123,7 +139,7 @@ def squeeze(call: Call) -> None:
     x, dims = call['self'], call.args.get('dim')
     dims = range(x.ndim) if dims is None else dims if isinstance(dims, list | tuple) else [dims]
     gone = [d % x.ndim for d in dims if x.shape[d] == 1]
-    call.label(call.out, {d - sum(g < d for g in gone): i for d, i in call.labels(x).items()})
+    moved(call, {d: d - sum(g < d for g in gone) for d in range(x.ndim)})
 
 
 @rule('aten::expand')
@@ -135,9 +151,9 @@ def expand(call: Call) -> None:
     for dim, ids in labels.items():
         for array in ids:
             call.sized(asked[dim], array)
-    call.label(call.out, labels)
-    if call.tracer.is_uniform(x):
-        call.tracer.set_uniform(call.out, asked)
+    same = [d for d in range(call.out.ndim) if d < shift or x.shape[d - shift] == 1]
+    call.spread(call.out, [*same, *(d + shift for d in call.tracer.fits(x))], labels)
+    call.nonzero(call.out, call.tracer.is_nonzero(x) or len(call.labels(call.out)) > len(labels))
 
 
 @rule('aten::repeat')
@@ -148,8 +164,7 @@ def repeat(call: Call) -> None:
         d + shift: tuple(np.tile(i, times[d + shift]) for i in ids)
         for d, ids in call.labels(x).items()
     })  # fmt: skip
-    if call.tracer.is_uniform(x):
-        call.tracer.set_uniform(call.out)
+    call.tracer.set_fits(call.out, [d + shift for d in call.tracer.fits(x)])
 
 
 @rule('aten::cat')
@@ -165,13 +180,8 @@ def join(call: Call, tensors: list[torch.Tensor], dim: int) -> None:
     dim %= tensors[0].ndim
     carried = [call.labels(t) for t in tensors]
     if not any(carried):
-        if all(call.tracer.is_uniform(t) for t in tensors):
-            call.tracer.set_uniform(call.out)
         return
-    thin = [t.narrow(dim, 0, min(1, t.shape[dim])) for t in tensors]
-    for tensor, part in zip(tensors, thin, strict=True):
-        if call.tracer.is_uniform(tensor):
-            call.tracer.set_uniform(part)
+    thin = [part(call, t.narrow(dim, 0, min(1, t.shape[dim])), t) for t in tensors]
     labels = broadcast(
         call, thin, [1 if d == dim else n for d, n in enumerate(call.out.shape)],
         [{d: ids for d, ids in labels.items() if d != dim} for labels in carried],
@@ -213,8 +223,8 @@ def split(call: Call) -> None:
             call.tie_all(ids.reshape(len(widths), -1))
         elif asked is None:
             call.lock((ids,), 'split into unequal parts by number')
-        for part, size in zip(np.split(ids, np.cumsum(widths)[:-1]), sizes, strict=True):
-            call.sized(size, part)
+        for piece, size in zip(np.split(ids, np.cumsum(widths)[:-1]), sizes, strict=True):
+            call.sized(size, piece)
     start = 0
     for out, width in zip(call.out, widths, strict=True):
         labels = dict(carried)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mmprune.rules.pointwise import broadcast
+from mmprune.rules.pointwise import broadcast, part
 from mmprune.rules.table import Call, rule
 from mmprune.slots import fixed_ids
 
@@ -113,9 +113,7 @@ def index_add(call: Call) -> None:
         call.lock_tensor(tensor, 'indexed by number', dims=[dim])
     labels = [{d: i for d, i in call.labels(t).items() if d != dim} for t in (x, source)]
     shape = [1 if d == dim else n for d, n in enumerate(x.shape)]
-    first = [t.narrow(dim, 0, min(1, t.shape[dim])) for t in (x, source)]
-    if call.tracer.is_uniform(x):
-        call.tracer.set_uniform(first[0])
+    first = [part(call, t.narrow(dim, 0, min(1, t.shape[dim])), t) for t in (x, source)]
     mixed = any(not call.labels(t) or call.tracer.is_nonzero(t) for t in (x, source))
     call.label(call.out, broadcast(call, first, shape, labels))
     call.nonzero(call.out, mixed)

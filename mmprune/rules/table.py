@@ -1,6 +1,6 @@
 """The one table of rules, its decorator, and what a rule sees: a :class:`Call`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +94,16 @@ class Call:
             elif ids:
                 carried[dim] = ids
         self.tracer.set_labels(tensor, carried)
+
+    def spread(self, out: torch.Tensor, dims: Iterable[int], labels: Labels, fits: Any = ()) -> None:
+        """Labels an output that is the same everywhere along ``dims``, which the code asked for: a size
+        that was read somewhere is followed, a number stays, and one that torch found by itself fits.
+        Beside them it carries ``labels``, and ``fits`` along others."""
+        asked = self.asked(out)
+        wide = [d for d in dims if out.shape[d] > 1 and d not in labels]
+        made = {d: (asked[d].ids,) for d in wide if isinstance(asked[d], Width)}
+        self.label(out, labels | made)
+        self.tracer.set_fits(out, {*fits, *(d for d in wide if asked[d] in (None, -1))})
 
     def nonzero(self, tensor: torch.Tensor, when: bool = True) -> None:
         """Says whether a channel whose weights are zero may be something else in an output. Without

@@ -69,7 +69,8 @@ class Collector:
     """Scores the units of ``trace`` in every step of ``optimizer``, until it is closed.
 
     ``score``: a criterion's name, or a :class:`Score` or a dict of its options. ``optimizer``: what
-    :func:`mmprune.cut` takes; ``None`` for every optimizer that steps any of the traced weights.
+    :func:`mmprune.cut` takes; ``None`` for every optimizer that steps any of the traced weights;
+    ``'none'`` for no optimizer: then :meth:`look` is called in the place of a step.
     ``model``: only criteria that need examples want it, for their hooks. ``distributed``: add up
     over the processes of the default group.
 
@@ -91,8 +92,8 @@ class Collector:
         self.score = make_score(score)
         self.distributed = distributed
         self.tallies: list[Tally] = []
-        self._by_optimizer: dict[int, Tally | None] = {}
-        self._optimizers: list[torch.optim.Optimizer] = []
+        self._tally_of: dict[int, Tally | None] = {}  # by optimizer
+        self._held: dict[int, Any] = {}  # what their tallies look at, by id, which so stays its own
         self._handles: list[Any] = []
         self._examples: Examples | None = None
         needs = self.score.criterion.needs
@@ -105,11 +106,13 @@ class Collector:
                     "take score='taylor'"
                 )
             self._examples = Examples(model, Units(trace))
+        if optimizer == 'none':
+            return
         if optimizer is None:
             self._handles.append(register_optimizer_step_pre_hook(self._before_step))
             return
         for single in optimizers_in(optimizer):
-            if self._tally_of(single) is not None:
+            if self._tally(single, parameters_of(single)) is not None:
                 self._handles.append(single.register_step_pre_hook(self._before_step))
         if not self._handles:
             raise PruneError(
@@ -125,26 +128,44 @@ class Collector:
         if self._examples is not None:
             self._examples.close()
 
-    def _tally_of(self, optimizer: torch.optim.Optimizer) -> Tally | None:
-        """The running sums of an optimizer; ``None`` if it steps no weight of the trace."""
-        if id(optimizer) not in self._by_optimizer:
-            held = {id(p) for group in optimizer.param_groups for p in group['params']}
-            units = Units(self.trace, only=held)
+    def _tally(self, holder: Any, parameters: list[torch.Tensor]) -> Tally | None:
+        """The running sums of ``holder``, an optimizer, for the ``parameters`` that it steps; ``None``
+        if none of these is a weight of the trace."""
+        if id(holder) not in self._tally_of:
+            units = Units(self.trace, only={id(p) for p in parameters})
             useful = bool(units.readers or units.unread_makers)
             if useful and self._examples is not None and self.tallies:
                 useful = False  # all layers' examples are counted with the first optimizer's steps
             tally = Tally(units, self.score) if useful else None
-            self._by_optimizer[id(optimizer)] = tally
-            self._optimizers.append(optimizer)  # keeps the id its own
+            self._tally_of[id(holder)] = tally
+            self._held |= {id(one): one for one in (holder, *parameters)}
             if tally is not None:
                 self.tallies.append(tally)
-        return self._by_optimizer[id(optimizer)]
+        return self._tally_of[id(holder)]
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        tally = self._tally(optimizer, parameters_of(optimizer))
+        if tally is not None:
+            # Fused optimizers take AMP's scale away inside their step.
+            self._add(tally, getattr(optimizer, 'grad_scale', None))
+
+    def look(self) -> None:
+        """One iteration by the gradients that are there, of all weights; none of them is changed.
+
+        Raises:
+            PruneError: no weight that reads units is trained.
+        """
+        trained = [t for t in self.trace.slots.tensors.values() if t.requires_grad]
+        tally = self._tally(self.trace, trained)
+        if tally is None:
+            raise PruneError(
+                f'score={self.score.name!r} needs gradients, and no weight that reads units is '
+                "trained: take a score that needs none ('l2')"
+            )
+        self._add(tally, None)
 
     @torch.no_grad()
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        tally = self._tally_of(optimizer)
-        if tally is None:
-            return
+    def _add(self, tally: Tally, scale: torch.Tensor | None) -> None:
         units = tally.units
         units.check_shapes()
         having = {
@@ -156,8 +177,7 @@ class Collector:
             tally.missing += 1
             return
         tally.seen |= having
-        # Fused optimizers take AMP's scale away inside their step.
-        units.scale = getattr(optimizer, 'grad_scale', None)
+        units.scale = scale
         if self._examples is None:
             tally.add()
             return
@@ -198,8 +218,9 @@ class Collector:
             skipped = self.skipped
             raise PruneError(
                 f'score={self.score.name!r}: no iteration was scored: no weight had a gradient in '
-                f'{skipped["missing"]} of them, {skipped["nonfinite"]} had numbers not finite. '
-                'Scores come from the steps of the optimizer, between a trace and a cut'
+                f'{skipped["missing"]} of them, {skipped["nonfinite"]} had gradients not finite (a '
+                'loss that is NaN or infinite, or too large a scale). Scores come from the steps of '
+                'the optimizer between a trace and a cut; before any step, from the batch of the call'
             )
         values = np.sum(found, axis=0)
         values[self._blind()] = np.nan
@@ -234,10 +255,6 @@ class Collector:
         """Readers whose part in a unit's score is unknown. One that is trained and had no gradient
         took no part in the loss: its part is zero."""
         seen = self._seen()
-        held = {
-            id(p) for optimizer in self._optimizers
-            for group in optimizer.param_groups for p in group['params']
-        }  # fmt: skip
         graded = set().union(*(tally.seen for tally in self.tallies))
         found = []
         for entry in units.readers or units.makers:
@@ -250,7 +267,7 @@ class Collector:
                     found.append((entry, 'is frozen, and no gradient comes to its input'))
             elif not entry.weight.requires_grad:
                 found.append((entry, 'is frozen: it has no gradient'))
-            elif id(entry.weight) not in held:
+            elif id(entry.weight) not in self._held:
                 found.append((entry, 'is in no optimizer: its gradient is not that of one step'))
         return found
 
@@ -303,6 +320,10 @@ class Collector:
             self._examples.seen |= set(state['examples_seen'])
 
 
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [p for group in optimizer.param_groups for p in group['params']]
+
+
 def scores_now(trace: Trace, score: str | dict[str, Any] | Score) -> np.ndarray:
     """(n_units,) scores from the weights, and the gradients, that are there.
 
@@ -324,10 +345,8 @@ def scores_now(trace: Trace, score: str | dict[str, Any] | Score) -> np.ndarray:
             f'score={score.name!r} needs gradients, and no weight has one: call it after backward() '
             "and before zero_grad(), or take score='l2'"
         )
-    about_to_step = torch.optim.SGD(trained, lr=0.0)
-    collector = Collector(trace, score, about_to_step)
-    collector._before_step(about_to_step, (), {})
-    collector.close()
+    collector = Collector(trace, score, 'none')
+    collector.look()
     return collector.scores()
 
 

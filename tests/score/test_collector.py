@@ -82,6 +82,22 @@ def test_an_iteration_that_is_not_finite_is_left_out_and_counted():
     np.testing.assert_allclose(collector.scores(), np.mean(each[::2], axis=0), rtol=1e-4)
 
 
+def test_looking_is_one_iteration_of_all_that_is_trained():
+    model = make()
+    traced = traced_of(model)
+    collector = Collector(traced, 'taylor', 'none')
+    for x in BATCHES[:2]:
+        model.zero_grad()
+        loss_of(model, x).backward()
+        collector.look()
+    each = [abs(signed(model, traced, x)) for x in BATCHES[:2]]
+    np.testing.assert_allclose(collector.scores(), np.mean(each, axis=0), rtol=1e-4)
+    assert collector.iterations == 2
+    model.requires_grad_(False)
+    with pytest.raises(mmprune.PruneError, match='no weight that reads units is trained'):
+        Collector(traced, 'taylor', 'none').look()
+
+
 def test_steps_without_gradients_are_left_out_and_counted():
     model = make()
     traced, optimizer = traced_of(model), sgd(model)
@@ -243,8 +259,9 @@ def test_a_cut_beneath_a_collector_is_an_error():
 def test_amps_scale_is_no_part_of_the_score(name, fused):
     model = make()
     traced = traced_of(model)
-    plain = Collector(traced, name, sgd(model))
-    run(model, plain._optimizers[0])
+    stepping = sgd(model)
+    plain = Collector(traced, name, stepping)
+    run(model, stepping)
     optimizer = sgd(model, fused=fused)
     scaled = Collector(traced, name, optimizer)
     scaler = torch.amp.GradScaler('cpu', init_scale=2.0**10)
