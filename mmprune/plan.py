@@ -95,7 +95,7 @@ class Plan:
             return self
         shapes, keep, found = dict(self.fingerprint), dict(self.keep), {}
         for first, names in names_by_first(self.aliases | aliases).items():
-            known = next((name for name in names if name in shapes), None)
+            known = next((name for which in (keep, shapes) for name in names if name in which), None)
             for name in names if known is not None else ():
                 shapes.setdefault(name, shapes[known])
                 if known in keep:

@@ -44,10 +44,9 @@ class SlotTable:
         self.tensors: dict[str, torch.Tensor] = {}
         self.shapes: dict[str, torch.Size] = {}  # as they were: a cut narrows the tensors
         self.by_key: dict[tuple[str, int], Axis] = {}
-        self.aliases = aliases_of(model)
-        size, kernels = 1, kernel_weights(model)
+        size, kernels, again = 1, kernel_weights(model), aliases_of(model)
         for name, tensor in named_state(model):
-            if name in self.aliases:
+            if name in again:
                 continue
             self.tensors[name] = tensor
             self.shapes[name] = tensor.shape
@@ -60,7 +59,14 @@ class SlotTable:
                     self.by_key[name, dim] = axis
                     size += length
         self.size = size
+        self.find_aliases(model)
         self._firsts = np.array([axis.first for axis in self.axes], dtype=np.int64)
+
+    def find_aliases(self, model: nn.Module) -> None:
+        """Notes all names of the tensors: a run may have given a module one more."""
+        own = {id(tensor): name for name, tensor in self.tensors.items()}
+        names = [(name, own.get(id(tensor), name)) for name, tensor in named_state(model)]
+        self.aliases = {name: first for name, first in names if name != first}
 
     def axis_index(self, ids: np.ndarray) -> np.ndarray:
         """The number of the axis that each slot id lies on (ids above 0 only)."""

@@ -367,4 +367,5 @@ def record(
                 for ids in tracer.labels_of(tensor).values():
                     for array in ids:
                         tracer.lock(array, 'output of the model')
+    tracer.record.slots.find_aliases(model)
     return tracer.record

@@ -218,9 +218,10 @@ class Collector:
             skipped = self.skipped
             raise PruneError(
                 f'score={self.score.name!r}: no iteration was scored: no weight had a gradient in '
-                f'{skipped["missing"]} of them, {skipped["nonfinite"]} had gradients not finite (a '
-                'loss that is NaN or infinite, or too large a scale). Scores come from the steps of '
-                'the optimizer between a trace and a cut; before any step, from the batch of the call'
+                f'{skipped["missing"]} of them, {skipped["nonfinite"]} had numbers not finite '
+                '(gradients of a loss that is NaN or infinite, or of too large a scale). Scores come '
+                'from the steps of the optimizer between a trace and a cut; before any step, from the '
+                'batch of the call'
             )
         values = np.sum(found, axis=0)
         values[self._blind()] = np.nan

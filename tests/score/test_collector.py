@@ -5,6 +5,7 @@ import pytest
 import torch
 from mmengine.optim import OptimWrapper
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import mmprune
 from mmprune.score import Score, Units, criterion
@@ -96,6 +97,24 @@ def test_looking_is_one_iteration_of_all_that_is_trained():
     model.requires_grad_(False)
     with pytest.raises(mmprune.PruneError, match='no weight that reads units is trained'):
         Collector(traced, 'taylor', 'none').look()
+
+
+@pytest.mark.parametrize('factor', [torch.nan, torch.inf])
+@pytest.mark.parametrize('score', ['taylor', 'taylor_activation'])
+def test_a_batch_of_a_call_that_is_not_finite_is_refused_and_changes_nothing(factor, score):
+    model = make()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    stepped = []
+    hook = register_optimizer_step_pre_hook(lambda *args: stepped.append(args))
+    with pytest.raises(mmprune.PruneError, match='in 0 of them, 1 had numbers not finite .gradients'):
+        mmprune.Pruner(model, score=score).rebuild_model(
+            BATCHES[0], lambda m, x: loss_of(m, x) * factor, sgd(model), 3
+        )
+    hook.remove()
+    assert not stepped and mmprune.plan_of(model) is None
+    assert all(p.grad is None for p in model.parameters())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
 
 
 def test_steps_without_gradients_are_left_out_and_counted():
