@@ -130,6 +130,9 @@ def finish(
     path = Path(runner.work_dir) / FILE
     path.write_text(json.dumps(content, indent=2) + '\n')
     runner.logger.info(f'Wrote {path}\n{as_text(table(content))}')
+    screens = [each for each in runner.logger.handlers if type(each) is logging.StreamHandler]
+    if not any(each.level <= logging.INFO for each in screens):
+        Console().print(table(content))  # at every level: this is what one waits for
 
 
 def table(content: dict[str, Any]) -> Table:

@@ -1,5 +1,6 @@
 """Channel slots: a number for every (tensor name, dimension, index) that a model's state has."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,15 +40,16 @@ class SlotTable:
     nothing of them can be removed.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, names: Iterable[str] | None = None) -> None:
+        """``names``: those to take, of an earlier table of the same model; by default first names."""
         self.axes: list[Axis] = []
         self.tensors: dict[str, torch.Tensor] = {}
         self.shapes: dict[str, torch.Size] = {}  # as they were: a cut narrows the tensors
         self.by_key: dict[tuple[str, int], Axis] = {}
-        size, kernels, again = 1, kernel_weights(model), aliases_of(model)
-        for name, tensor in named_state(model):
-            if name in again:
-                continue
+        size, kernels, state = 1, kernel_weights(model), dict(named_state(model))
+        again = aliases_of(model)
+        for name in names if names is not None else [name for name in state if name not in again]:
+            tensor = state[name]
             self.tensors[name] = tensor
             self.shapes[name] = tensor.shape
             if not (tensor.is_floating_point() or tensor.is_complex()):
@@ -79,7 +81,8 @@ class SlotTable:
 def kernel_weights(model: nn.Module) -> set[str]:
     """Names of weights (C_out, C_in, kernel ...): of modules that have a ``kernel_size``."""
     return {
-        f'{name}.weight' if name else 'weight' for name, module in model.named_modules()
+        f'{name}.weight' if name else 'weight'
+        for name, module in model.named_modules(remove_duplicate=False)
         if hasattr(module, 'kernel_size') and module._parameters.get('weight') is not None
     }  # fmt: skip
 

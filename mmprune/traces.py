@@ -13,7 +13,7 @@ from torch import nn
 
 from mmprune.couple import Locked, Trace, group_units
 from mmprune.errors import PruneError
-from mmprune.slots import FIXED, Axis, SlotTable
+from mmprune.slots import FIXED, Axis, SlotTable, named_state
 from mmprune.trace import Follow, Record, Work
 
 FORMAT = 1
@@ -25,7 +25,7 @@ def after_cut(trace: Trace, model: nn.Module, keep: np.ndarray) -> Trace:
 
     Costs are in proportion to what is left, exactly: a product's FLOPs are.
     """
-    slots, stays = SlotTable(model), trace.keeps(keep)
+    slots, stays = SlotTable(model, trace.slots.tensors), trace.keeps(keep)
     number = np.full(trace.slots.size, FIXED, dtype=np.int64)
     for axis in trace.slots.axes:
         new = slots.by_key.get((axis.name, axis.dim))  # none: a single channel is left
@@ -114,18 +114,19 @@ def _same_axes(axes: list[Axis], slots: SlotTable) -> list[Axis]:
 def to_state(trace: Trace) -> dict[str, Any]:
     """Plain data and tensors from which :func:`from_state` makes the same trace of the same model."""
     numbers: dict[bytes, int] = {}
-    arrays: list[torch.Tensor] = []
+    arrays: list[np.ndarray] = []
 
     def kept(ids: np.ndarray) -> int:
         key = ids.tobytes()
         if key not in numbers:
             numbers[key] = len(arrays)
-            arrays.append(torch.from_numpy(ids.astype(np.int32)))
+            arrays.append(ids.astype(np.int32))
         return numbers[key]
 
     record = trace.record
-    return {
+    state = {
         'format': FORMAT,
+        'names': list(trace.slots.tensors),
         'unit_of': torch.from_numpy(trace.unit_of.astype(np.int32)),
         'work': [[w.where, w.count, list(map(kept, w.axes))] for w in record.work],
         'elements': [[where, n, list(map(kept, axes))] for where, n, axes in record.elements],
@@ -136,17 +137,24 @@ def to_state(trace: Trace) -> dict[str, Any]:
         'readers': [[axis.name, axis.dim] for axis in trace.readers],
         'producers': [[axis.name, axis.dim] for axis in trace.producers],
         'locked': [[each.name, each.dim, each.count, list(each.reasons)] for each in trace.locked],
-        'arrays': arrays,
+    }
+    # One tensor: as many as there are arrays would be as many parts of the file.
+    return state | {
+        'ids': torch.from_numpy(np.concatenate([*arrays, np.zeros(0, dtype=np.int32)])),
+        'sizes': [ids.size for ids in arrays],
     }
 
 
 def from_state(state: dict[str, Any], model: nn.Module) -> Trace | None:
     """The trace that was saved; ``None`` where it is of another format, or of a model of other sizes:
     then ``model`` has to be traced."""
-    slots = SlotTable(model)
-    if state.get('format') != FORMAT or len(state['unit_of']) != slots.size:
+    names = {name for name, _ in named_state(model)}
+    if state.get('format') != FORMAT or not names.issuperset(state['names']):
         return None
-    arrays = [array.numpy().astype(np.int64) for array in state['arrays']]
+    slots = SlotTable(model, state['names'])
+    if len(state['unit_of']) != slots.size:
+        return None
+    arrays = [ids.numpy().astype(np.int64) for ids in state['ids'].split(state['sizes'])]
 
     def axes(numbers: list[int]) -> list[np.ndarray]:
         return [arrays[number] for number in numbers]
