@@ -216,6 +216,9 @@ def run(path: str, args: argparse.Namespace, settings: dict[str, Any]) -> dict[s
     if done.returncode or not measured.exists():
         lines = (work_dir / 'output.txt').read_text().strip().splitlines()
         return dict(failed=(lines or ['no output'])[-1], code=done.returncode)
+    if not args.keep:
+        for checkpoint in work_dir.glob('*.pth'):
+            checkpoint.unlink()
     pruned = json.loads(report.read_text())
     return figures(json.loads(measured.read_text())) | dict(
         flops_left=pruned['flops']['after'] / pruned['flops']['before'],
@@ -272,6 +275,7 @@ def main() -> None:
     parser.add_argument('--out', default=str(ROOT / 'work_dirs' / 'real_size'))
     parser.add_argument('--short', action='store_true', help='two steps, a cut at each, no validation')
     parser.add_argument('--again', action='store_true', help='run also what has a result')
+    parser.add_argument('--keep', action='store_true', help='keep the checkpoints')
     parser.add_argument('--amp', action='store_true', help='train in mixed precision')
     parser.add_argument('--threads', type=int, default=1)
     parser.add_argument('--limit', type=float, default=0, metavar='GB',
