@@ -1,5 +1,6 @@
 """Decisions of one run, repeated in a second, so that rounding can't tip them."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,25 +46,25 @@ class Decisions(TorchDispatchMode):
         self.reads_model = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        inputs = list(tensors_in((args, kwargs)))
-        self.reads_model = self.reads_model or any(id(t) in self._own for t in inputs)
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if not self.reads_model:
+            self.reads_model = any(id(t) in self._own for t in tensors_in((args, kwargs)))
+        out = func(*args, **kwargs)
         # A view must stay one: what is written through it has to reach the tensor behind it.
-        shares = func._schema.is_mutable or any(r.alias_info for r in func._schema.returns)
-        return out if shares else self._settled(str(func), inputs, out)
+        return out if _shares(func) else self._settled(str(func), (args, kwargs), out)
 
     def compiled(self, name: str, function: Callable, args: tuple, kwargs: dict) -> Any:
         """The same for a compiled function (nms)."""
-        return self._settled(name, list(tensors_in((args, kwargs))), function(*args, **kwargs))
+        return self._settled(name, (args, kwargs), function(*args, **kwargs))
 
-    def _settled(self, name: str, inputs: list[torch.Tensor], out: Any) -> Any:
+    def _settled(self, name: str, inputs: Any, out: Any) -> Any:
         """``out``, recorded, or with decisions of the first run in its place."""
         results = out if isinstance(out, list | tuple) else [out]
         if not any(_decides(r) for r in results):
             return out
         number = self._calls[name] = self._calls.get(name, -1) + 1
         key = (name, number)
-        bases = [_basis(t) for t in inputs if t.is_floating_point()]
+        bases = [_basis(t) for t in tensors_in(inputs) if t.is_floating_point()]
         taken = self._taken
         if not self._repeat:
             taken.bases[key] = bases
@@ -80,6 +81,12 @@ class Decisions(TorchDispatchMode):
             for old, new in zip(before, results, strict=True)
         ]
         return type(out)(repeated) if isinstance(out, list | tuple) else repeated[0]
+
+
+@functools.cache
+def _shares(func: Any) -> bool:
+    """Whether an operation writes to its inputs, or returns them or a view of them."""
+    return func._schema.is_mutable or any(r.alias_info for r in func._schema.returns)
 
 
 def _basis(tensor: torch.Tensor) -> Basis:

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,9 @@ from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from torch import nn
 
+from mmprune.couple import Trace
 from mmprune.errors import PruneError
+from mmprune.pipeline import trace
 from mmprune.runs import unchanged
 
 Forward = Callable[[nn.Module], Any]
@@ -29,48 +31,57 @@ def first_samples(batch: Any, count: int) -> Any:
     return batch
 
 
+MODES = frozenset({'tensor', 'predict'})
+"""Ways to run a model that not every one has, or not on every batch of training data."""
+
+
 @dataclass(frozen=True)
 class Runs:
-    """How a model is run on one batch: ``counted``, whose FLOPs count, and ``also``, whose ties do.
-    ``counted_as`` says what the first one is: ``"one image of 800 x 1333"``."""
+    """How a model is run on one batch, each a function of the model: ``tensor`` and ``predict`` in
+    evaluation mode on one image, ``loss`` as in training on ``samples`` of the batch. ``modes``: those
+    beside the loss that work. ``image``: what the single one is, ``"one image of 800 x 1333"``."""
 
-    counted: Forward
-    also: tuple[Forward, ...]
-    counted_as: str
+    tensor: Forward
+    predict: Forward
+    loss: Forward
+    modes: frozenset[str]
+    image: str
+    samples: int
 
     @property
-    def all(self) -> Forward:
-        """One after another; returns what each returned."""
-        return both(self.counted, *self.also)
+    def ordered(self) -> tuple[Forward, ...]:
+        """That whose FLOPs count, and the others. Counted is ``mode='tensor'``, which is inference
+        without post-processing; where none works, ``mode='predict'``, else the loss."""
+        return tuple(getattr(self, mode) for mode in ('tensor', 'predict') if mode in self.modes) + (
+            self.loss,
+        )
 
+    @property
+    def checked(self) -> Forward:
+        """What a cut is checked on. A prediction runs through all that ``mode='tensor'`` does."""
+        return both(*(self.ordered[1:] if len(self.modes) == 2 else self.ordered))
 
-def forwards_of(model: nn.Module, batch: Any, count: int = 4) -> tuple[Forward, tuple[Forward, ...]]:
-    """(the run whose FLOPs count, further runs whose ties count) of :func:`runs_of`, the modes being
-    found out on this batch."""
-    runs = runs_of(model, batch, working_modes(model, batch), count)
-    return runs.counted, runs.also
+    @property
+    def counted_as(self) -> str:
+        """What the FLOPs are those of."""
+        return self.image if self.modes else f"mode='loss' on {self.samples} samples of the batch"
 
 
 def runs_of(
     model: nn.Module,
     batch: Any,
-    modes: frozenset[str],
+    modes: frozenset[str] = MODES,
     count: int = 4,
     size: tuple[int, int] | None = None,
 ) -> Runs:
     """How to run ``model`` on a batch of training data.
 
-    Counted is ``mode='tensor'`` in evaluation mode, which is inference without post-processing; where
-    a model has none that works, ``mode='predict'``, else its loss. Beside it stand ``mode='loss'`` as
-    in training, so that heads used only there are seen, and ``mode='predict'``, for the numbers that
-    only post-processing reads.
-
     Args:
         batch: what the training's data loader gives.
-        modes: those of :func:`working_modes`.
+        modes: those that work.
         count: samples of the batch that the loss is run on. All else runs on the first one.
-        size: height and width of the image whose FLOPs count (:func:`test_size`); the first sample is
-            resized to it. By default it keeps its own.
+        size: height and width of the single image (:func:`test_size`); the first sample is resized to
+            it. By default it keeps its own.
 
     Raises:
         PruneError: the model is no ``BaseModel``.
@@ -89,32 +100,34 @@ def runs_of(
         with in_evaluation(module):
             return _run(module, copy.deepcopy(single), 'predict')  # predictions are put into samples
 
-    also = (loss, predict) if 'predict' in modes else (loss,)
     image = f'one image of {_sides(single, size)}'
-    if 'tensor' in modes:
-        return Runs(tensor, also, image)
-    if 'predict' in modes:
-        return Runs(predict, (loss,), image)
-    return Runs(loss, (), f"mode='loss' on {count_of(data)} samples of the batch")
+    return Runs(tensor, predict, loss, modes, image, count_of(data))
 
 
-def working_modes(model: nn.Module, batch: Any) -> frozenset[str]:
-    """Which of ``'tensor'`` and ``'predict'`` the model can be run in; not every detector has the
-    first, nor every batch of training data what the second needs. One run each, of one image."""
-    runs = runs_of(model, batch, frozenset({'tensor', 'predict'}), 1)
-    found = set()
-    for mode, run in (('tensor', runs.counted), ('predict', runs.also[1])):
-        with unchanged(model):
-            error = _failure(run, model)
-        if error is None:
-            found.add(mode)
-            continue
-        print_log(
-            f'mode={mode!r} of {type(model).__name__} is left out: on this batch it fails with '
-            f'{type(error).__name__}: {error}',
-            'current',
-        )
-    return frozenset(found)
+def first_trace(model: nn.Module, runs: Runs) -> tuple[Trace, Runs]:
+    """The trace of all ``runs`` that work, and what is left of them. Beside the loss, which has to,
+    ``mode='tensor'`` is for the FLOPs, and ``mode='predict'`` for the numbers that only post-processing
+    reads."""
+    first, *others = runs.ordered
+    optional = [getattr(runs, mode) for mode in runs.modes]
+    traced = trace(model, first, also=tuple(others), may_fail=optional)
+    modes = set(runs.modes)
+    for mode in sorted(runs.modes):
+        error = traced.record.failed.get(getattr(runs, mode))
+        if error is not None:
+            modes.remove(mode)
+            print_log(
+                f'mode={mode!r} of {type(model).__name__} is left out: on this batch it fails with '
+                f'{type(error).__name__}: {error}',
+                'current',
+            )
+    return traced, replace(runs, modes=frozenset(modes))
+
+
+def forwards_of(model: nn.Module, batch: Any, count: int = 4) -> tuple[Forward, tuple[Forward, ...]]:
+    """(the run whose FLOPs count, further runs whose ties count) for one batch of training data."""
+    first, *others = first_trace(model, runs_of(model, batch, MODES, count))[1].ordered
+    return first, tuple(others)
 
 
 def test_size(cfg: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -189,19 +202,6 @@ def count_of(data: Any) -> int:
     """Samples in a preprocessed batch."""
     images = data.get('inputs') if isinstance(data, dict) else data[0]
     return len(images)
-
-
-def _failure(forward: Forward, model: nn.Module) -> Exception | None:
-    """What the model as it is raises, if it does."""
-    try:
-        with torch.no_grad():
-            forward(model)
-    except (
-        NotImplementedError, TypeError, AttributeError, LookupError, RuntimeError, AssertionError,
-        ValueError,
-    ) as error:  # fmt: skip
-        return error
-    return None
 
 
 def loss_of(model: nn.Module, batch: Any) -> Any:

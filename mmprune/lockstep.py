@@ -2,11 +2,15 @@
 
 import random
 import threading
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+
+AHEAD = 16 * 2**20
+"""Bytes of small tensors that may pile up before the other run gets its turn: turns cost time too."""
 
 
 class Abandoned(BaseException):
@@ -14,17 +18,18 @@ class Abandoned(BaseException):
 
 
 class RunAhead:
-    """A function in a thread of its own that stops at each thing it shows.
+    """A function in a thread of its own that stops where it has shown enough tensors.
 
     Only one of the two threads runs at any moment, and each has its own random state, so both draw what
     they would have drawn alone. Modes of torch (no_grad, dispatch modes) belong to a thread; gradients
     are off in this one, and autocast and the device are the caller's.
 
     Args:
-        function: called with ``show(value)``, which waits until :meth:`advance` is called again.
+        function: called with ``show(key, tensor)``, which may wait until :meth:`advance` is called
+            again. A tensor is shown as it is at that moment, whatever is written into it later.
     """
 
-    def __init__(self, function: Callable[[Callable[[Any], None]], Any]) -> None:
+    def __init__(self, function: Callable[[Callable[[Any, torch.Tensor], None]], Any]) -> None:
         self._function = function
         self._turn = threading.Condition()
         self._runs = self._abandoned = False
@@ -32,19 +37,20 @@ class RunAhead:
         self._devices = [(kind, *_autocast(kind)) for kind in ('cpu', 'cuda')]
         self._cuda = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         self._error: BaseException | None = None
-        self.shown: Any = None
+        self.shown: deque[tuple[Any, torch.Tensor]] = deque()
+        self._held = 0
         self.result: Any = None
         self.ended = False
         self.thread = threading.Thread(target=self._run, daemon=True)
 
     def advance(self) -> None:
-        """Goes on to the next ``shown``, or to ``ended`` and ``result``. Raises what the function
+        """Goes on until more is in ``shown``, or to ``ended`` and ``result``. Raises what the function
         raised."""
         if self.ended:
             return
         mine = random_state()
         set_random_state(self._randomness)
-        self.shown = None
+        self._held = 0
         with self._turn:
             self._runs = True
             if not self.thread.is_alive():
@@ -65,12 +71,16 @@ class RunAhead:
                 self._turn.notify_all()
             self.thread.join()
 
-    def show(self, value: Any) -> None:
+    def show(self, key: Any, tensor: torch.Tensor) -> None:
         """Called by the function only; elsewhere (the other run entered this one's model) it does
         nothing."""
         if threading.current_thread() is not self.thread:
             return
-        self.shown = value
+        self._held += tensor.numel() * tensor.element_size()
+        if self._held < AHEAD:
+            self.shown.append((key, tensor.clone()))
+            return
+        self.shown.append((key, tensor))  # nothing is written into it before it was looked at
         with self._turn:
             self._runs = False
             self._turn.notify_all()

@@ -1,6 +1,6 @@
 """trace -> couple -> score -> choose -> cut: the steps. :mod:`mmprune.session` puts them in order."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import numpy as np
@@ -23,18 +23,28 @@ from mmprune.verify import verify
 Forward = Callable[[nn.Module], Any]
 
 
-def trace(model: nn.Module, forward: Forward, *, also: tuple[Forward, ...] = ()) -> Trace:
+def trace(
+    model: nn.Module,
+    forward: Forward,
+    *,
+    also: tuple[Forward, ...] = (),
+    may_fail: Container[Forward] = (),
+) -> Trace:
     """Runs ``forward(model)`` once and finds what can be cut.
 
-    ``forward``: takes the model and runs it, e.g. ``lambda m: m(x)``. ``also``: further ways to run
-    it whose ties count too (its loss, beside its inference); FLOPs are counted in ``forward`` alone.
+    Args:
+        forward: takes the model and runs it, e.g. ``lambda m: m(x)``.
+        also: further ways to run it whose ties count too (its loss, beside its inference); FLOPs are
+            counted in the first one alone.
+        may_fail: those of them that are left out where they raise an error.
+
     The model is left as it was: running statistics and random states included.
 
     Raises:
         PruneError: the run fails; the module that failed is named.
     """
     try:
-        return couple(record(model, forward, also))
+        return couple(record(model, forward, also, may_fail=may_fail))
     except PruneError:
         raise
     except Exception as error:

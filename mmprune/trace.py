@@ -8,9 +8,10 @@ compiled functions that the dispatcher does not see, have adapters (:mod:`mmprun
 """
 
 import contextlib
+import copy
 import functools
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Container, Iterator
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -64,10 +65,15 @@ class Record:
     touched: set[str] = field(default_factory=set)
     elements: list[tuple[str, int, list[Ids]]] = field(default_factory=list)
     scales: list[Ids] = field(default_factory=list)
+    failed: dict[Callable, Exception] = field(default_factory=dict)
     stand_ins: int = 0
     """How many ids above those of the slots stand for positions of fills (:meth:`Tracer.stand_in`)."""
     parts: list[tuple[Width, Ids]] = field(default_factory=list)
     """Those that are a part or a multiple of a width. Which of them go together, the run shows."""
+
+
+OWN = ('constants', 'followed', '_stand_ins', '_locked')
+"""What a tracer itself learns in a run, beside its record."""
 
 
 class Tracer(TorchDispatchMode):
@@ -97,6 +103,17 @@ class Tracer(TorchDispatchMode):
             own = isinstance(tensor, nn.Parameter)  # buffers are not masked
             self._facts[tensor] = Facts(labels, nonzero=not own, name=name, raw=True)
             self._storages[memory(tensor)] = name
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a run adds to, for :meth:`restore` after one that failed."""
+        own = {name: copy.copy(getattr(self, name)) for name in OWN}
+        parts = [f.name for f in fields(Record) if f.name != 'slots']
+        return own, {name: copy.copy(getattr(self.record, name)) for name in parts}
+
+    def restore(self, state: tuple[dict[str, Any], dict[str, Any]]) -> None:
+        for holder, values in zip((self, self.record), state, strict=True):
+            for name, value in values.items():
+                setattr(holder, name, value)
 
     # -- what rules use ---------------------------------------------------------------------------
 
@@ -354,18 +371,37 @@ def record(
     forward: Callable[[nn.Module], Any],
     also: tuple[Callable[[nn.Module], Any], ...] = (),
     tracer: Tracer | None = None,
+    may_fail: Container[Callable[[nn.Module], Any]] = (),
 ) -> Record:
-    """Traces ``forward(model)`` and each of ``also``; FLOPs are counted in ``forward`` alone."""
+    """Traces ``forward(model)`` and each of ``also``; FLOPs are counted in the first of them alone.
+    Of ``may_fail`` it leaves out those that raise, and notes them in ``failed``."""
     tracer = tracer or Tracer(model)
-    with unchanged(model):
-        for run in (forward, *also):
-            tracer.counting = run is forward
-            tracer._stack = [model]
-            with watched(tracer, model):
-                out = run(model)
-            for tensor in tensors_in(out):
-                for ids in tracer.labels_of(tensor).values():
-                    for array in ids:
-                        tracer.lock(array, 'output of the model')
+    counted, failed = False, {}
+    for run in (forward, *also):
+        tracer.counting, tracer._stack = not counted, [model]
+        before = tracer.state()
+        try:
+            with unchanged(model):
+                with watched(tracer, model):
+                    out = run(model)
+                for tensor in tensors_in(out):
+                    for ids in tracer.labels_of(tensor).values():
+                        for array in ids:
+                            tracer.lock(array, 'output of the model')
+        except REFUSALS as error:
+            if run not in may_fail:
+                raise
+            tracer.restore(before)
+            failed[run] = error
+        else:
+            counted = True
+    tracer.record.failed = failed
     tracer.record.slots.find_aliases(model)
     return tracer.record
+
+
+REFUSALS = (
+    NotImplementedError, TypeError, AttributeError, LookupError, RuntimeError, AssertionError,
+    ValueError,
+)  # fmt: skip
+"""What models raise where a batch lacks something, or a mode is not written."""

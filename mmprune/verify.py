@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from mmprune.adapters import intercept
 from mmprune.copies import copied
@@ -100,7 +102,7 @@ def compare(
 ) -> tuple[float, str]:
     """The work of :func:`verify`: the error, and a complaint about it where it is too large."""
     check_fingerprint(plan.fingerprint, original, 'the plan', plan.aliases)
-    found = Comparison()
+    found = Comparison(narrower=narrower_layers(pruned, plan))
     with contextlib.ExitStack() as stack:
         for model in (original, pruned):
             stack.enter_context(unchanged(model))
@@ -122,9 +124,9 @@ def _side_by_side(
     taken = Taken()
     first, second = Decisions(original, taken, repeat=False), Decisions(pruned, taken, repeat=True)
 
-    def reference(show: Callable[[Any], None]) -> Any:
+    def reference(show: Show) -> Any:
         torch.manual_seed(0)
-        with first, shown_outputs(original, show):
+        with first, shown_outputs(original, show, found.narrower):
             return forward(original)
 
     ahead = RunAhead(reference)
@@ -138,7 +140,7 @@ def _side_by_side(
         with intercept(compiled):
             outputs.advance()
             torch.manual_seed(0)
-            with second, shown_outputs(pruned, lambda out: outputs.meet(out, found)):
+            with second, shown_outputs(pruned, lambda *out: outputs.meet(*out, found), found.narrower):
                 try:
                     made = forward(pruned)
                 except (OriginalFailed, PruneError):
@@ -181,6 +183,8 @@ class OriginalFailed(Exception):
 Key = tuple[str, int, int]
 """A module's name, its how many-th call, and the position of a tensor in what it returned."""
 
+Show = Callable[[Key, torch.Tensor], None]
+
 
 class _Outputs:
     """Outputs of the run ahead, met one by one by those of the run that follows."""
@@ -195,33 +199,38 @@ class _Outputs:
         except Exception as error:
             raise OriginalFailed(error) from error
 
-    def meet(self, out: tuple[Key, torch.Tensor], found: 'Comparison') -> None:
+    def meet(self, key: Key, value: torch.Tensor, found: 'Comparison') -> None:
         """Compares an output of the second run with its like of the first, if there is one."""
-        key, value = out
-        while key not in self._left and self.ahead.shown is not None:
-            if self.ahead.shown[0] == key:
-                found.add(key, self.ahead.shown[1], value)
+        shown = self.ahead.shown
+        while key not in self._left and shown:
+            other, tensor = shown.popleft()
+            if other == key:
+                found.add(key, tensor, value)
+            else:
+                self._left[other] = tensor.clone()  # what follows may write over it
+            if not shown:
                 self.advance()  # its decisions up to the next output are needed from here on
+            if other == key:
                 return
-            other, tensor = self.ahead.shown
-            self._left[other] = tensor.clone()  # what follows may write over it
-            self.advance()
         if key in self._left:
             found.add(key, self._left.pop(key), value)
 
 
 @contextlib.contextmanager
 def shown_outputs(
-    model: nn.Module, show: Callable[[tuple[Key, torch.Tensor]], None]
+    model: nn.Module, show: Show, narrower: set[str]
 ) -> Iterator[None]:
-    """Calls ``show`` with each floating point output of each module without children."""
+    """Calls ``show`` with each floating point output of each module without children, but of those
+    that are known to be ``narrower`` in one of the two."""
     calls: dict[str, int] = {}
 
     def after(name: str, out: Any) -> None:
         call = calls[name] = calls.get(name, -1) + 1
+        if name in narrower:
+            return
         for position, tensor in enumerate(tensors_in(out)):
             if tensor.is_floating_point():
-                show(((name, call, position), tensor.detach()))
+                show((name, call, position), tensor.detach())
 
     handles = [
         module.register_forward_hook(lambda m, args, out, name=name: after(name, out))
@@ -235,12 +244,23 @@ def shown_outputs(
             handle.remove()
 
 
+def narrower_layers(model: nn.Module, plan: Plan) -> set[str]:
+    """Names of layers that give fewer channels than before, so that there is nothing to compare."""
+    plain = (nn.Linear, _ConvNd, _NormBase)
+    return {
+        name for name, module in model.named_modules()
+        if isinstance(module, plain) and not isinstance(module, _ConvTransposeNd)
+        and 0 in plan.keep.get(f'{name}.weight', {})
+    }  # fmt: skip
+
+
 @dataclass
 class Comparison:
     """Numbers of the outputs that were compared; the outputs themselves are gone by then."""
 
     differences: dict[Key, tuple[float, float]] = field(default_factory=dict)
     sizes: dict[tuple[str, int], float] = field(default_factory=dict)
+    narrower: set[str] = field(default_factory=set)
     numbers: int = 0
     coarsest: float = 0.0
 
@@ -249,11 +269,11 @@ class Comparison:
         name, _, position = key
         self.coarsest = max(self.coarsest, torch.finfo(wanted.dtype).eps)
         if found.shape != wanted.shape:
-            size = largest(wanted)
-        else:
-            difference, size, count = deviation(wanted, found)
-            self.differences[key] = (difference, size)
-            self.numbers += count
+            self.narrower.add(name)
+            return
+        difference, size, count = deviation(wanted, found)
+        self.differences[key] = (difference, size)
+        self.numbers += count
         # A head that runs on five levels may give next to nothing on one of them.
         if name:
             self.sizes[name, position] = max(self.sizes.get((name, position), 0.0), size)

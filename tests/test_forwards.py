@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from mmengine.model import BaseModel
@@ -5,7 +6,7 @@ from torch import nn
 
 import mmprune
 from mmprune import forwards, testing
-from mmprune.forwards import both, first_samples, forwards_of, runs_of, working_modes
+from mmprune.forwards import both, first_samples, first_trace, forwards_of, runs_of
 
 
 class Model(BaseModel):
@@ -43,8 +44,8 @@ def test_inference_is_counted_and_the_rest_seen():
     for run in (counted, *also):
         run(model)
     also[0](model)
-    model.seen.pop()
-    assert model.seen == [('tensor', False, 1), ('loss', True, 2), ('predict', False, 1)]
+    model.seen.pop()  # whatever was put into the samples is not there the second time
+    assert model.seen == [('tensor', False, 1), ('predict', False, 1), ('loss', True, 2)]
     assert model.training and BATCH['data_samples'] == []
     trace = mmprune.trace(model, counted, also=also)
     assert trace.flops == 16 * (3 * 8 + 8 * 2) and trace.idle == []
@@ -52,12 +53,11 @@ def test_inference_is_counted_and_the_rest_seen():
 
 def test_flops_are_of_one_image_of_the_size_that_is_tested_at():
     model = Model()
-    modes = working_modes(model, BATCH)
-    assert modes == {'tensor', 'predict'}
-    runs = runs_of(model, BATCH, modes, size=(8, 6))
-    assert mmprune.trace(model, runs.counted).flops == 8 * 6 * (3 * 8 + 8 * 2)
+    traced, runs = first_trace(model, runs_of(model, BATCH, size=(8, 6)))
+    assert runs.modes == {'tensor', 'predict'}
+    assert traced.flops == 8 * 6 * (3 * 8 + 8 * 2)
     assert runs.counted_as == 'one image of 8 x 6'
-    assert runs_of(model, BATCH, modes).counted_as == 'one image of 4 x 4'
+    assert runs_of(model, BATCH).counted_as == 'one image of 4 x 4'
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,8 @@ def test_a_batch_is_looked_at_without_a_trace():
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     states = torch.get_rng_state()
     batch = testing.detection_batch(cfg, 64)
-    runs = runs_of(model, batch, working_modes(model, batch), size=(96, 64))
+    traced, runs = first_trace(model, runs_of(model, batch, size=(96, 64)))
+    assert runs.modes == {'tensor', 'predict'} and traced.groups
     assert runs.counted_as == 'one image of 96 x 64' and Augment.calls == 0
     assert len(model.data_preprocessor.batch_augments) == 1
     assert torch.equal(torch.get_rng_state(), states)
@@ -102,27 +103,53 @@ def test_a_number_that_only_predicting_reads_follows():
     model = Model()
     counted, also = forwards_of(model, BATCH)
     mmprune.prune(model, both(counted, *also), keep_channels=0.5)
-    assert model.width == 4 and len(also[1](model)) == 1
+    assert model.width == 4 and len(also[0](model)) == 1
 
 
 @pytest.mark.parametrize(
-    ('works', 'modes', 'counted'),
+    ('works', 'modes', 'checked', 'counted'),
     [
-        ({'predict': False}, ['tensor', 'loss'], 'one image of 4 x 4'),
-        ({'tensor': False}, ['predict', 'loss'], 'one image of 4 x 4'),
-        ({'tensor': False, 'predict': False}, ['loss'], "mode='loss' on 4 samples of the batch"),
+        ({}, ['tensor', 'predict', 'loss'], ['predict', 'loss'], 'one image of 4 x 4'),
+        ({'predict': False}, ['tensor', 'loss'], ['tensor', 'loss'], 'one image of 4 x 4'),
+        ({'tensor': False}, ['predict', 'loss'], ['predict', 'loss'], 'one image of 4 x 4'),
+        (
+            {'tensor': False, 'predict': False}, ['loss'], ['loss'],
+            "mode='loss' on 4 samples of the batch",
+        ),
     ],
-)
-def test_modes_that_fail_are_left_out(works, modes, counted, monkeypatch):
+)  # fmt: skip
+def test_modes_that_fail_are_left_out(works, modes, checked, counted, monkeypatch):
     told = []
     monkeypatch.setattr('mmprune.forwards.print_log', lambda text, logger: told.append(text))
     model = Model(**works)
-    runs = runs_of(model, BATCH, working_modes(model, BATCH))
+    traced, runs = first_trace(model, runs_of(model, BATCH))
     model.seen.clear()
-    runs.all(model)
+    for run in runs.ordered:
+        run(model)
     assert [mode for mode, _, _ in model.seen] == modes and runs.counted_as == counted
+    model.seen.clear()
+    runs.checked(model)
+    assert [mode for mode, _, _ in model.seen] == checked
     for mode in works:
         assert any(f'mode={mode!r} of Model is left out' in text for text in told)
+    again = mmprune.trace(model, runs.ordered[0], also=runs.ordered[1:])  # as if it had not been tried
+    assert again.flops == traced.flops and np.array_equal(again.unit_of, traced.unit_of)
+    assert traced.idle == []
+
+
+def test_what_a_run_found_before_it_failed_does_not_count():
+    class Late(Model):
+        def forward(self, inputs, data_samples=None, mode='tensor'):
+            out = super().forward(inputs, data_samples, mode)
+            if mode == 'tensor':
+                (self.stem(inputs) + torch.ones(8, 1, 1)).sort(1)  # locks, then fails
+                raise RuntimeError('late')
+            return out
+
+    model = Late()
+    traced, runs = first_trace(model, runs_of(model, BATCH))
+    assert runs.modes == {'predict'} and len(traced.groups) == 1
+    assert traced.flops == mmprune.trace(model, runs.predict).flops
 
 
 def test_another_kind_of_model_is_refused():

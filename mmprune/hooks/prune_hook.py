@@ -9,7 +9,7 @@ from mmprune import ranks, report, rng, traces
 from mmprune.choose import make_budget
 from mmprune.couple import Trace
 from mmprune.errors import PruneError
-from mmprune.forwards import Runs, runs_of, test_size, working_modes
+from mmprune.forwards import MODES, Runs, first_trace, runs_of, test_size
 from mmprune.hooks.rebuild_hook import RebuildHook
 from mmprune.hooks.running import (
     averaged_models,
@@ -19,7 +19,7 @@ from mmprune.hooks.running import (
     refresh,
     validate_apart,
 )
-from mmprune.pipeline import choose_step, remaining, trace
+from mmprune.pipeline import choose_step, remaining
 from mmprune.plan import plan_of
 from mmprune.recalibrate import check_run, recalibrate_run
 from mmprune.schedule import target_at
@@ -98,7 +98,7 @@ class PruneHook(RebuildHook):
         self._due, self._waited = False, 0
         self.start: dict[str, float] = {}
         self.metrics: dict[str, dict[str, float]] = {}
-        self._modes: frozenset[str] | None = None
+        self._modes = MODES
         self._trace: Trace | None = None
         self._collector: Collector | None = None
         self._loaded: dict[str, Any] | None = None
@@ -134,8 +134,7 @@ class PruneHook(RebuildHook):
         if self.recalibrate:
             check_run(runner, model, self.recalibrate)  # an error now, not at the first cut
         with ranks.together('the trace'):
-            runs = self._runs(runner, data_batch)
-            traced = trace(model, runs.counted, also=runs.also)
+            traced, runs = first_trace(model, self._runs(runner, data_batch))
         unseen = set().union(*ranks.gathered(traced.idle))
         idle = sorted(name for name in unseen if not self.budget.locks(name))
         if idle and self._waited < PATIENCE:
@@ -146,7 +145,7 @@ class PruneHook(RebuildHook):
                 f'{len(idle)} trained parameters took no part in {PATIENCE} batches, so what they are '
                 f'tied to was not seen: {", ".join(idle[:5])}. Lock their inputs by name'
             )
-        self._waited = 0
+        self._waited, self._modes = 0, runs.modes
         self._watch(runner, traced)
         if not self.start:
             self.start = remaining(model)
@@ -182,7 +181,7 @@ class PruneHook(RebuildHook):
 
         def choose(traced: Trace, scores: Any) -> Any:
             keep, noted = choose_step(
-                traced, scores, self.budget, model, runs.counted,
+                traced, scores, self.budget, model, runs.ordered[0],
                 lambda final: target_at(min(number, self.steps), self.steps, final, self.schedule),
                 self.start,
             )  # fmt: skip
@@ -190,7 +189,7 @@ class PruneHook(RebuildHook):
 
         outcome = cut_once(
             model, self._trace, scores, choose, self.budget,
-            forward=runs.all if self.check else None, optimizer=runner.optim_wrapper,
+            forward=runs.checked if self.check else None, optimizer=runner.optim_wrapper,
             twins=lambda: [twin.module for twin in twins], wrapper=runner.model,
             distributed=ranks.many(), strict=self.strict, warn=runner.logger.warning,
         )  # fmt: skip
@@ -222,10 +221,8 @@ class PruneHook(RebuildHook):
             recalibrate_run(runner, model, averaged, self.recalibrate)
 
     def _runs(self, runner: Runner, batch: Any) -> Runs:
-        model = bare(runner.model)
-        if self._modes is None:
-            self._modes = working_modes(model, batch)
-        return runs_of(model, batch, self._modes, self.samples, test_size(runner.cfg))
+        size = test_size(runner.cfg)
+        return runs_of(bare(runner.model), batch, self._modes, self.samples, size)
 
     def _watch(self, runner: Runner, traced: Trace) -> None:
         """Scores the units of ``traced`` from here on."""
@@ -263,7 +260,7 @@ class PruneHook(RebuildHook):
         self.cuts, self._due, self.start = state['cuts'], state['due'], dict(state['start'])
         self.metrics = {k: dict(v) for k, v in state['metrics'].items()}
         self._report = dict(state['report'])
-        self._modes = frozenset(state['modes']) if state.get('modes') is not None else None
+        self._modes = frozenset(state.get('modes', MODES))
         saved = state.get('trace')  # not in checkpoints of mmprune 0.1.0
         traced = traces.from_state(saved, bare(runner.model)) if saved is not None else None
         if traced is not None:
@@ -278,7 +275,7 @@ class PruneHook(RebuildHook):
             'start': self.start,
             'metrics': self.metrics,
             'report': self._report,
-            'modes': sorted(self._modes) if self._modes is not None else None,
+            'modes': sorted(self._modes),
             'trace': traces.to_state(self._trace) if self._trace is not None else None,
             'collector': self._collector.state_dict() if self._collector is not None else None,
             'rng': self._before_validation or rng.get_state(),
