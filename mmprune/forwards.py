@@ -179,6 +179,8 @@ def _resized(model: nn.Module, data: Any, size: tuple[int, int] | None) -> Any:
     for sample in samples if isinstance(samples, list) else ():
         known = set(sample.metainfo_keys())
         sizes = {'img_shape': size, 'pad_shape': padded, 'batch_input_shape': padded}
+        if 'scale_factor' in known:  # it is the original picture now, so predictions need no scaling
+            sizes |= {'ori_shape': size, 'scale_factor': (1.0, 1.0)}
         sample.set_metainfo({key: value for key, value in sizes.items() if key in known})
     images = nn.functional.interpolate(images, size=padded, mode='bilinear', align_corners=False)
     return data | {'inputs': images} | ({'data_samples': samples} if samples is not None else {})
