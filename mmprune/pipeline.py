@@ -1,14 +1,16 @@
 """trace -> couple -> score -> choose -> cut: the whole way, in one file. Read this first."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from mmengine.logging import print_log
 from torch import nn
 
 from mmprune import cost
-from mmprune.choose import Budget, choose, make_budget
+from mmprune.choose import Budget, choose, make_budget, uneven
 from mmprune.couple import Trace, couple
 from mmprune.cut import cut, read_attribute
 from mmprune.errors import PruneError
@@ -59,7 +61,7 @@ def prune(
     ``options`` (``latency``, ``min_channels``, ``divisor``, ``max_cut``, ``lock``, ``parts``).
 
     ``score``: a criterion's name, a :class:`mmprune.Score` or a dict of its options, or (n_units,)
-    numbers in the order of ``trace(...)``'s units.
+    numbers in the order of ``trace(...)``'s units, of which the lowest go first, whatever they cost.
     ``check``: run :func:`verify` before the cut is kept. Returns the plan against the original,
     earlier cuts included.
 
@@ -75,23 +77,39 @@ def prune(
         score = make_score(score)
     traced = trace(model, forward)
     scores = score_now(traced, score)
-    keep, about = choose_for(model, forward, traced, scores, budget)
+    per = score.per if isinstance(score, Score) else 'none'
+    keep, about = choose_for(model, forward, traced, scores, budget, per)
     step = make_plan(traced, model, keep, budget, **about)
     return cut_checked(model, step, forward if check else None, optimizer)
 
 
 def choose_for(
-    model: nn.Module, forward: Forward, traced: Trace, scores: np.ndarray, budget: Budget
+    model: nn.Module,
+    forward: Forward,
+    traced: Trace,
+    scores: np.ndarray,
+    budget: Budget,
+    per: str = 'budget',
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """(which units stay, what to note in the history); times are measured where the budget asks."""
+    """(which units stay, what to note in the history); times are measured where the budget asks.
+
+    ``per``: of the :class:`mmprune.Score` that made the scores. Noted are ``latency``, and
+    ``uneven``: layers whose width could not be rounded, which are logged too.
+    """
     original = original_cost(model, traced)
+    about: dict[str, Any] = {}
     if budget.latency is None:
-        return choose(traced, scores, budget, original), {}
-    keep, left = choose_measured(
-        model, forward, traced, scores, budget, original,
-        lambda keep: make_plan(traced, model, keep, budget),
-    )  # fmt: skip
-    return keep, {'latency': left}
+        keep = choose(traced, scores, budget, original, per=per)
+    else:
+        keep, about['latency'] = choose_measured(
+            model, forward, traced, scores, budget, original,
+            lambda keep: make_plan(traced, model, keep, budget), per,
+        )  # fmt: skip
+    notes = uneven(traced, keep, budget)
+    if notes:
+        about['uneven'] = notes
+        print_log('Widths that could not be rounded: ' + '; '.join(notes), 'current', logging.WARNING)
+    return keep, about
 
 
 def score_now(traced: Trace, score: str | dict | Score | np.ndarray | torch.Tensor) -> np.ndarray:
@@ -136,6 +154,7 @@ def choose_step(
     forward: Forward,
     target_at: Callable[[float], float],
     start: dict[str, float],
+    per: str = 'budget',
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """The choice for one of several cuts: see :func:`choose_for`.
 
@@ -147,7 +166,7 @@ def choose_step(
         whole = start.get(name.removeprefix('keep_'), 1.0)
         return min(1.0, whole * target_at(min(1.0, final / whole)))
 
-    return choose_for(model, forward, traced, scores, budget.scheduled(along))
+    return choose_for(model, forward, traced, scores, budget.scheduled(along), per)
 
 
 def make_plan(traced: Trace, model: nn.Module, keep: np.ndarray, budget: Budget, **about: Any) -> Plan:

@@ -114,7 +114,7 @@ def config(work_dir: Path, epochs: int = 4, hook: dict | None = None, **more: An
         val_evaluator=dict(type='Right'),
         optim_wrapper=dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.05, momentum=0.9)),
         default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1)),
-        custom_hooks=[dict(type='PruneHook', **(hook or dict(keep_flops=0.5, interval=5, steps=2)))],
+        custom_hooks=[dict(type='PruneHook', **(hook or dict(keep_flops=0.3, interval=5, steps=2)))],
         randomness=dict(seed=0),
         log_level='WARNING',
         visualizer=dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')]),
