@@ -8,6 +8,7 @@ from mmprune.adapters import adapter
 from mmprune.checkpoint import load_pruned
 from mmprune.budget import Budget
 from mmprune.errors import PruneError
+from mmprune.fusing import fuse
 from mmprune.pipeline import prune, trace
 from mmprune.plan import Plan, plan_of
 from mmprune.pruner import Pruner, load_model_def, save_model_def
@@ -24,6 +25,7 @@ __all__ = [
     'adapter',
     'checkpoint',
     'criterion',
+    'fuse',
     'load_model_def',
     'load_pruned',
     'plan_of',

@@ -12,6 +12,7 @@ from mmengine.runner.checkpoint import _load_checkpoint
 from torch import nn
 
 from mmprune.errors import PruneError
+from mmprune.fusing import fuse as fold_norms
 from mmprune.plan import Plan
 
 META = 'mmprune'
@@ -131,11 +132,14 @@ def weights_in(checkpoint: dict[str, Any], path: str | Path) -> dict[str, torch.
     return state
 
 
-def load_pruned(config: str | Path | Config, checkpoint: str | Path, device: str = 'cpu') -> nn.Module:
+def load_pruned(
+    config: str | Path | Config, checkpoint: str | Path, device: str = 'cpu', fuse: bool = False
+) -> nn.Module:
     """The pruned model, ready for inference, from its *unpruned* config and its checkpoint.
 
     It has ``.cfg`` and ``.dataset_meta``, as ``mmdet.apis.inference_detector`` and mmpose's
-    ``inference_topdown`` want them.
+    ``inference_topdown`` want them. ``fuse``: fold batch norms into convolutions
+    (:func:`mmprune.fuse`); it is faster, and its weights no longer fit a checkpoint.
 
     Raises:
         PruneError: the checkpoint has no plan, is damaged, or belongs to another architecture.
@@ -152,6 +156,8 @@ def load_pruned(config: str | Path | Config, checkpoint: str | Path, device: str
     model.cfg = cfg
     meta = content['meta'].get('dataset_meta') or {}
     model.dataset_meta = {str(key).lower(): value for key, value in meta.items()}
+    if fuse:
+        fold_norms(model)
     return model.to(device).eval()
 
 
