@@ -43,8 +43,8 @@ def fuse(model: nn.Module) -> nn.Module:
                 found += 1
     if not found:
         raise PruneError(
-            'fuse: no convolution of this model stands in front of a batch norm: it was fused before, or '
-            'has other norms; leave it as it is'
+            'fuse: no convolution of this model stands in front of a batch norm: it was fused before, '
+            'or has other norms; leave it as it is'
         )
     return model
 
