@@ -33,7 +33,9 @@ def run_of(model: nn.Module, size: int) -> Callable[[nn.Module], Any]:
 
     def run(model: nn.Module) -> Any:
         if not hasattr(model, 'roi_head'):
-            return model(picture, mode='tensor')
+            features = model.extract_feat(picture)
+            head = getattr(model, 'bbox_head', None) or getattr(model, 'head', None)
+            return head(features) if head is not None else features
         features = model.extract_feat(picture)
         roi = model.roi_head._bbox_forward(features, boxes)
         return model.rpn_head(features), roi['cls_score'], roi['bbox_pred']
