@@ -66,7 +66,7 @@ def main(arguments=None):
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.epochs)
-    pruner = mmprune.Pruner(model, keep_flops=options.keep_flops, min_channels=4)
+    pruner = mmprune.Pruner(model, keep_flops=options.keep_flops, min_channels=4, divisor=1)
 
     it = 0
     for epoch in range(options.epochs):

@@ -9,6 +9,7 @@ from mmprune.checkpoint import load_pruned
 from mmprune.budget import Budget
 from mmprune.errors import PruneError
 from mmprune.api import prune
+from mmprune.fusing import fuse
 from mmprune.pipeline import trace
 from mmprune.plan import Plan, plan_of
 from mmprune.pruner import Pruner, load_model_def, save_model_def
@@ -25,6 +26,7 @@ __all__ = [
     'adapter',
     'checkpoint',
     'criterion',
+    'fuse',
     'load_model_def',
     'load_pruned',
     'plan_of',

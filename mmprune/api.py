@@ -35,7 +35,8 @@ def prune(
         forward: runs the model that it is given, e.g. ``lambda m: m(x)``.
         keep_flops, keep_params, keep_channels, prune_num: see :class:`Budget`.
         score: a criterion's name, a :class:`mmprune.Score` or a dict of its options, or (n_units,)
-            numbers in the order of ``trace(...)``'s units.
+            numbers in the order of ``trace(...)``'s units, of which the lowest go first, whatever they
+            cost.
         optimizer: what :func:`mmprune.cut.cut` takes; its state is narrowed too.
         check: compare a copy that is cut with the masked model (:func:`verify`) before the cut is kept.
         strict: a cut that fails the check is an error; by default the groups of channels that are to
@@ -55,10 +56,11 @@ def prune(
     budget = make_budget({k: v for k, v in fractions.items() if v is not None} | options)
     if isinstance(score, str | dict):
         score = make_score(score)
+    per = score.per if isinstance(score, Score) else 'none'
     traced = trace(model, forward)
     outcome = cut_once(
         model, traced, score_now(traced, score),
-        lambda traced, scores: choose_for(model, forward, traced, scores, budget), budget,
+        lambda traced, scores: choose_for(model, forward, traced, scores, budget, per), budget,
         forward=forward if check else None, optimizer=optimizer, strict=strict,
         warn=lambda text: warnings.warn(text, stacklevel=4),
     )  # fmt: skip

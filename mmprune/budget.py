@@ -25,9 +25,11 @@ class Budget:
     fraction that remains of its measured time; ``keep_channels``: the fraction of units that every
     group keeps; ``prune_num``: how many units go in one cut.
 
-    ``min_channels``: channels that every group keeps at least; ``divisor``: widths are rounded up to
-    multiples of it; ``max_cut``: the largest fraction of a group that one cut removes; ``lock``:
-    patterns of tensor names (``backbone.layer1.*``) whose units stay.
+    ``min_channels``: channels that every group keeps at least; ``divisor``: units go in blocks that
+    leave widths that are multiples of it; ``'auto'``: of what this device works in, as measured
+    (:mod:`mmprune.device`), and of 4 at least, but for widths below that. ``max_cut``: the largest
+    fraction of a group that one cut removes; ``lock``: patterns of tensor names (``backbone.layer1.*``)
+    whose units stay.
 
     ``parts``: {name: options} for the units that are made in a part of the model, given by the start
     of its names (``backbone``, ``roi_head.bbox_head``) or a pattern (``*.layer3.*``). A part with a
@@ -42,7 +44,7 @@ class Budget:
     latency: float | None = None
     prune_num: int | None = None
     min_channels: int = 1
-    divisor: int = 1
+    divisor: int | str = 'auto'
     max_cut: float = 1.0
     lock: tuple[str, ...] = field(default=())
     parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -59,10 +61,13 @@ class Budget:
                 )  # fmt: skip
         for name in ('prune_num', 'min_channels', 'divisor'):
             value = getattr(self, name)
-            if value is None and name == 'prune_num':
+            if (name, value) in (('prune_num', None), ('divisor', 'auto')):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise PruneError(f'{name}={value!r}: give a whole number from 1 on')
+                raise PruneError(
+                    f'{name}={value!r}: give a whole number from 1 on'
+                    + (" or 'auto'" if name == 'divisor' else '')
+                )
         lock = (self.lock,) if isinstance(self.lock, str) else tuple(self.lock)
         for pattern in lock:
             if not isinstance(pattern, str):
@@ -117,7 +122,7 @@ class Limits:
     """What holds for the units of one part: see :class:`Budget`."""
 
     min_channels: int
-    divisor: int
+    divisor: int | str
     max_cut: float
     targets: Mapping[str, float]
 

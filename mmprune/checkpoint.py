@@ -17,6 +17,7 @@ from torch import nn
 
 from mmprune.compat import allow_mmengine_checkpoints
 from mmprune.errors import PruneError
+from mmprune.fusing import fuse as fold_norms
 from mmprune.plan import Plan, names_by_first, plan_of
 
 META = 'mmprune'
@@ -167,11 +168,14 @@ def weights_in(checkpoint: dict[str, Any], path: str | Path) -> dict[str, torch.
     return state
 
 
-def load_pruned(config: str | Path | Config, checkpoint: str | Path, device: str = 'cpu') -> nn.Module:
+def load_pruned(
+    config: str | Path | Config, checkpoint: str | Path, device: str = 'cpu', fuse: bool = False
+) -> nn.Module:
     """The pruned model, ready for inference, from its *unpruned* config and its checkpoint.
 
     It has ``.cfg`` and ``.dataset_meta``, as ``mmdet.apis.inference_detector`` and mmpose's
-    ``inference_topdown`` want them.
+    ``inference_topdown`` want them. ``fuse``: fold batch norms into convolutions
+    (:func:`mmprune.fuse`); it is faster, and its weights no longer fit a checkpoint.
 
     Raises:
         PruneError: the checkpoint has no plan, is damaged, or belongs to another architecture.
@@ -188,6 +192,8 @@ def load_pruned(config: str | Path | Config, checkpoint: str | Path, device: str
     model.cfg = cfg
     meta = content['meta'].get('dataset_meta') or {}
     model.dataset_meta = {str(key).lower(): value for key, value in meta.items()}
+    if fuse:
+        fold_norms(model)
     return model.to(device).eval()
 
 

@@ -4,6 +4,8 @@ One multiply-add counts as one FLOP; only convolutions and matrix products count
 five levels counts five times, its parameters once.
 """
 
+import math
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -13,6 +15,20 @@ from torch import nn
 from mmprune.couple import Trace
 from mmprune.plan import Plan
 from mmprune.slots import Axis
+
+
+class Product:
+    """``factor`` times the product of how many positions of some axes are kept."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self, counts: Sequence[np.ndarray]) -> np.ndarray:
+        return self.factor * math.prod(counts)
+
+
+Term = tuple[Callable[[Sequence[np.ndarray]], np.ndarray], tuple[int, ...]]
+"""(kept positions of its axes, as arrays that broadcast -> amount; the numbers of the axes)."""
 
 
 class Products:
@@ -41,9 +57,11 @@ class Products:
         self._n_axes = len(ids)
         # (axis, unit) -> how many of the axis's positions the unit holds; locked ones apart.
         rows, columns = [], []
+        self._units: list[np.ndarray] = []
         fixed = np.zeros(len(ids) + 1)
         for number, axis in enumerate(ids):
             units = trace.unit_of[axis]
+            self._units.append(units)
             fixed[number] = (units < 0).sum()
             units = units[units >= 0]
             rows.append(np.full(units.size, number))
@@ -66,6 +84,14 @@ class Products:
     def __call__(self, keep: np.ndarray) -> float:
         """The sum when only the units in ``keep`` (n_units, bool) stay."""
         return float(self._counts @ self._fractions(keep)[self._terms].prod(axis=1))
+
+    def terms(self) -> tuple[list[np.ndarray], list[Term]]:
+        """(units at the positions of each axis, -1 where locked; the terms over these axes)."""
+        found: list[Term] = []
+        for count, numbers in zip(self._counts.tolist(), self._terms.tolist(), strict=True):
+            axes = tuple(number for number in numbers if number < self._n_axes)
+            found.append((Product(count / math.prod(self._sizes[list(axes)].tolist())), axes))
+        return self._units, found
 
     def grown(self, growth: np.ndarray) -> float:
         """The sum were each slot ``growth`` (n_slots,) times as many."""
@@ -117,6 +143,10 @@ def before(trace: Trace, plan: Plan | None, terms: Products) -> float:
 def memory(trace: Trace) -> Products:
     """Elements of the activations of the traced forward (views aside)."""
     return Products(trace, [(float(n), axes) for _, n, axes in trace.record.elements])
+
+
+BY_NAME = {'flops': flops, 'memory': memory, 'params': params}
+"""Costs that scores can be set against."""
 
 
 def channels(trace: Trace, part: str | None = None) -> Products:

@@ -1,87 +1,76 @@
 """Measured time as a budget: a table of op timings, taken on the machine that it is for.
 
-Convolutions and matrix products of a traced run are timed at several widths each and interpolated;
-what else takes time (norms, activations, pooling) is the rest of the whole run, in proportion to the
-elements it writes. The result is checked against a real timing.
+Convolutions and matrix products of a traced run are timed at the steps that their widths go in
+(:mod:`mmprune.op_times`); what else takes time (norms, activations, pooling) is the rest of the whole
+run, in proportion to the elements it writes. The result is checked against a real timing.
 """
 
 import copy
 import statistics
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.interpolate import RegularGridInterpolator
+from rich.progress import track
 from torch import nn
 
-from mmprune import cost
+from mmprune import cost, steps
 from mmprune.budget import Budget
-from mmprune.choose import choose
+from mmprune.choose import choose, device_divisor
+from mmprune.cost import Product, Term
 from mmprune.couple import Trace, components, slots_for
 from mmprune.cut import cut
+from mmprune.device import cached, device_name, keep_cached, least_of
 from mmprune.errors import PruneError
+from mmprune.op_times import Lookup, Op, Scaled, Slot, check_backend, table_of, versions
 from mmprune.plan import Plan
-from mmprune.rules.table import bind
 from mmprune.runs import tensors_in, unchanged
 from mmprune.trace import CONTRACTIONS, Tracer, record
 from mmprune.verify import evaluating
 
-FRACTIONS = (0.25, 0.5, 0.75, 1.0)
-"""Widths that an operation is timed at, as parts of its full ones."""
+TRIES = 6
+ABOVE, BELOW = 1.02, 0.96
+"""How far from the time that was asked for a choice may end, without another try."""
 
-DIVISORS = (1, 2, 4, 8, 16, 32)
-TRIES = 4
+FILE = 'op_times.json'
 Forward = Callable[[nn.Module], Any]
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A tensor among an operation's arguments: its shape, and for each dimension the number of the
-    width that it follows (-1: none)."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    follows: tuple[Any, ...]
-    channels_last: bool
-
-
-@dataclass
-class Op:
-    """One operation of the run: ``arguments`` with :class:`Slot` in place of tensors; ``widths``: the
-    units (-1: locked) at the positions of each width that a cut changes; ``calls``: how often."""
-
-    func: Any
-    arguments: tuple
-    keywords: dict[str, Any]
-    widths: list[np.ndarray]
-    calls: int = 1
-
-    @property
-    def key(self) -> tuple:
-        return (str(self.func), repr(self.arguments), repr(self.keywords))
 
 
 class Latency:
     """Seconds of a run when only the units in ``keep`` stay: ``latency(keep)``.
 
-    ``divisor``: the coarsest rounding of widths that costs no time here.
+    ``table``: {key of an op: its :class:`Lookup`}; ``rest``: seconds of what is not in it at full
+    width; ``divisor``: the steps that it was taken at.
     """
 
-    def __init__(self, trace: Trace, ops: list[Op], table: dict, rest: float, divisor: int) -> None:
-        self.divisor = divisor
-        self._rest, self._memory = rest, cost.memory(trace)
+    def __init__(
+        self, trace: Trace, ops: list[Op], table: dict[tuple, Lookup], rest: float, divisor: int
+    ) -> None:
+        self.divisor, self.rest = divisor, rest
+        self.ops, self.table = ops, table
+        self._memory = cost.memory(trace)
         self._all = self._memory(np.ones(trace.n_units, dtype=bool))
-        self._terms = [(op.calls, op.widths, table[op.key]) for op in ops]
 
     def __call__(self, keep: np.ndarray) -> float:
         stays = np.append(keep, True)  # unit -1, what is locked, is the last
-        total = self._rest * (self._memory(keep) / self._all if self._all else 1.0)
-        for calls, widths, at in self._terms:
-            total += calls * at([stays[units].mean() for units in widths])
+        total = self.rest * (self._memory(keep) / self._all if self._all else 1.0)
+        for op in self.ops:
+            total += op.calls * self.table[op.key]([stays[units].sum() for units in op.widths])
         return float(total)
+
+    def terms(self) -> tuple[list[np.ndarray], list[Term]]:
+        """(units at the positions of each axis, -1 where locked; the terms over these axes)."""
+        axes, terms = self._memory.terms()
+        axes = list(axes)
+        share = self.rest / self._all if self._all else 0.0
+        found: list[Term] = [(Product(share * term.factor), numbers) for term, numbers in terms]
+        for op in self.ops:
+            numbers = tuple(range(len(axes), len(axes) + len(op.widths)))
+            axes += op.widths
+            found.append((Scaled(self.table[op.key], op.calls), numbers))
+        return axes, found
 
 
 class _Recorder(Tracer):
@@ -133,8 +122,31 @@ class _Recorder(Tracer):
         return Op(func, arguments, keywords, [units for _, units in widths.values()])
 
 
-def measure(model: nn.Module, forward: Forward, trace: Trace, repeats: int = 5) -> Latency:
-    """The table for ``forward(model)``, in evaluation mode. Takes seconds to a minute."""
+def measure(
+    model: nn.Module,
+    forward: Forward,
+    trace: Trace,
+    backend: str = 'eager',
+    *,
+    divisor: int | None = None,
+    whole: float | None = None,
+    rounds: int = 5,
+) -> Latency:
+    """The table for ``forward(model)``, in evaluation mode. Takes seconds to minutes, and is kept on
+    disk by operation and shape.
+
+    Args:
+        backend: ``'eager'``; ``'onnxruntime'`` or ``'openvino'``, where each operation is a little ONNX
+            model.
+        divisor: the steps that widths go in; left out, what the device works in, and 4 at least.
+        whole: seconds of the whole run in that backend; what the table does not hold of it is the rest.
+            In eager it is measured; in other runtimes, left out, there is no rest.
+        rounds: runs of which the fastest counts.
+
+    Raises:
+        PruneError: an unknown backend, or one that is not installed.
+    """
+    check_backend(backend)
     recorder = _Recorder(model, trace)
     with evaluating(model):
         record(model, forward, tracer=recorder)
@@ -149,117 +161,47 @@ def measure(model: nn.Module, forward: Forward, trace: Trace, repeats: int = 5) 
         else:
             same.calls += 1
     device = next(iter(trace.slots.tensors.values())).device
-    table = {key: _grid(op, device, repeats) for key, op in ops.items()}
-    whole = seconds_of(model, forward, repeats)
-    full = {key: at([1.0] * len(ops[key].widths)) for key, at in table.items()}
-    contractions = sum(op.calls * full[op.key] for op in merged)
-    slowest = max((op for op in ops.values() if op.widths), key=lambda op: full[op.key], default=None)
-    divisor = fast_divisor(slowest, device, repeats) if slowest is not None else 1
-    return Latency(trace, merged, table, max(0.0, whole - contractions), divisor)
+    if divisor is None:
+        divisor = max(steps.LEAST, device_divisor(trace))
+    where = f'{device_name(device)}, {versions(backend)}'
+    kept = cached(FILE)
+    known = set(kept)
+    table = {
+        key: table_of(op, device, backend, divisor, rounds, kept, where)
+        for key, op in track(ops.items(), f'Timing operations ({backend})', transient=True)
+    }
+    new = {key: value for key, value in kept.items() if key not in known}
+    if new:
+        keep_cached(FILE, new)
+    if whole is None and backend == 'eager':
+        whole = seconds_of(model, forward, rounds)
+    latency = Latency(trace, merged, table, 0.0, divisor)
+    if whole is not None:
+        latency.rest = max(0.0, whole - latency(np.ones(trace.n_units, dtype=bool)))
+    return latency
 
 
 def _equal(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
     return len(a) == len(b) and all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def _grid(op: Op, device: torch.device, repeats: int) -> Callable[[list[float]], float]:
-    """Seconds by the kept fractions of the op's widths; wider is never faster."""
-    n = min(len(op.widths), 2)  # attention has a third, its heads: they count as they are
-    if n == 0:
-        fixed = run_time(op, [], device, repeats)
-        return lambda fractions: fixed
-    values = np.empty((len(FRACTIONS),) * n)
-    for index in np.ndindex(values.shape):
-        fractions = [FRACTIONS[i] for i in index] + [1.0] * (len(op.widths) - n)
-        values[index] = run_time(op, fractions, device, repeats)
-    for dim in range(n):
-        values = np.maximum.accumulate(values, axis=dim)
-    interpolate = RegularGridInterpolator((FRACTIONS,) * n, values, bounds_error=False, fill_value=None)
-    return lambda fractions: max(0.0, float(interpolate(fractions[:n])[0]))
-
-
-def run_time(op: Op, fractions: list[float], device: torch.device, repeats: int) -> float:
-    """Seconds of one call at these parts of its widths: the least of several."""
-
-    def made(value: Any) -> Any:
-        if not isinstance(value, Slot):
-            return value
-        shape = [
-            size if follows < 0 else max(1, round(size * fractions[follows]))
-            for size, follows in zip(value.shape, value.follows, strict=True)
-        ]
-        tensor = torch.zeros(shape, dtype=value.dtype, device=device)
-        if tensor.is_floating_point():
-            tensor.normal_()
-        return tensor.contiguous(memory_format=torch.channels_last) if value.channels_last else tensor
-
-    arguments = bind(op.func, op.arguments, op.keywords)
-    values = {name: made(value) for name, value in arguments.items()}
-    groups = values.get('groups', 1)
-    if groups > 1 and groups == arguments['input'].shape[1]:
-        values['groups'] = values['input'].shape[1]
-    elif groups > 1:
-        _whole_groups(values, groups)
-    positional = [values[a.name] for a in op.func._schema.arguments if not a.kwarg_only]
-    keywords = {a.name: values[a.name] for a in op.func._schema.arguments if a.kwarg_only}
-    return least(lambda: op.func(*positional, **keywords), device, repeats)
-
-
-def _whole_groups(values: dict[str, Any], groups: int) -> None:
-    """Rounding must leave a grouped convolution whole groups on both sides."""
-    x, weight, bias = values['input'], values['weight'], values.get('bias')
-    rows = max(1, weight.shape[0] // groups) * groups
-    sides = (weight.shape[1] * groups, rows)
-    channels, outputs = reversed(sides) if values.get('transposed') else sides
-    values['weight'] = weight.new_zeros(rows, *weight.shape[1:])
-    values['input'] = x.new_zeros(x.shape[0], channels, *x.shape[2:])
-    if bias is not None:
-        values['bias'] = bias.new_zeros(outputs)
-
-
-def least(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """Seconds of the fastest of several calls, the first left out."""
-    found = []
-    with torch.no_grad():
-        for _ in range(repeats + 1):
-            start = time.perf_counter()
-            call()
-            if device.type == 'cuda':
-                torch.cuda.synchronize(device)
-            found.append(time.perf_counter() - start)
-    return min(found[1:])
-
-
-def fast_divisor(op: Op, device: torch.device, repeats: int) -> int:
-    """The coarsest of ``DIVISORS`` by which rounding widths up costs no time (2 %) on average, on the
-    operation that takes most: where the machine works in blocks, the channels between are free."""
-    size = op.widths[-1].size
-    widths = range(max(1, size - 31), size + 1)
-    if size < 32:
-        return 1
-    rest = [1.0] * (len(op.widths) - 1)
-    times = {w: run_time(op, [*rest, w / size], device, repeats) for w in widths}
-    mean = {}
-    for divisor in DIVISORS:
-        rounded = [min(-(-w // divisor) * divisor, size) for w in widths]
-        mean[divisor] = statistics.mean(times[w] for w in rounded)
-    fastest = min(mean.values())
-    return max(divisor for divisor in DIVISORS if mean[divisor] <= 1.02 * fastest)
-
-
 def seconds_of(model: nn.Module, forward: Forward, repeats: int = 5) -> float:
     """Seconds of ``forward(model)`` in evaluation mode: the least of several."""
     device = next(model.parameters()).device
     with unchanged(model), evaluating(model):
-        return least(lambda: forward(model), device, repeats)
+        return least_of({0: lambda: forward(model)}, device, repeats)[0]
 
 
-def ratio_of(pruned: nn.Module, original: nn.Module, forward: Forward, repeats: int = 7) -> float:
-    """Time of ``pruned`` over that of ``original``, timed in turns: a busy machine slows both."""
-    ratios = []
-    for _ in range(3):
-        ratios.append(seconds_of(pruned, forward, repeats) / seconds_of(original, forward, repeats))
-    return statistics.median(ratios)
+def ratio_of(pruned: nn.Module, original: nn.Module, forward: Forward, rounds: int = 15) -> float:
+    """Time of ``pruned`` over that of ``original``, timed in turns: the median of quotients, since a
+    busy machine slows both."""
+    device = next(original.parameters()).device
+    pairs = []
+    with unchanged(pruned), unchanged(original), evaluating(pruned), evaluating(original):
+        for _ in range(rounds):
+            times = least_of({0: lambda: forward(pruned), 1: lambda: forward(original)}, device, 1)
+            pairs.append(times[0] / times[1])
+    return statistics.median(pairs)
 
 
 def choose_measured(
@@ -270,36 +212,63 @@ def choose_measured(
     budget: Budget,
     original: dict[str, Any],
     planned: Callable[[np.ndarray], Plan],
+    per: str = 'budget',
 ) -> tuple[np.ndarray, float]:
     """(which units stay, the fraction of time that really remains) for a budget with ``latency``.
 
-    The table says what to remove; a copy of the model is cut so and timed, and where that is slower
-    than asked for, the aim is lowered and all done again. ``divisor`` is the measured one unless the
-    budget has its own; ``planned``: the plan of a choice. After earlier cuts the fraction is of the
-    time before them, if they were measured.
+    The table says what to remove; a copy of the model is cut so and timed, and where that takes more
+    time than asked for, or clearly less, the aim is changed and all done again: of what fits, the
+    slowest counts. ``planned``: the plan of a choice. After earlier cuts the fraction is of the time
+    before them, if they were measured.
     """
-    table = measure(model, forward, trace)
-    if budget.divisor == 1:
-        budget = replace(budget, divisor=table.divisor)
+    divisor = budget.divisor if isinstance(budget.divisor, int) and budget.divisor > 1 else None
+    table = measure(model, forward, trace, divisor=divisor)
     everything = np.ones(trace.n_units, dtype=bool)
     plan = original.get('plan')
     left = plan.history[-1].get('latency', 1.0) if plan is not None and plan.history else 1.0
     original = original | {'latency': table(everything) / left}
-    aim, found = budget.latency, (everything, left)
+    wanted, aim = budget.latency, budget.latency
+    tried: list[tuple[np.ndarray, float]] = []
+    points = [(left, left)]
     for _ in range(TRIES):
-        keep = choose(trace, scores, replace(budget, latency=aim), original, latency=table)
+        keep = choose(
+            trace, scores, replace(budget, latency=min(1.0, aim)), original, latency=table, per=per,
+            auto=table.divisor,
+        )  # fmt: skip
         if keep.all():
-            return found
+            tried.append((keep, left))
+            break
+        if any(np.array_equal(keep, before) for before, _ in tried):
+            break
         trial = copy.deepcopy(model)
         cut(trial, planned(keep))
-        found = (keep, left * ratio_of(trial, model, forward))
-        if found[1] <= 1.02 * budget.latency or budget.targets.keys() - {'latency'}:
+        tried.append((keep, left * ratio_of(trial, model, forward)))
+        found = tried[-1][1]
+        if budget.targets.keys() - {'latency'}:
+            return tried[-1]
+        if BELOW * wanted <= found <= ABOVE * wanted:
             break
-        aim *= 0.98 * budget.latency / found[1]
-    else:
-        if found[1] > 1.1 * budget.latency:
-            raise PruneError(
-                f'latency={budget.latency}: {found[1]:.2f} of the time is left after {TRIES} tries: '
-                'the table of timings does not hold here. Is the machine busy? Else take keep_flops'
-            )
-    return found
+        points.append((found, aim))
+        aim = next_aim(points, wanted)
+    fits = [each for each in tried if each[1] <= ABOVE * wanted]
+    if fits:
+        return max(fits, key=lambda each: each[1])
+    keep, found = min(tried, key=lambda each: each[1])
+    if found > 1.1 * wanted:
+        raise PruneError(
+            f'latency={wanted}: {found:.2f} of the time is left after {len(tried)} tries: the table of '
+            'timings does not hold here. Is the machine busy? Else take keep_flops'
+        )
+    return keep, found
+
+
+def next_aim(points: list[tuple[float, float]], wanted: float) -> float:
+    """What to ask the table for, from (measured, asked for) so far: between those around ``wanted``, or
+    lower in proportion where all were above."""
+    wanted = 0.995 * wanted
+    above = min(point for point in points if point[0] > wanted)
+    below = max((point for point in points if point[0] <= wanted), default=None)
+    if below is None:
+        found, aim = points[-1]
+        return 0.98 * aim * wanted / found
+    return below[1] + (wanted - below[0]) / (above[0] - below[0]) * (above[1] - below[1])

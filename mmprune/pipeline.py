@@ -1,14 +1,16 @@
 """trace -> couple -> score -> choose -> cut: the steps. :mod:`mmprune.session` puts them in order."""
 
+import logging
 from collections.abc import Callable, Container
 from typing import Any
 
 import numpy as np
 import torch
+from mmengine.logging import print_log
 from torch import nn
 
 from mmprune import cost
-from mmprune.choose import Budget, choose
+from mmprune.choose import Budget, choose, uneven
 from mmprune.copies import copied
 from mmprune.couple import Trace, couple
 from mmprune.cut import cut, read_attribute
@@ -54,17 +56,32 @@ def trace(
 
 
 def choose_for(
-    model: nn.Module, forward: Forward, traced: Trace, scores: np.ndarray, budget: Budget
+    model: nn.Module,
+    forward: Forward,
+    traced: Trace,
+    scores: np.ndarray,
+    budget: Budget,
+    per: str = 'budget',
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """(which units stay, what to note in the history); times are measured where the budget asks."""
+    """(which units stay, what to note in the history); times are measured where the budget asks.
+
+    ``per``: of the :class:`mmprune.Score` that made the scores. Noted are ``latency``, and
+    ``uneven``: layers whose width could not be rounded, which are logged too.
+    """
     original = original_cost(model, traced)
+    about: dict[str, Any] = {}
     if budget.latency is None:
-        return choose(traced, scores, budget, original), {}
-    keep, left = choose_measured(
-        model, forward, traced, scores, budget, original,
-        lambda keep: make_plan(traced, model, keep, budget),
-    )  # fmt: skip
-    return keep, {'latency': left}
+        keep = choose(traced, scores, budget, original, per=per)
+    else:
+        keep, about['latency'] = choose_measured(
+            model, forward, traced, scores, budget, original,
+            lambda keep: make_plan(traced, model, keep, budget), per,
+        )  # fmt: skip
+    notes = uneven(traced, keep, budget)
+    if notes:
+        about['uneven'] = notes
+        print_log('Widths that could not be rounded: ' + '; '.join(notes), 'current', logging.WARNING)
+    return keep, about
 
 
 def score_now(traced: Trace, score: str | dict | Score | np.ndarray | torch.Tensor) -> np.ndarray:
@@ -109,6 +126,7 @@ def choose_step(
     forward: Forward,
     target_at: Callable[[float], float],
     start: dict[str, float],
+    per: str = 'budget',
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """The choice for one of several cuts: see :func:`choose_for`.
 
@@ -120,7 +138,7 @@ def choose_step(
         whole = start.get(name.removeprefix('keep_'), 1.0)
         return min(1.0, whole * target_at(min(1.0, final / whole)))
 
-    return choose_for(model, forward, traced, scores, budget.scheduled(along))
+    return choose_for(model, forward, traced, scores, budget.scheduled(along), per)
 
 
 def make_plan(traced: Trace, model: nn.Module, keep: np.ndarray, budget: Budget, **about: Any) -> Plan:

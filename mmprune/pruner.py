@@ -158,7 +158,9 @@ class Pruner:
         before = plan_of(self.model)
         outcome = cut_once(
             self.model, traced, scores,
-            lambda traced, scores: choose_for(self.model, forward, traced, scores, budget), budget,
+            lambda traced, scores: choose_for(
+                self.model, forward, traced, scores, budget, self.score.per
+            ), budget,
             forward=forward if self.check else None, optimizer=optimizer, wrapper=self.wrapper,
             distributed=self.distributed, strict=self.strict,
             warn=lambda text: warnings.warn(text, stacklevel=4),

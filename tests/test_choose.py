@@ -1,5 +1,7 @@
 """Which units stay: every option of a budget, and the errors that name nonsense."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -46,8 +48,9 @@ def widths(traced, keep):
     return [int(keep[group.units].sum()) for group in traced.groups]
 
 
-def run(traced, scores=SCORES, **options):
-    return choose(traced, scores, Budget(**options))
+def run(traced, scores=SCORES, per='budget', **options):
+    """Units one by one, unless a divisor is given."""
+    return choose(traced, scores, Budget(**({'divisor': 1} | options)), per=per)
 
 
 def test_the_groups(traced):
@@ -80,7 +83,7 @@ def test_lowest_scores_go_first(traced):
 
 def test_keep_channels_is_for_every_group(traced):
     assert widths(traced, run(traced, keep_channels=0.7)) == [12, 17, 14]
-    wider = choose(traced, SCORES, Budget(keep_channels=0.28), {'units': [16, 25, 20]})
+    wider = choose(traced, SCORES, Budget(keep_channels=0.28, divisor=1), {'units': [16, 25, 20]})
     assert widths(traced, wider) == [5, 7, 6]  # 0.28 * 25 is 7.000000000000001
 
 
@@ -126,8 +129,8 @@ def test_what_a_part_had_before_the_cuts_is_reckoned_from_the_plan():
         for part in (None, 'backbone', 'head')
     }
     whole = {k: [t(np.ones(60, dtype=bool)) for t in v] for k, v in whole.items()}
-    mmprune.prune(model, forward, keep_channels=0.6)
-    mmprune.prune(model, forward, keep_channels=0.4)
+    mmprune.prune(model, forward, keep_channels=0.6, divisor=1)
+    mmprune.prune(model, forward, keep_channels=0.4, divisor=1)
     plan, after = mmprune.plan_of(model), mmprune.trace(model, forward)
     assert [len(group) for group in after.groups] == [7, 10, 8]  # 0.4 of the original's
     for part, (flops, params) in whole.items():
@@ -137,12 +140,12 @@ def test_what_a_part_had_before_the_cuts_is_reckoned_from_the_plan():
 
 def test_latency_asks_the_times_that_were_measured(traced):
     seconds = lambda keep: 1e-3 * (1 + keep.sum() / 60)  # noqa: E731
-    keep = choose(traced, SCORES, Budget(latency=0.75), latency=seconds)
+    keep = choose(traced, SCORES, Budget(latency=0.75, divisor=1), latency=seconds)
     assert keep.sum() == 30
-    keep = choose(traced, SCORES, Budget(latency=0.75), {'latency': 1.8e-3}, latency=seconds)
+    keep = choose(traced, SCORES, Budget(latency=0.75, divisor=1), {'latency': 1.8e-3}, latency=seconds)
     assert keep.sum() == 21
     with pytest.raises(PruneError, match='latency=0.75: no times were measured'):
-        choose(traced, SCORES, Budget(latency=0.75))
+        choose(traced, SCORES, Budget(latency=0.75, divisor=1))
 
 
 # -- limits -------------------------------------------------------------------------------------------
@@ -207,11 +210,82 @@ def test_locked_by_name(traced, lock, left):
 
 def test_units_that_must_stay(traced):
     stay = SCORES < 5
-    keep = choose(traced, SCORES, Budget(prune_num=20), stay=stay)
+    keep = choose(traced, SCORES, Budget(prune_num=20, divisor=1), stay=stay)
     assert keep[stay].all() and (~keep).sum() == 20
     first = np.isin(np.arange(60), traced.groups[0].units[:3])
-    keep = choose(traced, SCORES, Budget(prune_num=60, min_channels=7), stay=first)
+    keep = choose(traced, SCORES, Budget(prune_num=60, min_channels=7, divisor=1), stay=first)
     assert widths(traced, keep) == [7, 7, 7]  # they count among those that stay anyway
+
+
+# -- what scores are set against ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def strided():
+    """Two layers on maps of 16 positions, the second read by a matrix; 2 pictures."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1, stride=2), nn.Conv2d(4, 6, 3, padding=1), nn.Flatten(1),
+        nn.Linear(6 * 16, 2),
+    )  # fmt: skip
+    x = torch.randn(2, 3, 8, 8)
+    return mmprune.trace(model, lambda m: m(x))
+
+
+# By hand, what a unit of the first and of the second layer accounts for.
+COSTS = {
+    'flops': (2 * 16 * (3 * 9 + 6 * 9), 2 * 16 * 4 * 9 + 2 * 16 * 2),
+    'memory': (2 * 16, 2 * 16),
+    'params': (3 * 9 + 1 + 6 * 9, 4 * 9 + 1 + 16 * 2),
+    'none': (1, 1),
+}
+
+
+@pytest.mark.parametrize('per', COSTS)
+@pytest.mark.parametrize('excess', [0.95, 1.05])
+def test_scores_by_cost(strided, per, excess):
+    """The first layer's units are a little cheaper for what is looked at, or a little dearer."""
+    first, second = COSTS[per]
+    scores = np.array([excess * first / second] * 4 + [1.0] * 6)
+    keep = choose(strided, scores, Budget(prune_num=1, divisor=1), per=per)
+    assert widths(strided, keep) == ([3, 6] if excess < 1 else [4, 5])
+
+
+def test_by_default_they_are_set_against_what_the_budget_counts(strided):
+    for name, what in (('keep_flops', 'flops'), ('keep_params', 'params'), ('prune_num', 'none')):
+        first, second = COSTS[what]
+        left = []
+        for excess in (0.3, 3):
+            scores = np.array([excess * first / second] * 4 + [1.0] * 6)
+            left.append(widths(strided, run(strided, scores, **{name: 3 if what == 'none' else 0.6})))
+        assert left[0][0] < left[1][0] and left[0][1] > left[1][1], (name, left)
+
+
+def test_a_criterions_option_says_so():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 2, 1))
+    found = {}
+    for per in ('budget', 'memory', 'none'):
+        pruned = copy.deepcopy(model)
+        mmprune.prune(pruned, lambda m: m(X), keep_flops=0.5, divisor=1, score=dict(name='l2', per=per))
+        found[per] = (pruned[0].out_channels, pruned[2].out_channels)
+    assert len(set(found.values())) == 3, found
+
+
+def test_numbers_of_ones_own_are_taken_as_they_are():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 2, 1))
+    mmprune.prune(model, lambda m: m(X), keep_flops=0.5, divisor=1, score=np.arange(16.0))
+    assert model[0].out_channels < 8 and model[2].out_channels == 8
+
+
+def test_infinite_scores_go_last(traced):
+    scores = SCORES.copy()
+    scores[scores > 20] = np.inf
+    assert set(np.flatnonzero(~run(traced, scores, prune_num=15))) <= set(np.flatnonzero(SCORES <= 20))
+    assert (~run(traced, scores, prune_num=40)).sum() == 40
+
+
+def test_an_unknown_cost_is_named(traced):
+    with pytest.raises(PruneError, match="per='joules'; there are 'budget', 'flops', 'memory', 'par"):
+        run(traced, per='joules', prune_num=1)
 
 
 # -- parts --------------------------------------------------------------------------------------------

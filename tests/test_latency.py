@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 import mmprune
-from mmprune import Budget, PruneError
+from mmprune import Budget, PruneError, op_times
+from mmprune import device as devices
 from mmprune import latency as timing
 from mmprune.choose import choose
+from mmprune.op_times import Lookup, Op
 
 
 class Net(nn.Module):
@@ -52,13 +54,22 @@ def traced(model):
 
 @pytest.fixture(scope='module')
 def table(model, traced):
-    return timing.measure(model, forward, traced)
+    return timing.measure(model, forward, traced, divisor=8)
+
+
+@pytest.fixture(autouse=True)
+def _own_table(monkeypatch, tmp_path):
+    """Nothing is known of other runs' operations."""
+    monkeypatch.setenv(devices.ENVIRONMENT, str(tmp_path / 'cache'))
 
 
 def test_the_table_holds_the_contractions_of_the_run(model, traced, table):
-    calls = sorted(calls for calls, _, _ in table._terms)
+    calls = sorted(op.calls for op in table.ops)
     assert sum(calls) == 8 and calls[-1] == 2  # one layer ran twice
-    assert table.divisor in timing.DIVISORS
+    assert table.divisor == 8
+    for op in table.ops:
+        for points, units in zip(table.table[op.key].points, op.widths, strict=True):
+            assert all(p % 8 == 0 or p in (4, units.size) for p in points) and points[-1] == units.size
 
 
 def test_all_units_take_the_time_of_a_whole_run_and_fewer_take_less(model, traced, table):
@@ -75,8 +86,8 @@ def test_all_units_take_the_time_of_a_whole_run_and_fewer_take_less(model, trace
 
 
 def test_a_runs_time_is_that_of_all_calls_and_of_the_rest_by_what_it_writes(traced):
-    op = timing.Op(None, (), {}, [np.arange(4), np.array([-1, -1, 4, 5])], calls=3)
-    at = lambda fractions: 1 + fractions[0] + 10 * fractions[1]  # noqa: E731
+    op = Op(None, (), {}, [np.arange(4), np.array([-1, -1, 4, 5])], calls=3)
+    at = lambda counts: 1 + counts[0] / 4 + 10 * counts[1] / 4  # noqa: E731
     latency = timing.Latency(traced, [op], {op.key: at}, rest=2.0, divisor=1)
     keep = np.ones(traced.n_units, dtype=bool)
     assert latency(keep) == 3 * (1 + 1 + 10) + 2
@@ -86,12 +97,11 @@ def test_a_runs_time_is_that_of_all_calls_and_of_the_rest_by_what_it_writes(trac
     assert memory(keep) < whole
     # Of the second width two positions are locked: they stay.
     assert latency(keep) == pytest.approx(3 * (1 + 0.75 + 7.5) + 2 * memory(keep) / whole)
-
-
-def test_the_least_of_several_calls_counts_but_for_the_first(monkeypatch):
-    ticks = iter([0, 1, 10, 15, 20, 23, 30, 34])
-    monkeypatch.setattr(timing, 'time', SimpleNamespace(perf_counter=lambda: next(ticks)))
-    assert timing.least(lambda: None, X.device, 3) == 3
+    # The search is told the same.
+    axes, terms = latency.terms()
+    stays = np.append(keep, True)
+    counts = [stays[units].sum() for units in axes]
+    assert sum(f([counts[n] for n in numbers]) for f, numbers in terms) == pytest.approx(latency(keep))
 
 
 def test_a_model_is_timed_in_evaluation_and_left_as_it_was(model):
@@ -113,13 +123,17 @@ def test_a_model_is_timed_in_evaluation_and_left_as_it_was(model):
     del norm.calls
 
 
-@pytest.mark.parametrize('fractions', [1.0, 0.5, 0.3, 0.01])
-def test_every_operation_runs_at_every_width(model, traced, fractions):
+@pytest.mark.parametrize('backend', op_times.BACKENDS)
+@pytest.mark.parametrize('part', [1.0, 0.5, 0.3, 0.01])
+def test_every_operation_runs_at_every_width(model, traced, part, backend):
+    if backend != 'eager':
+        pytest.importorskip(backend)
     recorder = timing._Recorder(model, traced)
     timing.record(model, forward, tracer=recorder)
     assert len(recorder.ops) == 8
     for op in recorder.ops:
-        assert timing.run_time(op, [fractions] * len(op.widths), X.device, 1) > 0
+        counts = [max(1, round(part * width.size)) for width in op.widths]
+        assert op_times.call_of(op, counts, X.device, backend)() is not None
 
 
 def test_a_fill_that_an_operation_reads():
@@ -133,27 +147,109 @@ def test_a_fill_that_an_operation_reads():
             return self.second(nn.functional.conv2d(self.first(x), mean, groups=self.width))
 
     net = Kernel()
-    measured = timing.measure(net, forward, mmprune.trace(net, forward), 1)
+    measured = timing.measure(net, forward, mmprune.trace(net, forward), divisor=8, rounds=1)
     assert measured(np.ones(8, dtype=bool)) >= measured(np.arange(8) < 2) > 0
 
 
-def test_the_grid_is_interpolated_and_wider_is_never_faster(monkeypatch, model, traced):
-    times = {0.25: 1.0, 0.5: 3.0, 0.75: 2.0, 1.0: 5.0}
-    monkeypatch.setattr(timing, 'run_time', lambda op, f, device, repeats: times[f[0]])
-    op = timing.Op(None, (), {}, [np.arange(8)])
-    at = timing._grid(op, X.device, 1)
-    assert [at([f]) for f in (0.25, 0.375, 0.5, 0.75, 1.0)] == [1.0, 2.0, 3.0, 3.0, 5.0]
-    assert at([0.01]) == 0  # no less, however steep it is
+@pytest.mark.parametrize('backend', ['onnxruntime', 'openvino'])
+def test_another_runtime_computes_the_same(monkeypatch, model, traced, backend):
+    """What is timed there is the operation."""
+    pytest.importorskip(backend)
+    recorder = timing._Recorder(model, traced)
+    timing.record(model, forward, tracer=recorder)
+    for op in recorder.ops:
+        values = op_times.arguments_at(op, [w.size for w in op.widths], X.device)
+        wanted = op.func(**{'input': None, **values} if 'input' in values else values)
+        found = op_times.runtime_call(str(op.func._schema.name), values, backend)()
+        found = torch.from_numpy(np.array(found[0]))
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize('block, divisor', [(1, 2), (8, 8), (16, 16)])  # 2 costs 1 % where 1 is right
-def test_the_divisor_is_the_block_that_the_machine_works_in(monkeypatch, block, divisor):
-    def stepped(op, fractions, device, repeats):
-        return float(-(-round(fractions[-1] * 64) // block))
+def test_a_runtime_that_is_missing_is_named(monkeypatch, model, traced):
+    monkeypatch.setitem(__import__('sys').modules, 'openvino', None)
+    with pytest.raises(PruneError, match='openvino can not be imported .*: pip install openvino'):
+        timing.measure(model, forward, traced, 'openvino', divisor=8)
+    with pytest.raises(PruneError, match="backend='tensorrt'; there are eager, onnxruntime, openvino"):
+        timing.measure(model, forward, traced, 'tensorrt')
+    with pytest.raises(PruneError, match='aten::mv can not be timed in another runtime'):
+        op_times.onnx_model('aten::mv', {})
 
-    monkeypatch.setattr(timing, 'run_time', stepped)
-    op = timing.Op(None, (), {}, [np.arange(64), np.arange(64)])
-    assert timing.fast_divisor(op, X.device, 1) == divisor
+
+def test_in_another_runtime_the_rest_is_what_is_told(model, traced, monkeypatch):
+    pytest.importorskip('onnxruntime')
+    everything = np.ones(traced.n_units, dtype=bool)
+    alone = timing.measure(model, forward, traced, 'onnxruntime', divisor=32, rounds=1)
+    assert alone.rest == 0 and 0 < alone(everything) < 1
+    whole = timing.measure(
+        model, forward, traced, 'onnxruntime', divisor=32, rounds=1, whole=1.0
+    )
+    assert whole(everything) == pytest.approx(1.0)  # the same table: it was kept on disk
+    assert whole.rest == pytest.approx(1 - alone(everything))
+
+
+@pytest.mark.parametrize(
+    'size, divisor, wanted',
+    [
+        (64, 16, [4, 8, 16, 32, 48, 64]),
+        (64, 8, [4, 8, 16, 24, 32, 40, 48, 56, 64]),
+        (18, 4, [4, 8, 12, 16, 18]),
+        (512, 16, [4, 8, 16, 96, 176, 256, 336, 416, 496, 512]),
+        (3, 4, [3]),
+        (8, 1, [1, 2, 3, 4, 5, 6, 7, 8]),
+    ],
+)
+def test_widths_are_looked_at_on_the_steps(size, divisor, wanted):
+    found = op_times.steps_of(size, divisor)
+    assert found == wanted or (size == 512 and len(found) <= 10 and set(found) <= {
+        4, 8, 512, *range(16, 512, 16)
+    })  # fmt: skip
+
+
+def test_a_width_between_steps_costs_what_the_next_does_and_wider_is_never_faster():
+    at = Lookup([[8, 16, 32, 36]], np.array([1.0, 3.0, 2.0, 5.0]), [36], 8)
+    asked = {0: 1, 3: 1, 8: 1, 9: 3, 16: 3, 17: 3, 24: 3, 25: 3, 32: 3, 33: 5, 36: 5}
+    assert {n: float(at([n])) for n in asked} == asked
+    rising = Lookup([[8, 16, 32]], np.array([1.0, 2.0, 4.0]), [32], 8)
+    assert [float(rising([n])) for n in (16, 17, 24, 25, 32)] == [2, 3, 3, 4, 4]
+
+
+def test_two_widths_are_looked_up_together():
+    values = np.add.outer([1.0, 2.0, 4.0], [10.0, 20.0])
+    at = Lookup([[8, 16, 32], [4, 8]], values, [32, 8], 4)
+    found = at([np.array([[8], [16], [24]]), np.array([[4, 6, 8]])])
+    np.testing.assert_allclose(found, [[11, 21, 21], [12, 22, 22], [13, 23, 23]])
+
+
+def test_an_operation_is_timed_once_and_kept_on_disk(monkeypatch, model, traced):
+    asked = []
+
+    def stepped(calls, device, rounds):
+        asked.append(len(calls))
+        return {key: float(sum(key)) for key in calls}
+
+    monkeypatch.setattr(op_times, 'least_of', stepped)
+    first = timing.measure(model, forward, traced, divisor=16, whole=500.0)
+    count = len(asked)
+    assert count == len(first.table)
+    again = timing.measure(model, forward, traced, divisor=16, whole=500.0)
+    assert len(asked) == count  # nothing was timed anew
+    everything = np.ones(traced.n_units, dtype=bool)
+    assert again(everything) == first(everything) == 500.0
+    timing.measure(model, forward, traced, divisor=32, whole=500.0)
+    assert len(asked) > count  # other steps
+
+
+def test_units_go_where_the_stairs_are(traced):
+    """Steps of 16 in one operation: the search takes whole ones, and no width between."""
+    group = max(traced.groups, key=len)
+    op = Op(None, ('stairs',), {}, [group.units])
+    size = len(group)
+    points = list(range(16, size + 1, 16))
+    at = Lookup([points], np.array(points, dtype=float), [size], 16)
+    latency = timing.Latency(traced, [op], {op.key: at}, rest=0.0, divisor=16)
+    keep = choose(traced, np.arange(float(traced.n_units)), Budget(latency=0.5, divisor=4),
+                  latency=latency)  # fmt: skip
+    assert keep[group.units].sum() == size // 2 and keep.sum() == traced.n_units - size // 2
 
 
 def test_the_result_was_timed_to_take_what_was_asked_for_or_it_is_an_error(model):
@@ -179,7 +275,7 @@ def test_a_table_that_is_wrong_is_set_right_by_the_real_timing(monkeypatch, mode
         def __call__(self, keep):
             return share(keep)
 
-    monkeypatch.setattr(timing, 'measure', lambda *a: Table())
+    monkeypatch.setattr(timing, 'measure', lambda *a, **k: Table())
     kept = []
 
     def planned(keep):
@@ -196,7 +292,7 @@ def test_a_table_that_is_wrong_is_set_right_by_the_real_timing(monkeypatch, mode
     assert 0.3 + 0.7 * share(one_shot) > 1.02 * 0.7
 
     monkeypatch.setattr(timing, 'ratio_of', lambda *a: 0.95)
-    with pytest.raises(PruneError, match='latency=0.7: 0.95 of the time is left after 4 tries'):
+    with pytest.raises(PruneError, match='latency=0.7: 0.95 of the time is left after . tries'):
         timing.choose_measured(model, forward, traced, scores, Budget(latency=0.7), {}, planned)
 
 
@@ -217,7 +313,7 @@ def chosen(monkeypatch, model, traced, budget, ratio, original=None):
         asked.append(budget)
         return choose(trace, scores, budget, *args, **kwargs)
 
-    monkeypatch.setattr(timing, 'measure', lambda *a: Share())
+    monkeypatch.setattr(timing, 'measure', lambda *a, **k: Share())
     monkeypatch.setattr(timing, 'ratio_of', lambda *a: ratio)
     monkeypatch.setattr(timing, 'choose', noting)
     found = timing.choose_measured(
@@ -228,11 +324,44 @@ def chosen(monkeypatch, model, traced, budget, ratio, original=None):
     return *found, asked
 
 
-def test_the_measured_divisor_is_taken_unless_one_is_given(monkeypatch, model, traced):
-    *_, asked = chosen(monkeypatch, model, traced, Budget(latency=0.7), 0.7)
-    assert [budget.divisor for budget in asked] == [8]
-    *_, asked = chosen(monkeypatch, model, traced, Budget(latency=0.7, divisor=2), 0.7)
-    assert [budget.divisor for budget in asked] == [2]
+def test_the_steps_of_the_table_are_those_of_the_budget(monkeypatch, model, traced):
+    monkeypatch.setattr('mmprune.choose.divisor_of', lambda *a: pytest.fail('measured'))
+    asked = []
+    monkeypatch.setattr(timing, 'ratio_of', lambda *a: 0.7)
+    for divisor in ('auto', 2, 8):
+        def table(*args, divisor):
+            asked.append(divisor)
+            return Share()
+
+        monkeypatch.setattr(timing, 'measure', table)
+        keep, _ = timing.choose_measured(
+            model, forward, traced, np.arange(float(traced.n_units)),
+            Budget(latency=0.7, divisor=divisor), {},
+            lambda keep: mmprune.pipeline.make_plan(traced, model, keep, Budget(latency=0.7)),
+        )  # fmt: skip
+        if divisor != 2:  # 'auto' is what the table was taken at
+            assert all(keep[g.units].sum() % 8 == 0 or keep[g.units].sum() < 8 for g in traced.groups)
+    assert asked == [None, 2, 8]
+
+
+def test_a_choice_that_saves_too_much_is_tried_again_and_what_fits_best_is_taken(
+    monkeypatch, model, traced
+):
+    """The table promises less than there is."""
+    kept = []
+
+    def planned(keep):
+        kept.append(keep)
+        return mmprune.pipeline.make_plan(traced, model, keep, Budget(latency=0.7))
+
+    monkeypatch.setattr(timing, 'measure', lambda *a, **k: Share())
+    monkeypatch.setattr(timing, 'ratio_of', lambda *a: float(kept[-1].mean()) ** 2)
+    budget = Budget(latency=0.5, divisor=1)
+    keep, left = timing.choose_measured(
+        model, forward, traced, np.arange(float(traced.n_units)), budget, {}, planned
+    )
+    assert len(kept) > 1 and kept[0].mean() ** 2 < 0.3
+    assert 0.48 <= left <= 0.51 and left == pytest.approx(keep.mean() ** 2)
 
 
 def test_time_is_that_before_the_earlier_cuts_where_it_was_measured(monkeypatch, model, traced):
@@ -252,7 +381,7 @@ def test_where_another_target_was_reached_first_it_is_tried_once(monkeypatch, mo
 def test_a_second_cut_is_of_the_original_time(monkeypatch, model):
     seen = []
 
-    def fake(model, forward, trace, scores, budget, original, planned):
+    def fake(model, forward, trace, scores, budget, original, planned, per):
         seen.append(original['plan'] and original['plan'].history[-1]['latency'])
         return choose(trace, scores, Budget(prune_num=10)), 0.8
 

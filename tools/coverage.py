@@ -85,7 +85,7 @@ def examine(config: str, how: dict, row: dict, done: Callable[[], None]) -> None
     row |= {'free': shares(trace), 'locks': lock_reasons(trace)}
     row['all_locks'] = [f'{locked.count:5d} {locked}' for locked in trace.locked]
     at('choose')
-    budget = Budget(keep_channels=0.7)
+    budget = Budget(keep_channels=0.7, divisor=1)
     keep = choose(trace, score_now(trace, 'l2'), budget)
     plan = make_plan(trace, model, keep, budget)
     row['flops_kept'] = plan.history[0]['flops'] / plan.history[0]['flops_before']

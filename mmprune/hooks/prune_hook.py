@@ -183,7 +183,7 @@ class PruneHook(RebuildHook):
             keep, noted = choose_step(
                 traced, scores, self.budget, model, runs.ordered[0],
                 lambda final: target_at(min(number, self.steps), self.steps, final, self.schedule),
-                self.start,
+                self.start, self.score.per,
             )  # fmt: skip
             return keep, {'iteration': runner.iter + 1, **noted}
 

@@ -10,24 +10,27 @@ from mmprune.couple import Trace
 from mmprune.errors import PruneError
 from mmprune.score.table import Criterion, get_criterion
 
-COSTS = {'flops': cost.flops, 'memory': cost.memory, 'params': cost.params}
+PER = ('budget', *cost.BY_NAME, 'none')
 
 
 @dataclass(frozen=True)
 class Score:
     """How units are scored.
 
-    ``name``: a registered criterion. ``per``: what a score is divided by, the unit's present
-    ``'flops'``, ``'memory'`` (elements of activations) or ``'params'``, or ``'none'``.
-    ``normalize``: ``'layer'`` divides by the l2 norm of the group's scores (ICLR 2017, eq. 10);
-    ``'none'``; left out, what the criterion declares. ``penalty``: lambda of ``- lambda * FLOPs``,
+    ``name``: a registered criterion. ``per``: the cost that a score is set against where units of
+    several layers are compared: ``'budget'``, what the budget counts; ``'flops'``, ``'memory'``
+    (elements of activations) or ``'params'``, whatever the budget counts; ``'none'``, nothing, so that
+    the lowest scores go first. It is the choice that divides (:func:`mmprune.choose.choose`): the
+    numbers of a criterion are what is lost. ``normalize``: ``'layer'`` divides by the l2 norm of the
+    group's scores (ICLR 2017, eq. 10); ``'none'``; left out, what the criterion declares.
+    ``penalty``: lambda of ``- lambda * FLOPs``,
     for a million FLOPs of a unit (ICLR 2017, section 2.3). ``momentum``: a moving average over
     iterations in place of their mean. ``frozen``: units read by a weight without gradient
     ``'stay'``, or are scored by their other readers (``'partial'``).
     """
 
     name: str
-    per: str = 'none'
+    per: str = 'budget'
     normalize: str | None = None
     penalty: float = 0.0
     momentum: float | None = None
@@ -36,7 +39,7 @@ class Score:
     def __post_init__(self) -> None:
         get_criterion(self.name)
         for option, values in (
-            ('per', ('none', *COSTS)), ('normalize', (None, 'none', 'layer')),
+            ('per', PER), ('normalize', (None, 'none', 'layer')),
             ('frozen', ('stay', 'partial')),
         ):  # fmt: skip
             if getattr(self, option) not in values:
@@ -80,7 +83,7 @@ def make_score(value: 'str | dict[str, Any] | Score') -> Score:
 
 
 def adjusted(trace: Trace, values: np.ndarray, score: Score) -> np.ndarray:
-    """(n_units,) scores to compare, from a criterion's: normalised, divided by cost, penalised."""
+    """(n_units,) what each unit's removal loses, from a criterion's numbers: normalised, penalised."""
     values = np.array(values, dtype=np.float64)
     normalize = score.normalize or score.criterion.normalize
     if normalize == 'layer':
@@ -89,12 +92,6 @@ def adjusted(trace: Trace, values: np.ndarray, score: Score) -> np.ndarray:
             if norm > 0:
                 values[group.units] /= norm
     everything = np.ones(trace.n_units, dtype=bool)
-    if score.per != 'none':
-        costs = COSTS[score.per](trace).of_units(everything)
-        # A unit that costs nothing gains nothing by going.
-        values = np.divide(
-            values, costs, out=np.where(np.isnan(values), np.nan, np.inf), where=costs > 0
-        )
     if score.penalty:
         values = values - score.penalty * cost.flops(trace).of_units(everything) / 1e6
     return values

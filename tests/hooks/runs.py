@@ -17,6 +17,10 @@ from torch.nn import functional as F
 _runs = count()
 
 
+HOOK = dict(keep_flops=0.5, interval=5, steps=2, parts=dict(neck=dict(keep_channels=0.8)))
+"""The neck costs little, and stays where nothing is asked of it."""
+
+
 @MODELS.register_module(force=True)
 class TwoBranch(BaseModel):
     """Images (N, 3, 12, 12) -> 4 classes, with a residual stream and two heads of one neck."""
@@ -114,7 +118,7 @@ def config(work_dir: Path, epochs: int = 4, hook: dict | None = None, **more: An
         val_evaluator=dict(type='Right'),
         optim_wrapper=dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.05, momentum=0.9)),
         default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1)),
-        custom_hooks=[dict(type='PruneHook', **(hook or dict(keep_flops=0.5, interval=5, steps=2)))],
+        custom_hooks=[dict(type='PruneHook', **(hook or HOOK))],
         randomness=dict(seed=0),
         log_level='WARNING',
         visualizer=dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')]),

@@ -19,7 +19,7 @@ from mmprune.score.collector import Collector
 
 from .runs import TwoBranch, config, train
 
-HOOK = dict(keep_flops=0.6, interval=4, steps=2)
+HOOK = dict(keep_flops=0.6, interval=4, steps=2, parts=dict(neck=dict(keep_channels=0.8)))
 
 
 def hook_of(runner, kind=PruneHook):

@@ -61,6 +61,9 @@ def test_checkpoints_rebuild_from_the_unpruned_config(finished, tmp_path):
     assert model.dataset_meta['classes'] == ('a', 'b', 'c', 'd')
     assert model.cfg.model.type == 'TwoBranch'
     assert plan_from(path).to_meta() == mmprune.plan_of(runner.model).to_meta()
+    fused = mmprune.load_pruned(config(tmp_path), path, fuse=True)
+    assert isinstance(fused.stem[1], torch.nn.Identity) and not fused.training
+    torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-4)
 
 
 def test_testing_and_tuning_rebuild_too(finished, tmp_path):

@@ -38,32 +38,6 @@ def test_a_criterion_says_whether_it_is_normalised_and_a_score_may_differ(traced
     )
 
 
-# By hand, for a unit of the first and of the second layer; 16 positions and 2 images in both.
-@pytest.mark.parametrize(
-    'per, costs',
-    [
-        ('flops', [2 * 16 * (3 * 9 + 6 * 9), 2 * 16 * 4 * 9 + 2 * 16 * 2]),
-        ('memory', [2 * 16, 2 * 16]),
-        ('params', [3 * 9 + 1 + 6 * 9, 4 * 9 + 1 + 16 * 2]),
-    ],
-)
-def test_scores_by_cost(traced, per, costs):
-    found = adjusted(traced, np.ones(10), Score('l2', per=per))
-    np.testing.assert_allclose(1 / found[[0, 9]], costs)
-
-
-def test_a_unit_that_costs_nothing_never_goes_first(traced, monkeypatch):
-    class Free:
-        def of_units(self, keep):
-            return np.zeros(10)
-
-    monkeypatch.setitem(mmprune.score.adjust.COSTS, 'flops', lambda trace: Free())
-    values = np.ones(10)
-    values[2] = np.nan
-    found = adjusted(traced, values, Score('l2', per='flops'))
-    assert np.isnan(found[2]) and np.isposinf(np.delete(found, 2)).all()
-
-
 def test_penalty_is_lambda_times_a_million_flops(traced):
     flops = cost.flops(traced).of_units(np.ones(10, dtype=bool))
     found = adjusted(traced, np.ones(10), Score('l2', penalty=0.5))
@@ -80,7 +54,7 @@ def test_make_score():
 @pytest.mark.parametrize(
     'value, message',
     [
-        (dict(name='taylor', per='joules'), "per='joules'; there are 'none', 'flops', 'memory', 'pa"),
+        (dict(name='taylor', per='joules'), "per='joules'; there are 'budget', 'flops', 'mem"),
         (dict(name='taylor', normalize='batch'), "normalize='batch'; there are None, 'none', 'layer'"),
         (dict(name='taylor', frozen='thaw'), "frozen='thaw'; there are 'stay', 'partial'"),
         (dict(name='taylor', penalty=-1), 'penalty=-1: give a number from 0 on'),
