@@ -196,6 +196,7 @@ def settle(record: Record, component: np.ndarray) -> None:
     record.follows = [replace(follow, ids=slot[follow.ids]) for follow in record.follows]
     record.work = [replace(work, axes=[slot[ids] for ids in work.axes]) for work in record.work]
     record.elements = [(at, count, [slot[ids] for ids in axes]) for at, count, axes in record.elements]
+    record.weights_read = [slot[ids] for ids in record.weights_read]
 
 
 def _axes_in(slots: SlotTable, arrays: list[np.ndarray]) -> list[Axis]:

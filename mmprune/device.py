@@ -89,6 +89,16 @@ def divisor_of(device: torch.device, dtype: torch.dtype) -> int:
     return _divisors[key]
 
 
+def known_divisors() -> dict[str, int]:
+    """What was measured or looked up so far, by device and type of number: for a checkpoint."""
+    return dict(_divisors)
+
+
+def know_divisors(divisors: dict[str, int]) -> None:
+    """Takes :func:`known_divisors` of the run that is resumed, whatever would be measured now."""
+    _divisors.update(divisors)
+
+
 def times_by_width(device: torch.device, dtype: torch.dtype, rounds: int = 9) -> dict[int, float]:
     """Seconds of a 3x3 and a 1x1 convolution of as many channels, {33 ... 96: seconds}."""
     side = 128 if device.type == 'cuda' else 28

@@ -16,6 +16,7 @@ from mmprune import ranks
 from mmprune.couple import Trace
 from mmprune.cut import cut
 from mmprune.errors import InexactCut, PruneError
+from mmprune.lockstep import random_state, set_random_state
 from mmprune.pipeline import check_cut, make_plan
 from mmprune.plan import Plan
 from mmprune.traces import after_cut, without
@@ -95,7 +96,7 @@ def cut_once(
         with together('choosing'):
             # Batches differ in size, and so may what a unit costs: one process chooses for all.
             if not distributed or ranks.is_first():
-                choice = choose(traced, scores)
+                choice = _drawing_nothing(choose, traced, scores)
         keep, noted = ranks.shared(choice) if distributed else choice
         if keep.all():
             return Outcome(None, traced, failed)
@@ -118,6 +119,15 @@ def cut_once(
         cut(model, step, optimizer, twins())
         rebuild_reducers(wrapper if wrapper is not None else model)
         return Outcome(step, after_cut(traced, model, keep), failed)
+
+
+def _drawing_nothing(choose: Choose, traced: Trace, scores: np.ndarray) -> Any:
+    """What is measured for a choice runs on random numbers; training goes on as if it had not."""
+    before = random_state()
+    try:
+        return choose(traced, scores)
+    finally:
+        set_random_state(before)
 
 
 def groups_to_blame(traced: Trace, keep: np.ndarray, fails: Callable[[np.ndarray], Any]) -> list[int]:

@@ -71,6 +71,7 @@ def after_cut(trace: Trace, model: nn.Module, keep: np.ndarray) -> Trace:
                 for where, n, axes in record.elements
             ],
             scales=[moved(ids) for ids in record.scales],
+            weights_read=[moved(ids) for ids in record.weights_read],
         ),
     )  # fmt: skip
 
@@ -132,6 +133,7 @@ def to_state(trace: Trace) -> dict[str, Any]:
         'elements': [[where, n, list(map(kept, axes))] for where, n, axes in record.elements],
         'follows': [[f.module, f.attribute, kept(f.ids)] for f in record.follows],
         'scales': list(map(kept, record.scales)),
+        'weights_read': list(map(kept, record.weights_read)),
         'unknown_ops': {name: list(where) for name, where in record.unknown_ops.items()},
         'touched': sorted(record.touched),
         'readers': [[axis.name, axis.dim] for axis in trace.readers],
@@ -170,6 +172,7 @@ def from_state(state: dict[str, Any], model: nn.Module) -> Trace | None:
         touched=set(state['touched']),
         elements=[(where, n, axes(numbers)) for where, n, numbers in state['elements']],
         scales=axes(state['scales']),
+        weights_read=axes(state['weights_read']),
     )
     locked = [Locked(name, dim, n, tuple(reasons)) for name, dim, n, reasons in state['locked']]
     empty = Trace(

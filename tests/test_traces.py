@@ -14,6 +14,7 @@ from mmprune.budget import make_budget
 from mmprune.copies import copied
 from mmprune.cut import cut
 from mmprune.pipeline import make_plan
+from mmprune.steps import layer_widths
 
 
 def same(found, wanted):
@@ -30,6 +31,8 @@ def same(found, wanted):
         saved = first(keep | True) - first(keep)
         assert saved == pytest.approx(second(keep | True) - second(keep), rel=1e-6, abs=1e-6)
     assert follows(found) == follows(wanted)
+    widths = [{(w.name, w.ids.tobytes()) for w in layer_widths(each)} for each in (found, wanted)]
+    assert widths[0] == widths[1]
     assert [ids.tolist() for ids in found.record.scales] == [
         ids.tolist() for ids in wanted.record.scales
     ]

@@ -5,7 +5,7 @@ from typing import Any
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from mmprune import ranks, report, rng, traces
+from mmprune import device, ranks, report, rng, traces
 from mmprune.choose import make_budget
 from mmprune.couple import Trace
 from mmprune.errors import PruneError
@@ -261,6 +261,7 @@ class PruneHook(RebuildHook):
         self.metrics = {k: dict(v) for k, v in state['metrics'].items()}
         self._report = dict(state['report'])
         self._modes = frozenset(state.get('modes', MODES))
+        device.know_divisors(state.get('divisors', {}))
         saved = state.get('trace')  # not in checkpoints of mmprune 0.1.0
         traced = traces.from_state(saved, bare(runner.model)) if saved is not None else None
         if traced is not None:
@@ -276,6 +277,7 @@ class PruneHook(RebuildHook):
             'metrics': self.metrics,
             'report': self._report,
             'modes': sorted(self._modes),
+            'divisors': device.known_divisors(),
             'trace': traces.to_state(self._trace) if self._trace is not None else None,
             'collector': self._collector.state_dict() if self._collector is not None else None,
             'rng': self._before_validation or rng.get_state(),
