@@ -113,6 +113,8 @@ def test_a_codec_is_plain_data():
     codec = UDPHeatmap((192, 256), (48, 64), sigma=2)
     codec.callback, codec.stream = print, io.StringIO()
     plain = codec_of(codec)
-    assert plain['type'] == 'UDPHeatmap' and plain['scale_factor'] == pytest.approx([4.06, 4.05], abs=0.01)
+    assert plain['type'] == 'UDPHeatmap' and plain['scale_factor'] == pytest.approx(
+        [4.06, 4.05], abs=0.01
+    )
     assert not {'callback', 'stream'} & set(plain)
     json.dumps(plain)

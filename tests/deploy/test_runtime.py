@@ -69,7 +69,9 @@ def test_files_that_are_not_ours(tmp_path, backend):
 def test_without_the_extra(tmp_path, monkeypatch, backend):
     path = save(tmp_path / 'x.onnx', METADATA)
     monkeypatch.setitem(sys.modules, backend, None)
-    with pytest.raises(PruneError, match=rf"{backend} is not installed.*pip install 'mmprune\[deploy\]'"):
+    with pytest.raises(
+        PruneError, match=rf"{backend} is not installed.*pip install 'mmprune\[deploy\]'"
+    ):
         open_model(path, backend)
 
 

@@ -18,8 +18,8 @@ OUTPUTS = {'heatmap': ('heatmaps',), 'simcc': ('simcc_x', 'simcc_y')}
 
 
 class PoseNetwork(nn.Module):
-    """``forward(input)``: normalised images (N, 3, H, W) -> heatmaps (N, K, h, w), of several stages those
-    of the last one; or a pair ``simcc_x`` (N, K, Wx), ``simcc_y`` (N, K, Wy).
+    """``forward(input)``: normalised images (N, 3, H, W) -> heatmaps (N, K, h, w), of several stages
+    those of the last one; or a pair ``simcc_x`` (N, K, Wx), ``simcc_y`` (N, K, Wy).
 
     ``output_names``: what the outputs are called in the file. ``metadata``: what its metadata says of a
     pose estimator (``task``, ``codec``). ``input_size``: (height, width), fixed by the codec.
@@ -59,7 +59,8 @@ def pose_wrapper(model: nn.Module) -> PoseNetwork | None:
         return None
     if getattr(head, 'decoder', None) is None:
         raise PruneError(
-            f'head ({type(head).__name__}): has no decoder; add decoder=codec to model.head in the config'
+            f'head ({type(head).__name__}): has no decoder; add decoder=codec to model.head in the '
+            'config'
         )
     return PoseNetwork(model, kind).eval()
 
@@ -77,7 +78,7 @@ def head_kind(head: nn.Module | None) -> str | None:
 
 
 def codec_of(decoder: Any) -> dict[str, Any]:
-    """A codec as plain data: its class's name as ``type``, and its settings (sizes are width, height)."""
+    """A codec as plain data: the name of its class as ``type``, its settings (sizes: width, height)."""
     settings = {'type': type(decoder).__name__}
     for name, value in vars(decoder).items():
         if isinstance(value, np.ndarray | np.generic):

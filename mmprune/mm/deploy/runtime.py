@@ -71,9 +71,7 @@ class Runtime:
         }
 
 
-def open_model(
-    path: str | Path, backend: str = 'onnxruntime', threads: int | None = None
-) -> Runtime:
+def open_model(path: str | Path, backend: str = 'onnxruntime', threads: int | None = None) -> Runtime:
     """A file that ``tools/export.py`` wrote, loaded and ready to run on the CPU in single precision.
 
     Args:
@@ -115,9 +113,7 @@ def _with_onnxruntime(path: Path, threads: int | None) -> Runtime:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
     try:
-        session = onnxruntime.InferenceSession(
-            str(path), options, providers=['CPUExecutionProvider']
-        )
+        session = onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
     except Exception as error:  # its exceptions have no common base of their own
         raise _unreadable(path, 'ONNX Runtime', error) from error
     names = [output.name for output in session.get_outputs()]
@@ -149,20 +145,22 @@ def _with_openvino(path: Path, threads: int | None) -> Runtime:
         compiled = core.compile_model(model, 'CPU', options)
     except RuntimeError as error:
         raise _unreadable(path, 'OpenVINO', error) from error
-    written = model.rt_info['framework'] if 'framework' in model.rt_info else {}
-    text = written[METADATA].value if METADATA in written else None
     inputs, outputs = (
-        tuple(
-            Port(port.any_name, tuple(d.get_length() if d.is_static else None for d in port.partial_shape))
-            for port in ports
-        )
+        tuple(Port(port.any_name, _sizes(port.partial_shape)) for port in ports)
         for ports in (compiled.inputs, compiled.outputs)
     )
 
     def run(images: np.ndarray) -> list[np.ndarray]:
         return list(compiled([images]).values())  # copies: share_outputs is off by default
 
+    # Here its ONNX reader puts the file's metadata.
+    key = ['framework', METADATA]
+    text = model.get_rt_info(key).astype(str) if model.has_rt_info(key) else None
     return Runtime(path, 'openvino', _decoded(path, text), inputs, outputs, run)
+
+
+def _sizes(shape: Any) -> tuple[int | None, ...]:
+    return tuple(size.get_length() if size.is_static else None for size in shape)
 
 
 BACKENDS = {'onnxruntime': _with_onnxruntime, 'openvino': _with_openvino}
@@ -189,8 +187,8 @@ def _decoded(path: Path, text: str | None) -> dict[str, Any]:
 def _unreadable(path: Path, reader: str, error: Exception) -> PruneError:
     first = str(error).strip().splitlines()
     return PruneError(
-        f'{path}: {reader} can not read it ({first[0][:300] if first else type(error).__name__}); it is '
-        'no ONNX file, damaged, or has operators that this version lacks: export it again'
+        f'{path}: {reader} can not read it ({first[0][:300] if first else type(error).__name__}); it '
+        'is no ONNX file, damaged, or has operators that this version lacks: export it again'
     )
 
 
