@@ -77,6 +77,13 @@ def head_kind(head: nn.Module | None) -> str | None:
     return 'heatmap' if isinstance(head, heads.HeatmapHead | heads.CPMHead | heads.MSPNHead) else None
 
 
+def gives_stages(head: nn.Module) -> bool:
+    """Whether a heatmap head gives a list, a tensor for each stage, of which the last counts."""
+    from mmpose.models import heads
+
+    return isinstance(head, heads.CPMHead | heads.MSPNHead)
+
+
 def codec_of(decoder: Any) -> dict[str, Any]:
     """A codec as plain data: the name of its class as ``type``, its settings (sizes: width, height)."""
     settings = {'type': type(decoder).__name__}
