@@ -36,8 +36,8 @@ def prepare(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The model's input of a BGR picture (h, w, 3), and by what x and y were multiplied.
 
-    The picture is resized to fit into ``size`` (height, width), by default the model's own, where it has
-    one, or the picture's; what is missing is filled up on the right and below.
+    The picture is resized to fit into ``size`` (height, width), by default the model's own, where it
+    has one, or the picture's; what is missing is filled up on the right and below.
     """
     height, width = size or about['input_size'] or picture.shape[:2]
     ratio = min(height / picture.shape[0], width / picture.shape[1])
@@ -69,8 +69,8 @@ def detect(
     least_score: float = 0.3,
     size: tuple[int, int] | None = None,
 ) -> dict[str, np.ndarray]:
-    """``boxes`` (n, 4) as x1, y1, x2, y2 in pixels of the picture, ``scores`` (n,), ``labels`` (n,), and
-    where the model has masks ``masks`` (n, height, width) bool."""
+    """``boxes`` (n, 4) as x1, y1, x2, y2 in pixels of the picture, ``scores`` (n,), ``labels`` (n,),
+    and where the model has masks ``masks`` (n, height, width) bool."""
     images, scale = prepare(picture, about, size)
     names = [output.name for output in session.get_outputs()]
     found = dict(zip(names, session.run(names, {session.get_inputs()[0].name: images}), strict=True))

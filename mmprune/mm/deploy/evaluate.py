@@ -71,10 +71,8 @@ def exported_model(path: str, backend: str, original: Any, data_preprocessor: An
             'without --raw'
         )
     original = without_pretrained(original)
-    if task == 'detection':
-        model = ExportedDetector(run, original)
-    else:
-        model = _pose_estimator(run, original)
+    make = ExportedDetector if task == 'detection' else _pose_estimator
+    model = make(run, original)
     _check_preparation(run, model.data_preprocessor)
     model.runtime = run
     return model.eval()
@@ -204,7 +202,8 @@ def pad(images: Tensor, about: dict[str, Any], path: Path) -> Tensor:
             f'{path}: is for images of {size[0]} x {size[1]}, and the test pipeline gives {height} x '
             f'{width}; export with --dynamic, or with a --size that has room for them'
         )
-    return nn.functional.pad(images, (0, size[1] - width, 0, size[0] - height), value=about['pad_value'])
+    missing = (0, size[1] - width, 0, size[0] - height)
+    return nn.functional.pad(images, missing, value=about['pad_value'])
 
 
 # -- is it the right file? ------------------------------------------------------------------------
