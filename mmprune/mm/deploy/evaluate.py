@@ -104,13 +104,14 @@ class ExportedDetector(BaseModel):
 
     def instances(self, found: dict[str, Tensor], meta: dict[str, Any]) -> InstanceData:
         """One picture's detections. ``found``: ``dets`` (K, 5), ``labels`` (K,), perhaps ``masks``."""
+        boxes, scores = found['dets'].split((4, 1), dim=-1)
         real = found['labels'] >= 0
-        boxes, scores = found['dets'][real].split((4, 1), dim=-1)
         if self.clips:  # the file clips too, but to the padded image, which is all that it knows
             height, width = meta['img_shape'][:2]
             boxes = torch.minimum(boxes, boxes.new_tensor([width, height, width, height]))
-        boxes = boxes / boxes.new_tensor(meta['scale_factor']).repeat(2)
-        instances = InstanceData(bboxes=boxes, scores=scores[:, 0], labels=found['labels'][real])
+            real &= (boxes[:, 2:] > boxes[:, :2]).all(-1)  # mmdet too drops what lies in the padding
+        boxes = boxes[real] / boxes.new_tensor(meta['scale_factor']).repeat(2)
+        instances = InstanceData(bboxes=boxes, scores=scores[real, 0], labels=found['labels'][real])
         if 'masks' in found:
             instances.masks = self.pasted(found['masks'][real], boxes, meta['ori_shape'])
         return instances
@@ -175,6 +176,9 @@ class Network:
         self.preprocessor = preprocessor
 
     def __call__(self, images: Tensor) -> dict[str, np.ndarray]:
+        return self.run(self.prepared(images).cpu().numpy())
+
+    def prepared(self, images: Tensor) -> Tensor:
         about = self.run.metadata
         padded = pad(images, about, self.run.path)
         if about['with_preprocess']:
@@ -183,7 +187,7 @@ class Network:
                 padded = padded * prepared.std + prepared.mean
             if prepared._channel_conversion:
                 padded = padded.flip(1)
-        return self.run(padded.cpu().numpy())
+        return padded
 
 
 def pad(images: Tensor, about: dict[str, Any], path: Path) -> Tensor:
@@ -235,8 +239,12 @@ def _check_preparation(run: Runtime, preprocessor: nn.Module) -> None:
         'bgr_to_rgb': bool(getattr(preprocessor, '_channel_conversion', False)),
     }
     for name, value in own.items():
-        if run.metadata.get(name) != value:
-            raise _other_config(run, name, run.metadata.get(name), value)
+        written = run.metadata.get(name)
+        same = written == value
+        if isinstance(value, list) and isinstance(written, list) and len(value) == len(written):
+            same = np.allclose(written, value, rtol=1e-5, atol=0)  # one may be rounded to float32
+        if not same:
+            raise _other_config(run, name, written, value)
 
 
 def _other_config(run: Runtime, what: str, written: Any, ours: Any) -> PruneError:
