@@ -122,7 +122,7 @@ def test_ap_of_a_file_is_that_of_its_checkpoint(config, shapes, retinanet, tmp_p
 
 
 def batch_of(sizes, scale=2.0):
-    """Pictures of several sizes, each ``scale`` times as large as it was, as a data loader gives them."""
+    """Pictures as a data loader gives them, each ``scale`` times as large as it was."""
     from mmdet.structures import DetDataSample
 
     rng = np.random.default_rng(0)
@@ -151,7 +151,7 @@ def test_pictures_of_several_sizes_are_padded_and_scaled_back(retinanet, sizes, 
     for ours, theirs in zip(got, wanted, strict=True):
         a, b = ours.pred_instances, theirs.pred_instances
         assert len(b) > 10 and ours.img_id == theirs.img_id
-        near = torch.cdist(b.bboxes, a.bboxes).min(1).values
+        near = (b.bboxes[:, None] - a.bboxes).abs().amax(-1).amin(1)
         assert (near < 0.01).float().mean() >= alike
         height, width = ours.ori_shape
         assert (a.bboxes[:, 2] <= width).all() and (a.bboxes[:, 3] <= height).all()
