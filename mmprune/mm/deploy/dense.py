@@ -7,7 +7,7 @@ these is exported without a line about it.
 from collections.abc import Callable
 
 import torch
-from mmdet.models.dense_heads import GFLHead, YOLOXHead
+from mmdet.models.dense_heads import GFLHead, SSDHead, YOLOXHead
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from mmdet.models.detectors import SingleStageDetector
 from mmdet.models.task_modules.coders import (
@@ -31,6 +31,11 @@ from mmprune.mm.deploy.candidates import (
     without_small,
 )
 from mmprune.mm.deploy.ops import NOT_A_CANDIDATE
+
+# mmdet 3.3 asks every head for its classification loss, to see whether that brings an activation; SSD's
+# has none, and fails at that in ``predict``.
+if not hasattr(SSDHead, 'loss_cls'):
+    SSDHead.loss_cls = None
 
 MOST = 300
 """How many detections of a picture stay where the config sets no ``max_per_img`` (YOLOX)."""

@@ -108,12 +108,12 @@ def export_model(
     model = revert_sync_batchnorm(model).eval()
     network = RawNetwork(model) if raw else wrapper_for(model)
     size = size_for(model, network, size, dynamic)
+    batch = batch_for(network, batch, size, device_of(model))
     graph = Graph(network, model.data_preprocessor if with_preprocess else None).eval()
     sides = {} if size else {2: divisor_of(model, size), 3: divisor_of(model, size)}
-    device = next(model.parameters()).device
     # Sizes at which no two maps have equal sides, and none has a side of one. Nothing is computed.
     shape = size or (STRIDE * 20, STRIDE * 24)
-    example = torch.zeros(batch or 2, 3, *shape, device=device)
+    example = torch.zeros(batch or 2, 3, *shape, device=device_of(model))
     program = to_onnx(graph, example, ({} if batch else {0: 1}) | sides, opset or OPSET)
     pictures = checks.pictures_for(size, divisor_of(model, size), batch or 2)
     about = metadata(model, network, size, with_preprocess, pictures[0].shape[1:3])
@@ -128,6 +128,23 @@ def export_model(
         part.unlink(missing_ok=True)
     sync_folder(out.parent)
     return out
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def batch_for(
+    network: nn.Module, batch: int | None, size: tuple[int, int] | None, device: torch.device
+) -> int | None:
+    """How many images a run of the file takes; ``None`` for any number."""
+    if isinstance(network, RawNetwork):
+        shape = size or (STRIDE * 8, STRIDE * 10)
+        network.try_out(torch.zeros(batch or 1, 3, *shape, device=device))
+        if network.needs_samples and batch is None:
+            print_log('The model asks for the size of each image: exported for batches of 1', 'current')
+            return 1
+    return batch
 
 
 class Graph(nn.Module):
@@ -299,7 +316,7 @@ def costs(model: nn.Module, network: nn.Module, size: tuple[int, int]) -> dict[s
     """FLOPs (multiply-adds) of one image and parameters, before and after pruning."""
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
-        network(torch.zeros(1, 3, *size, device=next(model.parameters()).device))
+        network(torch.zeros(1, 3, *size, device=device_of(model)))
     flops = counter.get_total_flops() // 2
     params = sum(parameter.numel() for parameter in model.parameters())
     plan = plan_of(model)

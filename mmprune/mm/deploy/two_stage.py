@@ -134,6 +134,17 @@ class TwoStageNetwork(nn.Module):
             return *outputs(found), masks_of(head, features, found)
 
 
+    def before_nms(self, images: Tensor) -> tuple:
+        """The heads' own outputs: the RPN's, then the RoIs, their logits and offsets."""
+        model, size = self.model, images.shape[-2:]
+        features = model.extract_feat(images)
+        with traceable_rois(model.roi_head):
+            found = proposals(model.rpn_head, features, size, self.rpn_nms)
+            forward = refined if isinstance(model.roi_head, CascadeRoIHead) else once
+            _, *stage = forward(model.roi_head, features, rois_of(found), size)
+        return (*model.rpn_head(features), *stage)
+
+
 def proposals(rpn: nn.Module, features: tuple[Tensor, ...], size: Size, nms) -> Candidates:
     """The RPN's ``max_per_img`` best boxes; levels do not suppress each other."""
     cfg = rpn.test_cfg
