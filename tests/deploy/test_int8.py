@@ -1,4 +1,4 @@
-"""Files in 8-bit integers, calibrated on pictures: smaller, close to what they were, and clear about it."""
+"""Files in 8-bit integers, calibrated on pictures: smaller, and close to what they were."""
 
 import numpy as np
 import onnx

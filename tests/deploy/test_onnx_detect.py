@@ -31,7 +31,7 @@ def test_it_runs_without_torch(tmp_path):
     cv2.imwrite(str(tmp_path / 'x.png'), PICTURE)
     alone = (
         'import runpy, sys\n'
-        'for name in ("torch", "mmprune", "mmengine", "mmdet", "mmcv", "onnx"): sys.modules[name] = None\n'
+        'for name in ("torch", "mmprune", "mmengine", "mmdet", "onnx"): sys.modules[name] = None\n'
         f'sys.argv = ["onnx_detect.py", {str(path)!r}, {str(tmp_path / "x.png")!r}, "--out", '
         f'{str(tmp_path / "drawn.png")!r}]\n'
         f'runpy.run_path({str(EXAMPLE)!r}, run_name="__main__")\n'

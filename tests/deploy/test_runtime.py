@@ -1,6 +1,8 @@
 """Files run by ONNX Runtime and by OpenVINO alike, and what stands in their way is named."""
 
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,3 +83,13 @@ def test_options(tmp_path):
         open_model(path, 'tensorrt')
     with pytest.raises(PruneError, match='threads=0: must be an integer >= 1'):
         open_model(path, threads=0)
+
+
+def test_the_code_on_the_page(tmp_path, monkeypatch, capsys):
+    page = Path(__file__).parents[2] / 'docs' / 'deploy.md'
+    (block,) = re.findall(r'```python\n(.*?)```', page.read_text(), re.DOTALL)
+    save(tmp_path / 'model.onnx', METADATA)
+    monkeypatch.chdir(tmp_path)
+    space = {'images': IMAGES}
+    exec(compile(block, str(page), 'exec'), space)
+    assert 'ring' in capsys.readouterr().out and len(space['outputs']['mean']) == len(IMAGES)
