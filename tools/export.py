@@ -40,8 +40,8 @@ def parse_args() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         '--int8', metavar='DATA',
-        help='also write FILE_int8.onnx, in 8-bit integers, calibrated on the training set of the config '
-        '(train) or on a folder of pictures',
+        help='also write FILE_int8.onnx, in 8-bit integers, calibrated on the training set of the '
+        'config (train) or on a folder of pictures',
     )  # fmt: skip
     parser.add_argument('--device', default='cpu', help='where PyTorch runs (default: cpu)')
     parser.add_argument(
@@ -60,9 +60,10 @@ def main() -> None:
     from mmprune.mm import export
 
     small = Path(args.out).with_name(f'{Path(args.out).stem}_int8.onnx')
-    if args.int8 and (args.raw or small.exists()):
-        why = f'{small} exists; remove it' if small.exists() else 'not with --raw; leave one of them out'
-        raise PruneError(f'--int8: {why}')
+    if args.int8 and args.raw:
+        raise PruneError('--int8 and --raw: only whole models are quantized; leave one of them out')
+    if args.int8 and small.exists():
+        raise PruneError(f'--int8: {small} exists; remove it, or give another --out')
     path = export(
         config, args.checkpoint, args.out, raw=args.raw, size=args.size, dynamic=args.dynamic,
         opset=args.opset, with_preprocess=args.with_preprocess, check=args.check, device=args.device,

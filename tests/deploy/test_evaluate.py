@@ -243,7 +243,12 @@ def test_a_file_of_another_config(tmp_path, config, metadata, text):
 
 def test_a_file_of_another_kind(tmp_path, config):
     path = tiny.detector(tmp_path / 'x.onnx', DETS, [2, 0, -1], task='pose')
-    with pytest.raises(PruneError, match='outputs dets, labels, and the config a head HeatmapHead'):
+    with pytest.raises(
+        PruneError, match='outputs dets, labels, and .* is a TopdownPoseEstimator; give'
+    ):
+        exported_model(str(path), 'onnxruntime', config(POSE).model)
+    path = tiny.detector(tmp_path / 'x.onnx', DETS, [2, 0, -1])
+    with pytest.raises(PruneError, match='is a detector, and .* is a TopdownPoseEstimator; give'):
         exported_model(str(path), 'onnxruntime', config(POSE).model)
     path = tiny.save(tmp_path / 'x.onnx', {'task': 'detection'})
     with pytest.raises(PruneError, match=r"expected the outputs dets and labels, found \['count'"):

@@ -1,5 +1,9 @@
 """Files in 8-bit integers, calibrated on pictures: smaller, and close to what they were."""
 
+import importlib.util
+import sys
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -12,9 +16,10 @@ from mmprune.mm.deploy.export import export_model
 from mmprune.mm.deploy.int8 import calibration_images, quantize, quantize_with
 from mmprune.mm.deploy.runtime import BACKENDS, open_model
 
-from .models import pruned
+from .models import pruned, saved
 
 POSE = 'configs/_base_/simple_baseline_shapes.py'
+TOOL = Path(__file__).parents[2] / 'tools' / 'export.py'
 RETINANET = 'configs/_base_/retinanet_shapes.py'
 
 
@@ -89,3 +94,28 @@ def test_nothing_is_left_of_a_failure(exported, tmp_path):
     out.touch()
     with pytest.raises(PruneError, match='int8.onnx: exists; remove it'):
         quantize(exported, out, [torch.zeros(1, 3, 64, 64).numpy()])
+
+
+def test_the_tool(tmp_path, shapes, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location('mmprune_tools_export', TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(*options):
+        checkpoint, out = tmp_path / 'x.pth', tmp_path / 'model.onnx'
+        monkeypatch.setattr(
+            sys, 'argv', ['export.py', POSE, str(checkpoint), '--out', str(out), '--int8', *options]
+        )
+        module.main()
+
+    saved(pruned(POSE, 'pose'), tmp_path / 'x.pth')
+    with pytest.raises(PruneError, match='--int8 and --raw: .* leave one of them out'):
+        run('train', '--raw')
+    run('train')
+    assert 'model_int8.onnx: ' in capsys.readouterr().out
+    small, whole = tmp_path / 'model_int8.onnx', tmp_path / 'model.onnx'
+    assert small.stat().st_size < 0.4 * whole.stat().st_size
+    whole.unlink()
+    with pytest.raises(PruneError, match='model_int8.onnx exists; remove it'):
+        run('train')
+    assert not whole.exists()

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmdet.models.detectors import BaseDetector
 from mmengine.config import Config, ConfigDict
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS
@@ -83,6 +84,11 @@ class ExportedDetector(BaseModel):
 
     def __init__(self, run: Runtime, original: Any) -> None:
         detector = MODELS.build(original)
+        if not isinstance(detector, BaseDetector):
+            raise PruneError(
+                f'{run.path}: is a detector, and the model of the config is a '
+                f'{type(detector).__name__}; give the config that the file was exported with'
+            )
         super().__init__(data_preprocessor=detector.data_preprocessor)
         names = {port.name for port in run.outputs}
         if not {'dets', 'labels'} <= names:
@@ -145,8 +151,8 @@ def _pose_estimator(run: Runtime, original: Any) -> BaseModel:
     names = tuple(port.name for port in run.outputs)
     if kind is None or names != OUTPUTS[kind]:
         raise PruneError(
-            f'{run.path}: has the outputs {", ".join(names)}, and the config a head '
-            f'{type(head).__name__}; give the config that the file was exported with'
+            f'{run.path}: has the outputs {", ".join(names)}, and the model of the config is a '
+            f'{type(model).__name__}; give the config that the file was exported with'
         )
     codec, written = codec_of(head.decoder), run.metadata.get('codec')
     if codec != written:
