@@ -146,7 +146,7 @@ def detections(
             'scores': got['dets'][number][real, 4],
             'labels': got['labels'][number][real],
         }
-        pairs, complaints = matched(want, ours, side)
+        pairs, complaints = matched(want, ours, side, cut_off(model, want, most))
         if not complaints and 'masks' in got:
             masks = got['masks'][number][real]
             complaints = masks_apart(found.masks.cpu().numpy(), masks, ours['boxes'], pairs)
@@ -160,14 +160,25 @@ def detections(
     return total
 
 
+def cut_off(model: nn.Module, want: dict[str, np.ndarray], most: int) -> float:
+    """The score below which there are no detections: that of the last where there are as many as may
+    be, else the threshold."""
+    if len(want['scores']) == most:
+        return float(want['scores'][-1])
+    head = getattr(model, 'roi_head', None) or model.bbox_head
+    return float((head.test_cfg or {}).get('score_thr', 0.0))
+
+
 def matched(
-    want: dict[str, np.ndarray], got: dict[str, np.ndarray], side: float
+    want: dict[str, np.ndarray], got: dict[str, np.ndarray], side: float, least: float = 0.0
 ) -> tuple[list[tuple[int, int]], list[str]]:
     """Pairs each wanted detection with the nearest of the same class and score; what is left over.
 
     Args:
         want, got: ``boxes`` (n, 4), ``scores`` (n,), ``labels`` (n,).
         side: the picture's longer side, in pixels.
+        least: a detection of this very score, to the tolerance, may be on one side alone: whether it
+            is the last that counts is a matter of rounding.
 
     Returns:
         (wanted, got) rows, and a line for each one that has no partner.
@@ -184,12 +195,14 @@ def matched(
         off[~close] = np.inf
         best = int(off.argmin()) if len(off) else -1
         if best < 0 or not off[best] <= TOLERANCE:
+            if score <= least * (1 + TOLERANCE):
+                continue
             nearest = f'; the nearest is {told(got, best)}' if best >= 0 and close.any() else ''
             complaints.append(f'{told(want, row)} is missing{nearest}')
             continue
         free[best] = False
         pairs.append((row, best))
-    extra = np.flatnonzero(free)
+    extra = np.flatnonzero(free & (got['scores'] > least * (1 + TOLERANCE)))
     complaints += [f'{told(got, int(row))} is not in PyTorch' for row in extra]
     return pairs, complaints
 
