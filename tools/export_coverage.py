@@ -37,7 +37,8 @@ def examine(config: str, how: dict, pipe) -> None:
         model, _ = build(config, **how)
         model.cfg = load(config)
     except Exception as error:  # a fault of the zoo, whatever it is
-        return pipe.send({'export': 'not', 'reason': f'does not build: {error}'[:200]})
+        told = f'does not build: {error}'.splitlines()[0][:200]
+        return pipe.send({'export': 'not', 'reason': told})
     row: dict = {}
     side = -(-how.get('size', 128) // 64) * 64
     with tempfile.TemporaryDirectory() as folder:

@@ -67,7 +67,7 @@ def traced(
     except Exception as error:  # whatever a model's code may raise on tensors without data
         where = f'{stack[-1]}: ' if stack else ''
         if stack:
-            name = stack[-1].removeprefix('model.')
+            name = stack[-1].removeprefix('network.').removeprefix('model.')
             where = f'{name} ({type(module.get_submodule(stack[-1])).__name__}): '
         remedy = '; give a fixed --size, which more models can be exported at' if free else ''
         raise PruneError(
@@ -130,7 +130,7 @@ def untranslated(graph: torch.export.ExportedProgram, error: Exception) -> Prune
                 path, kind = list(stack.values())[-1] if stack else ('', '')
                 kind = kind if isinstance(kind, str) else kind.__name__
                 return PruneError(
-                    f'{path.removeprefix("model.")} ({kind.rsplit(".", 1)[-1]}): has the operator '
+                    f'{path.removeprefix("network.").removeprefix("model.")} ({kind.rsplit(".", 1)[-1]}): has the operator '
                     f'{name}, which can not be translated to ONNX ({first_line(causes[-1])})'
                 )
     return PruneError(f'can not be translated to ONNX: {first_line(causes[-1])}')
