@@ -129,8 +129,9 @@ def untranslated(graph: torch.export.ExportedProgram, error: Exception) -> Prune
                 stack = node.meta.get('nn_module_stack') or {}
                 path, kind = list(stack.values())[-1] if stack else ('', '')
                 kind = kind if isinstance(kind, str) else kind.__name__
+                path = path.removeprefix('network.').removeprefix('model.')
                 return PruneError(
-                    f'{path.removeprefix("network.").removeprefix("model.")} ({kind.rsplit(".", 1)[-1]}): has the operator '
+                    f'{path} ({kind.rsplit(".", 1)[-1]}): has the operator '
                     f'{name}, which can not be translated to ONNX ({first_line(causes[-1])})'
                 )
     return PruneError(f'can not be translated to ONNX: {first_line(causes[-1])}')
