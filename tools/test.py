@@ -1,6 +1,7 @@
-"""Evaluate a checkpoint, pruned or not, with the config that it was trained with.
+"""Evaluate a checkpoint, pruned or not, or an exported file, with the config that it was trained with.
 
 Usage: python tools/test.py configs/faster_rcnn_prune.py work_dirs/faster_rcnn_prune/epoch_12.pth
+       python tools/test.py configs/faster_rcnn_prune.py model.onnx [--backend openvino]
 """
 
 import argparse
@@ -13,8 +14,17 @@ from mmprune import cli
 
 
 def parse_args():
-    parser = cli.make_parser("Evaluate a checkpoint, pruned or not, on its config's test set.")
-    parser.add_argument('checkpoint', type=cli.checkpoint_file, help='checkpoint file')
+    parser = cli.make_parser(
+        "Evaluate a checkpoint, pruned or not, or an exported file, on its config's test set."
+    )
+    parser.add_argument(
+        'checkpoint', type=cli.checkpoint_file, help='checkpoint file, or an exported .onnx file'
+    )
+    parser.add_argument(
+        '--backend',
+        choices=['onnxruntime', 'openvino'],
+        help='what runs an .onnx file (default: onnxruntime)',
+    )
     parser.add_argument(
         '--out', type=pickle_name, metavar='FILE.pkl', help='write the predictions here'
     )
@@ -39,15 +49,23 @@ def pickle_name(path: str) -> str:
 def main() -> None:
     args = parse_args()
     cfg = cli.load_config(args)
-    cfg.load_from = args.checkpoint
-    cfg.resume = False
-    # A pruned checkpoint brings its structure with it; the hook rebuilds that.
-    mmprune.checkpoint.ensure_hook(cfg)
+    exported = args.checkpoint.endswith('.onnx')
+    dropped = []
+    if exported:
+        from mmprune.mm.deploy import evaluate
+
+        dropped = evaluate.use_file(cfg, args.checkpoint, args.backend or 'onnxruntime')
+    else:
+        use_checkpoint(cfg, args)
     if args.show or args.show_dir:
         show_predictions(cfg, args)
     if args.tta:
         augment(cfg)
     runner = cli.build_runner(cfg)
+    if exported:
+        evaluate.check_dataset(runner)
+    if dropped:
+        runner.logger.info(f"Left out, since they are for a model's weights: {', '.join(dropped)}")
     if args.out:
         # mmdet's own writer packs masks, mmengine's would write them out pixel by pixel.
         writer = 'DumpDetResults' if cfg.get('default_scope') == 'mmdet' else 'DumpResults'
@@ -55,6 +73,19 @@ def main() -> None:
             METRICS.build(dict(type=writer, out_file_path=args.out))
         )
     runner.test()
+
+
+def use_checkpoint(cfg: Config, args: argparse.Namespace) -> None:
+    """Load the weights of a checkpoint and, where it is pruned, its structure."""
+    if args.backend:
+        raise mmprune.PruneError(
+            f'--backend {args.backend}: {args.checkpoint} is no .onnx file; export it with '
+            'tools/export.py first, or leave the option out'
+        )
+    cfg.load_from = args.checkpoint
+    cfg.resume = False
+    # A pruned checkpoint brings its structure with it; the hook rebuilds that.
+    mmprune.checkpoint.ensure_hook(cfg)
 
 
 def show_predictions(cfg: Config, args: argparse.Namespace) -> None:

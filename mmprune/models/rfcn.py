@@ -41,7 +41,7 @@ class RFCNRoIHead(StandardRoIHead):
             )
         maps = [fold(m, head.grid) for m in head.score_maps(x[: extractor.num_inputs])]
         pooled = extractor(maps, cells(rois, head.grid))
-        cls_score, bbox_pred = head(pooled.view(len(rois), head.grid**2, head.map_channels))
+        cls_score, bbox_pred = head(pooled.view(rois.shape[0], head.grid**2, head.map_channels))
         return dict(cls_score=cls_score, bbox_pred=bbox_pred, bbox_feats=pooled)
 
 

@@ -1,0 +1,233 @@
+"""The file against PyTorch: the same pictures through both, and where the results part."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmdet.structures import DetDataSample
+from mmengine.logging import print_log
+from torch import nn
+
+from mmprune.datasets.drawing import draw
+from mmprune.errors import PruneError
+from mmprune.mm.deploy.runtime import open_model
+from mmprune.runs import tensors_in
+
+TOLERANCE = 1e-4
+"""Relative: of scores to themselves, of coordinates to the picture's longer side (or to the box where
+that is larger), of other outputs to the largest of them."""
+
+MASK_PIXELS = 0.005
+"""Share of an object's mask that may fall on the other side of its threshold."""
+
+
+def pictures_for(size: tuple[int, int] | None, divisor: int, number: int) -> list[np.ndarray]:
+    """(number, H, W, 3) BGR uint8 pictures of each size to compare at: of the fixed one, or of three.
+    Drawn shapes; the last of the first size has noise alone. (Not one colour: on that every place has
+    the same score, and which box is best is a matter of the last bit.)"""
+    sizes = [size] if size else [(8, 10), (10, 8), (6, 14)]
+    if not size:
+        unit = divisor * max(1, round(32 / divisor))
+        sizes = [(height * unit, width * unit) for height, width in sizes]
+    rng = np.random.default_rng(0)
+    found = []
+    for height, width in sizes:
+        drawn = [draw(rng, max(height, width))[0][:height, :width] for _ in range(number)]
+        found.append(np.stack(drawn))
+    if number > 1:
+        found[0][-1] = rng.normal(127, 25, found[0][-1].shape).clip(0, 255).astype(np.uint8)
+    return found
+
+
+def check_file(
+    path: Path,
+    model: nn.Module,
+    network: nn.Module,
+    pictures: Sequence[np.ndarray],
+    with_preprocess: bool,
+    backend: str = 'onnxruntime',
+) -> None:
+    """Compares a file with the model that it was made of.
+
+    Args:
+        network: the wrapper in the file; detectors are compared with the model's own ``predict``,
+            other models with this.
+        pictures: (N, H, W, 3) BGR uint8, for each size that is compared.
+        with_preprocess: the file prepares its pictures itself.
+
+    Raises:
+        PruneError: the results part, or the backend can't run the file; it says where.
+    """
+    run = open_model(path, backend)
+    compared = 0
+    for batch in pictures:
+        inputs, samples = prepared(model, batch)
+        given = inputs.cpu().numpy()
+        if with_preprocess:
+            given = batch.transpose(0, 3, 1, 2).astype(np.float32)
+        try:
+            got = run(given)
+        except PruneError:
+            raise
+        except Exception as error:  # each backend has its own
+            raise PruneError(
+                f'{backend} can not run the file at {batch.shape[1]} x {batch.shape[2]}: {error}'
+            ) from error
+        where = f'{backend} at {batch.shape[1]} x {batch.shape[2]}'
+        with torch.no_grad():
+            if run.metadata['task'] == 'detection':
+                compared += detections(model, inputs, samples, got, where)
+            else:
+                compared += tensors(network, inputs, got, where)
+    kind = 'detections' if run.metadata['task'] == 'detection' else 'numbers'
+    total = sum(map(len, pictures))
+    print_log(f'{backend}: {compared} {kind} on {total} pictures are as in PyTorch', 'current')
+    if not compared:
+        print_log(
+            f'{backend}: the model finds nothing on the pictures of the check, which is all that was '
+            'compared', 'current', logging.WARNING,
+        )  # fmt: skip
+
+
+def prepared(model: nn.Module, batch: np.ndarray) -> tuple[torch.Tensor, list[Any]]:
+    """Pictures as the model's own ``data_preprocessor`` hands them on, with their data samples."""
+    shape = batch.shape[1:3]
+    about = dict(img_shape=shape, ori_shape=shape, pad_shape=shape, scale_factor=(1.0, 1.0))
+    samples = [DetDataSample(metainfo=about) for _ in batch]
+    data = {
+        'inputs': [torch.from_numpy(picture.transpose(2, 0, 1).copy()) for picture in batch],
+        'data_samples': samples,
+    }
+    ready = model.data_preprocessor(data, training=False)
+    for sample in samples:
+        sample.set_metainfo({'batch_input_shape': tuple(ready['inputs'].shape[-2:])})
+    return ready['inputs'], samples
+
+
+def tensors(network: nn.Module, inputs: torch.Tensor, got: dict[str, np.ndarray], where: str) -> int:
+    """Compares outputs number by number; how many there were."""
+    want = [tensor.cpu().numpy() for tensor in tensors_in(network(inputs))]
+    for (name, ours), theirs in zip(got.items(), want, strict=True):
+        if ours.shape != theirs.shape:
+            raise PruneError(
+                f'{where}: {name} is {ours.shape}, and {theirs.shape} in PyTorch; nothing was written'
+            )
+        error = float(np.abs(ours - theirs).max()) if ours.size else 0.0
+        largest = float(np.abs(theirs).max()) if ours.size else 0.0
+        if not error <= TOLERANCE * max(largest, 1e-12):  # NaN parts too
+            raise PruneError(
+                f'{where}: {name} parts from PyTorch by {error:.2e} where the largest value is '
+                f'{largest:.2e}; allowed is {TOLERANCE:.0e} of it; nothing was written'
+            )
+    return sum(tensor.size for tensor in want)
+
+
+def detections(
+    model: nn.Module, inputs: torch.Tensor, samples: list[Any], got: dict[str, np.ndarray], where: str
+) -> int:
+    """Compares detections with those of ``model.predict``; how many there were."""
+    predicted = model.predict(inputs, samples, rescale=False)
+    side = max(inputs.shape[-2:])
+    total = 0
+    for number, sample in enumerate(predicted):
+        found = sample.pred_instances
+        most = got['dets'].shape[1]
+        want = {
+            'boxes': found.bboxes[:most].cpu().numpy(),
+            'scores': found.scores[:most].cpu().numpy(),
+            'labels': found.labels[:most].cpu().numpy(),
+        }
+        real = got['labels'][number] >= 0
+        ours = {
+            'boxes': got['dets'][number][real, :4],
+            'scores': got['dets'][number][real, 4],
+            'labels': got['labels'][number][real],
+        }
+        pairs, complaints = matched(want, ours, side, cut_off(model, want, most))
+        if not complaints and 'masks' in got:
+            masks = got['masks'][number][real]
+            complaints = masks_apart(found.masks.cpu().numpy(), masks, ours['boxes'], pairs)
+        if complaints:
+            more = f' (and {len(complaints) - 3} more)' if len(complaints) > 3 else ''
+            raise PruneError(
+                f'{where}, picture {number}: the file parts from PyTorch: '
+                + '; '.join(complaints[:3]) + more + '; nothing was written'
+            )  # fmt: skip
+        total += len(pairs)
+    return total
+
+
+def cut_off(model: nn.Module, want: dict[str, np.ndarray], most: int) -> float:
+    """The score below which there are no detections: that of the last where there are as many as may
+    be, else the threshold."""
+    if len(want['scores']) == most:
+        return float(want['scores'][-1])
+    head = getattr(model, 'roi_head', None) or model.bbox_head
+    return float((head.test_cfg or {}).get('score_thr', 0.0))
+
+
+def matched(
+    want: dict[str, np.ndarray], got: dict[str, np.ndarray], side: float, least: float = 0.0
+) -> tuple[list[tuple[int, int]], list[str]]:
+    """Pairs each wanted detection with the nearest of the same class and score; what is left over.
+
+    Args:
+        want, got: ``boxes`` (n, 4), ``scores`` (n,), ``labels`` (n,).
+        side: the picture's longer side, in pixels.
+        least: a detection of this very score, to the tolerance, may be on one side alone: whether it
+            is the last that counts is a matter of rounding.
+
+    Returns:
+        (wanted, got) rows, and a line for each one that has no partner.
+    """
+    free = np.ones(len(got['scores']), dtype=bool)
+    pairs, complaints = [], []
+    for row, (box, score, label) in enumerate(
+        zip(want['boxes'], want['scores'], want['labels'], strict=True)
+    ):
+        close = free & (got['labels'] == label)
+        unit = max(side, np.abs(box).max())
+        apart = np.abs(got['boxes'] - box).max(-1, initial=0.0) / unit
+        off = np.maximum(apart, np.abs(got['scores'] - score) / max(score, 1e-12))
+        off[~close] = np.inf
+        best = int(off.argmin()) if len(off) else -1
+        if best < 0 or not off[best] <= TOLERANCE:
+            if score <= least * (1 + TOLERANCE):
+                continue
+            nearest = f'; the nearest is {told(got, best)}' if best >= 0 and close.any() else ''
+            complaints.append(f'{told(want, row)} is missing{nearest}')
+            continue
+        free[best] = False
+        pairs.append((row, best))
+    extra = np.flatnonzero(free & (got['scores'] > least * (1 + TOLERANCE)))
+    complaints += [f'{told(got, int(row))} is not in PyTorch' for row in extra]
+    return pairs, complaints
+
+
+def told(found: dict[str, np.ndarray], row: int) -> str:
+    box = ', '.join(f'{value:.3f}' for value in found['boxes'][row])
+    return f'class {found["labels"][row]} at ({box}) with score {found["scores"][row]:.6f}'
+
+
+def masks_apart(
+    want: np.ndarray, got: np.ndarray, boxes: np.ndarray, pairs: list[tuple[int, int]]
+) -> list[str]:
+    """Compares (n, H, W) masks of PyTorch with (m, h, w) probabilities of the file, pasted the way
+    mmdet pastes them."""
+    from mmdet.models.roi_heads.mask_heads.fcn_mask_head import _do_paste_mask
+
+    complaints = []
+    height, width = want.shape[1:]
+    for row, ours in pairs:
+        pasted, _ = _do_paste_mask(
+            torch.from_numpy(got[ours])[None, None], torch.from_numpy(boxes[ours])[None],
+            height, width, skip_empty=False,
+        )  # fmt: skip
+        differ = int((pasted[0].numpy() >= 0.5).__ne__(want[row]).sum())
+        area = int(want[row].sum())
+        if differ > max(2, MASK_PIXELS * area):
+            complaints.append(f'the mask of detection {row}: {differ} of {area} pixels differ')
+    return complaints

@@ -1,0 +1,112 @@
+"""Which families of the zoos can be exported: whole, as raw outputs, or not, and why.
+
+    python tools/export_coverage.py --only 'mmdet/*rcnn*' --jobs 2
+
+One model of each family of tools/coverage.txt, random weights, a fixed size, each in a process of its
+own; the file is compared with PyTorch in ONNX Runtime. Results are merged into
+docs/export_coverage.json, the source of the table in docs/deploy.md.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from coverage import ROOT, families, warm_up  # noqa: E402
+
+RESULTS = ROOT / 'docs' / 'export_coverage.json'
+FORK = multiprocessing.get_context('fork')
+
+
+def examine(config: str, how: dict, pipe) -> None:
+    """Sends the row of one family: ``export`` (whole, raw, not), and ``reason`` where not whole."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    from mmprune.errors import PruneError
+    from mmprune.mm.deploy.export import export_model
+    from mmprune.testing import build, load
+
+    try:
+        model, _ = build(config, **how)
+        model.cfg = load(config)
+    except Exception as error:  # a fault of the zoo, whatever it is
+        told = f'does not build: {error}'.splitlines()[0][:200]
+        return pipe.send({'export': 'not', 'reason': told})
+    row: dict = {}
+    side = -(-how.get('size', 128) // 64) * 64
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in ('whole', 'raw'):
+            out, raw = Path(folder) / f'{kind}.onnx', kind == 'raw'
+            pose = model.cfg.get('default_scope') == 'mmpose'
+            try:
+                size = fixed_side(model) if pose else (side, side)
+                export_model(model, out, raw=raw, size=size)
+                row['export'] = kind
+                break
+            except PruneError as error:
+                told = str(error)
+            except Exception as error:  # of a model's own code
+                told = f'{type(error).__name__}: {error}'
+            row['export'] = 'not'
+            row['raw_reason' if raw else 'reason'] = (told.splitlines() or [''])[0][:300]
+            pipe.send(row | {'export': 'not'})
+    pipe.send(row)
+
+
+def fixed_side(model) -> tuple[int, int] | None:
+    """(height, width) that a pose model's codec fixes."""
+    codec = model.cfg.get('codec') or {}
+    codec = codec[-1] if isinstance(codec, list) else codec
+    width, height = codec.get('input_size', (192, 256))
+    return int(height), int(width)
+
+
+def run(name: str, config: str, how: dict, limit: int) -> dict:
+    here, there = FORK.Pipe(duplex=False)
+    how = {key: value for key, value in how.items() if key == 'size'}
+    process = FORK.Process(target=examine, args=(config, how, there))
+    process.start()
+    there.close()
+    row, end = {'export': 'not', 'reason': 'the process crashed'}, time.monotonic() + limit
+    try:
+        while here.poll(max(0, end - time.monotonic())):
+            row = here.recv()
+        process.kill()
+        row.setdefault('reason', f'no end within {limit} s')
+    except EOFError:
+        process.join()
+    return {'name': name, 'config': config} | row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument('--only', nargs='+', default=['mm*'], help='patterns, e.g. mmdet/*detr*')
+    parser.add_argument('--jobs', type=int, default=1, help='processes at a time')
+    parser.add_argument('--limit', type=int, default=300, help='seconds for one family')
+    parser.add_argument('--out', type=Path, default=RESULTS)
+    args = parser.parse_args()
+    chosen = {n: f for n, f in families().items() if any(fnmatchcase(n, p) for p in args.only)}
+    if not chosen:
+        parser.error(f'--only {args.only}: no such family')
+    warm_up()
+    import mmprune.mm.deploy.export  # noqa: F401  (once, before the forks)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for future in [pool.submit(run, n, *f, args.limit) for n, f in chosen.items()]:
+            row = future.result()
+            print(f'{row["name"]:34s} {row["export"]:6s} {row.get("reason", "")[:140]}', flush=True)
+            known = json.loads(args.out.read_text()) if args.out.exists() else []
+            rows = {r['name']: r for r in known} | {row['name']: row}
+            ordered = [rows[name] for name in families() if name in rows]
+            args.out.write_text(json.dumps(ordered, indent=1) + '\n')
+
+
+if __name__ == '__main__':
+    main()
