@@ -36,7 +36,6 @@ def test_faster_rcnn_is_cut_twice_at_800_x_1333_within_the_memory_of_a_step(tmp_
     assert len(found['cut_seconds']) == 2
     assert 0.4 < found['flops_left'] <= 0.5
     assert found['cut_peak'] <= 1.2 * found['step_peak']
-    assert sum(part['seconds'] for part in found['parts']) < 240
 
 
 @pytest.mark.slow

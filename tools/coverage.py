@@ -276,8 +276,7 @@ def write_page(rows: list[dict], path: Path) -> None:
         'checkpoint rebuilds it from the unpruned config, with the same outputs (where the original',
         'comes back so); it takes a step of SGD. *Free*: the share of parameters that hang on channels',
         'which may go; *left*: that of parameters after the cut. *Trace*: seconds to find what can be',
-        'cut, in forwards of the same batch. A family can be run by itself, so rows may be of different',
-        'commits. Made with', '',
+        'cut, in forwards of the same batch. Made with', '',
         '    python tools/coverage.py', '',
         '(mmdet 3.3.0, mmpose 1.3.2, torchvision 0.28.0, torch 2.13.0 on a CPU.)', '',
     ]  # fmt: skip
