@@ -215,7 +215,8 @@ def run(path: str, args: argparse.Namespace, settings: dict[str, Any]) -> dict[s
         done = subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
     if done.returncode or not measured.exists():
         lines = (work_dir / 'output.txt').read_text().strip().splitlines()
-        return dict(failed=(lines or ['no output'])[-1], code=done.returncode)
+        why = f'ended by signal {-done.returncode}; last: ' if done.returncode < 0 else ''
+        return dict(failed=why + (lines or ['no output'])[-1], code=done.returncode)
     if not args.keep:
         for checkpoint in work_dir.glob('*.pth'):
             checkpoint.unlink()
