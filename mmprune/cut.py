@@ -123,7 +123,7 @@ def _state_changes(
         if dims is None:
             continue
         for key, value in state.items():
-            tensors = list(tensors_in(value))  # in a list of them as well
+            tensors = tensors_in(value)  # in a list of them as well
             if all(t.numel() == 1 != parameter.numel() for t in tensors):
                 continue
             if tensors[0] is not value or value.shape != parameter.shape:

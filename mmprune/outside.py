@@ -2,7 +2,7 @@
 where the sizes come from that a view, a split or a fill is asked for."""
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ class Outside(TorchFunctionMode):
         if func == SHAPE or func is torch.Tensor.size:
             return self._size(*args, **kwargs)
         name = getattr(func, '__name__', '').partition('.')[0]
-        widths = list(widths_in((args, kwargs)))
+        widths = widths_in((args, kwargs))
         if name in ASKED:
             self.tracer.asked = ASKED[name](self.tracer, *args, **kwargs)
         if widths:
@@ -73,17 +73,25 @@ class Outside(TorchFunctionMode):
                     self.tracer.call('torch').lock((array,), what)
 
 
-def widths_in(value: Any, depth: int = 3) -> Iterator[Width]:
+def widths_in(value: Any, depth: int = 3) -> list[Width]:
     """Every :class:`Width` among arguments."""
-    if isinstance(value, Width):
-        yield value
-    elif isinstance(value, slice):
-        yield from widths_in((value.start, value.stop, value.step))
-    elif isinstance(value, dict):
-        yield from widths_in(tuple(value.values()), depth - 1)
-    elif isinstance(value, list | tuple) and depth:
-        for item in value:
-            yield from widths_in(item, depth - 1)
+    found: list[Width] = []
+    _collect(value, depth, found)
+    return found
+
+
+def _collect(value: Any, depth: int, found: list[Width]) -> None:
+    kind = type(value)
+    if kind is Width:
+        found.append(value)
+    elif kind in HOLDERS and depth:
+        for item in value.values() if kind is dict else value:
+            _collect(item, depth - 1, found)
+    elif kind is slice:
+        _collect((value.start, value.stop, value.step), 1, found)
+
+
+HOLDERS = frozenset({list, tuple, dict, torch.Size})
 
 
 def plain(value: Any) -> Any:

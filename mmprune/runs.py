@@ -17,20 +17,33 @@ if TYPE_CHECKING:
     from mmprune.trace import Tracer
 
 
-def tensors_in(value: Any, depth: int = 6) -> Iterator[torch.Tensor]:
+PLAIN = frozenset({
+    int, float, bool, complex, str, bytes, type(None), torch.Size, torch.dtype, torch.device,
+    torch.layout, torch.memory_format, np.ndarray, range, slice,
+})  # fmt: skip
+"""Types that hold no tensors; most arguments of operations are of one of them."""
+
+
+def tensors_in(value: Any, depth: int = 6) -> list[torch.Tensor]:
     """Every tensor in nested containers and plain objects (mmengine's data elements included)."""
+    found: list[torch.Tensor] = []
+    _collect(value, depth, found)
+    return found
+
+
+def _collect(value: Any, depth: int, found: list[torch.Tensor]) -> None:
     if isinstance(value, torch.Tensor):
-        yield value
-    elif depth == 0 or isinstance(value, str | bytes | int | float | type | np.ndarray):
+        found.append(value)
+    elif depth == 0 or type(value) in PLAIN or isinstance(value, type | np.ndarray | np.generic):
         return
     elif isinstance(value, dict):
         for item in value.values():
-            yield from tensors_in(item, depth - 1)
+            _collect(item, depth - 1, found)
     elif isinstance(value, list | tuple | set):
         for item in value:
-            yield from tensors_in(item, depth - 1)
+            _collect(item, depth - 1, found)
     elif hasattr(value, '__dict__') and not isinstance(value, nn.Module) and not callable(value):
-        yield from tensors_in(vars(value), depth - 1)
+        _collect(vars(value), depth - 1, found)
 
 
 @contextlib.contextmanager

@@ -18,11 +18,10 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from mmprune.adapters import intercept, module_adapter, shown
 from mmprune.errors import PruneError
-from mmprune.facts import Facts
+from mmprune.facts import Facts, FactsTable
 from mmprune.outside import Outside
 from mmprune.rules import RULES, Call
 from mmprune.rules.pointwise import pointwise
@@ -83,7 +82,7 @@ class Tracer(TorchDispatchMode):
         super().__init__()
         self.record = Record(SlotTable(model))
         self.counting = True
-        self._facts = WeakTensorKeyDictionary()
+        self._facts = FactsTable()
         self._told: set[tuple[str, int]] = set()  # what the rule of this operation spoke of
         self.function: Any = None
         self.asked: Any = None  # sizes, in the order of the operation that is asked for in them
@@ -140,7 +139,7 @@ class Tracer(TorchDispatchMode):
         return self.facts_of(tensor).labels
 
     def set_labels(self, tensor: torch.Tensor, labels: Labels) -> None:
-        facts = self._facts.setdefault(tensor, Facts())
+        facts = self._facts.of(tensor)
         facts.labels, facts.fits = labels, ()
 
     def same(self, tensor: torch.Tensor, other: torch.Tensor) -> None:
@@ -154,7 +153,7 @@ class Tracer(TorchDispatchMode):
 
     def set_fits(self, tensor: torch.Tensor, dims: Collection[int]) -> None:
         self._told.add(('fits', id(tensor)))
-        self._facts.setdefault(tensor, Facts()).fits = dims
+        self._facts.of(tensor).fits = dims
 
     def set_fill(self, tensor: torch.Tensor) -> None:
         """No parameter and no activation is in it."""
@@ -169,7 +168,7 @@ class Tracer(TorchDispatchMode):
 
     def set_nonzero(self, tensor: torch.Tensor, nonzero: bool) -> None:
         self._told.add(('nonzero', id(tensor)))
-        self._facts.setdefault(tensor, Facts()).nonzero = nonzero
+        self._facts.of(tensor).nonzero = nonzero
 
     def is_raw(self, tensor: torch.Tensor) -> bool:
         """Whether it is a parameter, or one that was only moved about or rescaled."""
@@ -241,14 +240,14 @@ class Tracer(TorchDispatchMode):
 
     def _dispatch(self, func: Any, args: tuple, kwargs: dict) -> Any:
         name = func._schema.name
-        inputs = list(tensors_in((args, kwargs)))
+        inputs = tensors_in((args, kwargs))
         known = [self.facts_of(t) for t in inputs]
         carrying = [facts for facts in known if facts.labels]
         carried = [t for t, facts in zip(inputs, known, strict=True) if facts.labels]
         raw = bool(carrying) and all(facts.raw for facts in carrying) and name not in CONTRACTIONS
         nonzero = any(facts.nonzero for facts in carrying)
         out = func(*args, **kwargs)
-        outputs = list(tensors_in(out))
+        outputs = tensors_in(out)
         in_place = {id(t): facts.labels for t, facts in zip(inputs, known, strict=True)}
         for tensor in outputs:
             if id(tensor) not in in_place:

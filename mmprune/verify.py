@@ -280,7 +280,7 @@ class Comparison:
 
     def results(self, wanted: Any, found: Any) -> str:
         """Adds what the models returned; a complaint where the shapes differ."""
-        made = list(tensors_in(found))
+        made = tensors_in(found)
         for position, tensor in enumerate(tensors_in(wanted)):
             if not tensor.is_floating_point():
                 continue

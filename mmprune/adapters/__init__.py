@@ -110,7 +110,7 @@ def shown(tracer: 'Tracer', name: str, function: Callable, args: tuple, kwargs: 
     disabled = torch.utils._python_dispatch._disable_current_modes
     with disabled(), torch._C.DisableTorchFunction():
         out = function(*args, **kwargs)
-        inputs = list(tensors_in((args, kwargs)))
+        inputs = tensors_in((args, kwargs))
         carried = [t for t in inputs if tracer.labels_of(t)]
         for tensor in inputs:
             if not tracer.labels_of(tensor):
