@@ -19,6 +19,10 @@ Basis = tuple[torch.Size, float, float]
 """Shape, sum, and sum of absolute values of a tensor that a decision was taken on."""
 
 
+AT_BOXES = frozenset({'mmcv::roi_align_forward', 'mmcv::roi_pool_forward'})
+"""Compiled functions of (map, boxes (K, 5), ...)."""
+
+
 @dataclass
 class Taken:
     """What the first run decided and the second has not come to yet. ``error``: the largest relative
@@ -27,6 +31,7 @@ class Taken:
 
     results: dict[Key, list[Any]] = field(default_factory=dict)
     bases: dict[Key, list[Basis]] = field(default_factory=dict)
+    places: dict[Key, torch.Tensor] = field(default_factory=dict)
     error: float = 0.0
 
 
@@ -54,8 +59,25 @@ class Decisions(TorchDispatchMode):
         return out if _shares(func) else self._settled(str(func), (args, kwargs), out)
 
     def compiled(self, name: str, function: Callable, args: tuple, kwargs: dict) -> Any:
-        """The same for a compiled function (nms)."""
+        """The same for a compiled function (nms). Where one samples a map at boxes, the second run
+        takes those of the first, which are compared: a map changes fast from pixel to pixel, so that a
+        box moved by rounding alone gives other features."""
+        if name in AT_BOXES:
+            args = (args[0], self._places(name, args[1]), *args[2:])
         return self._settled(name, (args, kwargs), function(*args, **kwargs))
+
+    def _places(self, name: str, boxes: torch.Tensor) -> torch.Tensor:
+        number = self._calls[name] = self._calls.get(name, -1) + 1
+        if not self._repeat:
+            self._taken.places[name, number] = boxes
+            return boxes
+        before = self._taken.places.pop((name, number), boxes)
+        if before.shape != boxes.shape:
+            return boxes
+        if boxes.numel():
+            moved = (before - boxes).abs().amax(0) / before.abs().amax(0).clamp_min(1e-12)
+            self._taken.error = max(self._taken.error, float(moved.max()))
+        return before.to(boxes.dtype)
 
     def _settled(self, name: str, inputs: Any, out: Any) -> Any:
         """``out``, recorded, or with decisions of the first run in its place."""

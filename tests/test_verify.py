@@ -1,5 +1,6 @@
 import pytest
 import torch
+from mmcv.ops import roi_align
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -114,4 +115,33 @@ def test_rounding_is_told_from_a_fault_in_double_precision():
     with torch.no_grad():
         pruned.b.weight[0, 0] += 0.1
     with pytest.raises(PruneError, match='is not the masked original: relative error'):
+        mmprune.verify(model, pruned, plan, forward)
+
+
+def test_boxes_that_rounding_moved_give_the_same_features(monkeypatch):
+    """A map that changes from pixel to pixel, sampled at boxes far from its corner."""
+
+    class Boxes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Conv2d(3, 64, 3), nn.Conv2d(64, 4, 3)
+            self.map = torch.randn(1, 2, 64, 2048, generator=torch.Generator().manual_seed(0))
+
+        def forward(self, x):
+            y = 200 * self.b(self.a(x)).mean((2, 3))
+            corners = [900 + y[:, 0], y[:, 1].abs(), 1400 + y[:, 2], 40 + y[:, 3]]
+            boxes = torch.stack([y[:, 0] * 0, *corners], 1)
+            return roi_align(self.map * 100, boxes, (7, 7))
+
+    model = Boxes()
+    pruned, plan = cut(model)
+    assert mmprune.verify(model, pruned, plan, forward, tolerance=2e-6) < 2e-6
+    with monkeypatch.context() as patch:
+        patch.setattr('mmprune.decisions.AT_BOXES', frozenset())
+        with pytest.raises(PruneError, match='relative error'):
+            mmprune.verify(model, pruned, plan, forward, tolerance=2e-6)
+    with torch.no_grad():
+        pruned.b.bias[3] += 0.1
+    with pytest.raises(PruneError, match='first in a comparison or a choice'):
         mmprune.verify(model, pruned, plan, forward)

@@ -46,7 +46,7 @@ class RawNetwork(nn.Module):
             return model.rpn_head(model.extract_feat(images))
         if self.needs_samples:
             return model(images, samples_of(images), mode='tensor')
-        return model(images, mode='tensor')
+        return model(images, None, mode='tensor')
 
 
 def samples_of(images: Tensor) -> list[Any]:
