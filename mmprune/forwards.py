@@ -170,19 +170,23 @@ def _preprocessed(model: nn.Module, batch: Any, count: int) -> Any:
 
 
 def _resized(model: nn.Module, data: Any, size: tuple[int, int] | None) -> Any:
-    """The one sample of ``data`` at ``size``, padded as the model's preprocessor does."""
+    """The one sample of ``data`` at ``size``, padded as the model's preprocessor does; and as its own
+    original picture, so that predictions need no scaling (training batches lack the factor, or have
+    one that does not fit any more)."""
     images = data.get('inputs') if isinstance(data, dict) else None
-    if size is None or not isinstance(images, torch.Tensor) or images.ndim != 4:
+    if not isinstance(images, torch.Tensor) or images.ndim != 4:
         return data
-    padded = _padded(model, size)
+    padded = _padded(model, size) if size is not None else None
     samples = copy.deepcopy(data.get('data_samples'))
     for sample in samples if isinstance(samples, list) else ():
         known = set(sample.metainfo_keys())
-        sizes = {'img_shape': size, 'pad_shape': padded, 'batch_input_shape': padded}
-        if 'scale_factor' in known:  # it is the original picture now, so predictions need no scaling
-            sizes |= {'ori_shape': size, 'scale_factor': (1.0, 1.0)}
-        sample.set_metainfo({key: value for key, value in sizes.items() if key in known})
-    images = nn.functional.interpolate(images, size=padded, mode='bilinear', align_corners=False)
+        if padded is not None:
+            sizes = {'img_shape': size, 'pad_shape': padded, 'batch_input_shape': padded}
+            sample.set_metainfo({key: value for key, value in sizes.items() if key in known})
+        if 'img_shape' in known and 'scale_factor' not in known or padded is not None:
+            sample.set_metainfo({'ori_shape': sample.metainfo['img_shape'], 'scale_factor': (1.0, 1.0)})
+    if padded is not None:
+        images = nn.functional.interpolate(images, size=padded, mode='bilinear', align_corners=False)
     return data | {'inputs': images} | ({'data_samples': samples} if samples is not None else {})
 
 
