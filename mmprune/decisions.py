@@ -38,15 +38,19 @@ class Taken:
 class Decisions(TorchDispatchMode):
     """Records integer and boolean results of one run into ``taken``, or repeats them from there.
 
-    Near ties in top-k, thresholds and matching fall either way by rounding; what follows would then
-    differ without anything being wrong. Results whose shape changed are those of narrower tensors,
-    no decisions, and left alone. ``reads_model``: whether the run used ``model`` at all.
+    The second run is the one that has ``catch_up``. Near ties in top-k, thresholds and matching fall
+    either way by rounding; what follows would then differ without anything being wrong. Results whose
+    shape changed are those of narrower tensors, no decisions, and left alone. ``reads_model``: whether
+    the run used ``model`` at all.
     """
 
-    def __init__(self, model: nn.Module, taken: Taken, repeat: bool) -> None:
+    def __init__(
+        self, model: nn.Module, taken: Taken, catch_up: Callable[[], bool] | None = None
+    ) -> None:
+        """``catch_up``: of the second run: lets the first go on, and says whether it could."""
         super().__init__()
         self._own = {id(tensor) for _, tensor in named_state(model)}
-        self._taken, self._repeat = taken, repeat
+        self._taken, self._catch_up = taken, catch_up
         self._calls: dict[str, int] = {}
         self.reads_model = False
 
@@ -68,9 +72,10 @@ class Decisions(TorchDispatchMode):
 
     def _places(self, name: str, boxes: torch.Tensor) -> torch.Tensor:
         number = self._calls[name] = self._calls.get(name, -1) + 1
-        if not self._repeat:
+        if self._catch_up is None:
             self._taken.places[name, number] = boxes
             return boxes
+        self._wait_for(self._taken.places, (name, number))
         before = self._taken.places.pop((name, number), boxes)
         if before.shape != boxes.shape:
             return boxes
@@ -88,12 +93,13 @@ class Decisions(TorchDispatchMode):
         key = (name, number)
         bases = [_basis(t) for t in tensors_in(inputs) if t.is_floating_point()]
         taken = self._taken
-        if not self._repeat:
+        if self._catch_up is None:
             taken.bases[key] = bases
             taken.results[key] = [
                 r.clone() if isinstance(r, torch.Tensor) and _decides(r) else r for r in results
             ]
             return out
+        self._wait_for(taken.results, key)
         for old, new in zip(taken.bases.pop(key, bases), bases, strict=False):
             if old[0] == new[0]:
                 taken.error = max(taken.error, abs(old[1] - new[1]) / max(old[2], 1e-12))
@@ -103,6 +109,12 @@ class Decisions(TorchDispatchMode):
             for old, new in zip(before, results, strict=True)
         ]
         return type(out)(repeated) if isinstance(out, list | tuple) else repeated[0]
+
+
+    def _wait_for(self, found: dict[Key, Any], key: Key) -> None:
+        """The first run may not have come as far, if what it waits with is of no interest any more."""
+        while key not in found and self._catch_up is not None and self._catch_up():
+            pass
 
 
 @functools.cache

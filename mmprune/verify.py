@@ -122,7 +122,7 @@ def _side_by_side(
     """(result of the original, that of the pruned model, largest error of what decisions were taken
     on). Every output of a module is handed to ``found`` on the way."""
     taken = Taken()
-    first, second = Decisions(original, taken, repeat=False), Decisions(pruned, taken, repeat=True)
+    first = Decisions(original, taken)
 
     def reference(show: Show) -> Any:
         torch.manual_seed(0)
@@ -136,6 +136,7 @@ def _side_by_side(
         return (first if here else second).compiled(name, *call)
 
     outputs = _Outputs(ahead)
+    second = Decisions(pruned, taken, outputs.advance)
     try:
         with intercept(compiled):
             outputs.advance()
@@ -193,11 +194,18 @@ class _Outputs:
         self.ahead = ahead
         self._left: dict[Key, torch.Tensor] = {}  # of modules that only one of the two has come to
 
-    def advance(self) -> None:
+    def advance(self) -> bool:
+        """Lets the run ahead go on; false where it has ended."""
+        shown = self.ahead.shown
+        if shown:  # what follows may write over the last of them
+            key, tensor = shown.pop()
+            shown.append((key, tensor.clone()))
+        ended = self.ahead.ended
         try:
             self.ahead.advance()
         except Exception as error:
             raise OriginalFailed(error) from error
+        return not ended
 
     def meet(self, key: Key, value: torch.Tensor, found: 'Comparison') -> None:
         """Compares an output of the second run with its like of the first, if there is one."""
