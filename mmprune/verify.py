@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.utils._python_dispatch import _disable_current_modes
 
 from mmprune.adapters import intercept
 from mmprune.copies import copied
@@ -209,6 +210,11 @@ class _Outputs:
 
     def meet(self, key: Key, value: torch.Tensor, found: 'Comparison') -> None:
         """Compares an output of the second run with its like of the first, if there is one."""
+        # What the comparison decides is none of the second run's decisions.
+        with _disable_current_modes():
+            self._meet(key, value, found)
+
+    def _meet(self, key: Key, value: torch.Tensor, found: 'Comparison') -> None:
         shown = self.ahead.shown
         while key not in self._left and shown:
             other, tensor = shown.popleft()
