@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from mmprune.runs import tensors_in
 from mmprune.slots import named_state
@@ -67,8 +67,11 @@ class Decisions(TorchDispatchMode):
         takes those of the first, which are compared: a map changes fast from pixel to pixel, so that a
         box moved by rounding alone gives other features."""
         if name in AT_BOXES:
-            args = (args[0], self._places(name, args[1]), *args[2:])
-        return self._settled(name, (args, kwargs), function(*args, **kwargs))
+            with _disable_current_modes():
+                args = (args[0], self._places(name, args[1]), *args[2:])
+        out = function(*args, **kwargs)
+        with _disable_current_modes():  # what is copied here is no decision of the model's
+            return self._settled(name, (args, kwargs), out)
 
     def _places(self, name: str, boxes: torch.Tensor) -> torch.Tensor:
         number = self._calls[name] = self._calls.get(name, -1) + 1

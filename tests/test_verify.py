@@ -2,7 +2,7 @@ from unittest import mock
 
 import pytest
 import torch
-from mmcv.ops import roi_align
+from mmcv.ops import nms, roi_align
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -184,3 +184,34 @@ def test_decisions_are_repeated_behind_layers_that_turn_out_narrower():
     with mock.patch.object(mmprune_decisions.Decisions, '_settled', settled):
         assert mmprune.verify(model, pruned, plan, lambda m: m(big)) < 1e-5
     assert taken and all(taken)
+
+
+def test_what_a_compiled_function_decides_counts_once():
+    """A copy that the check makes of it is none of the model's copies, which go by their number."""
+
+    class Suppressing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Conv2d(3, 64, 3), nn.Conv2d(64, 5, 3)
+
+        def forward(self, x):
+            rows = self.b(self.a(x)).permute(0, 2, 3, 1).reshape(-1, 5)
+            corners = rows[:, :2] * 20
+            boxes = torch.cat([corners, corners + 10 + rows[:, 2:4].abs()], 1)
+            _, kept = nms(boxes.contiguous(), rows[:, 4].contiguous(), 0.5)
+            near = (rows[:, 0] > rows[:, 1]).clone()
+            return rows[kept], rows[near.nonzero()[:, 0]]
+
+    model = Suppressing()
+    pruned, plan = cut(model)
+    taken = []
+    real = mmprune_decisions.Taken
+
+    def made():
+        taken.append(real())
+        return taken[-1]
+
+    with mock.patch('mmprune.verify.Taken', made):
+        assert mmprune.verify(model, pruned, plan, lambda m: m(X), tolerance=1e-4) < 1e-4
+    assert taken[0].results == {}  # all that the first run decided was repeated
