@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -116,8 +117,9 @@ class Plan:
 
     def removed(self, name: str, dim: int) -> list[int]:
         """The original indices that go from one dimension of a tensor."""
-        kept = set(self.keep[name][dim])
-        return [i for i in range(self.fingerprint[name][dim]) if i not in kept]
+        gone = np.ones(self.fingerprint[name][dim], dtype=bool)
+        gone[self.keep[name][dim]] = False
+        return np.flatnonzero(gone).tolist()
 
     def to_meta(self) -> dict[str, Any]:
         """Plain ints, strings, lists and dicts, for a checkpoint's ``meta['mmprune']``."""

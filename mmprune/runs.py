@@ -1,7 +1,6 @@
 """What surrounds a run that is traced, scored or checked."""
 
 import contextlib
-import functools
 import random
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -52,7 +51,6 @@ def entered(tracer: 'Tracer', model: nn.Module) -> Iterator[None]:
     miss a ``forward`` that is called as a plain method (mmpose's heads are)."""
 
     def told(module: nn.Module, forward: Callable) -> Callable:
-        @functools.wraps(forward)
         def run(*args: Any, **kwargs: Any) -> Any:
             depth = len(tracer._stack)
             tracer.enter(module, args)
@@ -63,6 +61,8 @@ def entered(tracer: 'Tracer', model: nn.Module) -> Iterator[None]:
                 del tracer._stack[depth:]
             return out
 
+        # Less than functools.wraps does, thousands of times a trace; signatures are found by this.
+        run.__wrapped__ = forward  # type: ignore[attr-defined]
         return run
 
     before = [(module, vars(module).get('forward')) for module in model.modules()]

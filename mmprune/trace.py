@@ -376,24 +376,24 @@ def record(
     Of ``may_fail`` it leaves out those that raise, and notes them in ``failed``."""
     tracer = tracer or Tracer(model)
     counted, failed = False, {}
-    for run in (forward, *also):
-        tracer.counting, tracer._stack = not counted, [model]
-        before = tracer.state()
-        try:
-            with unchanged(model):
+    with unchanged(model):
+        for run in (forward, *also):
+            tracer.counting, tracer._stack = not counted, [model]
+            before = tracer.state()
+            try:
                 with watched(tracer, model):
                     out = run(model)
-                for tensor in tensors_in(out):
-                    for ids in tracer.labels_of(tensor).values():
-                        for array in ids:
-                            tracer.lock(array, 'output of the model')
-        except REFUSALS as error:
-            if run not in may_fail:
-                raise
-            tracer.restore(before)
-            failed[run] = error
-        else:
+            except REFUSALS as error:
+                if run not in may_fail:
+                    raise
+                tracer.restore(before)
+                failed[run] = error
+                continue
             counted = True
+            for tensor in tensors_in(out):
+                for ids in tracer.labels_of(tensor).values():
+                    for array in ids:
+                        tracer.lock(array, 'output of the model')
     tracer.record.failed = failed
     tracer.record.slots.find_aliases(model)
     return tracer.record
