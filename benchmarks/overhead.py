@@ -139,9 +139,8 @@ def batch_of(config, size, count):
     from mmprune import testing
 
     if config.get('default_scope') == 'mmpose':
-        config = copy.deepcopy(config)
-        config.train_dataloader.batch_size = count
-        return testing.pose_batch(config)
+        pairs = [testing.pose_batch(config, seed) for seed in range(-(-count // 2))]
+        return {key: [sample for pair in pairs for sample in pair[key]][:count] for key in pairs[0]}
     from mmdet.testing import demo_mm_inputs
 
     torch.manual_seed(0)
