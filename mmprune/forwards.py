@@ -183,7 +183,7 @@ def _resized(model: nn.Module, data: Any, size: tuple[int, int] | None) -> Any:
         if padded is not None:
             sizes = {'img_shape': size, 'pad_shape': padded, 'batch_input_shape': padded}
             sample.set_metainfo({key: value for key, value in sizes.items() if key in known})
-        if 'img_shape' in known and 'scale_factor' not in known or padded is not None:
+        if 'img_shape' in known and (padded is not None or 'scale_factor' not in known):
             sample.set_metainfo({'ori_shape': sample.metainfo['img_shape'], 'scale_factor': (1.0, 1.0)})
     if padded is not None:
         images = nn.functional.interpolate(images, size=padded, mode='bilinear', align_corners=False)
