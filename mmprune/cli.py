@@ -15,7 +15,7 @@ from mmengine.runner import Runner
 
 from .errors import PruneError
 from .files import DISK
-from .wrappers.ddp import init_on_cpu
+from .wrappers.ddp import init_on_cpu, leave
 
 
 class _KeyValues(DictAction):
@@ -95,6 +95,7 @@ def run(main: Callable[[], None]) -> None:
     on, ends it with its message and exit code 1."""
     try:
         main()
+        leave()
     except PruneError as error:
         sys.exit(f'{Path(sys.argv[0]).name}: error: {error}')
     except OSError as error:

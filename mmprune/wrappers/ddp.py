@@ -1,5 +1,9 @@
 """DistributedDataParallel that survives a cut: its reducer is built anew for the new shapes."""
 
+import atexit
+import gc
+import os
+import sys
 from typing import Any
 
 import torch
@@ -101,3 +105,19 @@ def init_on_cpu(launcher: str) -> None:
     ask for a GPU. Elsewhere, and for other launchers, mmengine joins them."""
     if launcher == 'pytorch' and not dist.is_initialized() and not torch.accelerator.is_available():
         dist.init_process_group('gloo')
+
+
+def leave() -> None:
+    """Ends a process of a group once all have come here; does nothing in one that is alone.
+
+    Threads of the group outlive it where a reference cycle holds a reducer, and now and then abort an
+    interpreter that is finalised beside them: the launcher would take a finished training for a failed
+    one. So everything that is registered for the exit runs here, and finalisation is left out."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+        gc.collect()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
