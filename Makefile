@@ -76,7 +76,7 @@ install: $(VENV)/.project
 
 # Makes nothing where the set is there already.
 data: install
-	$(PY) -m mmprune.datasets.shapes $(DATA)
+	$(PY) -m mmprune.mm.datasets.shapes $(DATA)
 
 train: data
 	$(PY) tools/train.py $(CONFIG) --work-dir $(WORK_DIR)

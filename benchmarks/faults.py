@@ -32,7 +32,8 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
 import mmprune  # noqa: E402
-from mmprune.checkpoint import META, plan_in, read_checkpoint  # noqa: E402
+from mmprune.mm.checkpoint import read_checkpoint  # noqa: E402
+from mmprune.surgery.meta import META, plan_in  # noqa: E402
 
 STEPS = ('half written', 'before fsync', 'before rename', 'after rename', 'last_checkpoint emptied')
 """Of a checkpoint's write, in order: where the small job kills itself."""
@@ -78,7 +79,7 @@ def small_job(work_dir: Path, resume: bool, kill_at: tuple[str, int] | None) -> 
             os.dup2(log.fileno(), 2)
         if kill_at is not None:
             kill_in_write(*kill_at)
-        from hooks.runs import config, train
+        from tests.helpers.hook_runs import config, train
 
         cfg = config(
             work_dir, epochs=6, hook=dict(keep_flops=0.4, interval=9, steps=3),

@@ -18,11 +18,13 @@ import torch
 from torch import nn
 
 import mmprune
-from mmprune import Budget, testing
-from mmprune.choose import choose
-from mmprune.cut import cut
-from mmprune.latency import choose_measured, measure, ratio_of, seconds_of
-from mmprune.pipeline import make_plan, score_now
+from mmprune import Budget
+from mmprune.api import score_now
+from mmprune.budget.choose import choose
+from mmprune.budget.latency import choose_measured, measure, ratio_of, seconds_of
+from mmprune.mm import zoo as testing
+from mmprune.surgery.apply import cut
+from mmprune.surgery.build import make_plan
 
 
 def run_of(model: nn.Module, size: int) -> Callable[[nn.Module], Any]:
@@ -65,10 +67,10 @@ def main() -> None:
         whole, rest = table(everything), table.rest
 
         def plan(keep, model=model, traced=traced):
-            return make_plan(traced, model, keep, Budget(prune_num=1))
+            return make_plan(traced, model, keep, {})
 
         def report(asked, keep, real, traced=traced, name=name, table=table, whole=whole):
-            flops = mmprune.cost.flops(traced)(keep) / traced.flops
+            flops = mmprune.graph.cost.flops(traced)(keep) / traced.flops
             predicted = table(keep) / whole
             print(f'| {name} | {asked} | {flops:.3f} | {predicted:.3f} | {real:.3f} '
                   f'| {predicted / real - 1:+.1%} |', flush=True)  # fmt: skip

@@ -36,10 +36,10 @@ import torch.nn.functional as F
 import mmprune  # before torchvision, which on some machines imports only after it
 
 import torchvision  # isort: skip
-from mmprune.couple import couple
+from mmprune.graph.coupling import couple
+from mmprune.graph.tracer import record
 from mmprune.score import CRITERIA
 from mmprune.score.collector import Collector
-from mmprune.trace import record
 
 
 def seconds(function, device, clock=time.perf_counter):
@@ -136,7 +136,7 @@ class Peak:
 
 def batch_of(config, size, count):
     """Random images of ``size`` with what the config's loss needs."""
-    from mmprune import testing
+    from mmprune.mm import zoo as testing
 
     if config.get('default_scope') == 'mmpose':
         pairs = [testing.pose_batch(config, seed) for seed in range(-(-count // 2))]
@@ -155,10 +155,13 @@ def one_cut(name, count, device):
     import numpy as np
     from mmengine.optim import build_optim_wrapper
 
-    from mmprune import forwards, pipeline, testing, traces
-    from mmprune.budget import make_budget
-    from mmprune.choose import choose
-    from mmprune.cut import cut
+    from mmprune import pipeline
+    from mmprune.budget.budget import make_budget
+    from mmprune.budget.choose import choose
+    from mmprune.graph import carry as traces
+    from mmprune.mm import forwards
+    from mmprune.mm import zoo as testing
+    from mmprune.surgery.apply import cut
 
     config = testing.load(name)
     size = forwards.test_size(config)
@@ -188,7 +191,7 @@ def one_cut(name, count, device):
     scores = np.random.default_rng(0).random(traced.n_units)
     whole = pipeline.original_cost(model, traced)
     keep = timed('choose', lambda: choose(traced, scores, budget, whole))
-    plan = timed('plan', lambda: pipeline.make_plan(traced, model, keep, budget))
+    plan = timed('plan', lambda: pipeline.make_plan(traced, model, keep, budget.to_meta()))
     timed('check', lambda: pipeline.check_cut(model, plan, runs.checked))
     timed('cut', lambda: cut(model, plan, optimizer))
     timed('carry', lambda: traces.after_cut(traced, model, keep))

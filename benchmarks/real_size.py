@@ -43,9 +43,9 @@ from mmengine.runner.priority import get_priority
 from rich.console import Console
 from rich.table import Table
 
-from mmprune import testing
-from mmprune.checkpoint import without_pretrained
-from mmprune.hooks import PruneHook
+from mmprune.mm import zoo as testing
+from mmprune.mm.checkpoint import without_pretrained
+from mmprune.mm.hooks import PruneHook
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH = 2

@@ -1,21 +1,30 @@
 """mmprune: structural (channel) pruning of detectors and keypoint networks."""
 
-__version__ = '0.1.0'
+from importlib.util import find_spec
+from typing import Any
 
-from mmprune import compat  # noqa: F401, I001  (first: torchvision imports after it)
-from mmprune import checkpoint, hooks  # noqa: F401  (hooks: registers PruneHook)
-from mmprune.adapters import adapter
-from mmprune.checkpoint import load_pruned
-from mmprune.budget import Budget
+from mmprune._version import __version__
+
+if find_spec('mmengine') is not None:
+    from mmprune import mm  # noqa: F401  (first: it makes torchvision importable, registers PruneHook)
+    from mmprune.mm.checkpoint import load_pruned
+else:
+
+    def load_pruned(*args: Any, **kwargs: Any) -> Any:
+        """Needs OpenMMLab."""
+        raise PruneError('load_pruned builds a model of mmengine: pip install "mmprune[mm]"')
+
+
+from mmprune.api import prune, trace
+from mmprune.budget.budget import Budget
+from mmprune.check.verify import verify
 from mmprune.errors import PruneError
-from mmprune.api import prune
-from mmprune.fusing import fuse
-from mmprune.pipeline import trace
-from mmprune.plan import Plan, plan_of
+from mmprune.graph.adapters import adapter
 from mmprune.pruner import Pruner, load_model_def, save_model_def
-from mmprune.recalibrate import recalibrate
+from mmprune.recalibration import recalibrate
 from mmprune.score import Score, criterion
-from mmprune.verify import verify
+from mmprune.surgery.fusion import fuse
+from mmprune.surgery.plan import Plan, plan_of
 
 __all__ = [
     'Budget',
@@ -23,8 +32,8 @@ __all__ = [
     'PruneError',
     'Pruner',
     'Score',
+    '__version__',
     'adapter',
-    'checkpoint',
     'criterion',
     'fuse',
     'load_model_def',

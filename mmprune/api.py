@@ -1,18 +1,51 @@
-"""Pruning in one call."""
+"""Tracing and pruning in one call."""
 
 import warnings
+from collections.abc import Container
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from mmprune.choose import make_budget
+from mmprune.budget.choose import make_budget
 from mmprune.errors import PruneError
-from mmprune.pipeline import Forward, choose_for, score_now, trace
-from mmprune.plan import Plan, plan_of
+from mmprune.graph.coupling import Trace, couple
+from mmprune.graph.tracer import record
 from mmprune.score import Score, make_score
-from mmprune.session import cut_once
+from mmprune.score.collector import scores_now
+from mmprune.session import Forward, choose_for, cut_once
+from mmprune.surgery.plan import Plan, plan_of
+
+
+def trace(
+    model: nn.Module,
+    forward: Forward,
+    *,
+    also: tuple[Forward, ...] = (),
+    may_fail: Container[Forward] = (),
+) -> Trace:
+    """Runs ``forward(model)`` once and finds what can be cut.
+
+    Args:
+        forward: takes the model and runs it, e.g. ``lambda m: m(x)``.
+        also: further ways to run it whose ties count too (its loss, beside its inference); FLOPs are
+            counted in the first one alone.
+        may_fail: those of them that are left out where they raise an error.
+
+    The model is left as it was: running statistics and random states included.
+
+    Raises:
+        PruneError: the run fails; the module that failed is named.
+    """
+    try:
+        return couple(record(model, forward, also, may_fail=may_fail))
+    except PruneError:
+        raise
+    except Exception as error:
+        raise PruneError(
+            f'the model can not be traced on this batch: {type(error).__name__}: {error}'
+        ) from error
 
 
 def prune(
@@ -37,7 +70,7 @@ def prune(
         score: a criterion's name, a :class:`mmprune.Score` or a dict of its options, or (n_units,)
             numbers in the order of ``trace(...)``'s units, of which the lowest go first, whatever they
             cost.
-        optimizer: what :func:`mmprune.cut.cut` takes; its state is narrowed too.
+        optimizer: what :func:`mmprune.surgery.apply.cut` takes; its state is narrowed too.
         check: compare a copy that is cut with the masked model (:func:`verify`) before the cut is kept.
         strict: a cut that fails the check is an error; by default the groups of channels that are to
             blame are locked, with a warning, and the rest is cut.
@@ -71,3 +104,10 @@ def prune(
             f'than {budget.to_meta()}'
         )
     return plan
+
+
+def score_now(traced: Trace, score: str | dict | Score | np.ndarray | torch.Tensor) -> np.ndarray:
+    """(n_units,) scores from the weights, and the gradients, that are there."""
+    if isinstance(score, str | dict | Score):
+        return scores_now(traced, score)
+    return np.asarray(torch.as_tensor(score).cpu().numpy(), dtype=np.float64)

@@ -11,20 +11,21 @@ import numpy as np
 import torch
 from torch import nn
 
-from mmprune import cost, ranks
-from mmprune.budget import TARGETS, make_budget
-from mmprune.checkpoint import plan_in, read_checkpoint
-from mmprune.couple import Trace
+from mmprune.api import trace
+from mmprune.budget.budget import TARGETS, make_budget
+from mmprune.contexts import tensors_in, unchanged
+from mmprune.distributed import check_rebuildable, is_distributed, raise_together
 from mmprune.errors import PruneError
-from mmprune.pipeline import choose_for, remaining, trace
-from mmprune.plan import Plan, fingerprint, plan_of
-from mmprune.recalibrate import batches_asked, norms_in_training, recalibrate_norms
-from mmprune.runs import tensors_in, unchanged
+from mmprune.graph import cost
+from mmprune.graph.coupling import Trace
+from mmprune.graph.slots import aliases_of
+from mmprune.recalibration import batches_asked, norms_in_training, recalibrate_norms
 from mmprune.score import Score, make_score
 from mmprune.score.collector import Collector
-from mmprune.session import cut_once
-from mmprune.slots import aliases_of
-from mmprune.wrappers.ddp import check_rebuildable
+from mmprune.session import choose_for, cut_once
+from mmprune.surgery.build import remaining
+from mmprune.surgery.meta import plan_in, read_file
+from mmprune.surgery.plan import Plan, fingerprint, plan_of
 
 ToLoss = Callable[[nn.Module, Any], Any]
 
@@ -108,7 +109,7 @@ class Pruner:
             )
         make_budget({'prune_num': 1} | options)
         self.wrapper, self.model = model, model.module if wrapped else model
-        self.distributed = distributed and ranks.many()
+        self.distributed = distributed and is_distributed()
         self.score, self.options = make_score(score), options
         self.check, self.strict = check, strict
         self._of_loss = False  # whether what is scored was traced with the loss
@@ -134,9 +135,9 @@ class Pruner:
         """Removes ``prune_num`` units, those with the lowest scores since the last call.
 
         ``to_loss_fn(model, batch)``: a loss, or anything that depends on the outputs; ``optimizer``:
-        what :func:`mmprune.cut` takes, also a scheduler. Scores come from the training steps before;
-        where there were none, from one backward pass on ``batch``. Weights that stay, optimizer state,
-        gradients of other weights, running statistics and random states are as before.
+        what :func:`mmprune.surgery.apply.cut` takes, also a scheduler. Scores come from the training
+        steps before; where there were none, from one backward pass on ``batch``. Weights that stay,
+        optimizer state, gradients of other weights, running statistics and random states are as before.
 
         ``recalibrate``: take the running statistics of batch norms anew after the cut, over ``batch``
         (``True``) or over batches that are given; norms in evaluation mode are frozen and stay.
@@ -149,7 +150,7 @@ class Pruner:
         anew = batches_asked(recalibrate, batch)
         norms = norms_in_training(self.model) if anew is not None else []
         forward = lambda model: to_loss_fn(model, batch)  # noqa: E731
-        together = ranks.together if self.distributed else lambda what: contextlib.nullcontext()
+        together = raise_together if self.distributed else lambda what: contextlib.nullcontext()
         traced = self._collector.trace if self._collector is not None else None
         if traced is None or not self._of_loss:
             with together('the trace'):
@@ -289,7 +290,7 @@ def load_model_def(model: nn.Module, path_or_checkpoint: str | Path | dict[str, 
         PruneError: no structure in it, more than one, damaged, or of another model.
     """
     if isinstance(path_or_checkpoint, str | Path):
-        where, content = str(path_or_checkpoint), read_checkpoint(path_or_checkpoint)
+        where, content = str(path_or_checkpoint), read_file(path_or_checkpoint)
     else:
         where, content = 'the checkpoint', path_or_checkpoint
     if not isinstance(content, dict):

@@ -5,6 +5,7 @@ are found, locked, and the choice is made again without them.
 """
 
 import contextlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,15 +13,30 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from mmprune import ranks
-from mmprune.couple import Trace
-from mmprune.cut import cut
+from mmprune.budget.budget import Budget
+from mmprune.budget.choose import choose, uneven
+from mmprune.budget.latency import choose_measured
+from mmprune.check.copies import copied
+from mmprune.check.lockstep import random_state, set_random_state
+from mmprune.check.verify import verify
+from mmprune.distributed import (
+    agreed_plan,
+    all_gather,
+    broadcast,
+    is_main_process,
+    raise_together,
+    rebuild_reducers,
+)
 from mmprune.errors import InexactCut, PruneError
-from mmprune.lockstep import random_state, set_random_state
-from mmprune.pipeline import check_cut, make_plan
-from mmprune.plan import Plan
-from mmprune.traces import after_cut, without
-from mmprune.wrappers.ddp import rebuild_reducers
+from mmprune.graph.carry import after_cut, without
+from mmprune.graph.coupling import Trace
+from mmprune.surgery.apply import cut
+from mmprune.surgery.build import make_plan, original_cost
+from mmprune.surgery.plan import Plan
+
+log = logging.getLogger(__name__)
+
+Forward = Callable[[nn.Module], Any]
 
 Choose = Callable[[Trace, np.ndarray], tuple[np.ndarray, dict[str, Any]]]
 """From a trace and its units' scores: which units stay (n_units, bool), and what to note of it."""
@@ -44,7 +60,7 @@ def cut_once(
     traced: Trace,
     scores: np.ndarray,
     choose: Choose,
-    budget: Any,
+    budget: Budget,
     *,
     forward: Callable[[nn.Module], Any] | None,
     optimizer: Any = None,
@@ -62,7 +78,7 @@ def cut_once(
         choose: which units stay. Called again where groups had to be locked.
         budget: what was asked for, for the record.
         forward: the run by which a cut is checked on a copy; ``None``: it is not.
-        optimizer: see :func:`mmprune.cut.cut`.
+        optimizer: see :func:`mmprune.surgery.apply.cut`.
         twins: gives the averaged copies that are cut alike.
         wrapper: what holds ``model`` (DistributedDataParallel), whose reducers are made anew.
         distributed: all processes of the default group call this at once. The first one chooses; where
@@ -74,30 +90,30 @@ def cut_once(
         InexactCut: the check failed, and ``strict``.
         PruneError: nothing can be cut (any more). Nothing has changed then.
     """
-    together = ranks.together if distributed else lambda what: contextlib.nullcontext()
+    together = raise_together if distributed else lambda what: contextlib.nullcontext()
 
     def try_cut(keep: np.ndarray) -> str:
         """Why the cut to ``keep`` is none; empty where it is exact."""
         complaint = ''
         with together('the check of a cut'):
             try:
-                step = make_plan(traced, model, keep, budget)
+                step = make_plan(traced, model, keep, budget.to_meta())
                 if forward is not None:
                     check_cut(model, step, forward)
             except InexactCut as error:
                 if strict:
                     raise
                 complaint = str(error)
-        return next(filter(None, ranks.gathered(complaint)), '') if distributed else complaint
+        return next(filter(None, all_gather(complaint)), '') if distributed else complaint
 
     failed: dict[str, str] = {}
     while True:
         choice = None
         with together('choosing'):
             # Batches differ in size, and so may what a unit costs: one process chooses for all.
-            if not distributed or ranks.is_first():
+            if not distributed or is_main_process():
                 choice = _drawing_nothing(choose, traced, scores)
-        keep, noted = ranks.shared(choice) if distributed else choice
+        keep, noted = broadcast(choice) if distributed else choice
         if keep.all():
             return Outcome(None, traced, failed)
         complaint = try_cut(keep)
@@ -113,8 +129,8 @@ def cut_once(
         traced, left = without(traced, blamed, FAILED)
         scores = scores[left]
     with together('planning'):
-        step = make_plan(traced, model, keep, budget, **noted)
-    step = ranks.agreed(step) if distributed else step
+        step = make_plan(traced, model, keep, budget.to_meta(), **noted)
+    step = agreed_plan(step) if distributed else step
     with together('the cut'):
         cut(model, step, optimizer, twins())
         rebuild_reducers(wrapper if wrapper is not None else model)
@@ -159,3 +175,63 @@ def groups_to_blame(traced: Trace, keep: np.ndarray, fails: Callable[[np.ndarray
         blamed.append(suspects[low])
         suspects = suspects[high:]
     return blamed
+
+
+def choose_for(
+    model: nn.Module,
+    forward: Forward,
+    traced: Trace,
+    scores: np.ndarray,
+    budget: Budget,
+    per: str = 'budget',
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """(which units stay, what to note in the history); times are measured where the budget asks.
+
+    ``per``: of the :class:`mmprune.Score` that made the scores. Noted are ``latency``, and
+    ``uneven``: layers whose width could not be rounded, which are logged too.
+    """
+    original = original_cost(model, traced)
+    about: dict[str, Any] = {}
+    if budget.latency is None:
+        keep = choose(traced, scores, budget, original, per=per)
+    else:
+        keep, about['latency'] = choose_measured(
+            model, forward, traced, scores, budget, original,
+            lambda keep: make_plan(traced, model, keep, budget.to_meta()), per,
+        )  # fmt: skip
+    notes = uneven(traced, keep, budget)
+    if notes:
+        about['uneven'] = notes
+        log.warning('Widths that could not be rounded: %s', '; '.join(notes))
+    return keep, about
+
+
+def choose_step(
+    traced: Trace,
+    scores: np.ndarray,
+    budget: Budget,
+    model: nn.Module,
+    forward: Forward,
+    target_at: Callable[[float], float],
+    start: dict[str, float],
+    per: str = 'budget',
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """The choice for one of several cuts: see :func:`choose_for`.
+
+    ``target_at``: from a final fraction the one of this cut; ``start``: the fractions of the original
+    that the model had when this began (below 1 where it was pruned before).
+    """
+
+    def along(name: str, final: float) -> float:
+        whole = start.get(name.removeprefix('keep_'), 1.0)
+        return min(1.0, whole * target_at(min(1.0, final / whole)))
+
+    return choose_for(model, forward, traced, scores, budget.scheduled(along), per)
+
+
+def check_cut(model: nn.Module, plan: Plan, forward: Forward) -> None:
+    """Cuts a copy of ``model``, which :func:`verify` compares with the masked original. Raises a
+    PruneError if they differ."""
+    trial = copied(model)
+    cut(trial, plan)
+    verify(model, trial, plan, forward)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import mmprune.compat  # noqa: F401
-from mmprune import choose, device, steps
+import mmprune.mm.compat  # noqa: F401
+from mmprune.budget import choose, device, steps
 
 
 def pytest_addoption(parser):

@@ -22,7 +22,8 @@ from mmengine.config import Config
 from rich.console import Console
 from rich.table import Table
 
-from mmprune import PruneError, cli
+from mmprune import PruneError
+from mmprune.mm import cli
 from mmprune.mm.deploy import benchmark
 from mmprune.mm.deploy.export import export_model, size_in
 from mmprune.mm.deploy.pose import pose_wrapper

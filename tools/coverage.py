@@ -55,11 +55,12 @@ def examine(config: str, how: dict, row: dict, done: Callable[[], None]) -> None
     import torch
 
     import mmprune
-    from mmprune.choose import Budget, choose
-    from mmprune.cut import cut
-    from mmprune.forwards import both
-    from mmprune.pipeline import make_plan, score_now
-    from mmprune.testing import build
+    from mmprune.api import score_now
+    from mmprune.budget.choose import Budget, choose
+    from mmprune.mm.forwards import both
+    from mmprune.mm.zoo import build
+    from mmprune.surgery.apply import cut
+    from mmprune.surgery.build import make_plan
 
     def at(stage: str) -> None:
         row['stage'] = stage
@@ -87,7 +88,7 @@ def examine(config: str, how: dict, row: dict, done: Callable[[], None]) -> None
     at('choose')
     budget = Budget(keep_channels=0.7, divisor=1)
     keep = choose(trace, score_now(trace, 'l2'), budget)
-    plan = make_plan(trace, model, keep, budget)
+    plan = make_plan(trace, model, keep, budget.to_meta())
     row['flops_kept'] = plan.history[0]['flops'] / plan.history[0]['flops_before']
     row['params_kept'] = plan.history[0]['params'] / plan.history[0]['params_before']
     at('cut')
@@ -111,7 +112,7 @@ def examine(config: str, how: dict, row: dict, done: Callable[[], None]) -> None
 
 def in_mode(model, mode: str, forward):
     """One run in evaluation mode."""
-    from mmprune.forwards import in_evaluation
+    from mmprune.mm.forwards import in_evaluation
 
     with in_evaluation(model):
         return forward(model, mode=mode)
@@ -119,8 +120,8 @@ def in_mode(model, mode: str, forward):
 
 def checked(row: dict, model, pruned, plan, forward) -> float:
     """The relative error in single precision, or in double where rounding may be more than 1e-5."""
+    from mmprune.check.verify import compare, compare_in_double
     from mmprune.errors import PruneError
-    from mmprune.verify import compare, compare_in_double
 
     error, complaint = compare(model, pruned, plan, forward, TOLERANCE)
     if not complaint:
@@ -145,7 +146,7 @@ def shares(trace) -> dict[str, float]:
     """The share of parameters that hang on channels which may go, by part."""
     import numpy as np
 
-    from mmprune import cost
+    from mmprune.graph import cost
 
     whole: Counter = Counter()
     left: Counter = Counter()
@@ -178,10 +179,10 @@ def rebuilds(config: str, trained, forward) -> bool:
     import torch
 
     import mmprune
-    from mmprune.checkpoint import load_weights
-    from mmprune.runs import tensors_in, unchanged
-    from mmprune.testing import bare
-    from mmprune.verify import evaluating, relative_error
+    from mmprune.check.verify import evaluating, relative_error
+    from mmprune.contexts import tensors_in, unchanged
+    from mmprune.mm.zoo import bare
+    from mmprune.surgery.meta import load_weights
 
     file = io.BytesIO()
     plan = mmprune.plan_of(trained)
@@ -207,7 +208,7 @@ def steps(pruned, forward) -> bool:
     """Whether a step of SGD goes through and moves weights."""
     import torch
 
-    from mmprune.runs import tensors_in
+    from mmprune.contexts import tensors_in
 
     # Some configs freeze all that is left of a part; some losses have no gradient at all.
     optimizer = torch.optim.SGD([p for p in pruned.parameters() if p.requires_grad], lr=1e-6)
@@ -360,7 +361,7 @@ def warm_up() -> None:
     import mmpose.utils
     import torch
 
-    import mmprune.testing  # noqa: F401
+    import mmprune.mm.zoo  # noqa: F401
 
     torch.set_num_threads(1)
     mmdet.utils.register_all_modules(init_default_scope=False)

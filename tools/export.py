@@ -10,7 +10,8 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 
-from mmprune import PruneError, cli
+from mmprune import PruneError
+from mmprune.mm import cli
 
 
 def parse_args() -> argparse.Namespace:

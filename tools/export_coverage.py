@@ -31,7 +31,7 @@ def examine(config: str, how: dict, pipe) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     from mmprune.errors import PruneError
     from mmprune.mm.deploy.export import export_model
-    from mmprune.testing import build, load
+    from mmprune.mm.zoo import build, load
 
     try:
         model, _ = build(config, **how)

@@ -10,7 +10,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import METRICS
 
 import mmprune
-from mmprune import cli
+from mmprune.mm import cli
 
 
 def parse_args():
@@ -85,7 +85,7 @@ def use_checkpoint(cfg: Config, args: argparse.Namespace) -> None:
     cfg.load_from = args.checkpoint
     cfg.resume = False
     # A pruned checkpoint brings its structure with it; the hook rebuilds that.
-    mmprune.checkpoint.ensure_hook(cfg)
+    mmprune.mm.checkpoint.ensure_hook(cfg)
 
 
 def show_predictions(cfg: Config, args: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ from mmengine.config import Config
 from mmengine.device import is_cuda_available, is_mlu_available, is_musa_available, is_npu_available
 
 import mmprune
-from mmprune import cli
+from mmprune.mm import cli
 
 
 def parse_args():

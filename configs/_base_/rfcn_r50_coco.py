@@ -1,6 +1,6 @@
 # R-FCN on a dilated last stage, as in the paper: 7 x 7 cells, 1024 channels before the score maps.
 _base_ = 'mmdet::faster_rcnn/faster-rcnn_r50-caffe-dc5_1x_coco.py'
-custom_imports = dict(imports=['mmprune.models.rfcn'])
+custom_imports = dict(imports=['mmprune.mm.models.rfcn'])
 model = dict(
     type='RFCN',
     roi_head=dict(

@@ -1,6 +1,6 @@
 # R-FCN with a pyramid: score maps on four levels, a RoI takes its cells from the level of its size.
 _base_ = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
-custom_imports = dict(imports=['mmprune.models.rfcn'])
+custom_imports = dict(imports=['mmprune.mm.models.rfcn'])
 model = dict(
     type='RFCN',
     roi_head=dict(

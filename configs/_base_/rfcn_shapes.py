@@ -1,6 +1,6 @@
 # R-FCN with a pyramid, small enough to be trained from scratch on two cores in minutes.
 _base_ = './faster_rcnn_shapes.py'
-custom_imports = dict(imports=['mmprune', 'mmprune.models.rfcn'])
+custom_imports = dict(imports=['mmprune', 'mmprune.mm.models.rfcn'])
 model = dict(
     type='RFCN',
     roi_head=dict(

@@ -4,9 +4,9 @@
 custom_imports = dict(
     imports=[
         'mmprune',
-        'mmprune.models.classifier',
-        'mmprune.datasets.classification',
-        'mmprune.evaluation',
+        'mmprune.mm.models.classifier',
+        'mmprune.mm.datasets.classification',
+        'mmprune.mm.metrics',
     ]
 )
 data_root = '{{$MMPRUNE_SHAPES:data/shapes}}/'

@@ -2,7 +2,7 @@
 # python tools/train.py configs/detection/rfcn_prune.py
 _base_ = '../_base_/rfcn_shapes.py'
 
-custom_imports = dict(imports=['mmprune', 'mmprune.models.rfcn'])
+custom_imports = dict(imports=['mmprune', 'mmprune.mm.models.rfcn'])
 custom_hooks = [
     dict(
         type='PruneHook',

@@ -1,7 +1,7 @@
 # R-FCN on a dilated last stage, on COCO, pruned to half its FLOPs.
 _base_ = '../_base_/rfcn_r50_coco.py'
 
-custom_imports = dict(imports=['mmprune', 'mmprune.models.rfcn'])
+custom_imports = dict(imports=['mmprune', 'mmprune.mm.models.rfcn'])
 # mmdet freezes the stem and the first stage. Their maps are the largest of all, and what a frozen
 # weight reads has no gradient, so no score, and would stay. Trained, they are pruned like the rest.
 model = dict(backbone=dict(frozen_stages=-1, init_cfg=None))

@@ -2,7 +2,7 @@
 # python tools/train.py configs/keypoint/fpn_prune.py
 _base_ = '../_base_/pose_fpn_shapes.py'
 
-custom_imports = dict(imports=['mmprune', 'mmprune.models.pose_fpn'])
+custom_imports = dict(imports=['mmprune', 'mmprune.mm.models.pose_fpn'])
 custom_hooks = [
     *_base_.custom_hooks,
     dict(

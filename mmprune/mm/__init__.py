@@ -1,8 +1,14 @@
-"""What needs OpenMMLab around it: so far the way out of PyTorch."""
+"""OpenMMLab: hooks, wrappers, checkpoints, tools, export. Importing it registers what configs name."""
 
 from typing import Any
 
-__all__ = ['export']
+from mmprune.mm import compat  # noqa: F401  (torchvision can be imported from here on)
+
+# isort: split
+from mmprune.mm import hooks, logs, wrappers  # noqa: F401  (they register themselves)
+from mmprune.mm.checkpoint import load_pruned, plan_from
+
+__all__ = ['export', 'load_pruned', 'plan_from']
 
 
 def __getattr__(name: str) -> Any:

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from mmprune import cost
-from mmprune.couple import Trace
 from mmprune.errors import PruneError
+from mmprune.graph import cost
+from mmprune.graph.coupling import Trace
 from mmprune.score.table import Criterion, get_criterion
 
 PER = ('budget', *cost.BY_NAME, 'none')
@@ -20,9 +20,9 @@ class Score:
     ``name``: a registered criterion. ``per``: the cost that a score is set against where units of
     several layers are compared: ``'budget'``, what the budget counts; ``'flops'``, ``'memory'``
     (elements of activations) or ``'params'``, whatever the budget counts; ``'none'``, nothing, so that
-    the lowest scores go first. It is the choice that divides (:func:`mmprune.choose.choose`): the
-    numbers of a criterion are what is lost. ``normalize``: ``'layer'`` divides by the l2 norm of the
-    group's scores (ICLR 2017, eq. 10); ``'none'``; left out, what the criterion declares.
+    the lowest scores go first. It is the choice that divides (:func:`mmprune.budget.choose.choose`):
+    the numbers of a criterion are what is lost. ``normalize``: ``'layer'`` divides by the l2 norm of
+    the group's scores (ICLR 2017, eq. 10); ``'none'``; left out, what the criterion declares.
     ``penalty``: lambda of ``- lambda * FLOPs``,
     for a million FLOPs of a unit (ICLR 2017, section 2.3). ``momentum``: a moving average over
     iterations in place of their mean. ``frozen``: units read by a weight without gradient

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from mmprune.couple import Trace
-from mmprune.cut import optimizers_in
 from mmprune.errors import PruneError
+from mmprune.graph.coupling import Trace
 from mmprune.score.activations import Examples
 from mmprune.score.adjust import Score, adjusted, make_score
 from mmprune.score.units import Units
+from mmprune.surgery.apply import optimizers_in
 
 
 class Tally:
@@ -69,8 +69,8 @@ class Collector:
     """Scores the units of ``trace`` in every step of ``optimizer``, until it is closed.
 
     ``score``: a criterion's name, or a :class:`Score` or a dict of its options. ``optimizer``: what
-    :func:`mmprune.cut` takes; ``None`` for every optimizer that steps any of the traced weights;
-    ``'none'`` for no optimizer: then :meth:`look` is called in the place of a step.
+    :func:`mmprune.surgery.apply.cut` takes; ``None`` for every optimizer that steps any of the traced
+    weights; ``'none'`` for no optimizer: then :meth:`look` is called in the place of a step.
     ``model``: only criteria that need examples want it, for their hooks. ``distributed``: add up
     over the processes of the default group.
 

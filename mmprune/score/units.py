@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from mmprune.couple import Trace
 from mmprune.errors import PruneError
-from mmprune.slots import Axis
+from mmprune.graph.coupling import Trace
+from mmprune.graph.slots import Axis
 
 
 class Slice(NamedTuple):

@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-from mmprune.adapters import BY_NAME, MODULES
-from mmprune.rules import RULES
+from mmprune.graph.adapters import BY_NAME, MODULES
+from mmprune.graph.rules import RULES
 
 PAGE = Path(__file__).parents[2] / 'docs' / 'adapters.md'
 

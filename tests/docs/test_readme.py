@@ -9,7 +9,7 @@ from mmengine.config import Config
 from torch import nn
 
 import mmprune
-from mmprune.hooks import PruneHook
+from mmprune.mm.hooks import PruneHook
 
 README = Path(__file__).parents[2] / 'README.md'
 BLOCKS = re.findall(r'```python\n(.*?)```', README.read_text(), re.S)

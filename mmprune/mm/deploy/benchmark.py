@@ -21,13 +21,13 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmprune.checkpoint import load_pruned, without_pretrained
 from mmprune.errors import PruneError
+from mmprune.graph.slots import named_state
+from mmprune.mm.checkpoint import load_pruned, without_pretrained
 from mmprune.mm.deploy.export import wrapper_for
 from mmprune.mm.deploy.raw import RawNetwork
 from mmprune.mm.deploy.runtime import BACKENDS, open_model
-from mmprune.plan import Plan, plan_of
-from mmprune.slots import named_state
+from mmprune.surgery.plan import Plan, plan_of
 
 MODES = ('eager', 'channels_last', 'compile', *BACKENDS)
 CUDA_MODES = ('cuda eager', 'cuda channels_last', 'cuda compile')

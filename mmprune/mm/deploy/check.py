@@ -11,10 +11,10 @@ from mmdet.structures import DetDataSample
 from mmengine.logging import print_log
 from torch import nn
 
-from mmprune.datasets.drawing import draw
+from mmprune.contexts import tensors_in
 from mmprune.errors import PruneError
+from mmprune.mm.datasets.drawing import draw
 from mmprune.mm.deploy.runtime import open_model
-from mmprune.runs import tensors_in
 
 TOLERANCE = 1e-4
 """Relative: of scores to themselves, of coordinates to the picture's longer side (or to the box where

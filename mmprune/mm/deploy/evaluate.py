@@ -23,8 +23,8 @@ from mmengine.runner import Runner
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
-from mmprune.checkpoint import without_pretrained
 from mmprune.errors import PruneError
+from mmprune.mm.checkpoint import without_pretrained
 from mmprune.mm.deploy.pose import OUTPUTS, codec_of, gives_stages, head_kind, keypoint_names
 from mmprune.mm.deploy.runtime import Runtime, open_model
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import mmprune
-from mmprune.checkpoint import load_pruned, load_weights, plan_in, read_checkpoint, without_pretrained
 from mmprune.errors import PruneError
-from mmprune.files import sync_folder
+from mmprune.mm.atomic_files import sync_folder
+from mmprune.mm.checkpoint import load_pruned, read_checkpoint, without_pretrained
 from mmprune.mm.deploy import check as checks
 from mmprune.mm.deploy.dense import dense_wrapper
 from mmprune.mm.deploy.detr import detr_wrapper
@@ -25,8 +25,9 @@ from mmprune.mm.deploy.pose import keypoint_names, pose_wrapper
 from mmprune.mm.deploy.raw import RawNetwork
 from mmprune.mm.deploy.runtime import METADATA, load_package
 from mmprune.mm.deploy.two_stage import two_stage_wrapper
-from mmprune.pipeline import remaining
-from mmprune.plan import plan_of
+from mmprune.surgery.build import remaining
+from mmprune.surgery.meta import load_weights, plan_in
+from mmprune.surgery.plan import plan_of
 
 OPSET = 18
 STRIDE = 32

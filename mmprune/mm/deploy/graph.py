@@ -10,9 +10,9 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from mmprune.checkpoint import first_line
 from mmprune.errors import PruneError
 from mmprune.mm.deploy.ops import translations
+from mmprune.surgery.meta import first_line
 
 OPSETS = range(18, 24)
 """What the translations hold for, and torch's exporter writes."""

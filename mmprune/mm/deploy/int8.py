@@ -21,7 +21,7 @@ from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS, init_default_scope
 
 from mmprune.errors import PruneError
-from mmprune.files import sync_folder
+from mmprune.mm.atomic_files import sync_folder
 from mmprune.mm.deploy.evaluate import Network, exported_model
 from mmprune.mm.deploy.runtime import METADATA, load_package, open_model
 

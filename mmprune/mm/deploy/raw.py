@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmprune.contexts import tensors_in
 from mmprune.mm.deploy.two_stage import TwoStageNetwork, two_stage_wrapper
-from mmprune.runs import tensors_in
 
 
 class RawNetwork(nn.Module):

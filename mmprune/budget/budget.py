@@ -1,0 +1,160 @@
+"""What users ask for: how much is to remain, and where."""
+
+import numbers
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from mmprune.errors import PruneError
+
+FRACTIONS = ('keep_flops', 'keep_params', 'keep_channels', 'latency')
+TARGETS = (*FRACTIONS, 'prune_num')
+"""The options that say when to stop; the others say what may go."""
+
+PART_OPTIONS = (
+    'keep_flops', 'keep_params', 'keep_channels', 'prune_num', 'min_channels', 'divisor', 'max_cut',
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Budget:
+    """When to stop removing units; the first that is reached counts.
+
+    ``keep_flops``, ``keep_params``: the fraction that remains of the original's; ``latency``: the
+    fraction that remains of its measured time; ``keep_channels``: the fraction of units that every
+    group keeps; ``prune_num``: how many units go in one cut.
+
+    ``min_channels``: channels that every group keeps at least; ``divisor``: units go in blocks that
+    leave widths that are multiples of it; ``'auto'``: of what this device works in, as measured
+    (:mod:`mmprune.budget.device`), and of 4 at least, but for widths below that. ``max_cut``: the
+    largest fraction of a group that one cut removes; ``lock``: patterns of tensor names
+    (``backbone.layer1.*``) whose units stay.
+
+    ``parts``: {name: options} for the units that are made in a part of the model, given by the start
+    of its names (``backbone``, ``roi_head.bbox_head``) or a pattern (``*.layer3.*``). A part with a
+    target of its own (``dict(neck=dict(keep_flops=0.6))``) is cut to that, and by no other; one
+    without sets ``min_channels``, ``divisor`` or ``max_cut`` there. Targets in ``parts`` alone leave
+    the rest of the model as it is. A unit in several parts belongs to the first.
+    """
+
+    keep_flops: float | None = None
+    keep_params: float | None = None
+    keep_channels: float | None = None
+    latency: float | None = None
+    prune_num: int | None = None
+    min_channels: int = 1
+    divisor: int | str = 'auto'
+    max_cut: float = 1.0
+    lock: tuple[str, ...] = field(default=())
+    parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in (*FRACTIONS, 'max_cut'):
+            value = getattr(self, name)
+            number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+            if value is not None and not (number and 0 < value <= 1):
+                raise PruneError(
+                    f'{name}={value!r} is outside (0, 1]: it is '
+                    + ('the largest fraction of a group that one cut removes'
+                       if name == 'max_cut' else 'the fraction that remains; give e.g. 0.5')
+                )  # fmt: skip
+        for name in ('prune_num', 'min_channels', 'divisor'):
+            value = getattr(self, name)
+            if (name, value) in (('prune_num', None), ('divisor', 'auto')):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise PruneError(
+                    f'{name}={value!r}: give a whole number from 1 on'
+                    + (" or 'auto'" if name == 'divisor' else '')
+                )
+        lock = (self.lock,) if isinstance(self.lock, str) else tuple(self.lock)
+        for pattern in lock:
+            if not isinstance(pattern, str):
+                raise PruneError(f'lock={pattern!r}: give patterns of tensor names, e.g. "backbone.*"')
+        object.__setattr__(self, 'lock', lock)
+        object.__setattr__(self, 'parts', _checked_parts(self.parts))
+        if not self.targets and not any(self.of_part(part).targets for part in self.parts):
+            raise PruneError(f'no budget: give one or more of {", ".join(TARGETS)}')
+
+    @property
+    def targets(self) -> dict[str, float]:
+        """The targets that were given, those of parts aside."""
+        return {name: getattr(self, name) for name in TARGETS if getattr(self, name) is not None}
+
+    def locks(self, name: str) -> bool:
+        """Whether a pattern of ``lock`` names this tensor."""
+        return any(fnmatchcase(name, pattern) for pattern in self.lock)
+
+    def of_part(self, name: str) -> 'Limits':
+        """The options of one part, the whole model's where it has none."""
+        own = dict(self.parts[name])
+        limits = {key: own.get(key, getattr(self, key)) for key in Limits.NAMES}
+        return Limits(**limits, targets={key: own[key] for key in TARGETS if key in own})
+
+    @property
+    def whole(self) -> 'Limits':
+        return Limits(self.min_channels, self.divisor, self.max_cut, self.targets)
+
+    def scheduled(self, along: Any) -> 'Budget':
+        """This budget with ``along(name, fraction)`` in place of every fraction that remains, those
+        of parts included: what one of several cuts aims at."""
+        changed = {
+            name: along(name, value) for name, value in self.targets.items() if name in FRACTIONS
+        }
+        parts = {
+            part: {
+                key: along(key, value) if key in FRACTIONS else value for key, value in options.items()
+            }
+            for part, options in self.parts.items()
+        }
+        return replace(self, **changed, parts=parts)
+
+    def to_meta(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts; what was left out is left out."""
+        meta = {f.name: getattr(self, f.name) for f in fields(self)}
+        meta |= {'lock': list(self.lock), 'parts': {k: dict(v) for k, v in self.parts.items()}}
+        return {k: v for k, v in meta.items() if v is not None and (k != 'parts' or v)}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What holds for the units of one part: see :class:`Budget`."""
+
+    min_channels: int
+    divisor: int | str
+    max_cut: float
+    targets: Mapping[str, float]
+
+    NAMES = ('min_channels', 'divisor', 'max_cut')
+
+
+def _checked_parts(parts: Any) -> dict[str, dict[str, Any]]:
+    if not isinstance(parts, Mapping):
+        raise PruneError(f'parts={parts!r}: give a dict such as dict(neck=dict(keep_flops=0.5))')
+    found = {}
+    for name, options in parts.items():
+        if not isinstance(name, str) or not isinstance(options, Mapping) or not options:
+            raise PruneError(
+                f'parts[{name!r}]={options!r}: give a dict of options such as dict(keep_flops=0.5)'
+            )
+        unknown = [key for key in options if key not in PART_OPTIONS]
+        if unknown:
+            raise PruneError(
+                f'parts[{name!r}]: unknown option {unknown[0]!r}; there are {", ".join(PART_OPTIONS)}'
+            )
+        try:
+            Budget(**({'prune_num': 1} | dict(options)))
+        except PruneError as error:
+            raise PruneError(f'parts[{name!r}]: {error}') from error
+        found[name] = dict(options)
+    return found
+
+
+def make_budget(options: dict[str, Any]) -> Budget:
+    """A Budget from keyword options; unknown names are an error that lists the known ones."""
+    known = [f.name for f in fields(Budget)]
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise PruneError(f'unknown budget option {unknown[0]!r}; there are {", ".join(known)}')
+    return Budget(**options)

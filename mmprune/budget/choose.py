@@ -1,0 +1,319 @@
+"""Scores and a budget -> which units stay."""
+
+import math
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+
+from mmprune.budget import steps
+from mmprune.budget.block_cost import CalledCost, Cost, Ladder, TermCost, kept_at
+from mmprune.budget.budget import Budget, Limits, make_budget  # noqa: F401  (their former place)
+from mmprune.budget.device import divisor_of
+from mmprune.budget.solver import TOLERANCE, solve
+from mmprune.errors import PruneError
+from mmprune.graph import cost
+from mmprune.graph.cost import Product
+from mmprune.graph.coupling import Group, Trace
+from mmprune.surgery.plan import Plan
+
+Latency = Callable[[np.ndarray], float]
+"""Seconds of a run when only the units in ``keep`` (n_units, bool) stay."""
+
+PER = ('budget', *cost.BY_NAME, 'none')
+
+
+def choose(
+    trace: Trace,
+    scores: np.ndarray,
+    budget: Budget,
+    original: dict[str, Any] | None = None,
+    stay: np.ndarray | None = None,
+    latency: Latency | None = None,
+    *,
+    per: str = 'budget',
+    auto: int | None = None,
+) -> np.ndarray:
+    """Which units stay: (n_units,) bool. In each group the lowest scores go first, in blocks that make
+    a step of its width; among groups the blocks that lose least score for the cost that they save.
+
+    Args:
+        scores: (n_units,), what the loss of each unit costs; a unit without one (NaN) stays. Below
+            zero: a gain.
+        original: of the unpruned model, where ``trace`` is of one that was cut before: ``flops``,
+            ``params``, ``latency``, ``units`` (how many each group had) and ``plan``.
+        stay: (n_units,) bool, units that must.
+        latency: what a budget of measured time is reckoned with
+            (:func:`mmprune.budget.latency.measure`).
+        per: the cost that scores are set against: ``'budget'``, the target's own; ``'flops'``,
+            ``'memory'`` or ``'params'``; ``'none'``, the number of units. See
+            :class:`mmprune.Score`.
+        auto: what ``divisor='auto'`` stands for; left out, what this device was measured to work in.
+
+    Raises:
+        PruneError: nothing can be cut; the budget is below what may go (the floor is named).
+    """
+    if not trace.groups:
+        raise PruneError('nothing can be cut: every unit is locked. ' + first_reasons(trace))
+    if scores.shape != (trace.n_units,):
+        raise PruneError(
+            f'scores have shape {scores.shape}, wanted ({trace.n_units},): one number for each unit'
+        )
+    if per not in PER:
+        raise PruneError(f'per={per!r}; there are {", ".join(map(repr, PER))}')
+    protected = np.isnan(scores) | _locked_by_name(trace, budget.lock)
+    if stay is not None:
+        protected = protected | stay
+    choice = _Choice(trace, finite(scores), budget, original or {}, protected, latency, per, auto)
+    keep = np.ones(trace.n_units, dtype=bool)
+    for part in budget.parts:
+        keep = choice.solve(part, keep)
+    return choice.solve(None, keep)
+
+
+def finite(scores: np.ndarray) -> np.ndarray:
+    """Infinite scores as numbers a million times the others, so that they can be added up."""
+    real = np.abs(scores[np.isfinite(scores)])
+    huge = 1e6 * max(float(real.max(initial=0.0)), 1.0)
+    return np.nan_to_num(scores, nan=np.nan, posinf=huge, neginf=-huge)
+
+
+def limits_of(trace: Trace, budget: Budget) -> tuple[list[str | None], list[Limits]]:
+    """For each group the first part of the budget that it belongs to, and what holds there."""
+    homes = [home(trace, group) for group in trace.groups]
+    for part in budget.parts:
+        if not any(cost.in_part(name, part) for name in homes):
+            raise PruneError(
+                f'parts[{part!r}]: no unit that may go is made there; parts of this model are '
+                f'{", ".join(dict.fromkeys(cost.part_of(name) for name in homes))}, and any start '
+                f'or pattern of names such as {homes[0]!r}'
+            )
+    parts = [
+        next((part for part in budget.parts if cost.in_part(name, part)), None) for name in homes
+    ]
+    limits = {part: budget.of_part(part) for part in budget.parts}
+    return parts, [budget.whole if part is None else limits[part] for part in parts]
+
+
+def uneven(trace: Trace, keep: np.ndarray, budget: Budget) -> list[str]:
+    """A sentence for each layer that is left with a width that is no multiple of the divisor (of 4
+    where that is ``'auto'``): where its channels come from groups that can't all be rounded."""
+    divisors = [limits.divisor for limits in limits_of(trace, budget)[1]]
+    return steps.uneven(trace, keep, [steps.LEAST if d == 'auto' else d for d in divisors])
+
+
+def first_reasons(trace: Trace) -> str:
+    shown = '; '.join(str(locked) for locked in trace.locked[:3])
+    return f'The first reasons: {shown}' if shown else 'No parameter took part in the traced run.'
+
+
+def _locked_by_name(trace: Trace, patterns: tuple[str, ...]) -> np.ndarray:
+    stay = np.zeros(trace.n_units, dtype=bool)
+    for pattern in patterns:
+        hit = [
+            group for group in trace.groups
+            if any(fnmatchcase(axis.name, pattern) for axis in group.axes)
+        ]  # fmt: skip
+        if not hit and not any(fnmatchcase(name, pattern) for name in trace.slots.tensors):
+            raise PruneError(
+                f'lock pattern {pattern!r} matches no parameter; names look like '
+                f'{next(iter(trace.slots.tensors))!r}'
+            )
+        for group in hit:
+            stay[group.units] = True
+    return stay
+
+
+def unit_width(group: Group) -> int:
+    """Channels that one unit of a group holds on the layer that makes it."""
+    return min(group.axes.values())
+
+
+def device_divisor(trace: Trace) -> int:
+    """What the device that holds the model works in, for the type of most of its numbers."""
+    tensors = [t for t in trace.slots.tensors.values() if t.is_floating_point() and t.ndim > 1]
+    if not tensors:
+        return 1
+    largest = max(tensors, key=lambda tensor: tensor.numel())
+    return divisor_of(largest.device, largest.dtype)
+
+
+def home(trace: Trace, group: Group) -> str:
+    """The first weight that makes a group's units: it says which part they belong to."""
+    reading = set(trace.readers)
+    return next((axis.name for axis in group.axes if axis not in reading), group.name)
+
+
+class _Choice:
+    """One call of :func:`choose`: which limits hold where, and the search for each target."""
+
+    def __init__(
+        self,
+        trace: Trace,
+        scores: np.ndarray,
+        budget: Budget,
+        original: dict[str, Any],
+        protected: np.ndarray,
+        latency: Latency | None,
+        per: str,
+        auto: int | None,
+    ) -> None:
+        self.trace, self.scores, self.budget = trace, scores, budget
+        self.original, self.protected, self.latency = original, protected, latency
+        self.per, self.auto = per, auto
+        self.part, self.limits = limits_of(trace, budget)
+        if self.auto is None and any(limits.divisor == 'auto' for limits in self.limits):
+            self.auto = device_divisor(trace)
+        self.widths: list[list[steps.Width]] = [[] for _ in trace.groups]
+        for width in steps.layer_widths(trace):
+            for group in width.groups:
+                self.widths[group].append(width)
+
+    def solve(self, part: str | None, keep: np.ndarray) -> np.ndarray:
+        """``keep`` less what goes for the targets of one part (``None``: of the whole model)."""
+        limits = self.budget.whole if part is None else self.budget.of_part(part)
+        if not limits.targets:
+            return keep
+        # A part that has its own targets is no matter of the whole model's.
+        mine = [
+            number for number, of in enumerate(self.part)
+            if of == part or (part is None and not self.limits[number].targets)
+        ]  # fmt: skip
+        targets = self._targets(part, limits, keep)
+        if any(_met(value(keep), target) for value, target in targets.values()):
+            return keep
+        ladders = self._ladders(mine, limits, keep)
+        if 'prune_num' in limits.targets and not ladders:
+            raise PruneError(
+                f'prune_num={limits.targets["prune_num"]}: no unit is left that may go'
+                + (f' in {part}' if part else '')
+            )
+        least = kept_at(ladders, keep, [ladder.gone.size - 1 for ladder in ladders])
+        found = []
+        for name, (value, target) in targets.items():
+            if _met(value(least), target):
+                levels = solve(ladders, self._cost(value, ladders, keep), target,
+                               self._other(name, ladders, keep))  # fmt: skip
+                found.append(levels)
+        if found:  # the first that is reached: the one that takes least
+            return kept_at(ladders, keep, min(found, key=lambda levels: _lost(ladders, levels)))
+        gentle = any(self.limits[number].max_cut < 1 for number in mine)
+        if gentle or 'prune_num' in limits.targets or 'keep_channels' in limits.targets:
+            return least
+        raise self._below_floor(part, limits, targets, least)
+
+    def _targets(
+        self, part: str | None, limits: Limits, keep: np.ndarray
+    ) -> dict[str, tuple[Callable[[np.ndarray], float], float]]:
+        """{name: (what is left by it, how much may be)}."""
+        found: dict[str, tuple[Callable[[np.ndarray], float], float]] = {}
+        for name, what in (('keep_flops', 'flops'), ('keep_params', 'params')):
+            if name in limits.targets:
+                terms = getattr(cost, what)(self.trace, part)
+                whole = cost.before(self.trace, self._plan and self._plan.fingerprint, terms)
+                if part is None:
+                    whole = self.original.get(what, whole)
+                found[name] = (terms, limits.targets[name] * whole)
+        if 'latency' in limits.targets:
+            if self.latency is None:
+                raise PruneError(
+                    f'latency={limits.targets["latency"]}: no times were measured: give choose() '
+                    'latency=mmprune.budget.latency.measure(...), or take keep_flops'
+                )
+            whole = self.original.get('latency') or self.latency(np.ones_like(keep))
+            found['latency'] = (self.latency, limits.targets['latency'] * whole)
+        if 'prune_num' in limits.targets:
+            found['prune_num'] = (np.sum, float(keep.sum() - limits.targets['prune_num']))
+        return found
+
+    def _cost(
+        self, value: Callable[[np.ndarray], float], ladders: list[Ladder], keep: np.ndarray
+    ) -> Cost:
+        if value is np.sum:
+            return TermCost(ladders, keep, [np.arange(keep.size)], [(Product(1.0), (0,))], smooth=True)
+        if isinstance(value, cost.Products):
+            return TermCost(ladders, keep, *value.terms(), smooth=True)
+        if hasattr(value, 'terms'):
+            return TermCost(ladders, keep, *value.terms(), smooth=False)
+        return CalledCost(ladders, keep, value)
+
+    def _other(self, target: str, ladders: list[Ladder], keep: np.ndarray) -> Cost | None:
+        """The cost that scores are set against, where that is not the target's own."""
+        own = {'keep_flops': 'flops', 'keep_params': 'params', 'prune_num': 'none'}
+        if self.per in ('budget', own.get(target)):
+            return None
+        return self._cost(
+            np.sum if self.per == 'none' else cost.BY_NAME[self.per](self.trace), ladders, keep
+        )
+
+    @property
+    def _plan(self) -> Plan | None:
+        return self.original.get('plan')
+
+    def _floor(self, number: int, keep_channels: float | None) -> int:
+        """How many units of a group stay at least."""
+        group, limits = self.trace.groups[number], self.limits[number]
+        n = len(group)
+        once = self.original['units'][number] if 'units' in self.original else n
+        least = max(1, -(-limits.min_channels // unit_width(group)))
+        if keep_channels is not None:
+            least = max(least, int(np.ceil(round(keep_channels * once, 9))))
+        least = max(least, int(np.ceil(round((1 - limits.max_cut) * n, 9))))
+        return min(n, least)
+
+    def _ladders(self, groups: list[int], limits: Limits, keep: np.ndarray) -> list[Ladder]:
+        """One for each group that can lose units: its lowest scores go first, its best never."""
+        free, lowest = {}, {}
+        for number in groups:
+            group = self.trace.groups[number]
+            units = group.units[~self.protected[group.units]]
+            floor = self._floor(number, limits.targets.get('keep_channels'))
+            if max(floor, len(group) - len(units)) < len(group):
+                free[number] = units[np.argsort(self.scores[units], kind='stable')]
+                lowest[number] = max(floor, len(group) - len(units))
+        stays = {
+            number: int(keep[group.units].sum()) for number, group in enumerate(self.trace.groups)
+            if number not in free
+        }  # fmt: skip
+        found = []
+        for number, order in free.items():
+            n, divisor = len(self.trace.groups[number]), self.divisor(number)
+            auto = self.limits[number].divisor == 'auto'
+            kept = steps.ladder(number, n, lowest[number], divisor, self.widths[number], stays, auto)
+            if len(kept) > 1:
+                gone = n - np.array(kept)
+                lost = np.append(0.0, np.cumsum(self.scores[order]))[gone]
+                found.append(Ladder(order, gone, lost))
+        return found
+
+    def divisor(self, number: int) -> int:
+        """What widths of a group are to be multiples of."""
+        divisor = self.limits[number].divisor
+        return math.lcm(steps.LEAST, self.auto) if divisor == 'auto' else divisor
+
+    def _below_floor(
+        self, part: str | None, limits: Limits, targets: dict, least: np.ndarray
+    ) -> PruneError:
+        told = []
+        divisor = limits.divisor
+        if divisor == 'auto':
+            divisor = f"'auto' ({math.lcm(steps.LEAST, self.auto)})"
+        for name, (value, target) in targets.items():
+            whole = target / limits.targets[name]
+            told.append(
+                f'{name}={limits.targets[name]} is below the floor {value(least) / whole:.3f} that '
+                f'locked units, min_channels={limits.min_channels} and divisor={divisor} leave'
+                + (f' in {part}' if part else '')
+            )
+        return PruneError('; '.join(told) + ': ask for more than the floor or lock less')
+
+
+def _met(value: float, target: float) -> bool:
+    return bool(value <= target * (1 + TOLERANCE))
+
+
+def _lost(ladders: list[Ladder], levels: list[int]) -> tuple[float, int]:
+    """(score lost, units gone)."""
+    pairs = [(ladder.lost[at], ladder.gone[at]) for ladder, at in zip(ladders, levels, strict=True)]
+    return sum(float(lost) for lost, _ in pairs), sum(int(gone) for _, gone in pairs)

@@ -1,0 +1,154 @@
+"""What a device works in, measured once and kept on disk: the widths between are free."""
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+DIVISORS = (1, 2, 4, 8, 16, 32)
+WIDTHS = range(33, 97)
+FILE = 'divisors.json'
+
+ENVIRONMENT = 'MMPRUNE_CACHE'
+"""The environment variable that names the folder where measurements are kept."""
+
+log = logging.getLogger(__name__)
+
+_divisors: dict[str, int] = {}
+
+
+def device_name(device: torch.device) -> str:
+    """The processor's or the card's own name, with the threads of a CPU: they change its times."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    if device.type != 'cpu':
+        return device.type
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError), open('/proc/cpuinfo') as file:
+        lines = [line.split(':', 1)[1].strip() for line in file if line.startswith('model name')]
+        name = lines[0] if lines else name
+    return f'{name}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads'
+
+
+def cache_folder() -> Path:
+    """``$MMPRUNE_CACHE``, or ``mmprune`` in the user's folder for caches."""
+    own = os.environ.get(ENVIRONMENT)
+    if own:
+        return Path(own)
+    base = os.environ.get('XDG_CACHE_HOME') or os.environ.get('LOCALAPPDATA')
+    return Path(base or Path.home() / '.cache') / 'mmprune'
+
+
+def cached(file: str) -> dict[str, Any]:
+    """What was kept under a name; nothing where it is not there or not to be read."""
+    path = cache_folder() / file
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        told = f'{path} can not be read ({error}): it is measured anew'
+        log.warning(told)
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def keep_cached(file: str, new: dict[str, Any]) -> None:
+    """Adds to what is kept under a name. Says so where the folder can not be written."""
+    path = cache_folder() / file
+    beside = path.with_name(f'{path.name}.{os.getpid()}.new')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(json.dumps(cached(file) | new, indent=1, sort_keys=True) + '\n')
+        os.replace(beside, path)
+    except OSError as error:
+        told = f'{path} can not be written ({error}): the next run measures anew'
+        log.warning(told)
+
+
+def divisor_of(device: torch.device, dtype: torch.dtype) -> int:
+    """The finest of ``DIVISORS`` that widths of convolutions should be multiples of on this device, so
+    that none costs as much as a wider one; 1 where nothing is gained. Measured at the first call, in
+    about a second, then kept."""
+    key = f'{device_name(device)}, torch {torch.__version__}, {str(dtype).removeprefix("torch.")}'
+    if key not in _divisors:
+        known = cached(FILE).get(key)
+        if known not in DIVISORS:
+            known = best_divisor(times_by_width(device, dtype))
+            keep_cached(FILE, {key: known})
+            log.info('%s: works in steps of %d channels (measured)', key, known)
+        _divisors[key] = known
+    return _divisors[key]
+
+
+def known_divisors() -> dict[str, int]:
+    """What was measured or looked up so far, by device and type of number: for a checkpoint."""
+    return dict(_divisors)
+
+
+def know_divisors(divisors: dict[str, int]) -> None:
+    """Takes :func:`known_divisors` of the run that is resumed, whatever would be measured now."""
+    _divisors.update(divisors)
+
+
+def times_by_width(device: torch.device, dtype: torch.dtype, rounds: int = 9) -> dict[int, float]:
+    """Seconds of a 3x3 and a 1x1 convolution of as many channels, {33 ... 96: seconds}."""
+    side = 128 if device.type == 'cuda' else 28
+    calls = {}
+    for width in WIDTHS:
+        x = torch.randn(1, width, side, side, device=device, dtype=dtype)
+        weights = [torch.randn(width, width, k, k, device=device, dtype=dtype) for k in (3, 1)]
+        calls[width] = lambda x=x, weights=weights: [
+            F.conv2d(x, weight, padding=weight.shape[-1] // 2) for weight in weights
+        ]
+    return least_of(calls, device, rounds)
+
+
+def best_divisor(times: dict[int, float]) -> int:
+    """The finest of ``DIVISORS`` whose multiples are, by 2 % of the time, as fast as those of any.
+
+    A parabola through all ``times`` (seconds by width) is what a machine without steps would need;
+    multiples that take 5 % less at least are worth a restriction.
+    """
+    widths = np.array(list(times), dtype=np.float64)
+    powers = np.stack([np.ones_like(widths), widths, widths**2], axis=1)
+    seconds = np.array(list(times.values()))
+    # Relative errors count: each width as much as the next.
+    fit = powers @ np.linalg.lstsq(powers / seconds[:, None], np.ones_like(widths), rcond=None)[0]
+    share = {d: float(np.mean((seconds / fit)[widths % d == 0])) for d in DIVISORS}
+    least = min(share.values())
+    if least > 0.95 * share[1]:
+        return 1
+    return next(divisor for divisor in DIVISORS if share[divisor] <= least + 0.02)
+
+
+def least_of(
+    calls: dict[Any, Callable[[], Any]], device: torch.device, rounds: int
+) -> dict[Any, float]:
+    """Seconds of the fastest of ``rounds`` runs of each call, all in turns: what slows the machine for
+    a while slows all of them. The first run of each is left out."""
+    found = dict.fromkeys(calls, float('inf'))
+    with torch.no_grad():
+        for number in range(rounds + 1):
+            for key, call in calls.items():
+                seconds = seconds_of_call(call, device)
+                if number:
+                    found[key] = min(found[key], seconds)
+    return found
+
+
+def seconds_of_call(call: Callable[[], Any], device: torch.device) -> float:
+    start = time.perf_counter()
+    call()
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start

@@ -1,0 +1,79 @@
+"""Runs code that was written for single precision in double precision, to tell rounding from faults."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from mmprune.graph.adapters import intercept
+
+
+class Double(TorchDispatchMode):
+    """Every operation takes its single precision inputs in double, whatever the code asks for."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        # How deepcopy makes a tensor of the same memory.
+        fresh = func is torch.ops.aten.new_empty.default and not args[1]
+        if fresh or func._schema.name == 'aten::set_':
+            return func(*args, **kwargs)
+        if func._schema.is_mutable:  # what is written to must be the tensor itself
+            return func(args[0], *tree_map(widened, args[1:]), **tree_map(widened, kwargs))
+        return func(*tree_map(widened, args), **tree_map(widened, kwargs))
+
+
+class Before(TorchFunctionMode):
+    """The same for what a function checks before it comes to operations (a convolution, its dtypes)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not getattr(func, '__name__', '_').endswith('_'):
+            args, kwargs = tree_map(widened, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def doubled(forward: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """``forward`` under the modes, which belong to the thread that it is called in."""
+
+    def run(model: Any) -> Any:
+        with Before(), Double():
+            return forward(model)
+
+    return run
+
+
+@contextlib.contextmanager
+def in_double() -> Iterator[None]:
+    """What the modes do not see, for all threads: new tensors, and compiled functions."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with intercept(compiled):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def widened(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and value.dtype == torch.float32:
+        return value.double()
+    return torch.float64 if value is torch.float32 else value
+
+
+def narrowed(value: Any) -> Any:
+    return value.float() if isinstance(value, torch.Tensor) and value.dtype == torch.float64 else value
+
+
+def compiled(name: str, function: Callable, args: tuple, kwargs: dict) -> Any:
+    """Some (mmcv's nms) know single precision only; what they return are decisions."""
+    args, kwargs = tree_map(widened, (args, kwargs))
+    try:
+        return function(*args, **kwargs)
+    except RuntimeError:
+        with torch.utils._python_dispatch._disable_current_modes():
+            args, kwargs = tree_map(narrowed, (args, kwargs))
+            return function(*args, **kwargs)

@@ -1,0 +1,421 @@
+"""Checks a cut: the pruned model computes what the original does with the cut channels at zero."""
+
+import contextlib
+import math
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.utils._python_dispatch import _disable_current_modes
+
+from mmprune.check.copies import copied
+from mmprune.check.float64 import doubled, in_double
+from mmprune.check.lockstep import RunAhead
+from mmprune.check.replay import Decisions, Taken
+from mmprune.contexts import evaluating, tensors_in, unchanged
+from mmprune.errors import InexactCut, PruneError
+from mmprune.graph.adapters import intercept
+from mmprune.surgery.plan import Plan, check_fingerprint
+
+TOLERANCE = 1e-4
+"""Largest relative error that rounding explains in single precision, over a deep network."""
+
+DOUBLE = 1e-5
+"""The same in double precision: the worst conditioned networks of the zoos come to 1e-6."""
+
+MASK = 1e-18
+"""What stands for zero: a weight that is divided by its own norm (weight norm) would be NaN at zero.
+Its square is still a normal number in single precision; in half precision it is zero."""
+
+Forward = Callable[[nn.Module], Any]
+
+
+def verify(
+    original: nn.Module,
+    pruned: nn.Module,
+    plan: Plan,
+    forward: Forward,
+    tolerance: float | None = None,
+) -> float:
+    """The largest relative error between ``pruned`` and ``original`` with the cut channels masked.
+
+    Both run ``forward`` side by side, each module right after its like in the other model, so that no
+    more than two activations are held for the comparison. Dropout and batch norm are in evaluation
+    mode, and the random state is the same. Compared are all tensors of the result and the outputs of
+    all modules whose shapes did not change, each by the largest absolute difference over the largest
+    absolute value. Decisions (indices, comparisons, numbers of proposals) of the original are repeated
+    in the pruned model, so that rounding can't tip them; what they were taken on is compared by sum.
+
+    Above the tolerance, all is run once more in double precision, where rounding can't be the reason:
+    deep networks of which a part divides by small numbers lose more than four digits.
+
+    Args:
+        original: the model before the cut. Its weights are masked in place meanwhile, and are put
+            back to the bit.
+        pruned: the same after the cut.
+        plan: the cut between the two.
+        forward: runs the model that it is given, and returns its outputs.
+        tolerance: by default ``TOLERANCE``, or 8 units in the last place of the lowest precision among
+            the results. Where it is given, double precision is not tried.
+
+    Raises:
+        InexactCut: above ``tolerance``, with the first module that differs; or ``forward`` fails for
+            the pruned model alone.
+        PruneError: ``forward`` does not run the model that it is given, or gives nothing that can be
+            compared; a parameter is not finite.
+    """
+    wrong = [name for name, p in original.named_parameters() if not is_finite(p)]
+    if wrong:
+        raise PruneError(
+            f'{wrong[0]} and {len(wrong) - 1} more parameters hold NaN or infinity: the training '
+            'diverged; go back to an earlier checkpoint'
+        )
+    error, complaint = compare(original, pruned, plan, forward, tolerance)
+    if complaint and tolerance is None and math.isfinite(error):
+        with contextlib.suppress(PruneError, RuntimeError):  # not all code runs in double
+            error, again = compare_in_double(original, pruned, plan, forward)
+            complaint = complaint if again else ''
+    if complaint:
+        raise InexactCut(complaint)
+    return error
+
+
+def compare_in_double(
+    original: nn.Module, pruned: nn.Module, plan: Plan, forward: Forward
+) -> tuple[float, str]:
+    """:func:`compare` of copies in double precision."""
+    wide, narrow = copied(original).double(), copied(pruned).double()
+    with in_double():
+        return compare(wide, narrow, plan, doubled(forward), DOUBLE)
+
+
+def compare(
+    original: nn.Module,
+    pruned: nn.Module,
+    plan: Plan,
+    forward: Forward,
+    tolerance: float | None,
+) -> tuple[float, str]:
+    """The work of :func:`verify`: the error, and a complaint about it where it is too large."""
+    check_fingerprint(plan.fingerprint, original, 'the plan', plan.aliases)
+    found = Comparison(narrower=narrower_layers(pruned, plan))
+    with contextlib.ExitStack() as stack:
+        for model in (original, pruned):
+            stack.enter_context(unchanged(model))
+            stack.enter_context(evaluating(model))
+        stack.enter_context(masked_in_place(original, plan))
+        stack.enter_context(torch.no_grad())
+        wanted, made, decided = _side_by_side(original, pruned, forward, found)
+    complaint = found.results(wanted, made)
+    if complaint:
+        return float('inf'), complaint
+    return found.verdict(decided, tolerance, dict(pruned.named_modules()))
+
+
+def _side_by_side(
+    original: nn.Module, pruned: nn.Module, forward: Forward, found: 'Comparison'
+) -> tuple[Any, Any, float]:
+    """(result of the original, that of the pruned model, largest error of what decisions were taken
+    on). Every output of a module is handed to ``found`` on the way."""
+    taken = Taken()
+    first = Decisions(original, taken)
+
+    def reference(show: Show) -> Any:
+        torch.manual_seed(0)
+        with first, shown_outputs(original, show, found.narrower):
+            return forward(original)
+
+    ahead = RunAhead(reference)
+
+    def compiled(name: str, *call: Any) -> Any:
+        here = threading.current_thread() is ahead.thread
+        return (first if here else second).compiled(name, *call)
+
+    outputs = _Outputs(ahead)
+    second = Decisions(pruned, taken, outputs.advance)
+    try:
+        with intercept(compiled):
+            outputs.advance()
+            torch.manual_seed(0)
+            with second, shown_outputs(pruned, lambda *out: outputs.meet(*out, found), found.narrower):
+                try:
+                    made = forward(pruned)
+                except (OriginalFailed, PruneError):
+                    raise
+                except Exception as error:
+                    # On another model than its own there would be no sense in what it says.
+                    _check_read(second)
+                    raise InexactCut(
+                        f'the pruned model fails: {type(error).__name__}: {error}. A module keeps '
+                        'a width as a number: declare it with mmprune.adapter, or lock its channels '
+                        'by name'
+                    ) from error
+            while not ahead.ended:
+                outputs.advance()
+    except OriginalFailed as failed:
+        raise failed.error from None
+    finally:
+        ahead.close()
+    for decisions in (first, second):
+        _check_read(decisions)
+    return ahead.result, made, taken.error
+
+
+def _check_read(decisions: Decisions) -> None:
+    if not decisions.reads_model:
+        raise PruneError(
+            'forward does not run the model that it is given, but another one (or none): write it as '
+            'lambda model: model(x)'
+        )
+
+
+class OriginalFailed(Exception):
+    """Carries what the original raised through the pruned model's forward, which waits for it."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+Key = tuple[str, int, int]
+"""A module's name, its how many-th call, and the position of a tensor in what it returned."""
+
+Show = Callable[[Key, torch.Tensor], None]
+
+
+class _Outputs:
+    """Outputs of the run ahead, met one by one by those of the run that follows."""
+
+    def __init__(self, ahead: RunAhead) -> None:
+        self.ahead = ahead
+        self._left: dict[Key, torch.Tensor] = {}  # of modules that only one of the two has come to
+
+    def advance(self) -> bool:
+        """Lets the run ahead go on; false where it has ended."""
+        shown = self.ahead.shown
+        if shown:  # what follows may write over the last of them
+            key, tensor = shown.pop()
+            shown.append((key, tensor.clone()))
+        ended = self.ahead.ended
+        try:
+            self.ahead.advance()
+        except Exception as error:
+            raise OriginalFailed(error) from error
+        return not ended
+
+    def meet(self, key: Key, value: torch.Tensor, found: 'Comparison') -> None:
+        """Compares an output of the second run with its like of the first, if there is one."""
+        # What the comparison decides is none of the second run's decisions.
+        with _disable_current_modes():
+            self._meet(key, value, found)
+
+    def _meet(self, key: Key, value: torch.Tensor, found: 'Comparison') -> None:
+        shown = self.ahead.shown
+        while key not in self._left and shown:
+            other, tensor = shown.popleft()
+            if other == key:
+                found.add(key, tensor, value)
+            else:
+                self._left[other] = tensor.clone()  # what follows may write over it
+            if not shown:
+                self.advance()  # its decisions up to the next output are needed from here on
+            if other == key:
+                return
+        if key in self._left:
+            found.add(key, self._left.pop(key), value)
+
+
+@contextlib.contextmanager
+def shown_outputs(
+    model: nn.Module, show: Show, narrower: set[str]
+) -> Iterator[None]:
+    """Calls ``show`` with each floating point output of each module without children, but of those
+    that are known to be ``narrower`` in one of the two."""
+    calls: dict[str, int] = {}
+
+    def after(name: str, out: Any) -> None:
+        call = calls[name] = calls.get(name, -1) + 1
+        if name in narrower:
+            return
+        for position, tensor in enumerate(tensors_in(out)):
+            if tensor.is_floating_point():
+                show((name, call, position), tensor.detach())
+
+    handles = [
+        module.register_forward_hook(lambda m, args, out, name=name: after(name, out))
+        for name, module in model.named_modules()
+        if name and not any(True for _ in module.children())
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def narrower_layers(model: nn.Module, plan: Plan) -> set[str]:
+    """Names of layers that give fewer channels than before, so that there is nothing to compare."""
+    plain = (nn.Linear, _ConvNd, _NormBase)
+    return {
+        name for name, module in model.named_modules()
+        if isinstance(module, plain) and not isinstance(module, _ConvTransposeNd)
+        and 0 in plan.keep.get(f'{name}.weight', {})
+    }  # fmt: skip
+
+
+@dataclass
+class Comparison:
+    """Numbers of the outputs that were compared; the outputs themselves are gone by then."""
+
+    differences: dict[Key, tuple[float, float]] = field(default_factory=dict)
+    sizes: dict[tuple[str, int], float] = field(default_factory=dict)
+    narrower: set[str] = field(default_factory=set)
+    numbers: int = 0
+    coarsest: float = 0.0
+
+    def add(self, key: Key, wanted: torch.Tensor, found: torch.Tensor) -> None:
+        """One output of each model. One whose shape changed is that of a narrower layer."""
+        name, _, position = key
+        self.coarsest = max(self.coarsest, torch.finfo(wanted.dtype).eps)
+        if found.shape != wanted.shape:
+            self.narrower.add(name)
+            return
+        difference, size, count = deviation(wanted, found)
+        self.differences[key] = (difference, size)
+        self.numbers += count
+        # A head that runs on five levels may give next to nothing on one of them.
+        if name:
+            self.sizes[name, position] = max(self.sizes.get((name, position), 0.0), size)
+
+    def results(self, wanted: Any, found: Any) -> str:
+        """Adds what the models returned; a complaint where the shapes differ."""
+        made = tensors_in(found)
+        for position, tensor in enumerate(tensors_in(wanted)):
+            if not tensor.is_floating_point():
+                continue
+            other = made[position] if position < len(made) else None
+            if other is None or other.shape != tensor.shape:
+                shape = None if other is None else tuple(other.shape)
+                return (
+                    f'output {position} of the model has shape {shape}, the original '
+                    f'{tuple(tensor.shape)}'
+                )
+            self.add(('', position, 0), tensor, other)
+        return ''
+
+    def verdict(
+        self, decided: float, tolerance: float | None, modules: dict[str, nn.Module]
+    ) -> tuple[float, str]:
+        """The largest relative error, and a complaint where it is too large."""
+        if not self.numbers:
+            raise PruneError(
+                'nothing can be compared: forward returns no finite number, and no module gives one of '
+                'an unchanged shape; return the outputs, from a batch that makes them finite'
+            )
+        tolerance = max(TOLERANCE, 8 * self.coarsest) if tolerance is None else tolerance
+        worst, where = decided, 'a comparison or a choice'
+        for (name, _, position), (difference, size) in self.differences.items():
+            error = difference / max(size, self.sizes.get((name, position), 0.0), 1e-12)
+            if not error <= tolerance and worst <= tolerance:
+                worst, where = error, name
+            worst = max(worst, error)
+        if worst <= tolerance:
+            return worst, ''
+        kind = type(modules.get(where, modules[''])).__name__
+        return worst, (
+            f'the pruned model is not the masked original: relative error {worst:.2e} above '
+            f'{tolerance:.0e}, first in {where or "the result"} ({kind}): a rule or an adapter errs; '
+            'lock the channels that it reads by name'
+        )
+
+
+def deviation(wanted: torch.Tensor, found: torch.Tensor) -> tuple[float, float, int]:
+    """(max |a - b|, max |a|, how many numbers that is over): of finite positions; the first is
+    infinite where only one of the two is finite."""
+    difference, size, count = 0.0, 0.0, wanted.numel()
+    for a, b in zip(_pieces(wanted), _pieces(found), strict=True):
+        one, two = _largest(a), _largest(a - b)
+        if not math.isfinite(one + two):
+            finite = torch.isfinite(a)
+            count += int(finite.sum()) - a.numel()
+            alike = torch.equal(finite, torch.isfinite(b))
+            a, b = a.nan_to_num(0, 0, 0), b.nan_to_num(0, 0, 0)
+            one, two = _largest(a), _largest(a - b) if alike else math.inf
+        difference, size = max(difference, two), max(size, one)
+    return difference, size, count
+
+
+def largest(value: torch.Tensor) -> float:
+    """max |value| over finite positions."""
+    return max((_largest(piece.nan_to_num(0, 0, 0)) for piece in _pieces(value)), default=0.0)
+
+
+def relative_error(wanted: torch.Tensor, found: torch.Tensor) -> float:
+    """max |a - b| / max |a|, over finite positions; infinite where only one is finite."""
+    difference, size, _ = deviation(wanted, found)
+    return difference / max(size, 1e-12)
+
+
+def is_finite(value: torch.Tensor) -> bool:
+    return all(math.isfinite(_largest(piece)) for piece in _pieces(value))
+
+
+PIECE = 1 << 18
+"""Numbers that are compared at a time: few enough for a processor's cache."""
+
+
+def _pieces(value: torch.Tensor) -> Iterator[torch.Tensor]:
+    """``value`` in parts, in single precision where it is coarser."""
+    size = PIECE if value.device.type == 'cpu' else max(value.numel(), 1)
+    for piece in value.detach().reshape(-1).split(size) if value.numel() else ():
+        yield piece.float() if piece.element_size() < 4 else piece
+
+
+def _largest(value: torch.Tensor) -> float:
+    """max |value|; not finite where there is a number that is not. (A norm would be 30 times slower
+    on a CPU.)"""
+    low, high = torch.aminmax(value)
+    return float(torch.maximum(-low, high))
+
+
+# -- models to compare --------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def masked_in_place(model: nn.Module, plan: Plan) -> Iterator[None]:
+    """The parameters of every channel that ``plan`` removes are zero (``MASK``) meanwhile.
+
+    Through ``.data``, so that a graph that still waits for its backward pass is not told: the values
+    that it was made with come back to the bit.
+    """
+    put_back: list[Callable[[], Any]] = []
+    try:
+        for name, parameter in model.named_parameters():
+            value = parameter.data
+            for dim in plan.keep.get(name, {}):
+                gone = torch.tensor(plan.removed(name, dim), device=value.device)
+                old = value.index_select(dim, gone)
+                put_back.append(
+                    lambda value=value, dim=dim, gone=gone, old=old: value.index_copy_(dim, gone, old)
+                )
+                value.index_fill_(dim, gone, MASK)
+        yield
+    finally:
+        for back in reversed(put_back):
+            back()
+
+
+def masked(original: nn.Module, plan: Plan) -> nn.Module:
+    """A copy of ``original`` in which the parameters of every removed channel are zero (``MASK``)."""
+    check_fingerprint(plan.fingerprint, original, 'the plan', plan.aliases)
+    model = copied(original)
+    for name, parameter in model.named_parameters():
+        for dim in plan.keep.get(name, {}):
+            gone = torch.tensor(plan.removed(name, dim), device=parameter.device)
+            parameter.data.index_fill_(dim, gone, MASK)
+    return model

@@ -1,0 +1,122 @@
+"""What surrounds a run that is traced, scored or checked."""
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from mmprune.errors import PruneError
+
+if TYPE_CHECKING:
+    from mmprune.graph.tracer import Tracer
+
+
+PLAIN = frozenset({
+    int, float, bool, complex, str, bytes, type(None), torch.Size, torch.dtype, torch.device,
+    torch.layout, torch.memory_format, np.ndarray, range, slice,
+})  # fmt: skip
+"""Types that hold no tensors; most arguments of operations are of one of them."""
+
+
+def tensors_in(value: Any, depth: int = 6) -> list[torch.Tensor]:
+    """Every tensor in nested containers and plain objects (mmengine's data elements included)."""
+    found: list[torch.Tensor] = []
+    _collect(value, depth, found)
+    return found
+
+
+def _collect(value: Any, depth: int, found: list[torch.Tensor]) -> None:
+    if isinstance(value, torch.Tensor):
+        found.append(value)
+    elif depth == 0 or type(value) in PLAIN or isinstance(value, type | np.ndarray | np.generic):
+        return
+    elif isinstance(value, dict):
+        for item in value.values():
+            _collect(item, depth - 1, found)
+    elif isinstance(value, list | tuple | set):
+        for item in value:
+            _collect(item, depth - 1, found)
+    elif hasattr(value, '__dict__') and not isinstance(value, nn.Module) and not callable(value):
+        _collect(vars(value), depth - 1, found)
+
+
+@contextlib.contextmanager
+def entered(tracer: 'Tracer', model: nn.Module) -> Iterator[None]:
+    """Tells the tracer of every module that is entered and left. In the place of hooks, because those
+    miss a ``forward`` that is called as a plain method (mmpose's heads are)."""
+
+    def told(module: nn.Module, forward: Callable) -> Callable:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            depth = len(tracer._stack)
+            tracer.enter(module, args)
+            try:
+                out = forward(*args, **kwargs)
+                tracer.leave(module, args, out)
+            finally:
+                del tracer._stack[depth:]
+            return out
+
+        # Less than functools.wraps does, thousands of times a trace; signatures are found by this.
+        run.__wrapped__ = forward  # type: ignore[attr-defined]
+        return run
+
+    before = [(module, vars(module).get('forward')) for module in model.modules()]
+    for module, _ in before:
+        vars(module)['forward'] = told(module, module.forward)
+    try:
+        yield
+    finally:
+        for module, own in before:
+            del vars(module)['forward']
+            if own is not None:
+                vars(module)['forward'] = own
+
+
+@contextlib.contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Puts buffers (running statistics) and random states back as they were."""
+    devices = list({t.device for t in model.parameters() if t.device.type == 'cuda'})
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    modules = [(m, m.training, dict(m._buffers)) for m in model.modules()]
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    versions = [(name, p, p._version) for name, p in model.named_parameters()]
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)
+            for module, training, own in modules:
+                module.training = training
+                module._buffers.update(own)  # some put a new tensor in the place of the old
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+    changed = [name for name, p, version in versions if p._version != version]
+    if changed:
+        raise PruneError(
+            f'the run changes {changed[0]} and {len(changed) - 1} more parameters: give a forward that '
+            'only reads them (no optimizer step)'
+        )
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout and its like (modules without children or parameters) and norms in evaluation mode;
+    afterwards each module has the mode that it had. The others keep theirs: in many heads the code of
+    the loss depends on it."""
+    modes = [(module, module.training) for module in model.modules()]
+    for module, _ in modes:
+        bare = next(module.children(), None) is None and next(module.parameters(), None) is None
+        if bare or isinstance(module, _NormBase):
+            module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

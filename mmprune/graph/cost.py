@@ -1,0 +1,183 @@
+"""What a choice of units costs: FLOPs, parameters, channels, activations.
+
+One multiply-add counts as one FLOP; only convolutions and matrix products count. A module called on
+five levels counts five times, its parameters once.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import numpy as np
+from scipy.sparse import csr_array
+from torch import nn
+
+from mmprune.graph.coupling import Trace
+from mmprune.graph.slots import Axis
+
+
+class Product:
+    """``factor`` times the product of how many positions of some axes are kept."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self, counts: Sequence[np.ndarray]) -> np.ndarray:
+        return self.factor * math.prod(counts)
+
+
+Term = tuple[Callable[[Sequence[np.ndarray]], np.ndarray], tuple[int, ...]]
+"""(kept positions of its axes, as arrays that broadcast -> amount; the numbers of the axes)."""
+
+
+class Products:
+    """A sum of terms ``count * product over axes of (kept / size)``, ready to be evaluated often.
+
+    ``terms``: (count, list of slot id arrays).
+    """
+
+    def __init__(self, trace: Trace, terms: list[tuple[float, list[np.ndarray]]]) -> None:
+        # Equal axes are counted once: a head that runs on five levels has the same ids five times.
+        self._known: dict[bytes, int] = {}
+        ids: list[np.ndarray] = []
+        members: list[list[int]] = []
+        merged: dict[tuple[int, ...], float] = {}
+        for count, axes in terms:
+            numbers = []
+            for axis in axes:
+                key = axis.tobytes()
+                if key not in self._known:
+                    self._known[key] = len(ids)
+                    ids.append(axis)
+                numbers.append(self._known[key])
+            merged[tuple(numbers)] = merged.get(tuple(numbers), 0.0) + count
+        self._ids = ids
+        self._sizes = np.array([axis.size for axis in ids] + [1], dtype=np.float64)
+        self._n_axes = len(ids)
+        # (axis, unit) -> how many of the axis's positions the unit holds; locked ones apart.
+        rows, columns = [], []
+        self._units: list[np.ndarray] = []
+        fixed = np.zeros(len(ids) + 1)
+        for number, axis in enumerate(ids):
+            units = trace.unit_of[axis]
+            self._units.append(units)
+            fixed[number] = (units < 0).sum()
+            units = units[units >= 0]
+            rows.append(np.full(units.size, number))
+            columns.append(units)
+        rows = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
+        columns = np.concatenate(columns) if columns else np.zeros(0, dtype=np.int64)
+        self._members = csr_array(
+            (np.ones(rows.size), (rows, columns)), shape=(len(ids) + 1, max(trace.n_units, 1))
+        )
+        fixed[-1] = 1  # the axis of terms that have none
+        self._fixed = fixed
+        self._counts = np.array(list(merged.values()) or [0.0])
+        width = max((len(m) for m in merged), default=1) or 1
+        members = [list(m) + [self._n_axes] * (width - len(m)) for m in merged]
+        self._terms = np.array(members or [[self._n_axes]], dtype=np.int64)
+
+    def _fractions(self, keep: np.ndarray) -> np.ndarray:
+        return (self._fixed + self._members @ keep.astype(np.float64)) / self._sizes
+
+    def __call__(self, keep: np.ndarray) -> float:
+        """The sum when only the units in ``keep`` (n_units, bool) stay."""
+        return float(self._counts @ self._fractions(keep)[self._terms].prod(axis=1))
+
+    def terms(self) -> tuple[list[np.ndarray], list[Term]]:
+        """(units at the positions of each axis, -1 where locked; the terms over these axes)."""
+        found: list[Term] = []
+        for count, numbers in zip(self._counts.tolist(), self._terms.tolist(), strict=True):
+            axes = tuple(number for number in numbers if number < self._n_axes)
+            found.append((Product(count / math.prod(self._sizes[list(axes)].tolist())), axes))
+        return self._units, found
+
+    def grown(self, growth: np.ndarray) -> float:
+        """The sum were each slot ``growth`` (n_slots,) times as many."""
+        fractions = np.array([growth[ids].mean() for ids in self._ids] + [1.0])
+        return float(self._counts @ fractions[self._terms].prod(axis=1))
+
+    def of_units(self, keep: np.ndarray) -> np.ndarray:
+        """For each unit what it accounts for now: the first derivative of the sum, (n_units,)."""
+        fractions = self._fractions(keep)
+        values = fractions[self._terms]
+        weight = np.zeros(self._n_axes + 1)
+        for column in range(values.shape[1]):
+            others = np.delete(values, column, axis=1).prod(axis=1)
+            np.add.at(weight, self._terms[:, column], self._counts * others)
+        return self._members.T @ (weight / self._sizes)
+
+
+def flops(trace: Trace, part: str | None = None) -> Products:
+    """Multiply-adds of the traced forward (of one part of it)."""
+    return Products(trace, [
+        (work.count, work.axes) for work in trace.record.work
+        if part is None or in_part(work.where, part)
+    ])  # fmt: skip
+
+
+def params(trace: Trace, part: str | None = None) -> Products:
+    """Number of parameters."""
+    terms = []
+    for name, tensor in trace.slots.tensors.items():
+        if isinstance(tensor, nn.Parameter) and (part is None or in_part(name, part)):
+            axes = [trace.slots.by_key.get((name, dim)) for dim in range(tensor.ndim)]
+            count = float(trace.slots.shapes[name].numel())
+            terms.append((count, [axis.ids for axis in axes if axis is not None]))
+    return Products(trace, terms)
+
+
+def before(
+    trace: Trace, shapes: Mapping[str, Sequence[int]] | None, terms: Products
+) -> float:
+    """What a sum was when the tensors of the traced model had ``shapes`` (before its first cut);
+    ``None``: they have them now."""
+    if shapes is None:
+        return terms(np.ones(trace.n_units, dtype=bool))
+    growth = np.ones(trace.slots.size)
+    for axis in trace.slots.axes:
+        shape = shapes.get(axis.name)
+        if shape is not None:
+            growth[axis.ids] = shape[axis.dim] / axis.size
+    return terms.grown(growth)
+
+
+def memory(trace: Trace) -> Products:
+    """Elements of the activations of the traced forward (views aside)."""
+    return Products(trace, [(float(n), axes) for _, n, axes in trace.record.elements])
+
+
+BY_NAME = {'flops': flops, 'memory': memory, 'params': params}
+"""Costs that scores can be set against."""
+
+
+def channels(trace: Trace, part: str | None = None) -> Products:
+    """Output channels of everything with a weight: convolutions, linear layers."""
+    return Products(trace, [
+        (float(axis.size), [axis.ids]) for axis in output_axes(trace)
+        if part is None or in_part(axis.name, part)
+    ])  # fmt: skip
+
+
+def output_axes(trace: Trace) -> list[Axis]:
+    """For each weight that reads channels, the axis of those that it makes."""
+    others = [trace.slots.by_key.get((axis.name, 1 - axis.dim)) for axis in trace.readers]
+    return [axis for axis in others if axis is not None]
+
+
+def part_of(name: str) -> str:
+    """The part that a module or tensor belongs to: its first name, or the first two below a
+    container of heads (``roi_head.bbox_head``)."""
+    names = name.split('.')
+    return '.'.join(names[:2]) if names[0] == 'roi_head' and len(names) > 1 else names[0]
+
+
+def in_part(name: str, part: str) -> bool:
+    """Whether a module or tensor belongs to a part, which is given as :func:`part_of` does, by the
+    start of its names, or by a pattern."""
+    return part_of(name) == part or f'{name}.'.startswith(f'{part}.') or fnmatchcase(name, part)
+
+
+def parts_of(trace: Trace) -> list[str]:
+    """The parts that have weights, in the model's order."""
+    return list(dict.fromkeys(part_of(axis.name) for axis in output_axes(trace)))

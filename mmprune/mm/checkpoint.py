@@ -1,0 +1,123 @@
+"""Checkpoints of mmengine: reading them, and rebuilding the pruned model from its unpruned config."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner.checkpoint import _load_checkpoint
+from torch import nn
+
+from mmprune.errors import PruneError
+from mmprune.surgery.fusion import fuse as fold_norms
+from mmprune.surgery.meta import (
+    META,
+    SAFE_TYPES,
+    checked_content,
+    load_weights,
+    plan_in,
+    read_file,
+)
+from mmprune.surgery.plan import Plan
+
+
+def read_checkpoint(path: str | Path, device: str = 'cpu') -> dict[str, Any]:
+    """:func:`mmprune.surgery.meta.read_file`, also of an address that mmengine fetches
+    (``https://...``): never runs code either, whatever mmengine's own loader would do."""
+    path = str(path)
+    if '://' not in path:
+        return read_file(path, device)
+
+    def load() -> Any:
+        with weights_only_everywhere(), torch.serialization.safe_globals(SAFE_TYPES):
+            return _load_checkpoint(path, map_location=device)
+
+    return checked_content(path, load)
+
+
+@contextlib.contextmanager
+def weights_only_everywhere() -> Iterator[None]:
+    """Has every ``torch.load`` refuse what could run code, one with ``weights_only=False`` too."""
+    before = {name: os.environ.pop(name, None) for name in (FORCE, FORCE_NOT)}
+    os.environ[FORCE] = '1'
+    try:
+        yield
+    finally:
+        del os.environ[FORCE]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+FORCE, FORCE_NOT = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
+"""torch's own variables. The second counts where a caller says nothing, as mmengine does."""
+
+
+def plan_from(path: str | Path) -> Plan:
+    """The plan in a checkpoint file.
+
+    Raises:
+        PruneError: also where the checkpoint has none.
+    """
+    plan = plan_in(read_checkpoint(path))
+    if plan is None:
+        raise PruneError(
+            f"{path}: has no plan (meta['{META}']): it is a checkpoint of an unpruned model; load it "
+            'without mmprune'
+        )
+    return plan
+
+
+def load_pruned(
+    config: str | Path | Config, checkpoint: str | Path, device: str = 'cpu', fuse: bool = False
+) -> nn.Module:
+    """The pruned model, ready for inference, from its *unpruned* config and its checkpoint.
+
+    It has ``.cfg`` and ``.dataset_meta``, as ``mmdet.apis.inference_detector`` and mmpose's
+    ``inference_topdown`` want them. ``fuse``: fold batch norms into convolutions
+    (:func:`mmprune.fuse`); it is faster, and its weights no longer fit a checkpoint.
+
+    Raises:
+        PruneError: the checkpoint has no plan, is damaged, or belongs to another architecture.
+    """
+    cfg = config if isinstance(config, Config) else Config.fromfile(config)
+    content = read_checkpoint(checkpoint)
+    plan = plan_in(content)
+    if plan is None:
+        raise PruneError(f"{checkpoint}: has no plan (meta['{META}']): it is of an unpruned model")
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
+    model = MODELS.build(without_pretrained(cfg.model))
+    plan.apply(model)
+    load_weights(model, content, checkpoint)
+    model.cfg = cfg
+    meta = content['meta'].get('dataset_meta') or {}
+    model.dataset_meta = {str(key).lower(): value for key, value in meta.items()}
+    if fuse:
+        fold_norms(model)
+    return model.to(device).eval()
+
+
+def without_pretrained(model_cfg: Any) -> Any:
+    """A copy of a model's config in which nothing is fetched: the weights come from elsewhere."""
+    if isinstance(model_cfg, dict):
+        return type(model_cfg)(
+            (key, None if _fetches(key, value) else without_pretrained(value))
+            for key, value in model_cfg.items()
+        )
+    if isinstance(model_cfg, list | tuple):
+        return type(model_cfg)(without_pretrained(value) for value in model_cfg)
+    return model_cfg
+
+
+def _fetches(key: str, value: Any) -> bool:
+    pretrained = isinstance(value, dict) and value.get('type') == 'Pretrained'
+    return (key == 'init_cfg' and pretrained) or (key == 'pretrained' and isinstance(value, str))
+
+
+def ensure_hook(cfg: Config) -> None:
+    """Adds a ``PruneHook`` to a config that has none, so that a pruned checkpoint is rebuilt."""
+    hooks = list(cfg.get('custom_hooks') or [])
+    if not any(hook.get('type') == 'PruneHook' for hook in hooks):
+        cfg.custom_hooks = [*hooks, dict(type='PruneHook', rebuild_only=True)]

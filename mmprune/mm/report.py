@@ -1,0 +1,168 @@
+"""Before and after: tables for a person (rich) and the same as JSON."""
+
+import io
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mmengine.runner import Runner
+from rich.console import Console
+from rich.table import Table
+
+from mmprune.graph import cost
+from mmprune.graph.coupling import Trace
+from mmprune.score.collector import Collector
+from mmprune.surgery.plan import Plan
+
+FILE = 'prune_report.json'
+
+
+def before(traced: Trace) -> dict[str, Any]:
+    """What a trace says of the model before any cut of this run: channels by part (by tensor, so
+    that the plan alone tells them later), what is locked and why. Plain data."""
+    axes: dict[str, list[list[Any]]] = {}
+    for axis in cost.output_axes(traced):
+        axes.setdefault(cost.part_of(axis.name), []).append([axis.name, axis.dim, axis.size])
+    return {
+        'axes': axes,
+        'locked': [
+            {'name': each.name, 'dim': each.dim, 'units': each.count, 'why': list(each.reasons)}
+            for each in traced.locked
+        ],
+        'failed': {},
+    }
+
+
+def channels(axes: dict[str, list[list[Any]]], plan: Plan) -> dict[str, dict[str, int]]:
+    """{part: {'before', 'after'}}: output channels of all layers with weights, against the original."""
+    found = {}
+    for part, entries in axes.items():
+        was = now = 0
+        for name, dim, size in entries:
+            original = plan.fingerprint[name][dim] if name in plan.fingerprint else size
+            was += original
+            now += len(plan.keep.get(name, {}).get(dim, range(original)))
+        found[part] = {'before': was, 'after': now}
+    return found
+
+
+def log_trace(logger: logging.Logger, traced: Trace, counted_as: str) -> None:
+    """One table of what may go; what can't be cut at level DEBUG, since it stands in the report too.
+
+    ``counted_as``: what the FLOPs are those of.
+    """
+    for name, where in traced.unknown_ops.items():
+        logger.warning(f'No rule for {name}: locked what goes into it in {", ".join(where)}')
+    for each in traced.locked:
+        logger.debug(f'Locked {each.count} of {each.name}[dim {each.dim}]: {each.reasons[0]}')
+    locked = sum(each.count for each in traced.locked)
+    logger.info(
+        f'{traced.n_units} units in {len(traced.groups)} groups may be cut, {locked} are locked '
+        f'(reasons: {FILE}); FLOPs are of {counted_as}\n{as_text(trace_table(traced))}'
+    )
+
+
+def trace_table(traced: Trace) -> Table:
+    """By part: output channels, how many of them may go, FLOPs and parameters."""
+    out = Table()
+    out.add_column('part')
+    for name in ('channels', 'may go', 'FLOPs', 'parameters'):
+        out.add_column(name, justify='right')
+    axes = cost.output_axes(traced)
+    rows: dict[str, tuple[int, ...]] = {}
+    everything = np.ones(traced.n_units, dtype=bool)
+    for part in dict.fromkeys(cost.part_of(axis.name) for axis in axes):
+        own = [axis for axis in axes if cost.part_of(axis.name) == part]
+        rows[part] = (
+            sum(axis.size for axis in own),
+            sum(int((traced.unit_of[axis.ids] >= 0).sum()) for axis in own),
+            round(cost.flops(traced, part)(everything)),
+            round(cost.params(traced, part)(everything)),
+        )
+    for part, numbers in rows.items():
+        out.add_row(part, *(f'{number:,}' for number in numbers))
+    out.add_section()
+    channels, free = (sum(row[i] for row in rows.values()) for i in (0, 1))
+    out.add_row('all', *(f'{n:,}' for n in (channels, free, traced.flops, traced.params)))
+    return out
+
+
+def as_text(content: Table) -> str:
+    """A table for a log file: no colours, as wide as it needs."""
+    console = Console(width=120, color_system=None, force_terminal=False, file=io.StringIO())
+    console.print(content)
+    return console.file.getvalue().rstrip()
+
+
+def log_scores(logger: logging.Logger, collector: Collector) -> None:
+    """What could not be scored, iterations and units, and why."""
+    skipped = {why: count for why, count in collector.skipped.items() if count}
+    if skipped:
+        logger.warning(f'Iterations that were not scored: {skipped}')
+    for reader, count in collector.unscored().items():
+        logger.info(f'{count} units stay, since {reader}')
+
+
+def log_cut(logger: logging.Logger, number: int, entry: dict[str, Any]) -> None:
+    logger.info(
+        f'Cut {number}: {entry["units_removed"]} units removed; '
+        f'FLOPs {entry["flops"]:,} ({entry["flops"] / entry["flops_before"]:.1%}), '
+        f'parameters {entry["params"]:,} ({entry["params"] / entry["params_before"]:.1%})'
+    )
+
+
+def finish(
+    runner: Runner, started: dict[str, Any], plan: Plan, metrics: dict[str, dict[str, float]]
+) -> None:
+    """Writes ``prune_report.json`` into the work directory and prints the table."""
+    last = plan.history[-1]
+    content = {
+        'flops': {'before': last['flops_before'], 'after': last['flops']},
+        'params': {'before': last['params_before'], 'after': last['params']},
+        'channels': channels(started['axes'], plan),
+        'metrics': metrics,
+        'history': plan.history,
+        'locked': started['locked'],
+        'failed': started.get('failed', {}),
+    }
+    path = Path(runner.work_dir) / FILE
+    path.write_text(json.dumps(content, indent=2) + '\n')
+    runner.logger.info(f'Wrote {path}\n{as_text(table(content))}')
+    screens = [each for each in runner.logger.handlers if type(each) is logging.StreamHandler]
+    if not any(each.level <= logging.INFO for each in screens):
+        Console().print(table(content))  # at every level: this is what one waits for
+
+
+def table(content: dict[str, Any]) -> Table:
+    """The content of ``prune_report.json`` as a table: unpruned, pruned, what is left."""
+    out = Table(title='Pruned', title_justify='left')
+    out.add_column('')
+    for name in ('unpruned', 'pruned', 'left'):
+        out.add_column(name, justify='right')
+    for label, key in (('FLOPs', 'flops'), ('parameters', 'params')):
+        was, now = content[key]['before'], content[key]['after']
+        out.add_row(label, f'{was:,}', f'{now:,}', f'{now / was:.1%}')
+    out.add_section()
+    for part, widths in content['channels'].items():
+        was, now = widths['before'], widths['after']
+        out.add_row(f'channels: {part}', f'{was:,}', f'{now:,}', f'{now / was:.1%}')
+    unpruned, pruned = (content['metrics'].get(k, {}) for k in ('unpruned', 'pruned'))
+    names = [n for n in {**unpruned, **pruned} if _is_headline(n)]
+    if names:
+        out.add_section()
+    for name in names:
+        out.add_row(name, _number(unpruned.get(name)), _number(pruned.get(name)), '')
+    return out
+
+
+def _is_headline(name: str) -> bool:
+    """Metrics for the table: all are in the JSON; those by object size and recalls stay there."""
+    return not name.endswith(('_s', '_m', '_l', '(M)', '(L)', 'data_time', '/time', 'time'))
+
+
+def _number(value: float | None) -> str:
+    if value is None or not np.isfinite(value):
+        return ''
+    return f'{value:,}' if isinstance(value, int) else f'{value:.3f}'

@@ -1,0 +1,133 @@
+"""Running statistics of batch norms after a cut."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmprune.check.verify import evaluating
+from mmprune.contexts import unchanged
+from mmprune.distributed import raise_together
+from mmprune.errors import PruneError
+
+Forward = Callable[[nn.Module, Any], Any]
+Statistics = tuple[torch.Tensor, torch.Tensor, float]
+"""Mean, variance, and how many runs of the norm they are the average of."""
+
+
+def recalibrate(model: nn.Module, forward: Forward, batches: Iterable[Any], only: str = '*') -> int:
+    """Takes batch norms' running means and variances anew, as the plain average over ``batches``.
+
+    What a channel's input is made of changes when others go, and with it its statistics. Weights,
+    other buffers and random states are left alone, and so are norms that no batch reaches.
+    ``forward(model, batch)`` runs it; all but batch norms is in evaluation mode, without gradients.
+    ``only``: a pattern of module names. Returns the number of batches.
+
+    Raises:
+        PruneError: no batch norm of that name keeps statistics; no batch; statistics that are not
+            finite. They are as before then.
+    """
+    names = [name for name in _norms(model) if fnmatchcase(name, only)]
+    if not names:
+        raise PruneError(f'only={only!r}: no batch norm of that name keeps running statistics')
+    return recalibrate_norms(model, names, forward, batches)
+
+
+def recalibrate_norms(
+    model: nn.Module,
+    names: list[str],
+    forward: Forward,
+    batches: Iterable[Any],
+    distributed: bool = False,
+) -> int:
+    """:func:`recalibrate` for the norms of these names. ``distributed``: each process has batches of
+    its own, and all get the average over all of them, or none changes any."""
+    norms = {name: model.get_submodule(name) for name in names}
+    together = raise_together('the recalibration') if distributed else contextlib.nullcontext()
+    with together:
+        count, taken = _taken(model, norms, forward, batches)
+    for name, statistics in taken.items():
+        mean, variance, calls = _over_all_ranks(*statistics) if distributed else statistics
+        if calls:
+            norms[name].running_mean.copy_(mean)
+            norms[name].running_var.copy_(variance)
+            norms[name].num_batches_tracked.fill_(calls)
+    return count
+
+
+def norms_in_training(model: nn.Module) -> list[str]:
+    """Names of the batch norms whose statistics training moves. Those in evaluation mode are frozen
+    (``norm_eval``, ``frozen_stages``): what was learned counts on theirs.
+
+    Raises:
+        PruneError: there are none, so that a recalibration would do nothing.
+    """
+    names = [name for name, norm in _norms(model).items() if norm.training]
+    if not names:
+        raise PruneError(
+            'recalibrate: the model has no batch norm in training mode, so there are no statistics to '
+            'take anew; leave recalibrate out, or unfreeze some (norm_eval=False, model.train())'
+        )
+    return names
+
+
+def batches_asked(asked: Any, batch: Any) -> Iterable[Any] | None:
+    """What ``Pruner.rebuild_model(..., recalibrate=asked)`` runs over; ``None``: nothing."""
+    if isinstance(asked, bool):
+        return [batch] if asked else None
+    if not isinstance(asked, Iterable) or isinstance(asked, str | bytes | Mapping | torch.Tensor):
+        raise PruneError(
+            f'recalibrate={asked if isinstance(asked, int | float | str) else type(asked)!r}: give '
+            'True for the batch of the call, or a list or loader of batches'
+        )
+    return asked
+
+
+def _norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    return {
+        name: module for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
+    }  # fmt: skip
+
+
+def _taken(
+    model: nn.Module, norms: dict[str, _BatchNorm], forward: Forward, batches: Iterable[Any]
+) -> tuple[int, dict[str, Statistics]]:
+    """(number of batches, statistics over them by name); the model is left as it was."""
+    momenta = {name: norm.momentum for name, norm in norms.items()}
+    count = 0
+    try:
+        with unchanged(model), evaluating(model), torch.no_grad():
+            for norm in norms.values():
+                norm.train()
+                norm.reset_running_stats()
+                norm.momentum = None  # a plain average
+            for batch in batches:
+                forward(model, batch)
+                count += 1
+            taken = {
+                name: (n.running_mean.clone(), n.running_var.clone(), float(n.num_batches_tracked))
+                for name, n in norms.items()
+            }
+    finally:
+        for name, norm in norms.items():
+            norm.momentum = momenta[name]
+    if not count:
+        raise PruneError('batches is empty: give some of the training data')
+    for name, (_, variance, _) in taken.items():
+        if not torch.isfinite(variance).all():  # nor is it where the mean is not
+            raise PruneError(f'{name}: its statistics over {count} batches are not finite')
+    return count, taken
+
+
+def _over_all_ranks(mean: torch.Tensor, variance: torch.Tensor, calls: float) -> Statistics:
+    total = torch.cat([mean.double() * calls, variance.double() * calls, mean.new_full((1,), calls)])
+    dist.all_reduce(total)
+    calls = float(total[-1])
+    means, variances = total[:-1].div(max(calls, 1.0)).chunk(2)
+    return means, variances, calls

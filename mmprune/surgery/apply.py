@@ -1,0 +1,205 @@
+"""Applies a plan: narrows tensors, optimizer state, copies of the model, and attributes.
+
+All or nothing: everything new is made before anything old is replaced, and what was replaced is
+put back should replacing fail.
+"""
+
+import re
+import reprlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmprune.contexts import tensors_in
+from mmprune.errors import PruneError
+from mmprune.graph.slots import aliases_of, named_state
+from mmprune.surgery.plan import Plan, check_fingerprint, narrowed, plan_of, set_plan
+
+Change = tuple[Callable[[], None], Callable[[], None]]
+"""Two functions without arguments: do it, undo it."""
+
+
+def cut(model: nn.Module, plan: Plan, optimizer: Any = None, twins: Iterable[nn.Module] = ()) -> Plan:
+    """Narrows ``model`` by a plan that was made for it as it is now.
+
+    ``optimizer``: a torch optimizer, an mmengine ``OptimWrapper``, a scheduler, or a list of these;
+    state of a parameter's shape is sliced with it. ``twins``: models of the same structure (EMA).
+    Returns the plan against the original: this one after any earlier.
+
+    Raises:
+        PruneError: the model is another one, or state can't follow. Nothing has changed then.
+    """
+    twins = list(twins)
+    for each in (model, *twins):  # a copy may hold a tensor under a name that the model lacks
+        plan = plan.with_aliases(aliases_of(each))
+    for each in (model, *twins):
+        check_fingerprint(plan.fingerprint, each, 'the plan', plan.aliases)
+    changes: list[Change] = []
+    dims_of: dict[int, dict[int, list[int]]] = {}
+    for each in (model, *twins):
+        done: set[int] = set()
+        for name, tensor in named_state(each):
+            if name in plan.keep and id(tensor) not in done:
+                done.add(id(tensor))
+                dims_of[id(tensor)] = plan.keep[name]
+                changes += _narrow_tensor(tensor, plan.keep[name])
+        changes += _attribute_changes(each, plan)
+        before = plan_of(each)
+        total = plan if before is None else before.then(plan)
+        changes.append(
+            (
+                lambda each=each, total=total: set_plan(each, total),
+                lambda each=each, before=before: set_plan(each, before),
+            )
+        )
+    for single in optimizers_in(optimizer):
+        changes += _state_changes(single, dims_of)
+    commit(changes)
+    total = plan_of(model)
+    assert total is not None
+    return total
+
+
+def commit(changes: list[Change]) -> None:
+    """Makes all changes; if one raises, undoes those before it and raises again."""
+    undo: list[Callable[[], None]] = []
+    try:
+        for do, back in changes:
+            undo.append(back)
+            do()
+    except BaseException:
+        for back in reversed(undo):
+            back()
+        raise
+
+
+def _narrow_tensor(tensor: torch.Tensor, dims: dict[int, list[int]]) -> list[Change]:
+    old, new, grad = tensor.detach(), narrowed(tensor, dims), tensor.grad
+
+    def put(value: torch.Tensor, gradient: torch.Tensor | None) -> None:
+        # Not `tensor.data = value`: while a graph of an earlier step is alive, autograd would go on
+        # to expect gradients of the old shape. `set_` resets that too.
+        with torch.no_grad():
+            tensor.grad = None
+            tensor.set_(value)
+            tensor.grad = gradient
+
+    return [(lambda: put(new, None), lambda: put(old, grad))]
+
+
+def optimizers_in(value: Any) -> list[torch.optim.Optimizer]:
+    """The torch optimizers in an optimizer, wrapper (also a dict of them), scheduler or list."""
+    if value is None:
+        return []
+    if isinstance(value, torch.optim.Optimizer):
+        return [value]
+    if isinstance(value, list | tuple):
+        return [found for item in value for found in optimizers_in(item)]
+    if isinstance(value, dict):
+        return optimizers_in(list(value.values()))
+    inner = getattr(value, 'optim_wrappers', None) or getattr(value, 'optimizer', None)
+    if inner is None:
+        raise PruneError(
+            f'optimizer={type(value).__name__} has no torch optimizer in it: give an Optimizer, an '
+            'OptimWrapper, a scheduler or a list of these'
+        )
+    return optimizers_in(inner)
+
+
+def _state_changes(
+    optimizer: torch.optim.Optimizer, dims_of: dict[int, dict[int, list[int]]]
+) -> list[Change]:
+    own = {id(p) for group in optimizer.param_groups for p in group['params']}
+    if dims_of and not own & set(dims_of):
+        raise PruneError(
+            f'the optimizer ({type(optimizer).__name__}) holds none of the parameters that are cut: '
+            'give the one that trains this model'
+        )
+    changes: list[Change] = []
+    for parameter, state in optimizer.state.items():
+        dims = dims_of.get(id(parameter))
+        if dims is None:
+            continue
+        for key, value in state.items():
+            tensors = tensors_in(value)  # in a list of them as well
+            if all(t.numel() == 1 != parameter.numel() for t in tensors):
+                continue
+            if tensors[0] is not value or value.shape != parameter.shape:
+                shapes = ', '.join(str(tuple(t.shape)) for t in tensors)
+                raise PruneError(
+                    f'{type(optimizer).__name__} keeps {key!r} of shape {shapes} for a '
+                    f'parameter of shape {tuple(parameter.shape)}: that can not be sliced with it; '
+                    'use an optimizer with state for each element (SGD, Adam, AdamW ...)'
+                )
+            new = narrowed(value, dims)
+            changes.append(
+                (
+                    lambda state=state, key=key, new=new: state.__setitem__(key, new),
+                    lambda state=state, key=key, old=value: state.__setitem__(key, old),
+                )
+            )
+    return changes
+
+
+# -- attributes -----------------------------------------------------------------------------------
+
+
+def _attribute_changes(model: nn.Module, plan: Plan) -> list[Change]:
+    changes: list[Change] = []
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, values in plan.attributes.items():
+        others = plan.module_names(name) if name not in modules else ()
+        known = next((other for other in others if other in modules), name)
+        for attribute, value in values.items():
+            try:
+                module = model.get_submodule(known)
+                old = read_attribute(module, attribute)
+            except (AttributeError, LookupError, TypeError) as error:
+                raise PruneError(
+                    f'{name}.{attribute}: the plan sets it to {value}, but the model has none: build '
+                    'the model from the config and the library versions that the plan was made with'
+                ) from error
+            if isinstance(old, bool) or not isinstance(old, int) or value > old:
+                raise PruneError(
+                    f'{name}.{attribute}: the plan sets it to {value}, but it is {reprlib.repr(old)}, '
+                    'which is no width that could shrink to that: the plan is damaged, or of another '
+                    'version of the library'
+                )
+            changes.append(
+                (
+                    lambda m=module, a=attribute, v=value: write_attribute(m, a, v),
+                    lambda m=module, a=attribute, v=old: write_attribute(m, a, v),
+                )
+            )
+    return changes
+
+
+def _steps(attribute: str) -> list[str | int]:
+    return [int(i) if i else n for n, i in re.findall(r'([A-Za-z_]\w*)|\[(\d+)\]', attribute)]
+
+
+def read_attribute(module: nn.Module, attribute: str) -> Any:
+    """``a``, ``a.b`` or ``a[0]`` of a module."""
+    value: Any = module
+    for step in _steps(attribute):
+        if isinstance(value, int | float | str):
+            raise LookupError(f'{attribute} goes on behind {value!r}')
+        value = value[step] if isinstance(step, int) else getattr(value, step)
+    return value
+
+
+def write_attribute(module: nn.Module, attribute: str, value: Any) -> None:
+    """Sets what :func:`read_attribute` reads; a tuple on the way is replaced by a new one."""
+    *path, last = _steps(attribute)
+    if isinstance(last, str):
+        holder: Any = module
+        for step in path:
+            holder = holder[step] if isinstance(step, int) else getattr(holder, step)
+        setattr(holder, last, value)
+        return
+    name = attribute[: attribute.rindex('[')]
+    items = read_attribute(module, name)
+    changed = [value if i == last else item for i, item in enumerate(items)]
+    write_attribute(module, name, type(items)(changed))

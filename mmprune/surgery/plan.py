@@ -1,0 +1,347 @@
+"""A plan: what to keep of a model, as data. Made apart from being applied.
+
+For every tensor that a cut narrows it holds, for each dimension, the kept indices *of the original*;
+beside that the module attributes that change, and the history of cuts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import reprlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mmprune._version import __version__
+from mmprune.errors import PruneError
+from mmprune.graph.slots import aliases_of, named_state
+
+FORMAT = 1
+"""Version of ``meta['mmprune']``. Readers refuse later ones."""
+
+Keep = dict[str, dict[int, list[int]]]
+Fingerprint = dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What stays of a model.
+
+    ``keep``: {tensor name: {dimension: kept original indices, ascending}} for every parameter and
+    buffer that was cut; ``attributes``: {module name: {attribute: value}}; ``fingerprint``: names
+    and shapes of the original's state; ``history``: one dict for each cut; ``budget``: what was
+    asked for. ``aliases``: {further name of a tensor: its first name}; of such names a model may have
+    some and lack others, since code may give a module a second name while it runs.
+    """
+
+    keep: Keep
+    attributes: dict[str, dict[str, int]]
+    fingerprint: Fingerprint
+    history: list[dict[str, Any]] = field(default_factory=list)
+    budget: dict[str, Any] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        last = self.history[-1] if self.history else {}
+        told = ', '.join(f'{key} {value:,}' for key, value in last.items() if isinstance(value, int))
+        return f'Plan({len(self.keep)} tensors narrower after {len(self.history)} cuts; {told})'
+
+    def apply(self, model: nn.Module, optimizer: Any = None, twins: Iterable[nn.Module] = ()) -> None:
+        """Narrows ``model`` in place: parameters stay the same objects, the optimizer's state and
+        ``twins`` (averaged copies) follow. All or nothing.
+
+        Raises:
+            PruneError: the model is not the plan's original; the first differences are listed.
+        """
+        from mmprune.surgery.apply import cut
+
+        cut(model, self, optimizer, twins)
+
+    def then(self, second: Plan) -> Plan:
+        """This plan and, after it, one made for the model that it leaves, as a single plan."""
+        first, second = self.with_aliases(second.aliases), second.with_aliases(self.aliases)
+        left = {name: list(shape) for name, shape in first.fingerprint.items()}
+        for name, dims in first.keep.items():
+            for dim, kept in dims.items():
+                left[name][dim] = len(kept)
+        wanted = second.fingerprint
+        wrong = [name for name in [*left, *wanted] if left.get(name) != wanted.get(name)]
+        if wrong:
+            raise PruneError(
+                f'the second plan was made for {wrong[0]} of shape {_shape(wanted.get(wrong[0]))}, the '
+                f'first leaves {_shape(left.get(wrong[0]))}: they do not follow each other'
+            )
+        keep = {name: dict(dims) for name, dims in first.keep.items()}
+        for name, dims in second.keep.items():
+            for dim, indices in dims.items():
+                before = keep.get(name, {}).get(dim)
+                kept = indices if before is None else [before[i] for i in indices]
+                keep.setdefault(name, {})[dim] = kept
+        attributes = {name: dict(values) for name, values in self.attributes.items()}
+        for name, values in second.attributes.items():
+            attributes.setdefault(name, {}).update(values)
+        return Plan(
+            keep, attributes, first.fingerprint, self.history + second.history,
+            second.budget or self.budget, first.aliases | second.aliases,
+        )  # fmt: skip
+
+    def with_aliases(self, aliases: dict[str, str]) -> Plan:
+        """The same plan, in which tensors have further names as well: {name: another}."""
+        if aliases.items() <= self.aliases.items():
+            return self
+        shapes, keep, found = dict(self.fingerprint), dict(self.keep), {}
+        for first, names in names_by_first(self.aliases | aliases).items():
+            known = next((name for which in (keep, shapes) for name in names if name in which), None)
+            for name in names if known is not None else ():
+                shapes.setdefault(name, shapes[known])
+                if known in keep:
+                    keep.setdefault(name, keep[known])
+                if name != first:
+                    found[name] = first
+        return replace(self, keep=keep, fingerprint=shapes, aliases=found)
+
+    def module_names(self, name: str) -> list[str]:
+        """Other names that a module has by the plan's aliases."""
+        found = []
+        for pair in self.aliases.items():
+            parts = [one.split('.') for one in pair]
+            while parts[0] and parts[1] and parts[0].pop() == parts[1].pop():
+                own = ['.'.join(part) for part in parts]
+                found += [other for one, other in (own, own[::-1]) if one == name]
+        return found
+
+    def removed(self, name: str, dim: int) -> list[int]:
+        """The original indices that go from one dimension of a tensor."""
+        gone = np.ones(self.fingerprint[name][dim], dtype=bool)
+        gone[self.keep[name][dim]] = False
+        return np.flatnonzero(gone).tolist()
+
+    def to_meta(self) -> dict[str, Any]:
+        """Plain ints, strings, lists and dicts, for a checkpoint's ``meta['mmprune']``."""
+        meta = {
+            'format': FORMAT,
+            'mmprune': __version__,
+            'fingerprint': {name: list(shape) for name, shape in self.fingerprint.items()},
+            'keep': {
+                name: {dim: list(kept) for dim, kept in dims.items()}
+                for name, dims in self.keep.items()
+            },
+            'attributes': {name: dict(values) for name, values in self.attributes.items()},
+            'history': [dict(entry) for entry in self.history],
+            'budget': dict(self.budget),
+        }
+        if self.aliases:
+            meta['aliases'] = dict(self.aliases)
+        return meta | {'checksum': checksum(meta)}
+
+    @classmethod
+    def from_meta(cls, meta: Any) -> Plan:
+        """The plan that :meth:`to_meta` wrote, every part of it checked.
+
+        Raises:
+            PruneError: damaged, of a later format, or not a plan; the message names the part.
+        """
+        _check_meta(meta)
+        return cls(
+            keep={
+                name: {dim: list(kept) for dim, kept in dims.items()}
+                for name, dims in meta['keep'].items()
+            },
+            attributes={name: dict(values) for name, values in meta['attributes'].items()},
+            fingerprint={name: list(shape) for name, shape in meta['fingerprint'].items()},
+            history=[dict(entry) for entry in meta['history']],
+            budget=dict(meta['budget']),
+            aliases=dict(meta.get('aliases', {})),
+        )
+
+
+def fingerprint(model: nn.Module) -> Fingerprint:
+    """Names and shapes of all parameters and buffers."""
+    return {name: list(tensor.shape) for name, tensor in named_state(model)}
+
+
+def names_by_first(aliases: dict[str, str]) -> dict[str, list[str]]:
+    """{first name: all names of a tensor, from aliases of one model or of several}."""
+    group: dict[str, list[str]] = {}
+    for name, first in aliases.items():
+        names, more = group.setdefault(first, [first]), group.get(name, [name])
+        if names is not more:
+            names += more
+            group.update(dict.fromkeys(more, names))
+    return {names[0]: names for names in group.values()}
+
+
+def check_fingerprint(
+    expected: Fingerprint, model: nn.Module, what: str, aliases: dict[str, str] | None = None
+) -> None:
+    """Raises a PruneError that lists the first differences by name and shape. Of the names that a
+    tensor has by ``aliases`` the model needs one."""
+    found = fingerprint(model)
+    for names in names_by_first(aliases or {}).values():
+        known = next((name for name in names if name in found), None)
+        if known is not None:
+            found |= {name: found[known] for name in names if name not in found}
+    differences = [
+        f'{name}: {what} has {_shape(expected.get(name))}, the model {_shape(found.get(name))}'
+        for name in list(expected) + [n for n in found if n not in expected]
+        if expected.get(name) != found.get(name)
+    ]
+    if differences:
+        shown = '\n  '.join(differences[:5])
+        more = f'\n  and {len(differences) - 5} more' if len(differences) > 5 else ''
+        raise PruneError(
+            f'{what} was made for another architecture: {len(differences)} of {len(expected)} '
+            f'tensors differ:\n  {shown}{more}\nBuild the model from the unpruned config that '
+            f'{what} was made with.'
+        )
+
+
+def _shape(shape: list[int] | None) -> str:
+    return 'none' if shape is None else f'({", ".join(map(str, shape))})'
+
+
+def plan_of(model: nn.Module) -> Plan | None:
+    """The plan by which ``model`` was cut, against its original; ``None`` if it never was."""
+    plan = getattr(model, '_mmprune_plan', None)
+    return plan if plan is None else plan.with_aliases(aliases_of(model))
+
+
+def set_plan(model: nn.Module, plan: Plan | None) -> None:
+    if plan is None:
+        vars(model).pop('_mmprune_plan', None)
+    else:
+        model._mmprune_plan = plan
+
+
+def checksum(meta: dict[str, Any]) -> str:
+    """Of all parts of a meta but itself."""
+    parts = {part: meta[part] for part in (*_PARTS, 'aliases') if part in meta}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+# -- reading what a stranger wrote ----------------------------------------------------------------
+
+_PARTS = {
+    'format': int, 'mmprune': str, 'fingerprint': dict, 'keep': dict, 'attributes': dict,
+    'history': list, 'budget': dict,
+}  # fmt: skip
+_ATTRIBUTE = re.compile(r'[A-Za-z_]\w*(\.[A-Za-z_]\w*|\[\d+\])*')
+
+
+def _bad(where: str, found: Any, wanted: str) -> PruneError:
+    return PruneError(
+        f"meta['mmprune']{where} is {_told(found)}, not {wanted}: the file is damaged or was not "
+        'written by mmprune; use another checkpoint'
+    )
+
+
+def _told(value: Any) -> str:
+    """At most 80 characters of what may be endless."""
+    try:
+        text = reprlib.repr(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        return f'something huge ({type(value).__name__})'
+    return text if len(text) <= 80 else text[:77] + '...'
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63
+
+
+def _is_plain(value: Any, depth: int = 6) -> bool:
+    if value is None or isinstance(value, bool | str | float) or _is_int(value):
+        return True
+    if depth == 0 or not isinstance(value, dict | list | tuple):
+        return False
+    if isinstance(value, dict):
+        return all(isinstance(k, str) and _is_plain(v, depth - 1) for k, v in value.items())
+    return all(_is_plain(v, depth - 1) for v in value)
+
+
+def _check_meta(meta: Any) -> None:
+    if not isinstance(meta, dict):
+        raise _bad('', meta, 'a dict')
+    later = meta.get('format')
+    if isinstance(later, int) and later > FORMAT:
+        raise PruneError(
+            f"meta['mmprune'] has format {_told(later)}, this mmprune reads up to {FORMAT}: it was "
+            f'written by mmprune {_told(meta.get("mmprune"))}; install that version or a later one'
+        )
+    for part, kind in _PARTS.items():
+        if not isinstance(meta.get(part), kind) or isinstance(meta.get(part), bool):
+            raise _bad(f'[{part!r}]', meta.get(part), f'of type {kind.__name__}')
+    if meta['format'] != FORMAT:
+        raise _bad("['format']", meta['format'], str(FORMAT))
+    for name, shape in meta['fingerprint'].items():
+        if (
+            not isinstance(name, str)
+            or not isinstance(shape, list)
+            or not all(_is_int(n) and n >= 0 for n in shape)
+        ):
+            raise _bad(f"['fingerprint'][{_told(name)}]", shape, 'a shape')
+    for name, dims in meta['keep'].items():
+        shape = meta['fingerprint'].get(name)
+        if shape is None or not isinstance(dims, dict):
+            raise _bad(f"['keep'][{_told(name)}]", dims, 'a dict of a tensor in the fingerprint')
+        for dim, kept in dims.items():
+            at = f"['keep'][{_told(name)}][{_told(dim)}]"
+            if not _is_int(dim) or not 0 <= dim < len(shape):
+                raise _bad(at, kept, f'for a dimension below {len(shape)}')
+            if (
+                not isinstance(kept, list)
+                or not 0 < len(kept) <= shape[dim]
+                or not all(map(_is_int, kept))
+            ):
+                raise _bad(at, kept, f'a list of 1 to {shape[dim]} indices')
+            if (
+                kept[0] < 0
+                or kept[-1] >= shape[dim]
+                or any(b <= a for a, b in zip(kept, kept[1:], strict=False))
+            ):
+                raise _bad(at, kept, f'ascending indices from 0 to {shape[dim] - 1}')
+    _check_aliases(meta)
+    for name, values in meta['attributes'].items():
+        if not isinstance(name, str) or not isinstance(values, dict):
+            raise _bad(f"['attributes'][{_told(name)}]", values, 'a dict of a module')
+        for attribute, value in values.items():
+            at = f"['attributes'][{_told(name)}][{_told(attribute)}]"
+            good = isinstance(attribute, str) and len(attribute) < 200
+            good = good and _ATTRIBUTE.fullmatch(attribute)
+            if not good or '__' in attribute or not _is_int(value) or value < 1:
+                raise _bad(at, value, 'a positive width')
+    for number, entry in enumerate(meta['history']):
+        if not isinstance(entry, dict) or not _is_plain(entry):
+            raise _bad(f"['history'][{number}]", entry, 'a dict of plain values')
+        for key in ('flops_before', 'flops', 'params_before', 'params'):
+            if not _is_int(entry.get(key)) or entry[key] < key.endswith('_before'):
+                raise _bad(f"['history'][{number}][{key!r}]", entry.get(key), 'a number of them')
+    if not _is_plain(meta['budget']):
+        raise _bad("['budget']", meta['budget'], 'a dict of plain values')
+    if meta.get('checksum') != checksum(meta):
+        raise _bad("['checksum']", meta.get('checksum'), 'that of what stands there')
+
+
+def _check_aliases(meta: dict[str, Any]) -> None:
+    aliases, shapes, keep = meta.get('aliases', {}), meta['fingerprint'], meta['keep']
+    if not isinstance(aliases, dict):
+        raise _bad("['aliases']", aliases, 'of type dict')
+    for name, first in aliases.items():
+        known = isinstance(first, str) and name in shapes and first not in aliases
+        if not known or shapes[name] != shapes.get(first) or keep.get(name) != keep.get(first):
+            raise _bad(f"['aliases'][{_told(name)}]", first, 'another name of the same tensor')
+
+
+def narrowed(tensor: torch.Tensor, dims: dict[int, list[int]]) -> torch.Tensor:
+    """A copy of ``tensor`` with the kept indices of each dimension, in its memory format."""
+    out = tensor.detach()
+    for dim, kept in dims.items():
+        out = out.index_select(dim, torch.tensor(kept, device=out.device))
+    if tensor.ndim == 4 and not tensor.is_contiguous():
+        out = out.contiguous(memory_format=torch.channels_last)
+    return out

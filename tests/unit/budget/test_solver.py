@@ -1,0 +1,205 @@
+"""The knapsack, on hand-made costs small enough to try every choice."""
+
+import itertools
+import time
+
+import numpy as np
+import pytest
+
+from mmprune.budget.block_cost import CalledCost, Ladder, TermCost, kept_at
+from mmprune.budget.solver import lower_hull, solve
+from mmprune.graph.cost import Product
+
+SEEDS = range(60)
+
+
+def problem(seed, layers=4):
+    """A chain of layers of one to three blocks each (12 at most), one reads two; some costs are of
+    one layer alone, as those of a depthwise convolution are."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(2, 5, size=layers).tolist()
+    starts = np.cumsum([0, *sizes]).tolist()
+    ladders, axes = [], []
+    for start, size in zip(starts, sizes, strict=False):
+        rise = np.sort(rng.random(size - 1) ** 2 * 10 ** rng.uniform(-1, 1))
+        axes.append(np.arange(start, start + size))
+        ladders.append(Ladder(axes[-1], np.arange(size), np.append(0, np.cumsum(rise))))
+    terms = [(Product(rng.uniform(1, 4)), (i, i + 1)) for i in range(layers - 1)]
+    terms += [(Product(rng.uniform(1, 10)), (0,)), (Product(rng.uniform(0, 2)), (0, 2))]
+    return ladders, np.ones(starts[-1], dtype=bool), axes, terms
+
+
+def amount(terms, axes, keep):
+    return sum(float(f([keep[axes[a]].sum() for a in numbers])) for f, numbers in terms)
+
+
+def lost(ladders, levels):
+    return sum(float(ladder.lost[level]) for ladder, level in zip(ladders, levels, strict=True))
+
+
+def all_choices(ladders):
+    return itertools.product(*(range(ladder.gone.size) for ladder in ladders))
+
+
+def exchanges(ladders, levels):
+    """Every choice with one block back, and one or no other in its place."""
+    for a, b in itertools.product(range(len(ladders)), repeat=2):
+        if levels[a]:
+            new = list(levels)
+            new[a] -= 1
+            if a != b:
+                new[b] += 1
+            if new[b] < ladders[b].gone.size:
+                yield new
+
+
+def small_problems():
+    for seed in SEEDS:
+        ladders, keep, axes, terms = problem(seed)
+        value = lambda levels, p=(ladders, keep, axes, terms): amount(  # noqa: E731
+            p[3], p[2], kept_at(p[0], p[1], levels)
+        )
+        target = 0.5 * value([0] * len(ladders))
+        possible = [levels for levels in all_choices(ladders) if value(levels) <= target]
+        if possible:
+            yield ladders, keep, axes, terms, value, target, possible
+
+
+@pytest.fixture(scope='module')
+def solved():
+    found = []
+    for ladders, keep, axes, terms, value, target, possible in small_problems():
+        levels = solve(ladders, TermCost(ladders, keep, axes, terms, smooth=True), target)
+        found.append((ladders, levels, value, target, possible))
+    assert len(found) > 50
+    return found
+
+
+def test_the_target_is_met_and_no_exchange_of_single_blocks_loses_less(solved):
+    for ladders, levels, value, target, _ in solved:
+        assert value(levels) <= target
+        for other in exchanges(ladders, levels):
+            better = lost(ladders, other) < lost(ladders, levels) * (1 - 1e-9)
+            assert not (better and value(other) <= target), (levels, other)
+
+
+def test_nearly_always_it_is_the_best_of_all_choices(solved):
+    ratios = []
+    for ladders, levels, _, _, possible in solved:
+        ratios.append(lost(ladders, levels) / min(lost(ladders, other) for other in possible))
+    ratios = np.array(ratios)
+    assert (ratios < 1 + 1e-9).mean() > 0.9 and ratios.mean() < 1.02 and ratios.max() < 1.5
+
+
+def test_a_cost_that_can_only_be_called_gives_the_same():
+    for ladders, keep, axes, terms, _, target, _ in itertools.islice(small_problems(), 15):
+        terms_cost = TermCost(ladders, keep, axes, terms, smooth=True)
+        called = CalledCost(ladders, keep, lambda k, a=axes, t=terms: amount(t, a, k))
+        assert solve(ladders, called, target) == solve(ladders, terms_cost, target)
+
+
+def test_what_is_said_of_neighbours_is_what_moving_there_gives():
+    ladders, keep, axes, terms = problem(3)
+    cost = TermCost(ladders, keep, axes, terms, smooth=True)
+    for ladder, level in ((0, 1), (2, 1), (0, 0), (1, 1), (0, 1)):
+        cost.move(ladder, level)
+        levels = list(cost._at)
+        lower = np.minimum(np.array(levels) + 1, [ladder.gone.size - 1 for ladder in ladders])
+        upper = np.maximum(np.array(levels) - 1, 0)
+        up, down, both = cost.neighbours(upper, lower)
+        here = amount(terms, axes, kept_at(ladders, keep, levels))
+        assert cost.value == pytest.approx(here)
+        for a, b in itertools.permutations(range(4), 2):
+            new = list(levels)
+            new[a], new[b] = int(upper[a]), int(lower[b])
+            there = amount(terms, axes, kept_at(ladders, keep, new))
+            assert there - here == pytest.approx(up[a] - down[b] + both[a, b])
+        for number in range(4):
+            for level, at in enumerate(cost.curve(number)):
+                new = list(levels)
+                new[number] = level
+                assert at == pytest.approx(amount(terms, axes, kept_at(ladders, keep, new)))
+
+
+def stairs(height, *edges):
+    """Seconds that fall only where a width passes an edge."""
+    return lambda counts: height * np.searchsorted(edges, counts[0], side='left').astype(float)
+
+
+def test_on_a_staircase_blocks_that_only_save_together_go_together():
+    lost_by = np.array([0.0, 1.0, 2.0, 3.0, 4.0])
+    ladders = [Ladder(first + np.arange(4), np.arange(5), lost_by) for first in (0, 4)]
+    axes = [np.arange(4), np.arange(4, 8)]
+    keep = np.ones(8, dtype=bool)
+    # The first saves 10 at two blocks, the second 4 at each of three.
+    terms = [(stairs(10.0, 0, 2), (0,)), (stairs(4.0, 0, 1, 2, 3), (1,))]
+    cost = TermCost(ladders, keep, axes, terms, smooth=False)
+    assert cost.value == 20 + 16
+    assert solve(ladders, cost, 26.0) == [2, 0]  # one block of the first would save nothing
+    assert solve(ladders, TermCost(ladders, keep, axes, terms, smooth=False), 32.0) == [0, 1]
+
+
+def test_another_cost_says_what_scores_are_set_against():
+    """Both save as much; the first holds more memory for its score, the second loses less."""
+    ladders = [
+        Ladder(np.array([0]), np.array([0, 1]), np.array([0.0, 2.0])),
+        Ladder(np.array([1]), np.array([0, 1]), np.array([0.0, 1.0])),
+    ]
+    axes, keep = [np.array([0]), np.array([1])], np.ones(2, dtype=bool)
+    flops = [(Product(5.0), (0,)), (Product(5.0), (1,))]
+    memory = [(Product(10.0), (0,)), (Product(1.0), (1,))]
+    of = lambda terms: TermCost(ladders, keep, axes, terms, smooth=True)  # noqa: E731
+    assert solve(ladders, of(flops), 5.0) == [0, 1]
+    assert solve(ladders, of(flops), 5.0, of(memory)) == [1, 0]
+    assert solve(ladders, of(flops), 0.0, of(memory)) == [1, 1]
+
+
+def test_what_saves_none_of_the_other_cost_goes_last_but_goes():
+    ladders = [Ladder(np.array([n]), np.array([0, 1]), np.array([0.0, 1.0 + n])) for n in range(2)]
+    axes, keep = [np.array([0]), np.array([1])], np.ones(2, dtype=bool)
+    flops = TermCost(ladders, keep, axes, [(Product(5.0), (0,)), (Product(5.0), (1,))], smooth=True)
+    memory = TermCost(ladders, keep, axes, [(Product(1.0), (1,))], smooth=True)
+    assert solve(ladders, flops, 0.0, memory) == [1, 1]
+
+
+def test_gains_go_first_and_stay_away():
+    """A score below zero: the loss falls without the unit."""
+    ladders = [Ladder(np.array([n]), np.array([0, 1]), np.array([0.0, (-3.0, 1.0)[n]])) for n in (0, 1)]
+    axes, keep = [np.array([0]), np.array([1])], np.ones(2, dtype=bool)
+    terms = [(Product(1.0), (0,)), (Product(5.0), (1,))]
+    assert solve(ladders, TermCost(ladders, keep, axes, terms, smooth=True), 1.0) == [1, 1]
+
+
+@pytest.mark.parametrize(
+    'saved, lost, hull',
+    [
+        ([0, 1, 2, 3], [0, 1, 3, 6], [0, 1, 2, 3]),
+        ([0, 1, 2, 3], [0, 2, 3, 6], [0, 2, 3]),  # two together are cheaper than the first
+        ([0, 0, 2, 2], [0, 1, 2, 3], [0, 2]),  # what saves nothing by itself
+        ([0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3]),
+        ([0, 2, 3, 5], [0, 5, 5.5, 6], [0, 3]),
+    ],
+)  # fmt: skip
+def test_the_hull(saved, lost, hull):
+    assert lower_hull(np.array(saved, float), np.array(lost, float)).tolist() == hull
+
+
+def test_thirty_thousand_units_take_less_than_a_second():
+    rng = np.random.default_rng(0)
+    ladders, axes = [], []
+    for layer in range(60):
+        units = np.arange(layer * 500, (layer + 1) * 500)
+        axes.append(units)
+        rise = np.sort(rng.random(500)) * 10 ** rng.uniform(-2, 2)
+        ladders.append(Ladder(units[:-1], np.arange(500), np.append(0, np.cumsum(rise[:-1]))))
+    terms = [(Product(rng.uniform(1, 4)), (i, i + 1)) for i in range(59)]
+    keep = np.ones(30_000, dtype=bool)
+    start = time.process_time()
+    cost = TermCost(ladders, keep, axes, terms, smooth=True)
+    whole = cost.value
+    levels = solve(ladders, cost, 0.5 * whole)
+    assert time.process_time() - start < 1
+    assert 0.499 * whole < cost.value <= 0.5 * whole
+    assert len(levels) == 60 and cost.value == pytest.approx(
+        amount(terms, axes, kept_at(ladders, keep, levels))
+    )

@@ -1,0 +1,109 @@
+"""One tiny net for each rule, over the table itself: a rule without a case fails.
+
+Every net has a convolution ``a`` that makes 8 channels and a linear layer ``o`` that reads them;
+between them, or beside, stands the operation. A case says whether ``a`` loses channels, or why it may
+not. What is cut is compared with the net whose channels were zeroed by hand.
+"""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mmprune
+from mmprune.check.verify import copied
+from mmprune.graph.rules import RULES
+from tests.helpers.by_hand import error, masked_by_hand, run
+from tests.helpers.random_blocks import Step
+from tests.helpers.rule_cases import CASES
+
+A = torch.ops.aten
+
+
+def net(function):
+    torch.manual_seed(0)
+    parts = {
+        'a': nn.Conv2d(3, 8, 3, padding=1), 'o': nn.Linear(8, 3), 'b': nn.Conv2d(8, 8, 1),
+        'q': nn.Linear(8, 8), 'k': nn.Linear(8, 8), 'n': nn.BatchNorm2d(8), 'e': nn.Embedding(5, 8),
+    }  # fmt: skip
+    shapes = {'vector': (8,), 'table': (8, 8), 'row': (1, 8), 'kernel': (8, 1, 3, 3)}
+    parts |= {name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
+    model = Step(lambda m, x: function(m, m.a(x)), **parts).double().eval()
+    model.register_buffer('const', torch.rand(8, dtype=torch.double) + 0.1)
+    return model
+
+
+class Names(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.add(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+ELSEWHERE = {
+    'aten::_scaled_dot_product_flash_attention': 'CUDA', 'aten::cudnn_batch_norm': 'CUDA',
+    'aten::_scaled_dot_product_efficient_attention': 'CUDA', 'aten::miopen_batch_norm': 'ROCm',
+    'aten::_scaled_dot_product_cudnn_attention': 'CUDA', 'aten::batch_norm_elemt': 'CUDA',
+    'aten::batch_norm_stats': 'CUDA', 'aten::batch_norm_gather_stats_with_counts': 'CUDA',
+    'aten::_fused_rms_norm': 'CUDA',
+}  # fmt: skip
+"""Operations that a CPU never runs."""
+
+ATEN = sorted(name for name in RULES if name.startswith('aten::'))
+
+
+def test_no_rule_is_without_a_case():
+    missing = [name for name in ATEN if name not in CASES and name not in ELSEWHERE]
+    assert not missing, f'rules without a case: {missing}'
+    unknown = [name for name in [*CASES, *ELSEWHERE] if name not in RULES]
+    assert not unknown, f'cases without a rule: {unknown}'
+
+
+def test_no_rule_is_for_a_name_that_the_dispatcher_never_shows():
+    """Composite operations are taken apart before a dispatch mode sees them."""
+    never = []
+    for name in ATEN:
+        packet = getattr(A, name.removeprefix('aten::'), None)
+        overloads = [getattr(packet, overload) for overload in packet.overloads()] if packet else []
+        # An overload of TorchScript's alone has no entry in the dispatcher; out= is written by hand.
+        own = [o for o in overloads if not any(a.is_out for a in o._schema.arguments)]
+        real = [o.name() for o in own if torch._C._dispatch_has_kernel(o.name())]
+        implicit = 'CompositeImplicitAutograd'
+        if all(torch._C._dispatch_has_kernel_for_dispatch_key(o, implicit) for o in real):
+            never.append(name)
+    assert [name for name in never if name not in ELSEWHERE] == []
+
+
+@pytest.mark.parametrize(
+    ('name', 'number'), [(name, n) for name in ATEN for n in range(len(CASES.get(name, ())))]
+)
+def test_cut_is_exact_or_locked_for_the_reason(name, number):
+    function, locked, train = CASES[name][number]
+    model = net(function).train(train)
+    x = torch.randn(2, 3, 4, 4, dtype=torch.double)
+    with torch.no_grad(), Names() as names:
+        copied(model)(x)
+    assert name in names.seen, f'the net does not run {name} but {sorted(names.seen)}'
+
+    traced = mmprune.trace(model, lambda m: m(x))
+
+    assert name not in traced.unknown_ops
+    free = [g for g in traced.groups if any(str(axis) == 'a.weight[dim 0]' for axis in g.axes)]
+    reasons = [str(entry) for entry in traced.locked]
+    if locked is not None:
+        assert not free
+        assert any(locked in reason for reason in reasons), reasons
+        return
+    assert free, reasons
+    original = copied(model)
+    plan = mmprune.prune(model, lambda m: m(x), keep_channels=0.5, score='random', check=False)
+    assert len(plan.keep['a.weight'][0]) < 8
+    tolerance = 1e-5 if name in FLOAT32 else 1e-9
+    assert error(run(masked_by_hand(original, plan.keep), x), run(model, x)) < tolerance
+
+
+FLOAT32 = ('aten::_to_copy', 'aten::_grid_sampler_2d_cpu_fallback')
+"""Their nets pass through single precision."""

@@ -1,0 +1,145 @@
+"""Unpruned and pruned do the same work, in turns, and what is measured is of each."""
+
+import importlib.util
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+
+from mmprune import PruneError
+from mmprune.mm.deploy import benchmark
+from mmprune.mm.deploy.benchmark import Job
+from tests.helpers.deploy_models import pruned, saved
+
+POSE = 'configs/_base_/simple_baseline_shapes.py'
+RETINANET = 'configs/_base_/retinanet_shapes.py'
+TOOL = Path(__file__).parents[4] / 'tools' / 'benchmark.py'
+
+
+@pytest.fixture(scope='module')
+def job(tmp_path_factory):
+    path = saved(pruned(POSE, 'pose', keep_params=0.3), tmp_path_factory.mktemp('pose') / 'x.pth')
+    return Job(Config.fromfile(POSE), path, (64, 64), 2)
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """The tool's main function with such arguments."""
+    spec = importlib.util.spec_from_file_location('mmprune_tools_benchmark', TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, 'argv', ['benchmark.py', *map(str, arguments)])
+        module.main()
+
+    return run
+
+
+@pytest.mark.parametrize(('config', 'task', 'side'), [(POSE, 'pose', 64), (RETINANET, 'detection', 96)])
+def test_both_find_the_same(tmp_path, config, task, side):
+    model = pruned(config, task)
+    job = Job(Config.fromfile(config), saved(model, tmp_path / 'x.pth'), (side, side), 1)
+    wide = benchmark.load(replace(job, which='unpruned'))
+    sizes = [sum(p.numel() for p in each.parameters()) for each in (wide, model)]
+    assert sizes[1] < 0.8 * sizes[0]
+    images = torch.randn(2, 3, side, side)
+    with torch.no_grad():
+        a, b = (benchmark.network_of(each, raw=True)(images) for each in (wide, model))
+    a, b = ([x] if isinstance(x, torch.Tensor) else list(x) for x in (a, b))
+    for x, y in zip(a, b, strict=True):
+        assert y.std() > 1e-4
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4 * float(y.abs().max()))
+
+
+def test_every_round_has_both():
+    calls = []
+    times = benchmark.in_turns([lambda: calls.append('a'), lambda: calls.append('b')], 4)
+    assert times.shape == (4, 2) and (times > 0).all()
+    timed = calls[2 * benchmark.WARM_UP :]
+    assert timed == ['b', 'a', 'a', 'b', 'b', 'a', 'a', 'b']
+
+
+def test_time_goes_to_whom_it_belongs():
+    from time import sleep
+
+    times = benchmark.in_turns([lambda: sleep(0.03), lambda: sleep(0.001)], 3)
+    slow, fast = np.median(times, axis=0)
+    assert slow >= 30 and 1 <= fast < slow
+
+
+def test_memory_is_of_a_process_of_its_own(job):
+    """Weights count, those of the network alone, and activations with the batch."""
+    wide = replace(job, which='unpruned')
+    weights = sum(p.numel() * 4 for p in benchmark.load(wide).parameters())
+    ballast = torch.ones(1 << 26)  # 256 MB that are not the model's
+    peak = benchmark.peak_memory(wide)
+    del ballast
+    assert weights < peak < weights + 150e6
+    assert benchmark.peak_memory(replace(wide, batch=64)) > peak + 20e6
+    assert benchmark.peak_memory(replace(wide, mode='compile')) is None
+
+
+def test_a_row(job, monkeypatch):
+    monkeypatch.setattr(benchmark, 'peak_memory', lambda job: {'unpruned': 7, 'pruned': 5}[job.which])
+    models = {which: benchmark.load(replace(job, which=which)) for which in benchmark.WHICH}
+    monkeypatch.setattr(
+        benchmark, 'in_turns', lambda runs, rounds: np.array([[8.0, 4], [9, 3], [50, 25]])
+    )
+    row = benchmark.measure(job, models, 3, flops_ratio=4.0)
+    assert row['unpruned'] == {'median_ms': 9, 'p95_ms': pytest.approx(45.9), 'peak_bytes': 7}
+    assert row['pruned']['median_ms'] == 4
+    assert row['time_ratio'] == 2 and row['of_flops_ratio'] == 0.5
+
+
+def test_a_compiler_that_fails_is_a_row(job, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise RuntimeError('no compiler here\nand much more')
+
+    monkeypatch.setattr(torch, 'compile', refuse)
+    models = {which: benchmark.load(replace(job, which=which)) for which in benchmark.WHICH}
+    row = benchmark.measure(replace(job, mode='compile'), models, 2, 2.0)
+    assert row == {'mode': 'compile', 'batch': 2, 'failure': 'RuntimeError: no compiler here'}
+
+
+@pytest.mark.slow
+def test_the_tool(job, run, tmp_path, capsys):
+    path = tmp_path / 'figures.json'
+    modes = ('channels_last', 'onnxruntime', 'openvino')
+    run(POSE, job.checkpoint, '--modes', *modes, '--batch', 2, '--rounds', 3, '--json', path)
+    report = json.loads(path.read_text())
+    assert report['size'] == [64, 64] and report['precision'] == 'float32' and report['threads'] == 1
+    assert report['flops_ratio'] > 1.2
+    assert [(row['batch'], row['mode']) for row in report['rows']] == [(2, mode) for mode in modes]
+    for row in report['rows']:
+        for which in ('unpruned', 'pruned'):
+            assert 0 < row[which]['median_ms'] <= row[which]['p95_ms']
+            assert row[which]['peak_bytes'] > 1e6
+    said = capsys.readouterr().out
+    assert 'openvino' in said and 'times fewer' in ' '.join(said.split())
+
+
+def test_bad_input(job, run, tmp_path, capsys):
+    with pytest.raises(PruneError, match=r'--json .*nowhere/x.json: there is no folder'):
+        run(POSE, job.checkpoint, '--json', tmp_path / 'nowhere' / 'x.json')
+    detector = saved(pruned(RETINANET), tmp_path / 'retinanet.pth')
+    with pytest.raises(PruneError, match='--size: the test pipeline .* give HEIGHT WIDTH'):
+        run(RETINANET, detector)
+    content = torch.load(job.checkpoint, weights_only=True)
+    del content['meta']['mmprune']
+    torch.save(content, tmp_path / 'dense.pth')
+    with pytest.raises(PruneError, match='has no plan'):
+        run(POSE, tmp_path / 'dense.pth')
+    for arguments, text in (
+        (['--batch', '0'], 'must be an integer >= 1'),
+        (['--modes', 'tensorrt'], "invalid choice: 'tensorrt'"),
+        (['--onnx', 'a.onnx', 'b.onnx'], 'a.onnx does not exist'),
+    ):
+        with pytest.raises(SystemExit):
+            run(POSE, job.checkpoint, *arguments)
+        assert text in capsys.readouterr().err
