@@ -59,13 +59,18 @@ def _drawn(split: str, folder: Path, count: int = 8) -> Iterator[dict[str, Any]]
             path = folder / f'{split}{i}.jpg'
             cv2.imwrite(str(path), image[:height])
             yield dict(
-                file_name=str(path), width=width, height=height,
+                file_name=str(path),
+                width=width,
+                height=height,
                 annotations=[
-                    dict(category=0 if kind == FIGURE else 1 + SHAPES.index(kind), bbox=box,
-                         segmentation=[_corners(*box)])
+                    dict(
+                        category=0 if kind == FIGURE else 1 + SHAPES.index(kind),
+                        bbox=box,
+                        segmentation=[_corners(*box)],
+                    )
                     for kind, box in found
                 ],
-            )  # fmt: skip
+            )
 
 
 def full_size(pictures: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
@@ -98,9 +103,10 @@ def write_data(folder: Path, train: int, val: int) -> None:
         _write(out / f'instances_{split}2017.json', full_size(pictures, count), categories)
         people = [
             picture | {'annotations': [_with_keypoints(each, rng)]}
-            for picture in pictures for each in picture['annotations']
+            for picture in pictures
+            for each in picture['annotations']
             if each['category'] == 0 and min(each['bbox'][2:]) >= 48
-        ][:count]  # fmt: skip
+        ][:count]
         _write(out / f'person_keypoints_{split}2017.json', people, categories[:1])
     detections = [
         dict(image_id=i + 1, category_id=1, bbox=each['annotations'][0]['bbox'], score=0.9)

@@ -82,9 +82,11 @@ def small_job(work_dir: Path, resume: bool, kill_at: tuple[str, int] | None) -> 
         from tests.helpers.hook_runs import config, train
 
         cfg = config(
-            work_dir, epochs=6, hook=dict(keep_flops=0.4, interval=9, steps=3),
+            work_dir,
+            epochs=6,
+            hook=dict(keep_flops=0.4, interval=9, steps=3),
             param_scheduler=[dict(type='CosineAnnealingLR', T_max=6, by_epoch=True)],
-        )  # fmt: skip
+        )
         cfg.default_hooks.checkpoint = dict(
             type='CheckpointHook', interval=1, max_keep_ckpts=1, save_best='accuracy'
         )
@@ -171,9 +173,11 @@ def script_job(config: str, options: list[str]) -> Start:
         ]
         with open(work_dir / 'log.txt', 'a') as log:
             run = subprocess.Popen(
-                command + ['--resume'] * resume + options, stdout=log, stderr=log,
+                command + ['--resume'] * resume + options,
+                stdout=log,
+                stderr=log,
                 env=os.environ | {'PYTHONPATH': str(ROOT)},
-            )  # fmt: skip
+            )
         return Child(run.pid)
 
     return start
@@ -210,20 +214,21 @@ def compare(found: dict, wanted: dict) -> dict[str, bool]:
     trained = ('state_dict', 'ema_state_dict')
     return {
         'structure': found['plan'] == wanted['plan'],
-        'weights': all(
-            same_tensors(mine[key], its[key]) for key in trained if key in its
-        ) and same_tensors(mine['optimizer']['state'], its['optimizer']['state']),
+        'weights': all(same_tensors(mine[key], its[key]) for key in trained if key in its)
+        and same_tensors(mine['optimizer']['state'], its['optimizer']['state']),
         'metrics': found['metrics'] == wanted['metrics'],
-    }  # fmt: skip
+    }
 
 
 def same_tensors(one: object, other: object) -> bool:
     if isinstance(one, torch.Tensor):
         return isinstance(other, torch.Tensor) and torch.equal(one, other)
     if isinstance(one, dict):
-        return isinstance(other, dict) and one.keys() == other.keys() and all(
-            same_tensors(one[key], other[key]) for key in one
-        )  # fmt: skip
+        return (
+            isinstance(other, dict)
+            and one.keys() == other.keys()
+            and all(same_tensors(one[key], other[key]) for key in one)
+        )
     return one == other
 
 
@@ -308,8 +313,15 @@ def told(rows: list[list], took: float) -> int:
         old = sums.setdefault(name, [0] * len(numbers))
         sums[name] = [a + b for a, b in zip(old, numbers, strict=True)]
     table = Table(title=f'Killed and resumed (undisturbed: {took:.1f} s a run)', title_justify='left')
-    for head in ('case', 'kills', 'runs', 'unreadable files', 'structure differs', 'weights differ',
-                 'metrics differ'):  # fmt: skip
+    for head in (
+        'case',
+        'kills',
+        'runs',
+        'unreadable files',
+        'structure differs',
+        'weights differ',
+        'metrics differ',
+    ):
         table.add_column(head, justify='left' if head == 'case' else 'right')
     for name, numbers in sums.items():
         table.add_row(name, *map(str, numbers))

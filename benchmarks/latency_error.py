@@ -72,13 +72,18 @@ def main() -> None:
         def report(asked, keep, real, traced=traced, name=name, table=table, whole=whole):
             flops = mmprune.graph.cost.flops(traced)(keep) / traced.flops
             predicted = table(keep) / whole
-            print(f'| {name} | {asked} | {flops:.3f} | {predicted:.3f} | {real:.3f} '
-                  f'| {predicted / real - 1:+.1%} |', flush=True)  # fmt: skip
+            print(
+                f'| {name} | {asked} | {flops:.3f} | {predicted:.3f} | {real:.3f} '
+                f'| {predicted / real - 1:+.1%} |',
+                flush=True,
+            )
 
         again = seconds_of(model, forward, 7)
-        print(f'| {name} | unpruned, {again * 1e3:.1f} ms, {rest / whole:.0%} of it not in the table '
-              f'| 1 | {whole * 1e3:.1f} ms | {again * 1e3:.1f} ms '
-              f'| {whole / again - 1:+.1%} |')  # fmt: skip
+        print(
+            f'| {name} | unpruned, {again * 1e3:.1f} ms, {rest / whole:.0%} of it not in the table '
+            f'| 1 | {whole * 1e3:.1f} ms | {again * 1e3:.1f} ms '
+            f'| {whole / again - 1:+.1%} |'
+        )
         for fraction in args.keep:
             budget = Budget(keep_flops=fraction, divisor=args.divisor or 'auto')
             keep = choose(traced, scores, budget, per='memory', auto=table.divisor)

@@ -46,8 +46,9 @@ def crops(root, split):
         side, rng = 1.4 * max(w, h), np.random.default_rng(item['id'])
         dx, dy = rng.uniform(-0.15, 0.15, 2) * side
         corner = (x + w / 2 - side / 2 + dx, y + h / 2 - side / 2 + dy)
-        matrix = np.float32([[SIDE / side, 0, -corner[0] * SIDE / side],
-                             [0, SIDE / side, -corner[1] * SIDE / side]])  # fmt: skip
+        matrix = np.float32(
+            [[SIDE / side, 0, -corner[0] * SIDE / side], [0, SIDE / side, -corner[1] * SIDE / side]]
+        )
         found.append(cv2.warpAffine(picture, matrix, (SIDE, SIDE), borderMode=cv2.BORDER_REFLECT))
         labels.append(item['category_id'])
     kinds = sorted(set(labels))
@@ -68,13 +69,26 @@ def vgg():
 
 def alexnet():
     return nn.Sequential(
-        nn.Conv2d(3, 24, 5, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2, 1),
-        nn.Conv2d(24, 48, 5, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2, 1),
-        nn.Conv2d(48, 64, 3, padding=1), nn.ReLU(),
-        nn.Conv2d(64, 48, 3, padding=1), nn.ReLU(),
-        nn.Conv2d(48, 48, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.Flatten(1),
-        nn.Dropout(0.3), nn.Linear(48 * 16, 96), nn.ReLU(), nn.Dropout(0.3), nn.Linear(96, 6),
-    )  # fmt: skip
+        nn.Conv2d(3, 24, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2, 1),
+        nn.Conv2d(24, 48, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2, 1),
+        nn.Conv2d(48, 64, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(64, 48, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(48, 48, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2, 1),
+        nn.Flatten(1),
+        nn.Dropout(0.3),
+        nn.Linear(48 * 16, 96),
+        nn.ReLU(),
+        nn.Dropout(0.3),
+        nn.Linear(96, 6),
+    )
 
 
 def classifier(make, root, seed, epochs):
@@ -153,7 +167,7 @@ def oracle(model, units, chosen, batches, loss):
     found = []
     for unit in chosen.tolist():
         kept = []
-        for entry in units.readers:
+        for entry in units.consumers:
             at = torch.nonzero(entry.index == unit).flatten()
             if len(at):
                 kept.append((entry, at, entry.weight.index_select(entry.axis.dim, at)))
@@ -230,9 +244,9 @@ def main():
         generator = np.random.default_rng(options.seed)
         chosen = np.arange(traced.n_units)
         if net == 'faster_rcnn':
-            chosen = np.concatenate([
-                generator.permutation(group.units)[: options.units] for group in traced.groups
-            ])  # fmt: skip
+            chosen = np.concatenate(
+                [generator.permutation(group.units)[: options.units] for group in traced.groups]
+            )
         truth = oracle(model, Units(traced), chosen, batches, loss)
         results[net] = table(traced, chosen, truth, found)
         print(

@@ -145,9 +145,7 @@ def batch_of(config, size, count):
 
     torch.manual_seed(0)
     masks = 'mask_head' in str(config.model)
-    return demo_mm_inputs(
-        count, (3, *size), num_items=[8] * count, num_classes=80, with_mask=masks
-    )  # fmt: skip
+    return demo_mm_inputs(count, (3, *size), num_items=[8] * count, num_classes=80, with_mask=masks)
 
 
 def one_cut(name, count, device):
@@ -211,10 +209,15 @@ def row(found):
     peak = max(found['parts'][part][0][1] for part in PARTS)
     later = sum(taken.values()) - taken['trace']
     cells = [
-        Path(found['config']).stem, ' x '.join(map(str, found['size'])), f'{step:.2f} s',
-        *(f'{taken[part]:.2f}' for part in PARTS), f'{sum(taken.values()):.2f}', f'{later:.2f}',
-        f'{memory:.2f} GB', f'{peak / memory:.2f}',
-    ]  # fmt: skip
+        Path(found['config']).stem,
+        ' x '.join(map(str, found['size'])),
+        f'{step:.2f} s',
+        *(f'{taken[part]:.2f}' for part in PARTS),
+        f'{sum(taken.values()):.2f}',
+        f'{later:.2f}',
+        f'{memory:.2f} GB',
+        f'{peak / memory:.2f}',
+    ]
     return f'| {" | ".join(cells)} |'
 
 
@@ -228,10 +231,22 @@ def cuts(options):
     rows = []
     for name in options.configs or CONFIGS:
         done = subprocess.run(
-            [sys.executable, __file__, '--child', name, '--batch', str(options.batch or 2), '--device',
-             options.device, '--threads', str(options.threads)],
-            stdout=subprocess.PIPE, text=True, check=True,
-        )  # fmt: skip
+            [
+                sys.executable,
+                __file__,
+                '--child',
+                name,
+                '--batch',
+                str(options.batch or 2),
+                '--device',
+                options.device,
+                '--threads',
+                str(options.threads),
+            ],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
         rows.append(json.loads(done.stdout.splitlines()[-1]))
         print(row(rows[-1]), flush=True)
         if options.out:

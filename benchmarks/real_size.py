@@ -188,10 +188,15 @@ def derive(path: str, work_dir: Path, args: argparse.Namespace) -> Config:
     cfg.custom_imports.imports = [*cfg.custom_imports.imports, 'real_size']
     behind = get_priority(PruneHook.priority) + 1
     cfg.custom_hooks += [
-        dict(type='StopwatchHook', first=True, priority='HIGHEST', limit=int(args.limit * 1e9),
-             out=str(work_dir / 'measured.json')),
+        dict(
+            type='StopwatchHook',
+            first=True,
+            priority='HIGHEST',
+            limit=int(args.limit * 1e9),
+            out=str(work_dir / 'measured.json'),
+        ),
         dict(type='StopwatchHook', first=False, priority=behind),
-    ]  # fmt: skip
+    ]
     return cfg
 
 
@@ -224,8 +229,9 @@ def run(path: str, args: argparse.Namespace, settings: dict[str, Any]) -> dict[s
     return figures(json.loads(measured.read_text())) | dict(
         flops_left=pruned['flops']['after'] / pruned['flops']['before'],
         params_left=pruned['params']['after'] / pruned['params']['before'],
-        metrics=pruned['metrics'], settings=settings,
-    )  # fmt: skip
+        metrics=pruned['metrics'],
+        settings=settings,
+    )
 
 
 def figures(measured: dict[str, Any]) -> dict[str, Any]:
@@ -261,11 +267,17 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
             continue
         step, cuts = found['step_seconds'], found['cut_seconds']
         out.add_row(
-            name.removesuffix('_prune_coco'), ' x '.join(map(str, found['size'])), f'{step:.1f}',
-            ', '.join(f'{each:.1f}' for each in cuts), f'{max(cuts) / step:.2f}',
-            f'{found["idle"]:.2f}', f'{found["step_peak"]:.2f}', f'{found["cut_peak"]:.2f}',
-            f'{found["cut_peak"] / found["step_peak"]:.2f}', f'{found["flops_left"]:.0%}',
-        )  # fmt: skip
+            name.removesuffix('_prune_coco'),
+            ' x '.join(map(str, found['size'])),
+            f'{step:.1f}',
+            ', '.join(f'{each:.1f}' for each in cuts),
+            f'{max(cuts) / step:.2f}',
+            f'{found["idle"]:.2f}',
+            f'{found["step_peak"]:.2f}',
+            f'{found["cut_peak"]:.2f}',
+            f'{found["cut_peak"] / found["step_peak"]:.2f}',
+            f'{found["flops_left"]:.0%}',
+        )
     return out
 
 
@@ -279,10 +291,21 @@ def main() -> None:
     parser.add_argument('--keep', action='store_true', help='keep the checkpoints')
     parser.add_argument('--amp', action='store_true', help='train in mixed precision')
     parser.add_argument('--threads', type=int, default=1)
-    parser.add_argument('--limit', type=float, default=0, metavar='GB',
-                        help='let a run fail that wants more memory (0: no limit)')  # fmt: skip
-    parser.add_argument('--hook', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE',
-                        help="values to put over PruneHook's options, such as check=False")  # fmt: skip
+    parser.add_argument(
+        '--limit',
+        type=float,
+        default=0,
+        metavar='GB',
+        help='let a run fail that wants more memory (0: no limit)',
+    )
+    parser.add_argument(
+        '--hook',
+        nargs='+',
+        action=DictAction,
+        default={},
+        metavar='KEY=VALUE',
+        help="values to put over PruneHook's options, such as check=False",
+    )
     args = parser.parse_args()
     settings = dict(short=args.short, amp=args.amp, threads=args.threads, hook=args.hook)
     console, results = Console(width=120), {}

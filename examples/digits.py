@@ -24,9 +24,12 @@ class Net(nn.Module):
             nn.Conv2d(32, 48, 3, padding=1, stride=2), nn.BatchNorm2d(48), nn.ReLU()
         )
         self.block = nn.Sequential(
-            nn.Conv2d(48, 48, 3, padding=1), nn.BatchNorm2d(48), nn.ReLU(),
-            nn.Conv2d(48, 48, 3, padding=1), nn.BatchNorm2d(48),
-        )  # fmt: skip
+            nn.Conv2d(48, 48, 3, padding=1),
+            nn.BatchNorm2d(48),
+            nn.ReLU(),
+            nn.Conv2d(48, 48, 3, padding=1),
+            nn.BatchNorm2d(48),
+        )
         self.head = nn.Linear(48 * 16, 10)
 
     def forward(self, x):

@@ -10,7 +10,7 @@ from torch import nn
 
 from mmprune.budget.choose import make_budget
 from mmprune.errors import PruneError
-from mmprune.graph.coupling import Trace, couple
+from mmprune.graph.coupling import ChannelGraph, couple
 from mmprune.graph.tracer import record
 from mmprune.score import Score, make_score
 from mmprune.score.collector import scores_now
@@ -24,7 +24,7 @@ def trace(
     *,
     also: tuple[Forward, ...] = (),
     may_fail: Container[Forward] = (),
-) -> Trace:
+) -> ChannelGraph:
     """Runs ``forward(model)`` once and finds what can be cut.
 
     Args:
@@ -83,20 +83,27 @@ def prune(
         PruneError: bad options, nothing to cut, a budget below the floor. Nothing has changed then.
     """
     fractions = {
-        'keep_flops': keep_flops, 'keep_params': keep_params, 'keep_channels': keep_channels,
+        'keep_flops': keep_flops,
+        'keep_params': keep_params,
+        'keep_channels': keep_channels,
         'prune_num': prune_num,
-    }  # fmt: skip
+    }
     budget = make_budget({k: v for k, v in fractions.items() if v is not None} | options)
     if isinstance(score, str | dict):
         score = make_score(score)
     per = score.per if isinstance(score, Score) else 'none'
     traced = trace(model, forward)
     outcome = cut_once(
-        model, traced, score_now(traced, score),
-        lambda traced, scores: choose_for(model, forward, traced, scores, budget, per), budget,
-        forward=forward if check else None, optimizer=optimizer, strict=strict,
+        model,
+        traced,
+        score_now(traced, score),
+        lambda traced, scores: choose_for(model, forward, traced, scores, budget, per),
+        budget,
+        forward=forward if check else None,
+        optimizer=optimizer,
+        strict=strict,
         warn=lambda text: warnings.warn(text, stacklevel=4),
-    )  # fmt: skip
+    )
     plan = plan_of(model)
     if outcome.plan is None or plan is None:
         raise PruneError(
@@ -106,7 +113,9 @@ def prune(
     return plan
 
 
-def score_now(traced: Trace, score: str | dict | Score | np.ndarray | torch.Tensor) -> np.ndarray:
+def score_now(
+    traced: ChannelGraph, score: str | dict | Score | np.ndarray | torch.Tensor
+) -> np.ndarray:
     """(n_units,) scores from the weights, and the gradients, that are there."""
     if isinstance(score, str | dict | Score):
         return scores_now(traced, score)

@@ -17,7 +17,7 @@ from mmprune.contexts import tensors_in, unchanged
 from mmprune.distributed import check_rebuildable, is_distributed, raise_together
 from mmprune.errors import PruneError
 from mmprune.graph import cost
-from mmprune.graph.coupling import Trace
+from mmprune.graph.coupling import ChannelGraph
 from mmprune.graph.slots import aliases_of
 from mmprune.recalibration import batches_asked, norms_in_training, recalibrate_norms
 from mmprune.score import Score, make_score
@@ -31,7 +31,7 @@ ToLoss = Callable[[nn.Module, Any], Any]
 
 
 @dataclass(frozen=True)
-class Removed:
+class PruneResult:
     """What one call of :meth:`Pruner.rebuild_model` did.
 
     ``units``: how many went; ``channels``: {weight: (output channels before, after)} of the layers
@@ -131,7 +131,7 @@ class Pruner:
         optimizer: Any,
         prune_num: int,
         recalibrate: bool | Iterable[Any] = False,
-    ) -> Removed:
+    ) -> PruneResult:
         """Removes ``prune_num`` units, those with the lowest scores since the last call.
 
         ``to_loss_fn(model, batch)``: a loss, or anything that depends on the outputs; ``optimizer``:
@@ -158,14 +158,20 @@ class Pruner:
         scores, collector = self._scores(traced, forward)
         before = plan_of(self.model)
         outcome = cut_once(
-            self.model, traced, scores,
+            self.model,
+            traced,
+            scores,
             lambda traced, scores: choose_for(
                 self.model, forward, traced, scores, budget, self.score.per
-            ), budget,
-            forward=forward if self.check else None, optimizer=optimizer, wrapper=self.wrapper,
-            distributed=self.distributed, strict=self.strict,
+            ),
+            budget,
+            forward=forward if self.check else None,
+            optimizer=optimizer,
+            wrapper=self.wrapper,
+            distributed=self.distributed,
+            strict=self.strict,
             warn=lambda text: warnings.warn(text, stacklevel=4),
-        )  # fmt: skip
+        )
         step = outcome.plan
         if step is None and not any(name in self.options for name in TARGETS):
             raise PruneError(f'prune_num={prune_num}: no unit is left that may go')
@@ -176,12 +182,12 @@ class Pruner:
         return self._told(before, step, traced, collector)
 
     def _told(
-        self, before: Plan | None, step: Plan | None, traced: Trace, collector: Collector
-    ) -> Removed:
+        self, before: Plan | None, step: Plan | None, traced: ChannelGraph, collector: Collector
+    ) -> PruneResult:
         left = remaining(self.model)
         entry = step.history[-1] if step is not None else None
         making = {(axis.name, axis.dim) for axis in cost.output_axes(traced)}
-        return Removed(
+        return PruneResult(
             units=entry['units_removed'] if entry else 0,
             channels={
                 name: (step.fingerprint[name][dim], len(kept))
@@ -203,14 +209,14 @@ class Pruner:
         if self._collector is None and self.model.training and torch.is_grad_enabled():
             self._start(trace(self.model, lambda model: model(*args, **kwargs)))
 
-    def _start(self, traced: Trace) -> None:
+    def _start(self, traced: ChannelGraph) -> None:
         self._waiting.remove()
         if self._collector is not None:
             self._collector.close()
         self._collector = Collector(traced, self.score, model=self.model, distributed=self.distributed)
 
     def _scores(
-        self, traced: Trace, forward: Callable[[nn.Module], Any]
+        self, traced: ChannelGraph, forward: Callable[[nn.Module], Any]
     ) -> tuple[np.ndarray, Collector]:
         collector = self._collector
         asked = self.score.criterion.needs != 'weights'
@@ -223,7 +229,7 @@ class Pruner:
 
 def score_batch(
     model: nn.Module,
-    traced: Trace,
+    traced: ChannelGraph,
     score: Score,
     forward: Callable[[nn.Module], Any],
     distributed: bool = False,
@@ -252,7 +258,7 @@ def score_batch(
     return collector
 
 
-def transferred(scores: np.ndarray, old: Trace, new: Trace) -> np.ndarray:
+def transferred(scores: np.ndarray, old: ChannelGraph, new: ChannelGraph) -> np.ndarray:
     """Scores of one trace's units for another trace of the same model: (new units,). A unit that
     holds other channels there has none (NaN), and stays."""
     if np.array_equal(old.unit_of, new.unit_of):

@@ -10,8 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmprune.check.verify import evaluating
-from mmprune.contexts import unchanged
+from mmprune.contexts import evaluating, unchanged
 from mmprune.distributed import raise_together
 from mmprune.errors import PruneError
 
@@ -90,9 +89,10 @@ def batches_asked(asked: Any, batch: Any) -> Iterable[Any] | None:
 
 def _norms(model: nn.Module) -> dict[str, _BatchNorm]:
     return {
-        name: module for name, module in model.named_modules()
+        name: module
+        for name, module in model.named_modules()
         if isinstance(module, _BatchNorm) and module.running_mean is not None
-    }  # fmt: skip
+    }
 
 
 def _taken(

@@ -29,7 +29,7 @@ from mmprune.distributed import (
 )
 from mmprune.errors import InexactCut, PruneError
 from mmprune.graph.carry import after_cut, without
-from mmprune.graph.coupling import Trace
+from mmprune.graph.coupling import ChannelGraph
 from mmprune.surgery.apply import cut
 from mmprune.surgery.build import make_plan, original_cost
 from mmprune.surgery.plan import Plan
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 Forward = Callable[[nn.Module], Any]
 
-Choose = Callable[[Trace, np.ndarray], tuple[np.ndarray, dict[str, Any]]]
+Choose = Callable[[ChannelGraph, np.ndarray], tuple[np.ndarray, dict[str, Any]]]
 """From a trace and its units' scores: which units stay (n_units, bool), and what to note of it."""
 
 FAILED = 'failed the check'
@@ -51,20 +51,20 @@ class Outcome:
     model as it is now; ``failed``: {name of a group that was locked since it failed the check: why}."""
 
     plan: Plan | None
-    trace: Trace
+    trace: ChannelGraph
     failed: dict[str, str]
 
 
 def cut_once(
     model: nn.Module,
-    traced: Trace,
+    traced: ChannelGraph,
     scores: np.ndarray,
     choose: Choose,
     budget: Budget,
     *,
     forward: Callable[[nn.Module], Any] | None,
     optimizer: Any = None,
-    twins: Callable[[], list[nn.Module]] = list,
+    ema_models: Callable[[], list[nn.Module]] = list,
     wrapper: nn.Module | None = None,
     distributed: bool = False,
     strict: bool = False,
@@ -79,7 +79,7 @@ def cut_once(
         budget: what was asked for, for the record.
         forward: the run by which a cut is checked on a copy; ``None``: it is not.
         optimizer: see :func:`mmprune.surgery.apply.cut`.
-        twins: gives the averaged copies that are cut alike.
+        ema_models: gives the averaged copies that are cut alike.
         wrapper: what holds ``model`` (DistributedDataParallel), whose reducers are made anew.
         distributed: all processes of the default group call this at once. The first one chooses; where
             the check fails in one of them, it failed in all.
@@ -132,12 +132,12 @@ def cut_once(
         step = make_plan(traced, model, keep, budget.to_meta(), **noted)
     step = agreed_plan(step) if distributed else step
     with together('the cut'):
-        cut(model, step, optimizer, twins())
+        cut(model, step, optimizer, ema_models())
         rebuild_reducers(wrapper if wrapper is not None else model)
         return Outcome(step, after_cut(traced, model, keep), failed)
 
 
-def _drawing_nothing(choose: Choose, traced: Trace, scores: np.ndarray) -> Any:
+def _drawing_nothing(choose: Choose, traced: ChannelGraph, scores: np.ndarray) -> Any:
     """What is measured for a choice runs on random numbers; training goes on as if it had not."""
     before = random_state()
     try:
@@ -146,7 +146,9 @@ def _drawing_nothing(choose: Choose, traced: Trace, scores: np.ndarray) -> Any:
         set_random_state(before)
 
 
-def groups_to_blame(traced: Trace, keep: np.ndarray, fails: Callable[[np.ndarray], Any]) -> list[int]:
+def groups_to_blame(
+    traced: ChannelGraph, keep: np.ndarray, fails: Callable[[np.ndarray], Any]
+) -> list[int]:
     """The groups without whose cuts the rest of ``keep`` passes, by bisection.
 
     ``fails(keep)`` says whether a choice fails; that of ``keep`` does. About log2(groups) trials for
@@ -180,7 +182,7 @@ def groups_to_blame(traced: Trace, keep: np.ndarray, fails: Callable[[np.ndarray
 def choose_for(
     model: nn.Module,
     forward: Forward,
-    traced: Trace,
+    traced: ChannelGraph,
     scores: np.ndarray,
     budget: Budget,
     per: str = 'budget',
@@ -196,9 +198,15 @@ def choose_for(
         keep = choose(traced, scores, budget, original, per=per)
     else:
         keep, about['latency'] = choose_measured(
-            model, forward, traced, scores, budget, original,
-            lambda keep: make_plan(traced, model, keep, budget.to_meta()), per,
-        )  # fmt: skip
+            model,
+            forward,
+            traced,
+            scores,
+            budget,
+            original,
+            lambda keep: make_plan(traced, model, keep, budget.to_meta()),
+            per,
+        )
     notes = uneven(traced, keep, budget)
     if notes:
         about['uneven'] = notes
@@ -207,7 +215,7 @@ def choose_for(
 
 
 def choose_step(
-    traced: Trace,
+    traced: ChannelGraph,
     scores: np.ndarray,
     budget: Budget,
     model: nn.Module,

@@ -269,7 +269,8 @@ def verdict(row: dict) -> str:
 def write_page(rows: list[dict], path: Path) -> None:
     """The table in Markdown."""
     lines = [
-        '# Coverage of the zoos', '',
+        '# Coverage of the zoos',
+        '',
         'One model of each family, random weights, two random images; 30 % of every group of channels',
         'cut. *Exact*: the pruned model equals the original with the cut channels at zero, in the',
         'losses, the predictions and every layer on the way, to 1e-5 of the largest value in single',
@@ -277,20 +278,24 @@ def write_page(rows: list[dict], path: Path) -> None:
         'checkpoint rebuilds it from the unpruned config, with the same outputs (where the original',
         'comes back so); it takes a step of SGD. *Free*: the share of parameters that hang on channels',
         'which may go; *left*: that of parameters after the cut. *Trace*: seconds to find what can be',
-        'cut, in forwards of the same batch. Made with', '',
-        '    python tools/coverage.py', '',
-        '(mmdet 3.3.0, mmpose 1.3.2, torchvision 0.28.0, torch 2.13.0 on a CPU.)', '',
-    ]  # fmt: skip
+        'cut, in forwards of the same batch. Made with',
+        '',
+        '    python tools/coverage.py',
+        '',
+        '(mmdet 3.3.0, mmpose 1.3.2, torchvision 0.28.0, torch 2.13.0 on a CPU.)',
+        '',
+    ]
     for zoo in dict.fromkeys(row['name'].split('/')[0] for row in rows):
         own = [row for row in rows if row['name'].startswith(zoo + '/')]
         built = [row for row in own if verdict(row) != 'does not build']
         exact = sum(verdict(row) == 'exact' for row in built)
         lines += [
-            f'## {zoo}: {exact} exact of {len(built)} that build on a CPU', '',
+            f'## {zoo}: {exact} exact of {len(built)} that build on a CPU',
+            '',
             '| family | result | error | free: backbone | neck | heads | left after the cut '
             '| trace / forward | locked, beside outputs |',
             '|---|---|---|---|---|---|---|---|---|',
-        ]  # fmt: skip
+        ]
         lines += [markdown_row(row) for row in built] + ['']
         missing = [row for row in own if row not in built]
         if missing:
@@ -314,13 +319,15 @@ def cells(row: dict) -> list[str]:
     if 'note' in row:
         told = [*told, row['note']]
     return [
-        row['name'].split('/')[1], verdict(row),
+        row['name'].split('/')[1],
+        verdict(row),
         (f'{error:.0e}' if 'error' in row else '')
         + (f' ({row["single"]:.0e})' if 'single' in row else ''),
         *(f'{free[part]:.0%}' if part in free else '' for part in ('backbone', 'neck', 'heads')),
         f'{row["params_kept"]:.0%}' if 'params_kept' in row else '',
-        f'{row["trace_s"] / row["forward_s"]:.1f}' if 'trace_s' in row else '', '; '.join(told),
-    ]  # fmt: skip
+        f'{row["trace_s"] / row["forward_s"]:.1f}' if 'trace_s' in row else '',
+        '; '.join(told),
+    ]
 
 
 def main() -> None:
@@ -331,9 +338,10 @@ def main() -> None:
     parser.add_argument('--reasons', action='store_true', help='print every lock of the families')
     arguments = parser.parse_args()
     chosen = {
-        name: family for name, family in families().items()
+        name: family
+        for name, family in families().items()
         if any(fnmatchcase(name, pattern) for pattern in arguments.only)
-    }  # fmt: skip
+    }
     if not chosen:
         parser.error(f'--only {arguments.only}: no such family in {FAMILIES.name}')
     warm_up()

@@ -29,13 +29,9 @@ def parse_args():
         '--out', type=pickle_name, metavar='FILE.pkl', help='write the predictions here'
     )
     parser.add_argument('--show', action='store_true', help='show the predictions in a window')
-    parser.add_argument(
-        '--show-dir', help='paint the predictions here (mmdet: under WORK_DIR/TIME)'
-    )
+    parser.add_argument('--show-dir', help='paint the predictions here (mmdet: under WORK_DIR/TIME)')
     parser.add_argument('--wait-time', type=float, default=2, help='seconds that each window stays')
-    parser.add_argument(
-        '--tta', action='store_true', help='merge the predictions for augmented copies'
-    )
+    parser.add_argument('--tta', action='store_true', help='merge the predictions for augmented copies')
     return parser.parse_args()
 
 
@@ -69,9 +65,7 @@ def main() -> None:
     if args.out:
         # mmdet's own writer packs masks, mmengine's would write them out pixel by pixel.
         writer = 'DumpDetResults' if cfg.get('default_scope') == 'mmdet' else 'DumpResults'
-        runner.test_evaluator.metrics.append(
-            METRICS.build(dict(type=writer, out_file_path=args.out))
-        )
+        runner.test_evaluator.metrics.append(METRICS.build(dict(type=writer, out_file_path=args.out)))
     runner.test()
 
 

@@ -144,9 +144,7 @@ class TermCost:
         down = amount - function([n + a for n, a in zip(here, away, strict=True)])
         if len(axes) == 1 and isinstance(function, Product):
             return up, down, np.zeros((groups.size, groups.size))
-        both = function(
-            [n + b[:, None] + a[None, :] for n, b, a in zip(here, back, away, strict=True)]
-        )
+        both = function([n + b[:, None] + a[None, :] for n, b, a in zip(here, back, away, strict=True)])
         return up, down, both - amount - up[:, None] + down[None, :]
 
 

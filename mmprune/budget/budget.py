@@ -56,9 +56,12 @@ class Budget:
             if value is not None and not (number and 0 < value <= 1):
                 raise PruneError(
                     f'{name}={value!r} is outside (0, 1]: it is '
-                    + ('the largest fraction of a group that one cut removes'
-                       if name == 'max_cut' else 'the fraction that remains; give e.g. 0.5')
-                )  # fmt: skip
+                    + (
+                        'the largest fraction of a group that one cut removes'
+                        if name == 'max_cut'
+                        else 'the fraction that remains; give e.g. 0.5'
+                    )
+                )
         for name in ('prune_num', 'min_channels', 'divisor'):
             value = getattr(self, name)
             if (name, value) in (('prune_num', None), ('divisor', 'auto')):

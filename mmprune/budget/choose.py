@@ -15,7 +15,7 @@ from mmprune.budget.solver import TOLERANCE, solve
 from mmprune.errors import PruneError
 from mmprune.graph import cost
 from mmprune.graph.cost import Product
-from mmprune.graph.coupling import Group, Trace
+from mmprune.graph.coupling import ChannelGraph, Group
 from mmprune.surgery.plan import Plan
 
 Latency = Callable[[np.ndarray], float]
@@ -25,7 +25,7 @@ PER = ('budget', *cost.BY_NAME, 'none')
 
 
 def choose(
-    trace: Trace,
+    trace: ChannelGraph,
     scores: np.ndarray,
     budget: Budget,
     original: dict[str, Any] | None = None,
@@ -79,7 +79,7 @@ def finite(scores: np.ndarray) -> np.ndarray:
     return np.nan_to_num(scores, nan=np.nan, posinf=huge, neginf=-huge)
 
 
-def limits_of(trace: Trace, budget: Budget) -> tuple[list[str | None], list[Limits]]:
+def limits_of(trace: ChannelGraph, budget: Budget) -> tuple[list[str | None], list[Limits]]:
     """For each group the first part of the budget that it belongs to, and what holds there."""
     homes = [home(trace, group) for group in trace.groups]
     for part in budget.parts:
@@ -89,32 +89,31 @@ def limits_of(trace: Trace, budget: Budget) -> tuple[list[str | None], list[Limi
                 f'{", ".join(dict.fromkeys(cost.part_of(name) for name in homes))}, and any start '
                 f'or pattern of names such as {homes[0]!r}'
             )
-    parts = [
-        next((part for part in budget.parts if cost.in_part(name, part)), None) for name in homes
-    ]
+    parts = [next((part for part in budget.parts if cost.in_part(name, part)), None) for name in homes]
     limits = {part: budget.of_part(part) for part in budget.parts}
     return parts, [budget.whole if part is None else limits[part] for part in parts]
 
 
-def uneven(trace: Trace, keep: np.ndarray, budget: Budget) -> list[str]:
+def uneven(trace: ChannelGraph, keep: np.ndarray, budget: Budget) -> list[str]:
     """A sentence for each layer that is left with a width that is no multiple of the divisor (of 4
     where that is ``'auto'``): where its channels come from groups that can't all be rounded."""
     divisors = [limits.divisor for limits in limits_of(trace, budget)[1]]
     return steps.uneven(trace, keep, [steps.LEAST if d == 'auto' else d for d in divisors])
 
 
-def first_reasons(trace: Trace) -> str:
+def first_reasons(trace: ChannelGraph) -> str:
     shown = '; '.join(str(locked) for locked in trace.locked[:3])
     return f'The first reasons: {shown}' if shown else 'No parameter took part in the traced run.'
 
 
-def _locked_by_name(trace: Trace, patterns: tuple[str, ...]) -> np.ndarray:
+def _locked_by_name(trace: ChannelGraph, patterns: tuple[str, ...]) -> np.ndarray:
     stay = np.zeros(trace.n_units, dtype=bool)
     for pattern in patterns:
         hit = [
-            group for group in trace.groups
+            group
+            for group in trace.groups
             if any(fnmatchcase(axis.name, pattern) for axis in group.axes)
-        ]  # fmt: skip
+        ]
         if not hit and not any(fnmatchcase(name, pattern) for name in trace.slots.tensors):
             raise PruneError(
                 f'lock pattern {pattern!r} matches no parameter; names look like '
@@ -130,7 +129,7 @@ def unit_width(group: Group) -> int:
     return min(group.axes.values())
 
 
-def device_divisor(trace: Trace) -> int:
+def device_divisor(trace: ChannelGraph) -> int:
     """What the device that holds the model works in, for the type of most of its numbers."""
     tensors = [t for t in trace.slots.tensors.values() if t.is_floating_point() and t.ndim > 1]
     if not tensors:
@@ -139,9 +138,9 @@ def device_divisor(trace: Trace) -> int:
     return divisor_of(largest.device, largest.dtype)
 
 
-def home(trace: Trace, group: Group) -> str:
+def home(trace: ChannelGraph, group: Group) -> str:
     """The first weight that makes a group's units: it says which part they belong to."""
-    reading = set(trace.readers)
+    reading = set(trace.consumers)
     return next((axis.name for axis in group.axes if axis not in reading), group.name)
 
 
@@ -150,7 +149,7 @@ class _Choice:
 
     def __init__(
         self,
-        trace: Trace,
+        trace: ChannelGraph,
         scores: np.ndarray,
         budget: Budget,
         original: dict[str, Any],
@@ -177,9 +176,10 @@ class _Choice:
             return keep
         # A part that has its own targets is no matter of the whole model's.
         mine = [
-            number for number, of in enumerate(self.part)
+            number
+            for number, of in enumerate(self.part)
             if of == part or (part is None and not self.limits[number].targets)
-        ]  # fmt: skip
+        ]
         targets = self._targets(part, limits, keep)
         if any(_met(value(keep), target) for value, target in targets.values()):
             return keep
@@ -193,8 +193,9 @@ class _Choice:
         found = []
         for name, (value, target) in targets.items():
             if _met(value(least), target):
-                levels = solve(ladders, self._cost(value, ladders, keep), target,
-                               self._other(name, ladders, keep))  # fmt: skip
+                levels = solve(
+                    ladders, self._cost(value, ladders, keep), target, self._other(name, ladders, keep)
+                )
                 found.append(levels)
         if found:  # the first that is reached: the one that takes least
             return kept_at(ladders, keep, min(found, key=lambda levels: _lost(ladders, levels)))
@@ -232,7 +233,7 @@ class _Choice:
     ) -> Cost:
         if value is np.sum:
             return TermCost(ladders, keep, [np.arange(keep.size)], [(Product(1.0), (0,))], smooth=True)
-        if isinstance(value, cost.Products):
+        if isinstance(value, cost.CostPolynomial):
             return TermCost(ladders, keep, *value.terms(), smooth=True)
         if hasattr(value, 'terms'):
             return TermCost(ladders, keep, *value.terms(), smooth=False)
@@ -273,9 +274,10 @@ class _Choice:
                 free[number] = units[np.argsort(self.scores[units], kind='stable')]
                 lowest[number] = max(floor, len(group) - len(units))
         stays = {
-            number: int(keep[group.units].sum()) for number, group in enumerate(self.trace.groups)
+            number: int(keep[group.units].sum())
+            for number, group in enumerate(self.trace.groups)
             if number not in free
-        }  # fmt: skip
+        }
         found = []
         for number, order in free.items():
             n, divisor = len(self.trace.groups[number]), self.divisor(number)

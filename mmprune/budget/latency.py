@@ -21,12 +21,11 @@ from mmprune.budget.budget import Budget
 from mmprune.budget.choose import choose, device_divisor
 from mmprune.budget.device import cached, device_name, keep_cached, least_of
 from mmprune.budget.op_times import Lookup, Op, Scaled, Slot, check_backend, table_of, versions
-from mmprune.check.verify import evaluating
-from mmprune.contexts import tensors_in, unchanged
+from mmprune.contexts import evaluating, tensors_in, unchanged
 from mmprune.errors import PruneError
 from mmprune.graph import cost
 from mmprune.graph.cost import Product, Term
-from mmprune.graph.coupling import Trace, components, slots_for
+from mmprune.graph.coupling import ChannelGraph, components, slots_for
 from mmprune.graph.tracer import CONTRACTIONS, Tracer, record
 from mmprune.surgery.apply import cut
 from mmprune.surgery.plan import Plan
@@ -47,7 +46,7 @@ class Latency:
     """
 
     def __init__(
-        self, trace: Trace, ops: list[Op], table: dict[tuple, Lookup], rest: float, divisor: int
+        self, trace: ChannelGraph, ops: list[Op], table: dict[tuple, Lookup], rest: float, divisor: int
     ) -> None:
         self.divisor, self.rest = divisor, rest
         self.ops, self.table = ops, table
@@ -77,7 +76,7 @@ class Latency:
 class _Recorder(Tracer):
     """A tracer that also notes the calls of contractions, with what their widths follow."""
 
-    def __init__(self, model: nn.Module, trace: Trace) -> None:
+    def __init__(self, model: nn.Module, trace: ChannelGraph) -> None:
         super().__init__(model)
         self._unit_of = trace.unit_of
         self._calls: list[tuple[Any, tuple, dict]] = []
@@ -126,7 +125,7 @@ class _Recorder(Tracer):
 def measure(
     model: nn.Module,
     forward: Forward,
-    trace: Trace,
+    trace: ChannelGraph,
     backend: str = 'eager',
     *,
     divisor: int | None = None,
@@ -208,7 +207,7 @@ def ratio_of(pruned: nn.Module, original: nn.Module, forward: Forward, rounds: i
 def choose_measured(
     model: nn.Module,
     forward: Forward,
-    trace: Trace,
+    trace: ChannelGraph,
     scores: np.ndarray,
     budget: Budget,
     original: dict[str, Any],
@@ -233,9 +232,14 @@ def choose_measured(
     points = [(left, left)]
     for _ in range(TRIES):
         keep = choose(
-            trace, scores, replace(budget, latency=min(1.0, aim)), original, latency=table, per=per,
+            trace,
+            scores,
+            replace(budget, latency=min(1.0, aim)),
+            original,
+            latency=table,
+            per=per,
             auto=table.divisor,
-        )  # fmt: skip
+        )
         if keep.all():
             tried.append((keep, left))
             break

@@ -74,8 +74,9 @@ class Lookup:
             part = np.clip((up - points[low]) / np.maximum(points[high] - points[low], 1e-9), 0, 1)
             corners = [
                 (weight * share, (*index, at))
-                for weight, index in corners for share, at in ((1 - part, low), (part, high))
-            ]  # fmt: skip
+                for weight, index in corners
+                for share, at in ((1 - part, low), (part, high))
+            ]
         return sum(weight * self.values[index] for weight, index in corners)
 
 
@@ -221,9 +222,11 @@ def onnx_model(name: str, values: dict[str, Any]) -> tuple[Any, dict[str, np.nda
         if values['bias'] is not None:
             constants['b'] = array(values['bias'])
         options = dict(
-            strides=values['stride'], dilations=values['dilation'], pads=[*values['padding']] * 2,
+            strides=values['stride'],
+            dilations=values['dilation'],
+            pads=[*values['padding']] * 2,
             group=values['groups'],
-        )  # fmt: skip
+        )
         kind = 'Conv'
         if values['transposed']:
             kind, options['output_padding'] = 'ConvTranspose', values['output_padding']
@@ -240,11 +243,12 @@ def onnx_model(name: str, values: dict[str, Any]) -> tuple[Any, dict[str, np.nda
         )
     names = [*dict.fromkeys([*feed, *constants])]
     graph = helper.make_graph(
-        [helper.make_node(kind, sorted(names, key='xwb'.index), ['y'], **options)], 'one',
+        [helper.make_node(kind, sorted(names, key='xwb'.index), ['y'], **options)],
+        'one',
         [helper.make_tensor_value_info(n, TensorProto.FLOAT, list(v.shape)) for n, v in feed.items()],
         [helper.make_tensor_value_info('y', TensorProto.FLOAT, None)],
         [numpy_helper.from_array(value, n) for n, value in constants.items()],
-    )  # fmt: skip
+    )
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid('', 18)])
     made.ir_version = 9
     return made, feed

@@ -87,9 +87,12 @@ class _Search:
             rates = _rates(np.diff(gain[vertices]), np.diff(lost[vertices]))
             less = -np.diff(curve[vertices])
             found += zip(
-                rates.tolist(), less.tolist(), [number] * rates.size, (at + vertices[1:]).tolist(),
+                rates.tolist(),
+                less.tolist(),
+                [number] * rates.size,
+                (at + vertices[1:]).tolist(),
                 strict=True,
-            )  # fmt: skip
+            )
         return sorted(found, key=lambda step: step[0])
 
     # -- exchanges --------------------------------------------------------------------------------
@@ -118,10 +121,14 @@ class _Search:
 
     def _lost(self, levels: np.ndarray) -> np.ndarray:
         """Of each ladder, at these levels beyond where it is."""
-        return np.array([
-            ladder.lost[level] - ladder.lost[at] for ladder, level, at in
-            zip(self.ladders, levels.tolist(), self.levels.tolist(), strict=True)
-        ])  # fmt: skip
+        return np.array(
+            [
+                ladder.lost[level] - ladder.lost[at]
+                for ladder, level, at in zip(
+                    self.ladders, levels.tolist(), self.levels.tolist(), strict=True
+                )
+            ]
+        )
 
     def _put_back(self) -> bool:
         """The block that brings back most score for its cost, of those that fit."""

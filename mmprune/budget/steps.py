@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mmprune.graph import cost
-from mmprune.graph.coupling import Trace
+from mmprune.graph.coupling import ChannelGraph
 
 LEAST = 4
 """``divisor='auto'`` leaves no width that is no multiple of it, but for widths below it."""
@@ -34,7 +34,7 @@ class Width:
     slots: tuple[float, ...]
 
 
-def layer_widths(trace: Trace) -> list[Width]:
+def layer_widths(trace: ChannelGraph) -> list[Width]:
     """Widths of all layers that read or make units. The input of a grouped convolution counts all of
     its groups, as its weight does not."""
     arrays = [*trace.record.weights_read, *(axis.ids for axis in cost.output_axes(trace))]
@@ -48,9 +48,12 @@ def layer_widths(trace: Trace) -> list[Width]:
         groups, counts = np.unique(trace.group_of[free], return_counts=True)
         axis = trace.slots.axis_of(int(ids[units >= 0][0]))
         found[ids.tobytes()] = Width(
-            str(axis), ids, int(ids.size - free.size), tuple(groups.tolist()),
+            str(axis),
+            ids,
+            int(ids.size - free.size),
+            tuple(groups.tolist()),
             tuple(count / sizes[g] for g, count in zip(groups.tolist(), counts.tolist(), strict=True)),
-        )  # fmt: skip
+        )
     return list(found.values())
 
 
@@ -80,9 +83,10 @@ def ladder(
     if auto:
         narrow = min((slots for slots, _, _ in own), default=1)
         kept |= {
-            k for k in range(lowest, n)
+            k
+            for k in range(lowest, n)
             if k * narrow < divisor and k * narrow in SMALL and all(_small(k, *term) for term in own)
-        }  # fmt: skip
+        }
     return [n, *sorted(kept, reverse=True)]
 
 
@@ -103,7 +107,7 @@ def _small(k: int, slots: float, rest: float, shared: bool) -> bool:
     return (rest + k * slots) % LEAST == 0 or (not shared and not rest and k * slots < LEAST)
 
 
-def uneven(trace: Trace, keep: np.ndarray, bases: Sequence[int]) -> list[str]:
+def uneven(trace: ChannelGraph, keep: np.ndarray, bases: Sequence[int]) -> list[str]:
     """Layers that lose channels and are left with a width that is no multiple; a sentence for each.
 
     ``bases``: for each group the multiple that is wanted (1: none).

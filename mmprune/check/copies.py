@@ -11,9 +11,11 @@ from torch import nn
 def copied(model: nn.Module) -> nn.Module:
     """A deep copy, also of a model that keeps a result with its graph (as weight norm does)."""
     results = [
-        value for module in model.modules() for value in vars(module).values()
+        value
+        for module in model.modules()
+        for value in vars(module).values()
         if isinstance(value, torch.Tensor) and not value.is_leaf
-    ]  # fmt: skip
+    ]
     memo = {id(value): value.detach().clone() for value in results}
     twin = copy.deepcopy(model, memo)
     for module in model.modules():

@@ -35,7 +35,7 @@ class Taken:
     error: float = 0.0
 
 
-class Decisions(TorchDispatchMode):
+class DecisionReplay(TorchDispatchMode):
     """Records integer and boolean results of one run into ``taken``, or repeats them from there.
 
     The second run is the one that has ``catch_up``. Near ties in top-k, thresholds and matching fall
@@ -112,7 +112,6 @@ class Decisions(TorchDispatchMode):
             for old, new in zip(before, results, strict=True)
         ]
         return type(out)(repeated) if isinstance(out, list | tuple) else repeated[0]
-
 
     def _wait_for(self, found: dict[Key, Any], key: Key) -> None:
         """The first run may not have come as far, if what it waits with is of no interest any more."""

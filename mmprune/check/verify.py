@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from mmprune.check.copies import copied
 from mmprune.check.float64 import doubled, in_double
 from mmprune.check.lockstep import RunAhead
-from mmprune.check.replay import Decisions, Taken
+from mmprune.check.replay import DecisionReplay, Taken
 from mmprune.contexts import evaluating, tensors_in, unchanged
 from mmprune.errors import InexactCut, PruneError
 from mmprune.graph.adapters import intercept
@@ -123,7 +123,7 @@ def _side_by_side(
     """(result of the original, that of the pruned model, largest error of what decisions were taken
     on). Every output of a module is handed to ``found`` on the way."""
     taken = Taken()
-    first = Decisions(original, taken)
+    first = DecisionReplay(original, taken)
 
     def reference(show: Show) -> Any:
         torch.manual_seed(0)
@@ -137,7 +137,7 @@ def _side_by_side(
         return (first if here else second).compiled(name, *call)
 
     outputs = _Outputs(ahead)
-    second = Decisions(pruned, taken, outputs.advance)
+    second = DecisionReplay(pruned, taken, outputs.advance)
     try:
         with intercept(compiled):
             outputs.advance()
@@ -166,7 +166,7 @@ def _side_by_side(
     return ahead.result, made, taken.error
 
 
-def _check_read(decisions: Decisions) -> None:
+def _check_read(decisions: DecisionReplay) -> None:
     if not decisions.reads_model:
         raise PruneError(
             'forward does not run the model that it is given, but another one (or none): write it as '
@@ -231,9 +231,7 @@ class _Outputs:
 
 
 @contextlib.contextmanager
-def shown_outputs(
-    model: nn.Module, show: Show, narrower: set[str]
-) -> Iterator[None]:
+def shown_outputs(model: nn.Module, show: Show, narrower: set[str]) -> Iterator[None]:
     """Calls ``show`` with each floating point output of each module without children, but of those
     that are known to be ``narrower`` in one of the two."""
     calls: dict[str, int] = {}
@@ -262,10 +260,12 @@ def narrower_layers(model: nn.Module, plan: Plan) -> set[str]:
     """Names of layers that give fewer channels than before, so that there is nothing to compare."""
     plain = (nn.Linear, _ConvNd, _NormBase)
     return {
-        name for name, module in model.named_modules()
-        if isinstance(module, plain) and not isinstance(module, _ConvTransposeNd)
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, plain)
+        and not isinstance(module, _ConvTransposeNd)
         and 0 in plan.keep.get(f'{name}.weight', {})
-    }  # fmt: skip
+    }
 
 
 @dataclass

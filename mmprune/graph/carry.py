@@ -12,15 +12,15 @@ import torch
 from torch import nn
 
 from mmprune.errors import PruneError
-from mmprune.graph.coupling import Locked, Trace, group_units
+from mmprune.graph.coupling import ChannelGraph, Locked, group_units
 from mmprune.graph.slots import FIXED, Axis, SlotTable, named_state
-from mmprune.graph.tracer import Follow, Record, Work
+from mmprune.graph.tracer import Follow, TraceRecord, Work
 
 FORMAT = 1
 """Version of what :func:`to_state` gives."""
 
 
-def after_cut(trace: Trace, model: nn.Module, keep: np.ndarray) -> Trace:
+def after_cut(trace: ChannelGraph, model: nn.Module, keep: np.ndarray) -> ChannelGraph:
     """The trace of ``model``, from the one before it was cut to the units in ``keep`` (n_units, bool).
 
     Costs are in proportion to what is left, exactly: a product's FLOPs are.
@@ -54,11 +54,15 @@ def after_cut(trace: Trace, model: nn.Module, keep: np.ndarray) -> Trace:
     unit_of[single[unit_of] & (unit_of >= 0)] = -1
     locked = [
         Locked(axis.name, axis.dim, 1, ('is the only channel',))
-        for axis in trace.slots.axes if (axis.name, axis.dim) not in slots.by_key
-    ]  # fmt: skip
+        for axis in trace.slots.axes
+        if (axis.name, axis.dim) not in slots.by_key
+    ]
     return _made(
-        trace, slots, unit_of, trace.locked + locked,
-        Record(
+        trace,
+        slots,
+        unit_of,
+        trace.locked + locked,
+        TraceRecord(
             slots,
             work=[
                 Work(w.where, shrunk(w.count, w.axes), list(map(moved, w.axes))) for w in record.work
@@ -73,10 +77,10 @@ def after_cut(trace: Trace, model: nn.Module, keep: np.ndarray) -> Trace:
             scales=[moved(ids) for ids in record.scales],
             weights_read=[moved(ids) for ids in record.weights_read],
         ),
-    )  # fmt: skip
+    )
 
 
-def without(trace: Trace, groups: list[int], reason: str) -> tuple[Trace, np.ndarray]:
+def without(trace: ChannelGraph, groups: list[int], reason: str) -> tuple[ChannelGraph, np.ndarray]:
     """The trace with these groups locked, and which of its units are left (n_units, bool)."""
     gone = np.concatenate([trace.groups[number].units for number in groups])
     left = np.ones(trace.n_units, dtype=bool)
@@ -90,8 +94,12 @@ def without(trace: Trace, groups: list[int], reason: str) -> tuple[Trace, np.nda
 
 
 def _made(
-    trace: Trace, slots: SlotTable, unit_of: np.ndarray, locked: list[Locked], record: Record
-) -> Trace:
+    trace: ChannelGraph,
+    slots: SlotTable,
+    unit_of: np.ndarray,
+    locked: list[Locked],
+    record: TraceRecord,
+) -> ChannelGraph:
     """A trace of these units (slots that bear the same number), numbered as :func:`couple` does."""
     free = unit_of >= 0
     component = np.where(free, unit_of, unit_of.max(initial=0) + 1)
@@ -99,9 +107,15 @@ def _made(
     is_locked[component[~free]] = True
     numbers, groups = group_units(slots, component, is_locked)
     return replace(
-        trace, slots=slots, groups=groups, locked=locked, unit_of=numbers, record=record,
-        readers=_same_axes(trace.readers, slots), producers=_same_axes(trace.producers, slots),
-    )  # fmt: skip
+        trace,
+        slots=slots,
+        groups=groups,
+        locked=locked,
+        unit_of=numbers,
+        record=record,
+        consumers=_same_axes(trace.consumers, slots),
+        producers=_same_axes(trace.producers, slots),
+    )
 
 
 def _same_axes(axes: list[Axis], slots: SlotTable) -> list[Axis]:
@@ -112,7 +126,7 @@ def _same_axes(axes: list[Axis], slots: SlotTable) -> list[Axis]:
 # -- in a checkpoint ----------------------------------------------------------------------------------
 
 
-def to_state(trace: Trace) -> dict[str, Any]:
+def to_state(trace: ChannelGraph) -> dict[str, Any]:
     """Plain data and tensors from which :func:`from_state` makes the same trace of the same model."""
     numbers: dict[bytes, int] = {}
     arrays: list[np.ndarray] = []
@@ -136,7 +150,7 @@ def to_state(trace: Trace) -> dict[str, Any]:
         'weights_read': list(map(kept, record.weights_read)),
         'unknown_ops': {name: list(where) for name, where in record.unknown_ops.items()},
         'touched': sorted(record.touched),
-        'readers': [[axis.name, axis.dim] for axis in trace.readers],
+        'readers': [[axis.name, axis.dim] for axis in trace.consumers],
         'producers': [[axis.name, axis.dim] for axis in trace.producers],
         'locked': [[each.name, each.dim, each.count, list(each.reasons)] for each in trace.locked],
     }
@@ -147,7 +161,7 @@ def to_state(trace: Trace) -> dict[str, Any]:
     }
 
 
-def from_state(state: dict[str, Any], model: nn.Module) -> Trace | None:
+def from_state(state: dict[str, Any], model: nn.Module) -> ChannelGraph | None:
     """The trace that was saved; ``None`` where it is of another format, or of a model of other sizes:
     then ``model`` has to be traced."""
     names = {name for name, _ in named_state(model)}
@@ -164,7 +178,7 @@ def from_state(state: dict[str, Any], model: nn.Module) -> Trace | None:
     def named(entries: list[list[Any]]) -> list[Axis]:
         return [slots.by_key[name, dim] for name, dim in entries]
 
-    record = Record(
+    record = TraceRecord(
         slots,
         work=[Work(where, count, axes(numbers)) for where, count, numbers in state['work']],
         follows=[Follow(module, name, arrays[number]) for module, name, number in state['follows']],
@@ -175,8 +189,14 @@ def from_state(state: dict[str, Any], model: nn.Module) -> Trace | None:
         weights_read=axes(state['weights_read']),
     )
     locked = [Locked(name, dim, n, tuple(reasons)) for name, dim, n, reasons in state['locked']]
-    empty = Trace(
-        slots, [], [], np.zeros(0), named(state['readers']), named(state['producers']), record,
+    empty = ChannelGraph(
+        slots,
+        [],
+        [],
+        np.zeros(0),
+        named(state['readers']),
+        named(state['producers']),
+        record,
         sorted(set(slots.tensors) - record.touched),
-    )  # fmt: skip
+    )
     return _made(empty, slots, state['unit_of'].numpy().astype(np.int64), locked, record)

@@ -12,7 +12,7 @@ import numpy as np
 from scipy.sparse import csr_array
 from torch import nn
 
-from mmprune.graph.coupling import Trace
+from mmprune.graph.coupling import ChannelGraph
 from mmprune.graph.slots import Axis
 
 
@@ -30,13 +30,13 @@ Term = tuple[Callable[[Sequence[np.ndarray]], np.ndarray], tuple[int, ...]]
 """(kept positions of its axes, as arrays that broadcast -> amount; the numbers of the axes)."""
 
 
-class Products:
+class CostPolynomial:
     """A sum of terms ``count * product over axes of (kept / size)``, ready to be evaluated often.
 
     ``terms``: (count, list of slot id arrays).
     """
 
-    def __init__(self, trace: Trace, terms: list[tuple[float, list[np.ndarray]]]) -> None:
+    def __init__(self, trace: ChannelGraph, terms: list[tuple[float, list[np.ndarray]]]) -> None:
         # Equal axes are counted once: a head that runs on five levels has the same ids five times.
         self._known: dict[bytes, int] = {}
         ids: list[np.ndarray] = []
@@ -92,7 +92,7 @@ class Products:
             found.append((Product(count / math.prod(self._sizes[list(axes)].tolist())), axes))
         return self._units, found
 
-    def grown(self, growth: np.ndarray) -> float:
+    def rescaled(self, growth: np.ndarray) -> float:
         """The sum were each slot ``growth`` (n_slots,) times as many."""
         fractions = np.array([growth[ids].mean() for ids in self._ids] + [1.0])
         return float(self._counts @ fractions[self._terms].prod(axis=1))
@@ -108,15 +108,19 @@ class Products:
         return self._members.T @ (weight / self._sizes)
 
 
-def flops(trace: Trace, part: str | None = None) -> Products:
+def flops(trace: ChannelGraph, part: str | None = None) -> CostPolynomial:
     """Multiply-adds of the traced forward (of one part of it)."""
-    return Products(trace, [
-        (work.count, work.axes) for work in trace.record.work
-        if part is None or in_part(work.where, part)
-    ])  # fmt: skip
+    return CostPolynomial(
+        trace,
+        [
+            (work.count, work.axes)
+            for work in trace.record.work
+            if part is None or in_part(work.where, part)
+        ],
+    )
 
 
-def params(trace: Trace, part: str | None = None) -> Products:
+def params(trace: ChannelGraph, part: str | None = None) -> CostPolynomial:
     """Number of parameters."""
     terms = []
     for name, tensor in trace.slots.tensors.items():
@@ -124,11 +128,11 @@ def params(trace: Trace, part: str | None = None) -> Products:
             axes = [trace.slots.by_key.get((name, dim)) for dim in range(tensor.ndim)]
             count = float(trace.slots.shapes[name].numel())
             terms.append((count, [axis.ids for axis in axes if axis is not None]))
-    return Products(trace, terms)
+    return CostPolynomial(trace, terms)
 
 
 def before(
-    trace: Trace, shapes: Mapping[str, Sequence[int]] | None, terms: Products
+    trace: ChannelGraph, shapes: Mapping[str, Sequence[int]] | None, terms: CostPolynomial
 ) -> float:
     """What a sum was when the tensors of the traced model had ``shapes`` (before its first cut);
     ``None``: they have them now."""
@@ -139,29 +143,33 @@ def before(
         shape = shapes.get(axis.name)
         if shape is not None:
             growth[axis.ids] = shape[axis.dim] / axis.size
-    return terms.grown(growth)
+    return terms.rescaled(growth)
 
 
-def memory(trace: Trace) -> Products:
+def memory(trace: ChannelGraph) -> CostPolynomial:
     """Elements of the activations of the traced forward (views aside)."""
-    return Products(trace, [(float(n), axes) for _, n, axes in trace.record.elements])
+    return CostPolynomial(trace, [(float(n), axes) for _, n, axes in trace.record.elements])
 
 
 BY_NAME = {'flops': flops, 'memory': memory, 'params': params}
 """Costs that scores can be set against."""
 
 
-def channels(trace: Trace, part: str | None = None) -> Products:
+def channels(trace: ChannelGraph, part: str | None = None) -> CostPolynomial:
     """Output channels of everything with a weight: convolutions, linear layers."""
-    return Products(trace, [
-        (float(axis.size), [axis.ids]) for axis in output_axes(trace)
-        if part is None or in_part(axis.name, part)
-    ])  # fmt: skip
+    return CostPolynomial(
+        trace,
+        [
+            (float(axis.size), [axis.ids])
+            for axis in output_axes(trace)
+            if part is None or in_part(axis.name, part)
+        ],
+    )
 
 
-def output_axes(trace: Trace) -> list[Axis]:
+def output_axes(trace: ChannelGraph) -> list[Axis]:
     """For each weight that reads channels, the axis of those that it makes."""
-    others = [trace.slots.by_key.get((axis.name, 1 - axis.dim)) for axis in trace.readers]
+    others = [trace.slots.by_key.get((axis.name, 1 - axis.dim)) for axis in trace.consumers]
     return [axis for axis in others if axis is not None]
 
 
@@ -178,6 +186,6 @@ def in_part(name: str, part: str) -> bool:
     return part_of(name) == part or f'{name}.'.startswith(f'{part}.') or fnmatchcase(name, part)
 
 
-def parts_of(trace: Trace) -> list[str]:
+def parts_of(trace: ChannelGraph) -> list[str]:
     """The parts that have weights, in the model's order."""
     return list(dict.fromkeys(part_of(axis.name) for axis in output_axes(trace)))

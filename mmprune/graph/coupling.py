@@ -9,7 +9,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import nn
 
 from mmprune.graph.slots import Axis, SlotTable
-from mmprune.graph.tracer import Follow, Record
+from mmprune.graph.tracer import Follow, TraceRecord
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Locked:
 
 
 @dataclass
-class Trace:
+class ChannelGraph:
     """What can be cut from a model, and what that would save.
 
     ``groups``: lists of removable units; ``locked``: the others with their reasons; ``flops``:
@@ -61,9 +61,9 @@ class Trace:
     groups: list[Group]
     locked: list[Locked]
     unit_of: np.ndarray
-    readers: list[Axis]
+    consumers: list[Axis]
     producers: list[Axis]
-    record: Record = field(repr=False)
+    record: TraceRecord = field(repr=False)
     unused: list[str] = field(default_factory=list)
 
     @property
@@ -107,7 +107,7 @@ class Trace:
         return np.where(self.unit_of < 0, True, keep[self.unit_of])
 
 
-def couple(record: Record) -> Trace:
+def couple(record: TraceRecord) -> ChannelGraph:
     """Connected components, what is locked among them, and groups of one shape."""
     slots = record.slots
     component = components(record)
@@ -142,19 +142,19 @@ def couple(record: Record) -> Trace:
 
     component = component[: slots.size]
     unit_of, groups = group_units(slots, component, locked)
-    return Trace(
+    return ChannelGraph(
         slots=slots,
         groups=groups,
         locked=_locked(slots, component, locked, reasons),
         unit_of=unit_of,
-        readers=_axes_in(slots, record.weights_read),
+        consumers=_axes_in(slots, record.weights_read),
         producers=_axes_in(slots, record.read),
         record=record,
         unused=sorted(set(slots.tensors) - record.touched),
     )
 
 
-def components(record: Record) -> np.ndarray:
+def components(record: TraceRecord) -> np.ndarray:
     """For each slot, and each stand-in after them, the number of its connected component; slot 0
     stands alone."""
     size = record.slots.size + record.stand_ins
@@ -167,7 +167,7 @@ def components(record: Record) -> np.ndarray:
     return connected_components(graph, directed=False)[1]
 
 
-def size_parts(record: Record, component: np.ndarray) -> None:
+def size_parts(record: TraceRecord, component: np.ndarray) -> None:
     """Ties fills whose size is a part or a multiple of a width to that, by the units that their
     positions met."""
     first = np.zeros(component.max() + 1, dtype=np.int64)
@@ -177,7 +177,7 @@ def size_parts(record: Record, component: np.ndarray) -> None:
         number.of_units(unit).sizes(unit[ids])
 
 
-def slots_for(record: Record, component: np.ndarray) -> np.ndarray:
+def slots_for(record: TraceRecord, component: np.ndarray) -> np.ndarray:
     """For each id a slot: its own, or for a stand-in one of the same unit; where it was tied to none,
     ``FIXED``."""
     size = record.slots.size
@@ -188,7 +188,7 @@ def slots_for(record: Record, component: np.ndarray) -> np.ndarray:
     return slot
 
 
-def settle(record: Record, component: np.ndarray) -> None:
+def settle(record: TraceRecord, component: np.ndarray) -> None:
     """Puts slots in the place of stand-ins for the width of something."""
     if not record.stand_ins:
         return

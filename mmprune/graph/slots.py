@@ -84,7 +84,7 @@ def kernel_weights(model: nn.Module) -> set[str]:
         f'{name}.weight' if name else 'weight'
         for name, module in model.named_modules(remove_duplicate=False)
         if hasattr(module, 'kernel_size') and module._parameters.get('weight') is not None
-    }  # fmt: skip
+    }
 
 
 def aliases_of(model: nn.Module) -> dict[str, str]:

@@ -50,7 +50,7 @@ class Follow:
 
 
 @dataclass
-class Record:
+class TraceRecord:
     """What a traced run left: the input of :func:`mmprune.graph.coupling.couple`."""
 
     slots: SlotTable
@@ -80,7 +80,7 @@ class Tracer(TorchDispatchMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.record = Record(SlotTable(model))
+        self.record = TraceRecord(SlotTable(model))
         self.counting = True
         self._facts = FactsTable()
         self._told: set[tuple[str, int]] = set()  # what the rule of this operation spoke of
@@ -106,7 +106,7 @@ class Tracer(TorchDispatchMode):
     def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """What a run adds to, for :meth:`restore` after one that failed."""
         own = {name: copy.copy(getattr(self, name)) for name in OWN}
-        parts = [f.name for f in fields(Record) if f.name != 'slots']
+        parts = [f.name for f in fields(TraceRecord) if f.name != 'slots']
         return own, {name: copy.copy(getattr(self.record, name)) for name in parts}
 
     def restore(self, state: tuple[dict[str, Any], dict[str, Any]]) -> None:
@@ -334,8 +334,7 @@ class Tracer(TorchDispatchMode):
         if adapter is not None:
             disabled = torch.utils._python_dispatch._disable_current_modes
             with disabled(), torch._C.DisableTorchFunction():
-                adapter(Call(self, type(module).__name__, args, out, module,
-                             self._names[id(module)]))  # fmt: skip
+                adapter(Call(self, type(module).__name__, args, out, module, self._names[id(module)]))
 
 
 def memory(tensor: torch.Tensor) -> int:
@@ -357,9 +356,13 @@ def watched(tracer: Tracer, model: nn.Module) -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(False)  # one opaque kernel for a whole encoder layer
     try:
         with (
-            entered(tracer, model), intercept(functools.partial(shown, tracer)), torch.no_grad(),
-            remembered(tracer, model), Outside(tracer), tracer,
-        ):  # fmt: skip
+            entered(tracer, model),
+            intercept(functools.partial(shown, tracer)),
+            torch.no_grad(),
+            remembered(tracer, model),
+            Outside(tracer),
+            tracer,
+        ):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -371,7 +374,7 @@ def record(
     also: tuple[Callable[[nn.Module], Any], ...] = (),
     tracer: Tracer | None = None,
     may_fail: Container[Callable[[nn.Module], Any]] = (),
-) -> Record:
+) -> TraceRecord:
     """Traces ``forward(model)`` and each of ``also``; FLOPs are counted in the first of them alone.
     Of ``may_fail`` it leaves out those that raise, and notes them in ``failed``."""
     tracer = tracer or Tracer(model)

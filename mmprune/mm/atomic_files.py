@@ -104,7 +104,8 @@ def latest_readable(
         return path
     if troubles:
         raise PruneError(
-            f'{work_dir}: no checkpoint in it can be read: ' + '; '.join(troubles)
+            f'{work_dir}: no checkpoint in it can be read: '
+            + '; '.join(troubles)
             + '. Start anew without --resume, or give an earlier one: --resume FILE'
-        )  # fmt: skip
+        )
     return None

@@ -33,7 +33,8 @@ def read_checkpoint(path: str | Path, device: str = 'cpu') -> dict[str, Any]:
         return read_file(path, device)
 
     def load() -> Any:
-        with weights_only_everywhere(), torch.serialization.safe_globals(SAFE_TYPES):
+        torch.serialization.add_safe_globals(SAFE_TYPES)
+        with weights_only_everywhere():
             return _load_checkpoint(path, map_location=device)
 
     return checked_content(path, load)

@@ -14,7 +14,7 @@ from torch import nn
 from mmprune.api import trace
 from mmprune.contexts import unchanged
 from mmprune.errors import PruneError
-from mmprune.graph.coupling import Trace
+from mmprune.graph.coupling import ChannelGraph
 
 Forward = Callable[[nn.Module], Any]
 
@@ -104,7 +104,7 @@ def runs_of(
     return Runs(tensor, predict, loss, modes, image, count_of(data))
 
 
-def first_trace(model: nn.Module, runs: Runs) -> tuple[Trace, Runs]:
+def first_trace(model: nn.Module, runs: Runs) -> tuple[ChannelGraph, Runs]:
     """The trace of all ``runs`` that work, and what is left of them. Beside the loss, which has to,
     ``mode='tensor'`` is for the FLOPs, and ``mode='predict'`` for the numbers that only post-processing
     reads."""

@@ -12,14 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from mmprune.graph import cost
-from mmprune.graph.coupling import Trace
+from mmprune.graph.coupling import ChannelGraph
 from mmprune.score.collector import Collector
 from mmprune.surgery.plan import Plan
 
 FILE = 'prune_report.json'
 
 
-def before(traced: Trace) -> dict[str, Any]:
+def before(traced: ChannelGraph) -> dict[str, Any]:
     """What a trace says of the model before any cut of this run: channels by part (by tensor, so
     that the plan alone tells them later), what is locked and why. Plain data."""
     axes: dict[str, list[list[Any]]] = {}
@@ -48,7 +48,7 @@ def channels(axes: dict[str, list[list[Any]]], plan: Plan) -> dict[str, dict[str
     return found
 
 
-def log_trace(logger: logging.Logger, traced: Trace, counted_as: str) -> None:
+def log_trace(logger: logging.Logger, traced: ChannelGraph, counted_as: str) -> None:
     """One table of what may go; what can't be cut at level DEBUG, since it stands in the report too.
 
     ``counted_as``: what the FLOPs are those of.
@@ -64,7 +64,7 @@ def log_trace(logger: logging.Logger, traced: Trace, counted_as: str) -> None:
     )
 
 
-def trace_table(traced: Trace) -> Table:
+def trace_table(traced: ChannelGraph) -> Table:
     """By part: output channels, how many of them may go, FLOPs and parameters."""
     out = Table()
     out.add_column('part')

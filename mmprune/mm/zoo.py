@@ -155,18 +155,23 @@ def detection_batch(config: Config, size: int = 96) -> dict[str, Any]:
     training pipeline loads them (or is not given): some assigners behave differently with them."""
     from mmdet.testing import demo_mm_inputs, demo_mm_proposals
 
-    classes = min(_values(config.model, 'num_classes') + _values(config.model, 'num_things_classes'),
-                  default=2)  # fmt: skip
+    classes = min(
+        _values(config.model, 'num_classes') + _values(config.model, 'num_things_classes'), default=2
+    )
     strides = 8 if 'semantic_head' in config.model.get('roi_head', {}) else 1
     train = config.get('train_dataloader') or {'with_mask': True, 'with_seg': True}
     both = 'LoadPanopticAnnotations' in str(train)  # by default
     state = np.random.get_state()
     np.random.seed(0)
     batch = demo_mm_inputs(  # at most what its semantic maps, of bytes, can hold
-        2, (3, size, size), num_items=[3, 5], num_classes=min(max(2, classes), 256),
+        2,
+        (3, size, size),
+        num_items=[3, 5],
+        num_classes=min(max(2, classes), 256),
         with_mask=both or bool(_values(train, 'with_mask')),
-        with_semantic=both or bool(_values(train, 'with_seg')), sem_seg_output_strides=strides,
-    )  # fmt: skip
+        with_semantic=both or bool(_values(train, 'with_seg')),
+        sem_seg_output_strides=strides,
+    )
     np.random.set_state(state)
     for sample in batch['data_samples']:
         sample.gt_instances.labels %= classes
@@ -196,9 +201,10 @@ def pose_batch(config: Config, seed: int = 0, training: bool = True) -> dict[str
         dataset = dataset.dataset
     skipped = ('LoadImage', 'Mosaic', 'YOLOXMixUp', 'Albumentation', 'KeypointConverter')
     steps = [
-        step for step in dataset.pipeline
+        step
+        for step in dataset.pipeline
         if getattr(step['type'], '__name__', step['type']) not in skipped
-    ]  # fmt: skip
+    ]
     state = np.random.get_state()
     np.random.seed(seed)
     try:
@@ -228,16 +234,31 @@ def _pose_sample(dataset: Any, shape: tuple[int, int] = (240, 320)) -> dict[str,
     inside = np.random.rand(n_people, meta['num_keypoints'], 2)
     sample = {
         'img': np.random.randint(0, 256, (height, width, 3), dtype=np.uint8),
-        'img_shape': shape, 'ori_shape': shape, 'img_id': 0, 'img_path': '', 'id': 0,
-        'bbox': boxes, 'bbox_score': np.ones(n_people, dtype=np.float32),
+        'img_shape': shape,
+        'ori_shape': shape,
+        'img_id': 0,
+        'img_path': '',
+        'id': 0,
+        'bbox': boxes,
+        'bbox_score': np.ones(n_people, dtype=np.float32),
         'keypoints': (corner[:, None] + inside * extent[:, None]).astype(np.float32),
         'keypoints_visible': np.ones((n_people, meta['num_keypoints']), dtype=np.float32),
         'num_keypoints': np.full(n_people, meta['num_keypoints']),
-        'area': np.prod(extent, axis=1).astype(np.float32), 'iscrowd': [0] * n_people,
-        'category_id': np.ones(n_people, dtype=np.int64), 'segmentation': None, 'invalid_segs': [],
-    }  # fmt: skip
-    keys = ('dataset_name', 'upper_body_ids', 'lower_body_ids', 'flip_pairs',
-            'dataset_keypoint_weights', 'flip_indices', 'skeleton_links')  # fmt: skip
+        'area': np.prod(extent, axis=1).astype(np.float32),
+        'iscrowd': [0] * n_people,
+        'category_id': np.ones(n_people, dtype=np.int64),
+        'segmentation': None,
+        'invalid_segs': [],
+    }
+    keys = (
+        'dataset_name',
+        'upper_body_ids',
+        'lower_body_ids',
+        'flip_pairs',
+        'dataset_keypoint_weights',
+        'flip_indices',
+        'skeleton_links',
+    )
     return sample | {key: copy.deepcopy(meta[key]) for key in keys}
 
 

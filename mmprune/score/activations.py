@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from mmprune.score.table import criterion
-from mmprune.score.units import Slice, Units
+from mmprune.score.units import Units, WeightAxis
 
 
 @criterion('taylor_activation', needs='examples', normalize='layer')
@@ -33,7 +33,7 @@ def positions(units: Units) -> torch.Tensor:
     return torch.from_numpy(found[: units.n]).to(units.device, torch.float32)
 
 
-class Examples:
+class PerSampleGates:
     """The gates' gradients of every example: hooks on the inputs of all layers that read units.
 
     A layer's input ``z`` gives ``sum over positions of z * dL/dz``, where dL/dz comes through this
@@ -48,8 +48,8 @@ class Examples:
         self._count = 0
         self._sums: torch.Tensor | None = None
         self._done: list[torch.Tensor] = []
-        entries: dict[int, list[Slice]] = {}
-        for entry in units.readers:
+        entries: dict[int, list[WeightAxis]] = {}
+        for entry in units.consumers:
             entries.setdefault(id(entry.weight), []).append(entry)
         # Lambdas, since a copy of the model would copy bound methods with all that they hold.
         self._handles = [
@@ -91,7 +91,7 @@ class Examples:
                 self._finish()
             self._count = self._count or (args[0].shape[0] if args[0].ndim else 0)
 
-    def _watch(self, module: nn.Module, args: tuple, entry: Slice) -> tuple | None:
+    def _watch(self, module: nn.Module, args: tuple, entry: WeightAxis) -> tuple | None:
         if not torch.is_grad_enabled() or not args or not isinstance(args[0], torch.Tensor):
             return None
         x = args[0]
@@ -105,7 +105,7 @@ class Examples:
         return (face, *args[1:])
 
     @torch.no_grad()
-    def _add(self, entry: Slice, x: torch.Tensor, gradient: torch.Tensor) -> None:
+    def _add(self, entry: WeightAxis, x: torch.Tensor, gradient: torch.Tensor) -> None:
         per = channels_of(entry, x.float() * gradient.float())
         if per.shape[0] != self._count:
             rows = torch.arange(per.shape[0], device=per.device) * self._count // per.shape[0]
@@ -122,7 +122,7 @@ def layer(module: nn.Module) -> bool:
     )
 
 
-def fits(module: nn.Module, entry: Slice, x: torch.Tensor) -> bool:
+def fits(module: nn.Module, entry: WeightAxis, x: torch.Tensor) -> bool:
     """Whether the module's input has the channels that its weight reads: a layer's has, that of a
     module which uses a weight of its own somewhere need not."""
     if not layer(module):
@@ -131,7 +131,7 @@ def fits(module: nn.Module, entry: Slice, x: torch.Tensor) -> bool:
     return x.ndim > dim and x.shape[dim] % entry.axis.size == 0
 
 
-def channels_of(entry: Slice, product: torch.Tensor) -> torch.Tensor:
+def channels_of(entry: WeightAxis, product: torch.Tensor) -> torch.Tensor:
     """(rows, positions of the weight's axis) from the (N, C, ...) input of a convolution or the
     (N, ..., C) one of a linear layer."""
     if entry.weight.ndim == 2:

@@ -7,7 +7,7 @@ import numpy as np
 
 from mmprune.errors import PruneError
 from mmprune.graph import cost
-from mmprune.graph.coupling import Trace
+from mmprune.graph.coupling import ChannelGraph
 from mmprune.score.table import Criterion, get_criterion
 
 PER = ('budget', *cost.BY_NAME, 'none')
@@ -26,7 +26,7 @@ class Score:
     ``penalty``: lambda of ``- lambda * FLOPs``,
     for a million FLOPs of a unit (ICLR 2017, section 2.3). ``momentum``: a moving average over
     iterations in place of their mean. ``frozen``: units read by a weight without gradient
-    ``'stay'``, or are scored by their other readers (``'partial'``).
+    ``'stay'``, or are scored by their other consumers (``'partial'``).
     """
 
     name: str
@@ -39,9 +39,10 @@ class Score:
     def __post_init__(self) -> None:
         get_criterion(self.name)
         for option, values in (
-            ('per', PER), ('normalize', (None, 'none', 'layer')),
+            ('per', PER),
+            ('normalize', (None, 'none', 'layer')),
             ('frozen', ('stay', 'partial')),
-        ):  # fmt: skip
+        ):
             if getattr(self, option) not in values:
                 told = ', '.join(repr(value) for value in values)
                 raise PruneError(f'score: {option}={getattr(self, option)!r}; there are {told}')
@@ -82,7 +83,7 @@ def make_score(value: 'str | dict[str, Any] | Score') -> Score:
     return Score(**value)
 
 
-def adjusted(trace: Trace, values: np.ndarray, score: Score) -> np.ndarray:
+def adjusted(trace: ChannelGraph, values: np.ndarray, score: Score) -> np.ndarray:
     """(n_units,) what each unit's removal loses, from a criterion's numbers: normalised, penalised."""
     values = np.array(values, dtype=np.float64)
     normalize = score.normalize or score.criterion.normalize

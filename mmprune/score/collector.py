@@ -8,14 +8,14 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from mmprune.errors import PruneError
-from mmprune.graph.coupling import Trace
-from mmprune.score.activations import Examples
+from mmprune.graph.coupling import ChannelGraph
+from mmprune.score.activations import PerSampleGates
 from mmprune.score.adjust import Score, adjusted, make_score
 from mmprune.score.units import Units
 from mmprune.surgery.apply import optimizers_in
 
 
-class Tally:
+class RunningScore:
     """Running sums of one criterion over the iterations of one optimizer, all on the device.
 
     No iteration waits for the device: whether its numbers are finite is decided there.
@@ -40,9 +40,11 @@ class Tally:
                 f'({self.units.n},): one number for each unit'
             )
         finite = torch.isfinite(values).all()
-        keep, gain = (1.0, 1.0) if self.score.momentum is None else (
-            self.score.momentum, 1 - self.score.momentum
-        )  # fmt: skip
+        keep, gain = (
+            (1.0, 1.0)
+            if self.score.momentum is None
+            else (self.score.momentum, 1 - self.score.momentum)
+        )
         self.total = torch.where(finite, keep * self.total + gain * values, self.total)
         self.weight = torch.where(finite, keep * self.weight + gain, self.weight)
         self.scored += finite
@@ -50,9 +52,13 @@ class Tally:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            'total': self.total.clone(), 'weight': self.weight.clone(), 'scored': self.scored.clone(),
-            'nonfinite': self.nonfinite.clone(), 'missing': self.missing, 'seen': sorted(self.seen),
-        }  # fmt: skip
+            'total': self.total.clone(),
+            'weight': self.weight.clone(),
+            'scored': self.scored.clone(),
+            'nonfinite': self.nonfinite.clone(),
+            'missing': self.missing,
+            'seen': sorted(self.seen),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state['total'].shape != self.total.shape:
@@ -82,7 +88,7 @@ class Collector:
 
     def __init__(
         self,
-        trace: Trace,
+        trace: ChannelGraph,
         score: str | dict[str, Any] | Score = 'taylor',
         optimizer: Any = None,
         model: nn.Module | None = None,
@@ -91,11 +97,11 @@ class Collector:
         self.trace = trace
         self.score = make_score(score)
         self.distributed = distributed
-        self.tallies: list[Tally] = []
-        self._tally_of: dict[int, Tally | None] = {}  # by optimizer
+        self.tallies: list[RunningScore] = []
+        self._tally_of: dict[int, RunningScore | None] = {}  # by optimizer
         self._held: dict[int, Any] = {}  # what their tallies look at, by id, which so stays its own
         self._handles: list[Any] = []
-        self._examples: Examples | None = None
+        self._examples: PerSampleGates | None = None
         needs = self.score.criterion.needs
         if needs == 'weights':
             return
@@ -105,7 +111,7 @@ class Collector:
                     f'score={self.score.name!r} needs hooks in the model: give Collector its model, or '
                     "take score='taylor'"
                 )
-            self._examples = Examples(model, Units(trace))
+            self._examples = PerSampleGates(model, Units(trace))
         if optimizer == 'none':
             return
         if optimizer is None:
@@ -128,15 +134,15 @@ class Collector:
         if self._examples is not None:
             self._examples.close()
 
-    def _tally(self, holder: Any, parameters: list[torch.Tensor]) -> Tally | None:
+    def _tally(self, holder: Any, parameters: list[torch.Tensor]) -> RunningScore | None:
         """The running sums of ``holder``, an optimizer, for the ``parameters`` that it steps; ``None``
         if none of these is a weight of the trace."""
         if id(holder) not in self._tally_of:
             units = Units(self.trace, only={id(p) for p in parameters})
-            useful = bool(units.readers or units.unread_makers)
+            useful = bool(units.consumers or units.unread_makers)
             if useful and self._examples is not None and self.tallies:
                 useful = False  # all layers' examples are counted with the first optimizer's steps
-            tally = Tally(units, self.score) if useful else None
+            tally = RunningScore(units, self.score) if useful else None
             self._tally_of[id(holder)] = tally
             self._held |= {id(one): one for one in (holder, *parameters)}
             if tally is not None:
@@ -165,12 +171,12 @@ class Collector:
         self._add(tally, None)
 
     @torch.no_grad()
-    def _add(self, tally: Tally, scale: torch.Tensor | None) -> None:
+    def _add(self, tally: RunningScore, scale: torch.Tensor | None) -> None:
         units = tally.units
         units.check_shapes()
         having = {
             entry.axis.first
-            for entry in (*units.readers, *units.unread_makers)
+            for entry in (*units.consumers, *units.unread_makers)
             if entry.weight.grad is not None
         }
         if not having:
@@ -227,7 +233,7 @@ class Collector:
         values[self._blind()] = np.nan
         return adjusted(self.trace, values, self.score)
 
-    def _reduced(self, tally: Tally) -> tuple[np.ndarray, float]:
+    def _reduced(self, tally: RunningScore) -> tuple[np.ndarray, float]:
         both = torch.cat([tally.total.double(), tally.weight.double().reshape(1)])
         if self.distributed:
             torch.distributed.all_reduce(both)
@@ -258,7 +264,7 @@ class Collector:
         seen = self._seen()
         graded = set().union(*(tally.seen for tally in self.tallies))
         found = []
-        for entry in units.readers or units.makers:
+        for entry in units.consumers or units.producers:
             if entry.axis.first in seen:
                 continue
             if self._examples is not None:
@@ -280,7 +286,7 @@ class Collector:
         for entry, _ in self._blind_readers(units):
             some_blind[self.trace.unit_of[entry.axis.ids]] = True
         seen = self._seen()
-        for entry in (*units.readers, *units.unread_makers):
+        for entry in (*units.consumers, *units.unread_makers):
             if entry.axis.first in seen:
                 some_seen[self.trace.unit_of[entry.axis.ids]] = True
         blind = ~some_seen
@@ -325,7 +331,7 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [p for group in optimizer.param_groups for p in group['params']]
 
 
-def scores_now(trace: Trace, score: str | dict[str, Any] | Score) -> np.ndarray:
+def scores_now(trace: ChannelGraph, score: str | dict[str, Any] | Score) -> np.ndarray:
     """(n_units,) scores from the weights, and the gradients, that are there.
 
     Raises:
@@ -351,7 +357,7 @@ def scores_now(trace: Trace, score: str | dict[str, Any] | Score) -> np.ndarray:
     return collector.scores()
 
 
-def weight_scores(trace: Trace, score: Score) -> np.ndarray:
+def weight_scores(trace: ChannelGraph, score: Score) -> np.ndarray:
     """(n_units,) numbers of a criterion that looks at weights alone. NaN is its own way to say that
     a unit has none; infinities are an error."""
     with torch.no_grad():

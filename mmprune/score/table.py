@@ -2,14 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from mmprune.errors import PruneError
-
-if TYPE_CHECKING:
-    from mmprune.score.units import Units
+from mmprune.score.units import Units
 
 NEEDS = ('weights', 'gradients', 'examples')
 """What a criterion looks at. ``weights``: called once for a cut; ``gradients``: called between
@@ -23,7 +20,7 @@ class Criterion:
     done with its numbers unless a :class:`~mmprune.score.adjust.Score` says otherwise."""
 
     name: str
-    function: Callable[['Units'], torch.Tensor]
+    function: Callable[[Units], torch.Tensor]
     needs: str
     normalize: str = 'none'
 
@@ -38,7 +35,7 @@ CRITERIA: dict[str, Criterion] = {}
 
 def criterion(
     name: str, needs: str = 'weights', normalize: str = 'none'
-) -> Callable[[Callable[['Units'], torch.Tensor]], Callable[['Units'], torch.Tensor]]:
+) -> Callable[[Callable[[Units], torch.Tensor]], Callable[[Units], torch.Tensor]]:
     """Registers a function of :class:`Units` that returns (n_units,) numbers as criterion ``name``.
 
     ``needs``: one of ``NEEDS``; ``normalize``: ``'layer'`` where it is meant to be divided by the
@@ -50,7 +47,7 @@ def criterion(
     if needs not in NEEDS:
         raise PruneError(f'criterion {name!r}: needs={needs!r}; there are {", ".join(NEEDS)}')
 
-    def register(function: Callable[['Units'], torch.Tensor]) -> Callable[['Units'], torch.Tensor]:
+    def register(function: Callable[[Units], torch.Tensor]) -> Callable[[Units], torch.Tensor]:
         if name in CRITERIA:
             raise PruneError(
                 f'criterion {name!r} is registered already, by '

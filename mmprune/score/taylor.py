@@ -3,7 +3,7 @@
 import torch
 
 from mmprune.score.table import criterion
-from mmprune.score.units import Slice, Units, sum_but
+from mmprune.score.units import Units, WeightAxis, sum_but
 
 
 def gate_gradient(units: Units) -> torch.Tensor:
@@ -13,13 +13,13 @@ def gate_gradient(units: Units) -> torch.Tensor:
     Where only products of activations read a unit (the width of attention heads), the gate is at
     the weights that make it.
     """
-    read = _products(units, units.readers)
+    read = _products(units, units.consumers)
     if not units.unread_makers:
         return read
     return torch.where(units.read, read, _products(units, units.unread_makers))
 
 
-def _products(units: Units, slices: list[Slice]) -> torch.Tensor:
+def _products(units: Units, slices: list[WeightAxis]) -> torch.Tensor:
     having = [entry for entry in slices if entry.weight.grad is not None]
     parts = [
         dot_along(e.weight.detach().float(), units.gradient(e.weight).float(), e.axis.dim)
@@ -37,15 +37,13 @@ def dot_along(a: torch.Tensor, b: torch.Tensor, dim: int) -> torch.Tensor:
     if a.numel() <= CACHED or a.ndim == 1 or a.device.type != 'cpu':
         return sum_but(a * b, dim)
     rows = max(1, CACHED * a.shape[0] // a.numel())
-    pieces = [
-        sum_but(x * y, dim) for x, y in zip(a.split(rows), b.split(rows), strict=True)
-    ]  # fmt: skip
+    pieces = [sum_but(x * y, dim) for x, y in zip(a.split(rows), b.split(rows), strict=True)]
     return torch.cat(pieces) if dim == 0 else torch.stack(pieces).sum(0)
 
 
 @criterion('taylor', needs='gradients')
 def taylor(units: Units) -> torch.Tensor:
-    """``|sum over the readers' slots of w * dL/dw|``: the first-order change of the loss when the
+    """``|sum over the consumers' slots of w * dL/dw|``: the first-order change of the loss when the
     unit's channel is zero at everything that reads it."""
     return gate_gradient(units).abs()
 

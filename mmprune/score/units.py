@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from mmprune.errors import PruneError
-from mmprune.graph.coupling import Trace
+from mmprune.graph.coupling import ChannelGraph
 from mmprune.graph.slots import Axis
 
 
-class Slice(NamedTuple):
+class WeightAxis(NamedTuple):
     """One axis of a weight: ``index`` gives the unit of each position, ``Units.n`` where the
     position is locked."""
 
@@ -25,8 +25,8 @@ class Slice(NamedTuple):
 class Units:
     """What a criterion is called with.
 
-    ``n``: number of units; ``readers``: :class:`Slice` of the weights that read units' channels;
-    ``makers``: the same of the weights that make them, biases and norms included; ``examples``:
+    ``n``: number of units; ``consumers``: :class:`WeightAxis` of the weights that read units' channels;
+    ``producers``: the same of the weights that make them, biases and norms included; ``examples``:
     (N, n) derivative of the loss by a gate on each unit at everything that reads it, for each of N
     examples, where the criterion needs it.
 
@@ -34,7 +34,7 @@ class Units:
     multiplied with as they stand (a fused optimizer takes AMP's scale away itself).
     """
 
-    def __init__(self, trace: Trace, only: Container[int] | None = None) -> None:
+    def __init__(self, trace: ChannelGraph, only: Container[int] | None = None) -> None:
         self.trace = trace
         self.n = trace.n_units
         self.examples: torch.Tensor | None = None
@@ -42,7 +42,7 @@ class Units:
         tensors = trace.slots.tensors
         self.device = next(iter(tensors.values())).device
 
-        def by_unit(axes: list[Axis]) -> list[Slice]:
+        def by_unit(axes: list[Axis]) -> list[WeightAxis]:
             found = []
             for axis in axes:
                 weight = tensors[axis.name]
@@ -50,12 +50,12 @@ class Units:
                 wanted = isinstance(weight, nn.Parameter) and (only is None or id(weight) in only)
                 if wanted and (units >= 0).any():
                     index = torch.from_numpy(np.where(units < 0, self.n, units)).to(weight.device)
-                    found.append(Slice(axis, weight, index))
+                    found.append(WeightAxis(axis, weight, index))
             return found
 
-        self.readers = by_unit(trace.readers)
-        reading = {(axis.name, axis.dim) for axis in trace.readers}
-        self.makers = by_unit(
+        self.consumers = by_unit(trace.consumers)
+        reading = {(axis.name, axis.dim) for axis in trace.consumers}
+        self.producers = by_unit(
             [axis for axis in trace.slots.axes if (axis.name, axis.dim) not in reading]
         )
         self._indices: dict[tuple[int, ...], torch.Tensor] = {}
@@ -64,32 +64,34 @@ class Units:
     def read(self) -> torch.Tensor:
         """Units that a weight reads: (n,) bool. Others meet products of activations alone."""
         found = np.zeros(self.n + 1, dtype=bool)
-        for axis in self.trace.readers:
+        for axis in self.trace.consumers:
             found[self.trace.unit_of[axis.ids]] = True  # -1, the locked ones, falls on the last
         return torch.from_numpy(found[: self.n]).to(self.device)
 
     @cached_property
-    def scales(self) -> list[Slice]:
-        """Batch norms' gammas among the makers."""
+    def scales(self) -> list[WeightAxis]:
+        """Batch norms' gammas among the producers."""
         firsts = {int(ids[0]) for ids in self.trace.record.scales if ids.size}
-        return [entry for entry in self.makers if entry.axis.first in firsts]
+        return [entry for entry in self.producers if entry.axis.first in firsts]
 
     @cached_property
-    def unread_makers(self) -> list[Slice]:
-        """Those of ``makers`` that make a unit which no weight reads."""
+    def unread_makers(self) -> list[WeightAxis]:
+        """Those of ``producers`` that make a unit which no weight reads."""
         unread = torch.cat([~self.read, self.read.new_zeros(1)]).cpu()
-        return [entry for entry in self.makers if bool(unread[entry.index.cpu()].any())]
+        return [entry for entry in self.producers if bool(unread[entry.index.cpu()].any())]
 
     def gradient(self, weight: torch.Tensor) -> torch.Tensor:
         """The gradient of the loss by a weight, free of AMP's scale."""
         return weight.grad if self.scale is None else weight.grad / self.scale
 
-    def sums(self, slices: list[Slice], value: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    def sums(
+        self, slices: list[WeightAxis], value: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
         """(n,) sums of ``value(weight)``, of the weight's shape, over all slots of each unit."""
         parts = [sum_but(value(entry.weight), entry.axis.dim) for entry in slices]
         return self.gather(slices, parts)
 
-    def gather(self, slices: list[Slice], parts: list[torch.Tensor]) -> torch.Tensor:
+    def gather(self, slices: list[WeightAxis], parts: list[torch.Tensor]) -> torch.Tensor:
         """(n,) sums over the positions of each unit; ``parts``: a vector for each of ``slices``."""
         total = torch.zeros(self.n + 1, device=self.device)
         if not slices:
@@ -102,7 +104,7 @@ class Units:
 
     def check_shapes(self) -> None:
         """Raises a PruneError if the model was cut after the trace."""
-        for entry in self.readers:
+        for entry in self.consumers:
             if entry.weight.shape[entry.axis.dim] != entry.axis.size:
                 raise PruneError(
                     f'{entry.axis} has {entry.weight.shape[entry.axis.dim]} positions now, '

@@ -3,12 +3,12 @@
 import torch
 
 from mmprune.score.table import criterion
-from mmprune.score.units import Slice, Units
+from mmprune.score.units import Units, WeightAxis
 
 
-def filters(units: Units) -> list[Slice]:
-    """The makers that are matrices or kernels: biases and norms aside."""
-    return [entry for entry in units.makers if entry.weight.ndim > 1]
+def filters(units: Units) -> list[WeightAxis]:
+    """The producers that are matrices or kernels: biases and norms aside."""
+    return [entry for entry in units.producers if entry.weight.ndim > 1]
 
 
 @criterion('l1')

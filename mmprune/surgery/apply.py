@@ -21,24 +21,26 @@ Change = tuple[Callable[[], None], Callable[[], None]]
 """Two functions without arguments: do it, undo it."""
 
 
-def cut(model: nn.Module, plan: Plan, optimizer: Any = None, twins: Iterable[nn.Module] = ()) -> Plan:
+def cut(
+    model: nn.Module, plan: Plan, optimizer: Any = None, ema_models: Iterable[nn.Module] = ()
+) -> Plan:
     """Narrows ``model`` by a plan that was made for it as it is now.
 
     ``optimizer``: a torch optimizer, an mmengine ``OptimWrapper``, a scheduler, or a list of these;
-    state of a parameter's shape is sliced with it. ``twins``: models of the same structure (EMA).
+    state of a parameter's shape is sliced with it. ``ema_models``: models of the same structure (EMA).
     Returns the plan against the original: this one after any earlier.
 
     Raises:
         PruneError: the model is another one, or state can't follow. Nothing has changed then.
     """
-    twins = list(twins)
-    for each in (model, *twins):  # a copy may hold a tensor under a name that the model lacks
+    ema_models = list(ema_models)
+    for each in (model, *ema_models):  # a copy may hold a tensor under a name that the model lacks
         plan = plan.with_aliases(aliases_of(each))
-    for each in (model, *twins):
+    for each in (model, *ema_models):
         check_fingerprint(plan.fingerprint, each, 'the plan', plan.aliases)
     changes: list[Change] = []
     dims_of: dict[int, dict[int, list[int]]] = {}
-    for each in (model, *twins):
+    for each in (model, *ema_models):
         done: set[int] = set()
         for name, tensor in named_state(each):
             if name in plan.keep and id(tensor) not in done:

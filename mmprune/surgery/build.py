@@ -8,13 +8,13 @@ from torch import nn
 
 from mmprune.errors import InexactCut, PruneError
 from mmprune.graph import cost
-from mmprune.graph.coupling import Trace
+from mmprune.graph.coupling import ChannelGraph
 from mmprune.surgery.apply import read_attribute
 from mmprune.surgery.plan import Plan, fingerprint, plan_of
 
 
 def make_plan(
-    traced: Trace, model: nn.Module, keep: np.ndarray, asked: Mapping[str, Any], **about: Any
+    traced: ChannelGraph, model: nn.Module, keep: np.ndarray, asked: Mapping[str, Any], **about: Any
 ) -> Plan:
     """The plan that keeps the units in ``keep`` (n_units, bool), for ``model`` as it is now.
 
@@ -47,12 +47,10 @@ def make_plan(
         'params_before': original['params'],
         'params': round(cost.params(traced)(keep)),
     }
-    return Plan(
-        kept, _followed(traced, model, slot_stays), fingerprint(model), [entry], dict(asked)
-    )
+    return Plan(kept, _followed(traced, model, slot_stays), fingerprint(model), [entry], dict(asked))
 
 
-def _followed(traced: Trace, model: nn.Module, stays: np.ndarray) -> dict[str, dict[str, int]]:
+def _followed(traced: ChannelGraph, model: nn.Module, stays: np.ndarray) -> dict[str, dict[str, int]]:
     """New values of the numbers that follow an axis, in proportion to it."""
     found: dict[str, dict[str, int]] = {}
     for follow in traced.follows:
@@ -81,7 +79,7 @@ def remaining(model: nn.Module) -> dict[str, float]:
     return {name: last[name] / last[f'{name}_before'] for name in ('flops', 'params')}
 
 
-def original_cost(model: nn.Module, traced: Trace) -> dict[str, Any]:
+def original_cost(model: nn.Module, traced: ChannelGraph) -> dict[str, Any]:
     """What the model had before its first cut: ``flops`` on the batch that ``traced`` saw (batches
     differ in size), ``params``, and ``units`` of each group."""
     plan = plan_of(model)

@@ -67,9 +67,12 @@ def _pairs(module: nn.Module) -> list[tuple[nn.Module, tuple[str, nn.Module]]]:
     return [
         (conv, (name, norm))
         for (_, conv), (name, norm) in zip(children, children[1:], strict=False)
-        if _folds(conv) and type(norm) in NORMS and norm.running_mean is not None
-        and norm.num_features == conv.out_channels and not _watched(norm)
-    ]  # fmt: skip
+        if _folds(conv)
+        and type(norm) in NORMS
+        and norm.running_mean is not None
+        and norm.num_features == conv.out_channels
+        and not _watched(norm)
+    ]
 
 
 def _folds(conv: nn.Module) -> bool:
@@ -86,6 +89,12 @@ def _watched(module: nn.Module) -> bool:
 def fold(conv: nn.Module, norm: nn.Module) -> None:
     """The weights of ``conv`` with ``norm`` in them, in place."""
     conv.weight, conv.bias = fuse_conv_bn_weights(
-        conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias,
+        conv.weight,
+        conv.bias,
+        norm.running_mean,
+        norm.running_var,
+        norm.eps,
+        norm.weight,
+        norm.bias,
         transpose=_class_name(type(conv)) in TRANSPOSED,
-    )  # fmt: skip
+    )

@@ -34,8 +34,9 @@ def read_file(path: str | Path, device: str = 'cpu') -> dict[str, Any]:
 
     def load() -> Any:
         check_archive(path)
-        with torch.serialization.safe_globals(SAFE_TYPES):
-            return torch.load(path, map_location=device, weights_only=True)
+        # Each time: torch's context manager `safe_globals` forgets at its end what was known before it.
+        torch.serialization.add_safe_globals(SAFE_TYPES)
+        return torch.load(path, map_location=device, weights_only=True)
 
     return checked_content(path, load)
 

@@ -52,16 +52,18 @@ class Plan:
         told = ', '.join(f'{key} {value:,}' for key, value in last.items() if isinstance(value, int))
         return f'Plan({len(self.keep)} tensors narrower after {len(self.history)} cuts; {told})'
 
-    def apply(self, model: nn.Module, optimizer: Any = None, twins: Iterable[nn.Module] = ()) -> None:
+    def apply(
+        self, model: nn.Module, optimizer: Any = None, ema_models: Iterable[nn.Module] = ()
+    ) -> None:
         """Narrows ``model`` in place: parameters stay the same objects, the optimizer's state and
-        ``twins`` (averaged copies) follow. All or nothing.
+        ``ema_models`` (averaged copies) follow. All or nothing.
 
         Raises:
             PruneError: the model is not the plan's original; the first differences are listed.
         """
         from mmprune.surgery.apply import cut
 
-        cut(model, self, optimizer, twins)
+        cut(model, self, optimizer, ema_models)
 
     def then(self, second: Plan) -> Plan:
         """This plan and, after it, one made for the model that it leaves, as a single plan."""
@@ -87,9 +89,13 @@ class Plan:
         for name, values in second.attributes.items():
             attributes.setdefault(name, {}).update(values)
         return Plan(
-            keep, attributes, first.fingerprint, self.history + second.history,
-            second.budget or self.budget, first.aliases | second.aliases,
-        )  # fmt: skip
+            keep,
+            attributes,
+            first.fingerprint,
+            self.history + second.history,
+            second.budget or self.budget,
+            first.aliases | second.aliases,
+        )
 
     def with_aliases(self, aliases: dict[str, str]) -> Plan:
         """The same plan, in which tensors have further names as well: {name: another}."""

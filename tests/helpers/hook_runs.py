@@ -29,9 +29,11 @@ class TwoBranch(BaseModel):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width))
         self.block = nn.Sequential(
-            nn.Conv2d(width, 2 * width, 3, padding=1), nn.BatchNorm2d(2 * width), nn.ReLU(),
+            nn.Conv2d(width, 2 * width, 3, padding=1),
+            nn.BatchNorm2d(2 * width),
+            nn.ReLU(),
             nn.Conv2d(2 * width, width, 3, padding=1),
-        )  # fmt: skip
+        )
         self.neck = nn.Conv2d(width, width, 1)
         self.small = nn.Linear(width, 4)
         self.large = nn.Linear(width * 4, 4)
@@ -102,9 +104,12 @@ class Right(BaseMetric):
 def config(work_dir: Path, epochs: int = 4, hook: dict | None = None, **more: Any) -> Config:
     """A run of ``epochs`` of 6 iterations; ``hook``: options of the PruneHook."""
     loader = dict(
-        batch_size=8, num_workers=0, collate_fn=dict(type='default_collate'),
-        dataset=dict(type='Stripes'), sampler=dict(type='DefaultSampler', shuffle=True),
-    )  # fmt: skip
+        batch_size=8,
+        num_workers=0,
+        collate_fn=dict(type='default_collate'),
+        dataset=dict(type='Stripes'),
+        sampler=dict(type='DefaultSampler', shuffle=True),
+    )
     base = dict(
         default_scope='mmengine',
         model=dict(type='TwoBranch'),

@@ -24,9 +24,12 @@ def spawn(job: Any, count: int, folder: Path) -> list[Any]:
 def _enter(rank: int, job: Any, count: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ |= dict(
-        MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(count),
+        MASTER_ADDR='127.0.0.1',
+        MASTER_PORT=str(port),
+        RANK=str(rank),
+        WORLD_SIZE=str(count),
         LOCAL_RANK=str(rank),
-    )  # fmt: skip
+    )
     dist.init_process_group('gloo')
     try:
         result = job(folder)

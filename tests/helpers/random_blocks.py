@@ -59,10 +59,16 @@ ACTS = [nn.ReLU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.ELU, nn.Hardswish, nn.Tanh, nn
 @block
 def conv_norm_act(r, c):
     d = even(r)
-    norm = r.choice([
-        nn.BatchNorm2d, lambda d: nn.GroupNorm(2, d), lambda d: nn.InstanceNorm2d(d, affine=True),
-        lambda d: nn.BatchNorm2d(d, affine=False), nn.InstanceNorm2d, lambda d: nn.Identity(),
-    ])  # fmt: skip
+    norm = r.choice(
+        [
+            nn.BatchNorm2d,
+            lambda d: nn.GroupNorm(2, d),
+            lambda d: nn.InstanceNorm2d(d, affine=True),
+            lambda d: nn.BatchNorm2d(d, affine=False),
+            nn.InstanceNorm2d,
+            lambda d: nn.Identity(),
+        ]
+    )
     act = r.choice([*ACTS, lambda: nn.PReLU(d), nn.PReLU, lambda: nn.ReLU(inplace=True)])
     return nn.Sequential(conv(c, d, r.choice([1, 3]), bias=r.random() < 0.5), norm(d), act()), d
 
@@ -70,24 +76,28 @@ def conv_norm_act(r, c):
 @block
 def residual(r, c):
     d = even(r)
-    add = r.choice([
-        lambda m, x: F.relu(m.b(F.relu(m.n(m.a(x)))) + x),
-        lambda m, x: x + m.b(m.n(m.a(x)).relu()) * m.scale,
-        lambda m, x: m.b(m.a(x).relu_()).add_(x),
-        lambda m, x: torch.add(x, m.b(m.a(x)), alpha=0.5).sigmoid(),
-        lambda m, x: torch.maximum(m.b(m.a(x)), x),
-    ])  # fmt: skip
+    add = r.choice(
+        [
+            lambda m, x: F.relu(m.b(F.relu(m.n(m.a(x)))) + x),
+            lambda m, x: x + m.b(m.n(m.a(x)).relu()) * m.scale,
+            lambda m, x: m.b(m.a(x).relu_()).add_(x),
+            lambda m, x: torch.add(x, m.b(m.a(x)), alpha=0.5).sigmoid(),
+            lambda m, x: torch.maximum(m.b(m.a(x)), x),
+        ]
+    )
     return Step(add, a=conv(c, d), n=nn.BatchNorm2d(d), b=conv(d, c), scale=param(c, 1, 1)), c
 
 
 @block
 def branches(r, c):
     d, e = even(r), even(r)
-    run = r.choice([
-        lambda m, x: torch.cat([m.a(x), m.b(x)], 1),
-        lambda m, x: torch.cat([x, m.a(x).relu(), m.b(x)], dim=-3),
-        lambda m, x: torch.cat([m.b(x), torch.zeros_like(x), x], 1),
-    ])  # fmt: skip
+    run = r.choice(
+        [
+            lambda m, x: torch.cat([m.a(x), m.b(x)], 1),
+            lambda m, x: torch.cat([x, m.a(x).relu(), m.b(x)], dim=-3),
+            lambda m, x: torch.cat([m.b(x), torch.zeros_like(x), x], 1),
+        ]
+    )
     x = torch.zeros(1, c, 2, 2)
     step = Step(run, a=conv(c, d, 1), b=conv(c, e))
     return step, step(x).shape[1]
@@ -96,12 +106,14 @@ def branches(r, c):
 @block
 def split_and_join(r, c):
     d = even(r)
-    run = r.choice([
-        lambda m, x: torch.cat([m.b(x.chunk(2, 1)[0]), x.chunk(2, 1)[1]], 1),
-        lambda m, x: torch.cat([x.chunk(2, 1)[1], m.b(x.chunk(2, 1)[0]).relu()], 1),
-        lambda m, x: torch.cat(in_turn(m, x.split(x.shape[1] // 2, 1)), 1),
-        lambda m, x: torch.cat(torch.tensor_split(x, 2, 1)[::-1], 1),
-    ])  # fmt: skip
+    run = r.choice(
+        [
+            lambda m, x: torch.cat([m.b(x.chunk(2, 1)[0]), x.chunk(2, 1)[1]], 1),
+            lambda m, x: torch.cat([x.chunk(2, 1)[1], m.b(x.chunk(2, 1)[0]).relu()], 1),
+            lambda m, x: torch.cat(in_turn(m, x.split(x.shape[1] // 2, 1)), 1),
+            lambda m, x: torch.cat(torch.tensor_split(x, 2, 1)[::-1], 1),
+        ]
+    )
     half = d // 2
     return nn.Sequential(conv(c, d), Step(run, b=conv(half, half), c=conv(half, half))), d
 
@@ -128,39 +140,49 @@ def gated(r, c):
 @block
 def shuffled(r, c):
     d = even(r)
-    run = r.choice([
-        lambda m, x: m.a(x).unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2),
-        lambda m, x: F.channel_shuffle(m.a(x), 2),
-        lambda m, x: m.a(x).reshape(len(x), -1, 2, *x.shape[2:]).transpose(1, 2).reshape(
-            len(x), -1, *x.shape[2:]),
-        lambda m, x: m.a(x).flip(1),
-        lambda m, x: m.a(x).roll(1, 1),
-        lambda m, x: m.a(x)[:, torch.tensor([1, 0, *range(2, m.a.out_channels)])],
-        lambda m, x: m.a(x)[:, ::2].repeat(1, 2, 1, 1),
-        lambda m, x: m.a(x).repeat_interleave(2, 1)[:, ::2],
-    ])  # fmt: skip
+    run = r.choice(
+        [
+            lambda m, x: m.a(x).unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2),
+            lambda m, x: F.channel_shuffle(m.a(x), 2),
+            lambda m, x: (
+                m.a(x)
+                .reshape(len(x), -1, 2, *x.shape[2:])
+                .transpose(1, 2)
+                .reshape(len(x), -1, *x.shape[2:])
+            ),
+            lambda m, x: m.a(x).flip(1),
+            lambda m, x: m.a(x).roll(1, 1),
+            lambda m, x: m.a(x)[:, torch.tensor([1, 0, *range(2, m.a.out_channels)])],
+            lambda m, x: m.a(x)[:, ::2].repeat(1, 2, 1, 1),
+            lambda m, x: m.a(x).repeat_interleave(2, 1)[:, ::2],
+        ]
+    )
     return Step(run, a=conv(c, d, groups=r.choice([1, 2]) if c % 2 == 0 else 1)), d
 
 
 @block
 def grouped(r, c):
     d, times = even(r), r.choice([1, 2])
-    return r.choice([
-        lambda: (nn.Sequential(conv(c, d), conv(d, d, groups=2), nn.ReLU()), d),
-        lambda: (nn.Sequential(conv(c, d), conv(d, d * times, groups=d), conv(d * times, c, 1)), c),
-        lambda: (conv(c, c * times, groups=c), c * times),
-        lambda: (nn.Sequential(conv(c, d), conv(d, 2 * d, groups=2), conv(2 * d, d, groups=2)), d),
-    ])()  # fmt: skip
+    return r.choice(
+        [
+            lambda: (nn.Sequential(conv(c, d), conv(d, d, groups=2), nn.ReLU()), d),
+            lambda: (nn.Sequential(conv(c, d), conv(d, d * times, groups=d), conv(d * times, c, 1)), c),
+            lambda: (conv(c, c * times, groups=c), c * times),
+            lambda: (nn.Sequential(conv(c, d), conv(d, 2 * d, groups=2), conv(2 * d, d, groups=2)), d),
+        ]
+    )()
 
 
 @block
 def transposed(r, c):
     d, times = even(r), r.choice([1, 2])
-    up = r.choice([
-        lambda: (nn.ConvTranspose2d(c, d, 3, padding=1), d),
-        lambda: (nn.ConvTranspose2d(c, c * times, 3, padding=1, groups=c), c * times),
-        lambda: (nn.Sequential(conv(c, d), nn.ConvTranspose2d(d, 2 * d, 1, groups=2)), 2 * d),
-    ])  # fmt: skip
+    up = r.choice(
+        [
+            lambda: (nn.ConvTranspose2d(c, d, 3, padding=1), d),
+            lambda: (nn.ConvTranspose2d(c, c * times, 3, padding=1, groups=c), c * times),
+            lambda: (nn.Sequential(conv(c, d), nn.ConvTranspose2d(d, 2 * d, 1, groups=2)), 2 * d),
+        ]
+    )
     layer, out = up()
     return nn.Sequential(layer, nn.BatchNorm2d(out), nn.ReLU()), out
 
@@ -201,14 +223,23 @@ def squeeze_excite(r, c):
 @block
 def pixel_shuffled(r, c):
     d = even(r)
-    return r.choice([
-        lambda: (nn.Sequential(conv(c, 4 * d), nn.PixelShuffle(2), nn.AvgPool2d(2)), d),
-        lambda: (nn.Sequential(conv(c, d), nn.PixelUnshuffle(2), conv(4 * d, c),
-                               nn.Upsample(scale_factor=2)), c),
-        lambda: (Step(unfolded, a=conv(c, d), b=conv(9 * d, c, 1)), c),
-        lambda: (Step(folded, a=conv(c, d)), d),
-        lambda: (Step(lambda m, x: F.pad(m.a(x), (0, 0, 0, 0, 1, 2), value=0.5), a=conv(c, d)), d + 3),
-    ])()  # fmt: skip
+    return r.choice(
+        [
+            lambda: (nn.Sequential(conv(c, 4 * d), nn.PixelShuffle(2), nn.AvgPool2d(2)), d),
+            lambda: (
+                nn.Sequential(
+                    conv(c, d), nn.PixelUnshuffle(2), conv(4 * d, c), nn.Upsample(scale_factor=2)
+                ),
+                c,
+            ),
+            lambda: (Step(unfolded, a=conv(c, d), b=conv(9 * d, c, 1)), c),
+            lambda: (Step(folded, a=conv(c, d)), d),
+            lambda: (
+                Step(lambda m, x: F.pad(m.a(x), (0, 0, 0, 0, 1, 2), value=0.5), a=conv(c, d)),
+                d + 3,
+            ),
+        ]
+    )()
 
 
 def folded(m, x):

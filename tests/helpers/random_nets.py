@@ -58,13 +58,23 @@ def attention(r, c):
     features = [F.relu, torch.sigmoid, lambda t: F.elu(t) + 1, lambda t: t.softmax(-1), F.gelu]
     linear = Step(linear_attention, **lin)
     object.__setattr__(linear, 'feature', r.choice(features))
-    module = r.choice([
-        Step(own_attention, **lin), joint, linear, Step(cross_covariance, **lin),
-        Step(multihead, n=nn.LayerNorm(c),
-             a=nn.MultiheadAttention(c, 2 if c % 2 == 0 else 1, batch_first=True)),
-        Step(lambda m, x: image(m.a(tokens(x)), x),
-             a=nn.TransformerEncoderLayer(c, 1, d, 0.0, batch_first=True)),
-    ])  # fmt: skip
+    module = r.choice(
+        [
+            Step(own_attention, **lin),
+            joint,
+            linear,
+            Step(cross_covariance, **lin),
+            Step(
+                multihead,
+                n=nn.LayerNorm(c),
+                a=nn.MultiheadAttention(c, 2 if c % 2 == 0 else 1, batch_first=True),
+            ),
+            Step(
+                lambda m, x: image(m.a(tokens(x)), x),
+                a=nn.TransformerEncoderLayer(c, 1, d, 0.0, batch_first=True),
+            ),
+        ]
+    )
     return module, c
 
 
@@ -76,18 +86,26 @@ def multihead(m, x):
 @block
 def non_local(r, c):
     d = even(r)
-    run = r.choice([
-        lambda m, x: x + m.o(
-            (m.v(x).flatten(2) @ (m.q(x).flatten(2).transpose(1, 2) @ m.k(x).flatten(2)).softmax(1))
-            .unflatten(2, x.shape[2:])),
-        lambda m, x: x + torch.einsum('bdhw,dc->bchw', m.q(x), m.w),
-        lambda m, x: x + torch.einsum('bdhw,bdij->bhw', m.q(x), m.k(x))[:, None].tanh(),
-        lambda m, x: x + m.o(m.v(x).relu() * F.cosine_similarity(m.q(x), m.k(x))[:, None]),
-        lambda m, x: x + m.o(m.v(x) * (m.q(x) * m.k(x)).sum(1, keepdim=True)),
-        lambda m, x: x + m.o(torch.stack([m.q(x), m.k(x)], 1).mul(m.mix.softmax(0)).sum(1)),
-        lambda m, x: x + m.o(sum(torch.stack([m.q(x), m.k(x)], 2).unbind(2))),
-        lambda m, x: x + m.o(torch.stack([m.q(x), m.k(x)], -1).amax(-1)),
-    ])  # fmt: skip
+    run = r.choice(
+        [
+            lambda m, x: (
+                x
+                + m.o(
+                    (
+                        m.v(x).flatten(2)
+                        @ (m.q(x).flatten(2).transpose(1, 2) @ m.k(x).flatten(2)).softmax(1)
+                    ).unflatten(2, x.shape[2:])
+                )
+            ),
+            lambda m, x: x + torch.einsum('bdhw,dc->bchw', m.q(x), m.w),
+            lambda m, x: x + torch.einsum('bdhw,bdij->bhw', m.q(x), m.k(x))[:, None].tanh(),
+            lambda m, x: x + m.o(m.v(x).relu() * F.cosine_similarity(m.q(x), m.k(x))[:, None]),
+            lambda m, x: x + m.o(m.v(x) * (m.q(x) * m.k(x)).sum(1, keepdim=True)),
+            lambda m, x: x + m.o(torch.stack([m.q(x), m.k(x)], 1).mul(m.mix.softmax(0)).sum(1)),
+            lambda m, x: x + m.o(sum(torch.stack([m.q(x), m.k(x)], 2).unbind(2))),
+            lambda m, x: x + m.o(torch.stack([m.q(x), m.k(x)], -1).amax(-1)),
+        ]
+    )
     parts = {name: conv(c, d, 1) for name in 'qkv'}
     return Step(run, **parts, o=conv(d, c, 1), w=param(d, c), mix=param(2, 1, 1, 1)), c
 
@@ -98,15 +116,27 @@ def called_twice(r, c):
     tied = conv(d, d)
     other = conv(d, d)
     other.weight = tied.weight
-    return r.choice([
-        Step(lambda m, x: m.b(m.a(x).relu()) + m.b(m.a(F.avg_pool2d(x, 2)).repeat(1, 1, 2, 2)),
-             a=conv(c, d), b=conv(d, c)),
-        nn.Sequential(conv(c, d), tied, nn.ReLU(), other, conv(d, c)),
-        nn.Sequential(conv(c, d), tied, nn.ReLU(), tied, conv(d, c)),
-        Step(lambda m, x: F.conv_transpose2d(m.a(x).relu(), m.a.weight), a=nn.Conv2d(c, d, 1)),
-        nn.Sequential(Step(lambda m, x: F.conv2d(x, m.w * m.s, m.b), w=param(d, c, 1, 1), b=param(d),
-                           s=param(d, 1, 1, 1)), conv(d, c)),
-    ]), c  # fmt: skip
+    return r.choice(
+        [
+            Step(
+                lambda m, x: m.b(m.a(x).relu()) + m.b(m.a(F.avg_pool2d(x, 2)).repeat(1, 1, 2, 2)),
+                a=conv(c, d),
+                b=conv(d, c),
+            ),
+            nn.Sequential(conv(c, d), tied, nn.ReLU(), other, conv(d, c)),
+            nn.Sequential(conv(c, d), tied, nn.ReLU(), tied, conv(d, c)),
+            Step(lambda m, x: F.conv_transpose2d(m.a(x).relu(), m.a.weight), a=nn.Conv2d(c, d, 1)),
+            nn.Sequential(
+                Step(
+                    lambda m, x: F.conv2d(x, m.w * m.s, m.b),
+                    w=param(d, c, 1, 1),
+                    b=param(d),
+                    s=param(d, 1, 1, 1),
+                ),
+                conv(d, c),
+            ),
+        ]
+    ), c
 
 
 @block
@@ -124,8 +154,15 @@ def bare_parameters(r, c):
             lambda m, x: m.b(torch.addcmul(m.pos, m.a(x), m.gamma)),
         ]
     )
-    step = Step(run, a=conv(c, d), b=conv(d, c, 1), pos=param(1, d, 1, 1), gamma=param(d, 1, 1),
-                e=nn.Embedding(5, d), list=nn.ParameterList([param(d, 1, 1), param(1)]))  # fmt: skip
+    step = Step(
+        run,
+        a=conv(c, d),
+        b=conv(d, c, 1),
+        pos=param(1, d, 1, 1),
+        gamma=param(d, 1, 1),
+        e=nn.Embedding(5, d),
+        list=nn.ParameterList([param(d, 1, 1), param(1)]),
+    )
     step.register_buffer('shift', torch.randn(1, d, 1, 1))
     return step, c
 
@@ -133,49 +170,66 @@ def bare_parameters(r, c):
 @block
 def picked(r, c):
     d = even(r)
-    run = r.choice([
-        lambda m, x: m.b(torch.where(m.a(x) > 0, m.a(x), 0.1 * m.a(x))),
-        lambda m, x: m.b(m.a(x).masked_fill(x.sum(1, True) > 0, 0.3)),
-        lambda m, x: m.b(m.a(x).flatten(2).gather(2, x[:, :1].flatten(2).argsort(2).expand(
-            -1, m.a(x).shape[1], -1)).unflatten(2, x.shape[2:])),
-        lambda m, x: m.b(written(m.a(x))),
-        lambda m, x: m.b(put(m.a(x))),
-        lambda m, x: m.b(m.a(x) + m.a(x).flatten(2).topk(4, 2)[0].sum(2)[:, :, None, None]),
-        lambda m, x: m.b(m.a(x).cumsum(2)),
-        lambda m, x: m.b(m.a(x).detach().data.clone()),
-        lambda m, x: m.b(m.a(x)) + m.a(x).logsumexp(1, True),
-        lambda m, x: m.b(m.a(x)) + m.a(x)[:, -1:],
-        lambda m, x: m.b(torch.fft.ifft2(torch.fft.fft2(m.a(x))).real),
-        lambda m, x: m.b(torch.from_numpy(m.a(x).detach().numpy().copy()).to(x)),
-    ])  # fmt: skip
+    run = r.choice(
+        [
+            lambda m, x: m.b(torch.where(m.a(x) > 0, m.a(x), 0.1 * m.a(x))),
+            lambda m, x: m.b(m.a(x).masked_fill(x.sum(1, True) > 0, 0.3)),
+            lambda m, x: m.b(
+                m.a(x)
+                .flatten(2)
+                .gather(2, x[:, :1].flatten(2).argsort(2).expand(-1, m.a(x).shape[1], -1))
+                .unflatten(2, x.shape[2:])
+            ),
+            lambda m, x: m.b(written(m.a(x))),
+            lambda m, x: m.b(put(m.a(x))),
+            lambda m, x: m.b(m.a(x) + m.a(x).flatten(2).topk(4, 2)[0].sum(2)[:, :, None, None]),
+            lambda m, x: m.b(m.a(x).cumsum(2)),
+            lambda m, x: m.b(m.a(x).detach().data.clone()),
+            lambda m, x: m.b(m.a(x)) + m.a(x).logsumexp(1, True),
+            lambda m, x: m.b(m.a(x)) + m.a(x)[:, -1:],
+            lambda m, x: m.b(torch.fft.ifft2(torch.fft.fft2(m.a(x))).real),
+            lambda m, x: m.b(torch.from_numpy(m.a(x).detach().numpy().copy()).to(x)),
+        ]
+    )
     return Step(run, a=conv(c, d), b=conv(d, c, 1)), c
 
 
 @block
 def fills(r, c):
     d = even(r)
-    run = r.choice([
-        lambda m, x: m.b(m.a(x) + 0.5 * torch.ones(m.n, 1, 1)),
-        lambda m, x: m.b(m.a(x) + (torch.ones(m.a(x).shape[1]) - x.sum())[:, None, None].clone()),
-        lambda m, x: m.b(torch.cat([m.a(x), x.new_ones(len(x), m.n, *x.shape[2:]).neg()], 1)
-                         .unflatten(1, (2, -1)).sum(1)),
-        lambda m, x: m.b(m.a(x) * x[:, :1].expand(-1, m.n, -1, -1)),
-        lambda m, x: m.b(m.a(x)) + m.v(x.new_ones(len(x), m.n).float().double())[..., None, None],
-        lambda m, x: m.b(m.a(x) + torch.full((m.n,), 0.3).cumsum(0)[:, None, None]),
-        lambda m, x: m.b(m.a(x) * (torch.ones(m.n) / m.n)[:, None, None]),
-        lambda m, x: m.b(m.a(x)) + (x.new_full((1, m.n), 0.2) * m.a(x).mean((2, 3))).sum(1)[
-            :, None, None, None].tanh(),
-        lambda m, x: m.b(part_written(m.a(x), x.new_zeros(len(x), m.n, *x.shape[2:]))),
-        lambda m, x: m.b(F.dropout2d(m.a(x), 1e-12, True)),
-        lambda m, x: m.b(m.a(x) + torch.ones(m.n * 16).view(m.n, 4, 4).relu()),
-        lambda m, x: m.b(m.a(x) + torch.cat(
-            [torch.ones(m.n // 2), torch.zeros(m.n // 2)]).view(-1, 1, 1)),
-        lambda m, x: m.b(m.a(x).flatten(0, 1).add(torch.ones(len(x) * m.n, 4, 4)).view(
-            len(x), m.n, 4, 4)),
-        lambda m, x: m.b(m.a(x) + torch.ones(d, 1, 1).mul(2)),
-        lambda m, x: m.b(m.a(x) + x[:, :1].expand(-1, d, -1, -1)),
-        lambda m, x: m.b(m.a(x) + torch.cat([torch.ones(d // 2), torch.zeros(d // 2)])[:, None, None]),
-    ])  # fmt: skip
+    run = r.choice(
+        [
+            lambda m, x: m.b(m.a(x) + 0.5 * torch.ones(m.n, 1, 1)),
+            lambda m, x: m.b(m.a(x) + (torch.ones(m.a(x).shape[1]) - x.sum())[:, None, None].clone()),
+            lambda m, x: m.b(
+                torch.cat([m.a(x), x.new_ones(len(x), m.n, *x.shape[2:]).neg()], 1)
+                .unflatten(1, (2, -1))
+                .sum(1)
+            ),
+            lambda m, x: m.b(m.a(x) * x[:, :1].expand(-1, m.n, -1, -1)),
+            lambda m, x: m.b(m.a(x)) + m.v(x.new_ones(len(x), m.n).float().double())[..., None, None],
+            lambda m, x: m.b(m.a(x) + torch.full((m.n,), 0.3).cumsum(0)[:, None, None]),
+            lambda m, x: m.b(m.a(x) * (torch.ones(m.n) / m.n)[:, None, None]),
+            lambda m, x: (
+                m.b(m.a(x))
+                + (x.new_full((1, m.n), 0.2) * m.a(x).mean((2, 3))).sum(1)[:, None, None, None].tanh()
+            ),
+            lambda m, x: m.b(part_written(m.a(x), x.new_zeros(len(x), m.n, *x.shape[2:]))),
+            lambda m, x: m.b(F.dropout2d(m.a(x), 1e-12, True)),
+            lambda m, x: m.b(m.a(x) + torch.ones(m.n * 16).view(m.n, 4, 4).relu()),
+            lambda m, x: m.b(
+                m.a(x) + torch.cat([torch.ones(m.n // 2), torch.zeros(m.n // 2)]).view(-1, 1, 1)
+            ),
+            lambda m, x: m.b(
+                m.a(x).flatten(0, 1).add(torch.ones(len(x) * m.n, 4, 4)).view(len(x), m.n, 4, 4)
+            ),
+            lambda m, x: m.b(m.a(x) + torch.ones(d, 1, 1).mul(2)),
+            lambda m, x: m.b(m.a(x) + x[:, :1].expand(-1, d, -1, -1)),
+            lambda m, x: m.b(
+                m.a(x) + torch.cat([torch.ones(d // 2), torch.zeros(d // 2)])[:, None, None]
+            ),
+        ]
+    )
     return Step(run, a=conv(c, d), b=conv(d, c, 1), v=nn.Linear(d, c), n=d), c
 
 
@@ -202,10 +256,15 @@ def put(y):
 def normed_weights(r, c):
     d = even(r)
     a = conv(c, d)
-    wrap = r.choice([
-        nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm,
-        nn.utils.weight_norm, nn.utils.spectral_norm, lambda layer: Standardised(layer),
-    ])  # fmt: skip
+    wrap = r.choice(
+        [
+            nn.utils.parametrizations.weight_norm,
+            nn.utils.parametrizations.spectral_norm,
+            nn.utils.weight_norm,
+            nn.utils.spectral_norm,
+            lambda layer: Standardised(layer),
+        ]
+    )
     return nn.Sequential(wrap(a), nn.ReLU(), conv(d, c, 1)), c
 
 
@@ -223,19 +282,42 @@ class Standardised(nn.Module):
 @block
 def other_ranks(r, c):
     d = even(r)
-    return r.choice([
-        Step(lambda m, x: m.b(m.a(x.flatten(2))).unflatten(2, x.shape[2:]),
-             a=nn.Conv1d(c, d, 3, padding=1), b=nn.Conv1d(d, c, 1)),
-        Step(lambda m, x: m.b(m.a(x[:, :, None]))[:, :, 0], a=nn.Conv3d(c, d, 3, padding=1),
-             b=nn.Conv3d(d, c, 1)),
-        Step(lambda m, x: image(m.b(m.a(tokens(x)).relu()), x), a=nn.Linear(c, d), b=nn.Linear(d, c)),
-        Step(lambda m, x: image(m.b(m.a(tokens(x))[0]), x), a=nn.LSTM(c, d, batch_first=True),
-             b=nn.Linear(d, c)),
-        Step(lambda m, x: m.c(m.a(x)) + m.b(m.a(x).mean((2, 3)), m.a(x).amax((2, 3)))[..., None, None],
-             a=conv(c, d), b=nn.Bilinear(d, d, c), c=conv(d, c)),
-        Step(lambda m, x: m.b(m.k(m.a(x).flatten(0, 1)[:, None]).mean(1).unflatten(0, (len(x), -1))),
-             a=conv(c, d), k=conv(1, 2), b=conv(d, c)),
-    ]), c  # fmt: skip
+    return r.choice(
+        [
+            Step(
+                lambda m, x: m.b(m.a(x.flatten(2))).unflatten(2, x.shape[2:]),
+                a=nn.Conv1d(c, d, 3, padding=1),
+                b=nn.Conv1d(d, c, 1),
+            ),
+            Step(
+                lambda m, x: m.b(m.a(x[:, :, None]))[:, :, 0],
+                a=nn.Conv3d(c, d, 3, padding=1),
+                b=nn.Conv3d(d, c, 1),
+            ),
+            Step(
+                lambda m, x: image(m.b(m.a(tokens(x)).relu()), x), a=nn.Linear(c, d), b=nn.Linear(d, c)
+            ),
+            Step(
+                lambda m, x: image(m.b(m.a(tokens(x))[0]), x),
+                a=nn.LSTM(c, d, batch_first=True),
+                b=nn.Linear(d, c),
+            ),
+            Step(
+                lambda m, x: (
+                    m.c(m.a(x)) + m.b(m.a(x).mean((2, 3)), m.a(x).amax((2, 3)))[..., None, None]
+                ),
+                a=conv(c, d),
+                b=nn.Bilinear(d, d, c),
+                c=conv(d, c),
+            ),
+            Step(
+                lambda m, x: m.b(m.k(m.a(x).flatten(0, 1)[:, None]).mean(1).unflatten(0, (len(x), -1))),
+                a=conv(c, d),
+                k=conv(1, 2),
+                b=conv(d, c),
+            ),
+        ]
+    ), c
 
 
 class Double(torch.autograd.Function):
@@ -252,14 +334,19 @@ class Double(torch.autograd.Function):
 def wrapped(r, c):
     d = even(r)
     inner = nn.Sequential(conv(c, d), nn.ReLU(), conv(d, c))
-    return Step(r.choice([
-        lambda m, x: checkpoint(m.a, x, use_reentrant=True),
-        lambda m, x: checkpoint(m.a, x, use_reentrant=False),
-        lambda m, x: Double.apply(m.a(x)),
-        lambda m, x: m.a(x.to(memory_format=torch.channels_last)),
-        lambda m, x: F.interpolate(m.a(F.max_pool2d(x, 2)), scale_factor=2, mode='bilinear'),
-        lambda m, x: F.grid_sample(m.a(x), x[:, :2].permute(0, 2, 3, 1), align_corners=False),
-    ]), a=inner), c  # fmt: skip
+    return Step(
+        r.choice(
+            [
+                lambda m, x: checkpoint(m.a, x, use_reentrant=True),
+                lambda m, x: checkpoint(m.a, x, use_reentrant=False),
+                lambda m, x: Double.apply(m.a(x)),
+                lambda m, x: m.a(x.to(memory_format=torch.channels_last)),
+                lambda m, x: F.interpolate(m.a(F.max_pool2d(x, 2)), scale_factor=2, mode='bilinear'),
+                lambda m, x: F.grid_sample(m.a(x), x[:, :2].permute(0, 2, 3, 1), align_corners=False),
+            ]
+        ),
+        a=inner,
+    ), c
 
 
 HEADS = [

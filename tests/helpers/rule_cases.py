@@ -11,7 +11,7 @@ CASES: dict[str, list[tuple]] = {}
 
 def case(names, function, locked=None, train=False):
     """``function(m, y)``: what the net does with ``y`` (2, 8, 4,
-        4) of ``a``. ``locked``: the reason."""  # fmt: skip
+    4) of ``a``. ``locked``: the reason."""
     for name in names.split():
         CASES.setdefault(f'aten::{name}', []).append((function, locked, train))
 
@@ -42,18 +42,27 @@ each('masked_fill', lambda op, m, y: finish(m, op(y, y > 0, 0.3)))
 each('masked_fill_', lambda op, m, y: finish(m, op(y.clone(), y > 0, 0.3)))
 each('fill_', lambda op, m, y: finish(m, op(y.clone(), 0.3)))
 each('fill_', lambda op, m, y: finish(m, y) + op(y.clone(), 0.3).sum(), 'would not be zero')
-each('masked_fill_', lambda op, m, y: finish(m, y) + op(y.clone(), y > -1, 0.3).sum(),
-     'would not be zero')  # fmt: skip
+each(
+    'masked_fill_',
+    lambda op, m, y: finish(m, y) + op(y.clone(), y > -1, 0.3).sum(),
+    'would not be zero',
+)
 each('zero_', lambda op, m, y: finish(m, y) + op(y.sigmoid()).sum())
 each('copy_', lambda op, m, y: finish(m, op(torch.zeros_like(y), y)))
 each('copy_', lambda op, m, y: finish(m, op(m.const.new_zeros(2, 8, 4, 4)[:, :8], y)), 'written into')
 each('_to_copy', lambda op, m, y: finish(m, op(y, dtype=torch.float32).double()))
 each('where', lambda op, m, y: finish(m, op(y > 0, y, y * 0.1)))
 each('where', lambda op, m, y: finish(m, op(y > 0, y, m.const[:, None, None])), None)
-each('where', lambda op, m, y: finish(m, torch.where(y > 0, y, torch.arange(8.0)[:, None, None])),
-     'fixed width')  # fmt: skip
-each('bucketize', lambda op, m, y: finish(m, y) + op(y.mean((2, 3)), torch.arange(8.0).double()).sum(),
-     'fixed width')  # fmt: skip
+each(
+    'where',
+    lambda op, m, y: finish(m, torch.where(y > 0, y, torch.arange(8.0)[:, None, None])),
+    'fixed width',
+)
+each(
+    'bucketize',
+    lambda op, m, y: finish(m, y) + op(y.mean((2, 3)), torch.arange(8.0).double()).sum(),
+    'fixed width',
+)
 each('bucketize', lambda op, m, y: finish(m, op(y, torch.arange(5.0).double())))
 case('_prelu_kernel', lambda m, y: finish(m, F.prelu(y, m.vector)))
 each('native_dropout', lambda op, m, y: finish(m, op(y, 1e-12, True)[0]))
@@ -69,20 +78,26 @@ each('empty_like', lambda op, m, y: finish(m, op(y).fill_(0.1)))
 each('full_like', lambda op, m, y: finish(m, op(y, 0.1)))
 each('rand_like randn_like', KEEPS, 'random numbers')
 each('randint_like', lambda op, m, y: finish(m, op(y, 3)), 'random numbers')
-each('normal_ uniform_ random_ exponential_', lambda op, m, y: finish(m, op(torch.empty_like(y))),
-     'random numbers')  # fmt: skip
+each(
+    'normal_ uniform_ random_ exponential_',
+    lambda op, m, y: finish(m, op(torch.empty_like(y))),
+    'random numbers',
+)
 each('bernoulli_', lambda op, m, y: finish(m, y * op(torch.empty_like(y), 0.5)), 'random numbers')
-each('bernoulli_', lambda op, m, y: finish(m, y * op(y.new_empty(2, y.shape[1], 1, 1), 1.0)),
-    None, True)  # fmt: skip
+each(
+    'bernoulli_', lambda op, m, y: finish(m, y * op(y.new_empty(2, y.shape[1], 1, 1), 1.0)), None, True
+)
 each('bernoulli', lambda op, m, y: finish(m, op(y.sigmoid())), 'random numbers')
 for _name in ('zeros', 'ones', 'empty'):
     each(_name, lambda op, m, y: finish(m, y + op([1, y.shape[1], 1, 1], dtype=y.dtype).fill_(0.5)))
     each(f'new_{_name}', lambda op, m, y: finish(m, y * op(y, [y.shape[1], 4, 4]).fill_(0.5)))
 each('full', lambda op, m, y: finish(m, y * op([y.shape[1], 1, 1], 0.5)))
 each('new_full', lambda op, m, y: finish(m, y * op(y, [y.shape[1], 1, 1], 0.5)))
-case('zeros', lambda m, y: finish(
-    m, y * torch.zeros(8).scatter_(0, torch.tensor([1, 2]), 1.0).view(8, 1, 1)),
-        'fixed width')  # fmt: skip
+case(
+    'zeros',
+    lambda m, y: finish(m, y * torch.zeros(8).scatter_(0, torch.tensor([1, 2]), 1.0).view(8, 1, 1)),
+    'fixed width',
+)
 
 # -- contractions ---------------------------------------------------------------------------------
 
@@ -90,20 +105,37 @@ case('convolution', lambda m, y: finish(m, m.b(y)))
 case('convolution', lambda m, y: finish(m, F.conv2d(y, m.kernel, groups=y.shape[1])))
 case('convolution', lambda m, y: finish(m, F.conv2d(y, torch.ones(8, 8, 1, 1).double())), 'fixed width')
 case('convolution', lambda m, y: finish(m, F.conv2d(y, m.table.sigmoid()[..., None, None])))
-case('convolution', lambda m, y: finish(m, F.conv2d(y.sigmoid(), m.table.sigmoid()[..., None, None])),
-     'zero on neither side')  # fmt: skip
-case('convolution', lambda m, y: finish(m, y) + F.conv1d(
-    y.transpose(1, 2).flatten(2), torch.ones(4, 4, 1).double()).sum(), 'convolved over')  # fmt: skip
+case(
+    'convolution',
+    lambda m, y: finish(m, F.conv2d(y.sigmoid(), m.table.sigmoid()[..., None, None])),
+    'zero on neither side',
+)
+case(
+    'convolution',
+    lambda m, y: (
+        finish(m, y) + F.conv1d(y.transpose(1, 2).flatten(2), torch.ones(4, 4, 1).double()).sum()
+    ),
+    'convolved over',
+)
 case('mm', lambda m, y: finish(m, y.mean((2, 3)) @ m.table))
 case('mm', lambda m, y: finish(m, y.mean((2, 3)) @ torch.ones(8, 8).double()), 'fixed width')
 case('bmm', lambda m, y: finish(m, y) + (y.flatten(2).transpose(1, 2) @ y.flatten(2)).tanh().sum())
-case('bmm', lambda m, y: finish(m, y) + (
-    (g := y.flatten(2).sigmoid()).transpose(1, 2) @ g).tanh().sum(),
-        'zero on neither side')  # fmt: skip
+case(
+    'bmm',
+    lambda m, y: finish(m, y) + ((g := y.flatten(2).sigmoid()).transpose(1, 2) @ g).tanh().sum(),
+    'zero on neither side',
+)
 case('addmm', lambda m, y: finish(m, F.linear(y.mean((2, 3)), m.table, m.vector)))
 case('addmm', lambda m, y: finish(m, A.addmm(m.const, y.mean((2, 3)), m.table)))
-each('baddbmm', lambda op, m, y: finish(m, op(
-    torch.zeros(1).double(), y.flatten(2).transpose(1, 2), m.table.expand(2, -1, -1)).transpose(1, 2)))
+each(
+    'baddbmm',
+    lambda op, m, y: finish(
+        m,
+        op(torch.zeros(1).double(), y.flatten(2).transpose(1, 2), m.table.expand(2, -1, -1)).transpose(
+            1, 2
+        ),
+    ),
+)
 case('mv', lambda m, y: finish(m, y) + (y.mean((2, 3)) @ m.vector).tanh().sum())
 case('dot', lambda m, y: finish(m, y) + y.mean((0, 2, 3)).dot(m.vector).tanh())
 each('addmv', lambda op, m, y: finish(m, y + op(m.const, m.table, y.mean((0, 2, 3)))[:, None, None]))
@@ -132,19 +164,30 @@ each('_native_batch_norm_legit', lambda op, m, y: finish(m, op(y, *BN(m), False,
 each('_native_batch_norm_legit_no_training', lambda op, m, y: finish(m, op(y, *BN(m), 0.1, 1e-5)[0]))
 each('_batch_norm_with_update', lambda op, m, y: finish(m, op(y, *BN(m), 0.1, 1e-5)[0]))
 each('_batch_norm_no_update', lambda op, m, y: finish(m, op(y, *BN(m), 0.1, 1e-5)[0]))
-case('native_batch_norm', lambda m, y: finish(m, y) + F.batch_norm(
-    y, m.n.running_mean, m.n.running_var).sum(), 'would not be zero')  # fmt: skip
+case(
+    'native_batch_norm',
+    lambda m, y: finish(m, y) + F.batch_norm(y, m.n.running_mean, m.n.running_var).sum(),
+    'would not be zero',
+)
 case(
     'native_group_norm', lambda m, y: finish(m, F.group_norm(y, len(m.vector) // 2, m.vector, m.vector))
 )
-case('native_layer_norm', lambda m, y: finish(m, F.layer_norm(y.mean((2, 3)), (8,), m.vector)),
-     'layer norm takes')  # fmt: skip
+case(
+    'native_layer_norm',
+    lambda m, y: finish(m, F.layer_norm(y.mean((2, 3)), (8,), m.vector)),
+    'layer norm takes',
+)
 case('native_layer_norm', lambda m, y: finish(m, F.layer_norm(y, (4, 4))))
-each('_weight_norm_interface', lambda op, m, y: finish(
-    m, F.conv2d(y, op(m.b.weight, m.vector[:, None, None, None], 0)[0])),
-        'weight norm sums')  # fmt: skip
-each('_weight_norm_interface', lambda op, m, y: finish(
-    m, y + op(m.table, m.vector[:, None], 0)[0].sum(1)[:, None, None]), None)  # fmt: skip
+each(
+    '_weight_norm_interface',
+    lambda op, m, y: finish(m, F.conv2d(y, op(m.b.weight, m.vector[:, None, None, None], 0)[0])),
+    'weight norm sums',
+)
+each(
+    '_weight_norm_interface',
+    lambda op, m, y: finish(m, y + op(m.table, m.vector[:, None], 0)[0].sum(1)[:, None, None]),
+    None,
+)
 
 # -- reductions -----------------------------------------------------------------------------------
 
@@ -175,22 +218,38 @@ case(
 case('linalg_vector_norm', lambda m, y: finish(m, y / y.norm(float('inf'), 1, True)), 'reduced over')
 each('_softmax _log_softmax', lambda op, m, y: finish(m, op(y, 2, False)))
 each('_softmax _log_softmax', lambda op, m, y: finish(m, op(y, 1, False)), 'treated as a whole')
-each('_safe_softmax cumsum cumprod cummax cummin sort logcumsumexp',
-     lambda op, m, y: finish(m, op(y, 2)))  # fmt: skip
-each('_safe_softmax cumsum cumprod cummax cummin sort logcumsumexp',
-     lambda op, m, y: finish(m, op(y, 1)), 'treated as a whole')  # fmt: skip
+each(
+    '_safe_softmax cumsum cumprod cummax cummin sort logcumsumexp', lambda op, m, y: finish(m, op(y, 2))
+)
+each(
+    '_safe_softmax cumsum cumprod cummax cummin sort logcumsumexp',
+    lambda op, m, y: finish(m, op(y, 1)),
+    'treated as a whole',
+)
 each('topk', lambda op, m, y: finish(m, op(y, 2, 2)))
 each('topk', lambda op, m, y: finish(m, y) + op(y, 2, 1)[0].sum(), 'treated as a whole')
 each('glu', lambda op, m, y: finish(m, op(torch.cat([y, m.b(y)], 1), 1)))
 each('glu', lambda op, m, y: finish(m, y) + finish(m, op(y, 3)))
-each('mse_loss smooth_l1_loss huber_loss soft_margin_loss', lambda op, m, y: finish(m, y) + op(
-    y, torch.ones_like(y)), 'read by a loss')  # fmt: skip
-each('binary_cross_entropy binary_cross_entropy_with_logits', lambda op, m, y: finish(m, y) + op(
-    y.sigmoid(), torch.ones_like(y)), 'read by a loss')  # fmt: skip
-case('nll_loss_forward', lambda m, y: finish(m, y) + F.nll_loss(
-    y.mean((2, 3)), torch.tensor([1, 2])), 'read by a loss')  # fmt: skip
-case('nll_loss2d_forward', lambda m, y: finish(m, y) + F.nll_loss(
-    y, torch.ones(2, 4, 4, dtype=torch.long)), 'read by a loss')  # fmt: skip
+each(
+    'mse_loss smooth_l1_loss huber_loss soft_margin_loss',
+    lambda op, m, y: finish(m, y) + op(y, torch.ones_like(y)),
+    'read by a loss',
+)
+each(
+    'binary_cross_entropy binary_cross_entropy_with_logits',
+    lambda op, m, y: finish(m, y) + op(y.sigmoid(), torch.ones_like(y)),
+    'read by a loss',
+)
+case(
+    'nll_loss_forward',
+    lambda m, y: finish(m, y) + F.nll_loss(y.mean((2, 3)), torch.tensor([1, 2])),
+    'read by a loss',
+)
+case(
+    'nll_loss2d_forward',
+    lambda m, y: finish(m, y) + F.nll_loss(y, torch.ones(2, 4, 4, dtype=torch.long)),
+    'read by a loss',
+)
 
 WHOLE = 'taken as a whole'
 each('nonzero _unique2 unique_consecutive', lambda op, m, y: finish(m, y) + _all(op(y))[0].sum(), WHOLE)
@@ -202,18 +261,35 @@ each(
     lambda op, m, y: finish(m, y) + op(y.mean((0, 2, 3)).abs().long(), minlength=9).max(),
     WHOLE,
 )
-each('searchsorted', lambda op, m, y: finish(m, y) + op(
-    torch.arange(3.0).double(), y).sum(), WHOLE)  # fmt: skip
+each('searchsorted', lambda op, m, y: finish(m, y) + op(torch.arange(3.0).double(), y).sum(), WHOLE)
 each('histc', lambda op, m, y: finish(m, y) + op(y).sum(), WHOLE)
 each('multinomial', lambda op, m, y: finish(m, y) + op(y.mean((2, 3)).sigmoid(), 1).sum() * 0, WHOLE)
 case('_cdist_forward', lambda m, y: finish(m, y) + torch.cdist(y.mean(3), y.mean(3)).sum(), WHOLE)
-each('linalg_inv_ex', lambda op, m, y: finish(m, y) + op(
-    m.table * y.mean((0, 2, 3))[:, None])[0].sum(), WHOLE)  # fmt: skip
-each('linalg_cholesky_ex', lambda op, m, y: finish(m, y) + op(
-    y[0].flatten(1) @ y[0].flatten(1).T + 9 * torch.eye(y.shape[1]).double())[0].sum(), WHOLE)
-each('linalg_solve_triangular', lambda op, m, y: finish(m, y) + op(
-    y[0].flatten(1)[:, : y.shape[1]].triu() + 9 * torch.eye(y.shape[1]).double(),
-    y[0].flatten(1), upper=True).sum(), WHOLE)
+each(
+    'linalg_inv_ex',
+    lambda op, m, y: finish(m, y) + op(m.table * y.mean((0, 2, 3))[:, None])[0].sum(),
+    WHOLE,
+)
+each(
+    'linalg_cholesky_ex',
+    lambda op, m, y: (
+        finish(m, y)
+        + op(y[0].flatten(1) @ y[0].flatten(1).T + 9 * torch.eye(y.shape[1]).double())[0].sum()
+    ),
+    WHOLE,
+)
+each(
+    'linalg_solve_triangular',
+    lambda op, m, y: (
+        finish(m, y)
+        + op(
+            y[0].flatten(1)[:, : y.shape[1]].triu() + 9 * torch.eye(y.shape[1]).double(),
+            y[0].flatten(1),
+            upper=True,
+        ).sum()
+    ),
+    WHOLE,
+)
 each('_linalg_svd', lambda op, m, y: finish(m, y) + op(y.mean((2, 3)))[1].sum(), WHOLE)
 
 
@@ -226,8 +302,11 @@ def _all(out):
 case('view', lambda m, y: finish(m, y.view(2, y.shape[1], 16)))
 case('view', lambda m, y: finish(m, y.view(2, 2, -1, 4, 4).flatten(1, 2)))
 case('view', lambda m, y: finish(m, y.view(2, -1, 2, 4, 4).flatten(1, 2)))
-case('view', lambda m, y: finish(m, y) + y[..., :3, :3].contiguous().view(2, 6, 12).sum(),
-     'across the borders')  # fmt: skip
+case(
+    'view',
+    lambda m, y: finish(m, y) + y[..., :3, :3].contiguous().view(2, 6, 12).sum(),
+    'across the borders',
+)
 case('view', lambda m, y: finish(m, y) + y.view(torch.float32).sum() * 0, 'another dtype')
 each('_unsafe_view', lambda op, m, y: finish(m, op(y, [2, y.shape[1], 16])))
 each('_reshape_alias', lambda op, m, y: finish(m, op(y, [2, y.shape[1], 16], [y.shape[1] * 16, 16, 1])))
@@ -243,12 +322,17 @@ each('expand', lambda op, m, y: finish(m, op(y[:1], [2, -1, -1, -1])))
 each('repeat', lambda op, m, y: finish(m, op(y, [1, 2, 1, 1]).unflatten(1, (2, -1)).sum(1)))
 each('cat', lambda op, m, y: finish(m, op([y, m.b(y)], 1).unflatten(1, (2, -1)).sum(1)))
 case('cat', lambda m, y: finish(m, y) + torch.cat([y, y.new_zeros(2, y.shape[1], 4, 1)], 3).sum())
-case('cat', lambda m, y: finish(m, y) + torch.cat(
-    [y, torch.rand(2, 8, 4, 1).double()], 3).sum(), 'fixed width')  # fmt: skip
+case(
+    'cat',
+    lambda m, y: finish(m, y) + torch.cat([y, torch.rand(2, 8, 4, 1).double()], 3).sum(),
+    'fixed width',
+)
 each('stack', lambda op, m, y: finish(m, op([y, m.b(y)], 1).sum(1)))
 each('split unsafe_split', lambda op, m, y: finish(m, torch.cat(op(y, y.shape[1] // 2, 1)[::-1], 1)))
-each('split_with_sizes unsafe_split_with_sizes', lambda op, m, y: finish(
-    m, torch.cat(op(y, [y.shape[1] // 2] * 2, 1)[::-1], 1)))  # fmt: skip
+each(
+    'split_with_sizes unsafe_split_with_sizes',
+    lambda op, m, y: finish(m, torch.cat(op(y, [y.shape[1] // 2] * 2, 1)[::-1], 1)),
+)
 each(
     'split_with_sizes',
     lambda op, m, y: finish(m, torch.cat(op(y, [3, 5], 1)[::-1], 1)),
@@ -288,10 +372,16 @@ each('channel_shuffle', lambda op, m, y: finish(m, op(y, 2)))
 each('as_strided', lambda op, m, y: finish(m, op(y, y.shape, y.stride())))
 each('as_strided', lambda op, m, y: finish(m, y) + op(y, [8, 8], [1, 8]).sum(), 'read by strides')
 each('as_strided_', lambda op, m, y: finish(m, op(y.clone(), y.shape, y.stride())))
-case('repeat_interleave', lambda m, y: finish(m, y) + y.flatten(2).repeat_interleave(
-    torch.tensor([1] * 16), 2).sum(), None)  # fmt: skip
-each('repeat_interleave', lambda op, m, y: finish(m, y) + op(y.mean((0, 2, 3)).abs().long() + 1).sum(),
-     'repeated by number')  # fmt: skip
+case(
+    'repeat_interleave',
+    lambda m, y: finish(m, y) + y.flatten(2).repeat_interleave(torch.tensor([1] * 16), 2).sum(),
+    None,
+)
+each(
+    'repeat_interleave',
+    lambda op, m, y: finish(m, y) + op(y.mean((0, 2, 3)).abs().long() + 1).sum(),
+    'repeated by number',
+)
 NUMBERS = torch.zeros(2, 8, 4, 4, dtype=torch.long)
 MOVED = 'moved by number'
 for _name in ('scatter', 'scatter_add'):
@@ -314,8 +404,10 @@ each('max_pool2d_with_indices avg_pool2d', lambda op, m, y: finish(m, _all(op(y,
 each('avg_pool2d', lambda op, m, y: finish(m, y) + op(y.transpose(1, 2), [2, 2]).sum(), 'mixed as if')
 each('_adaptive_avg_pool2d adaptive_max_pool2d', lambda op, m, y: finish(m, op(y, [2, 2])))
 each('upsample_nearest2d _upsample_nearest_exact2d', lambda op, m, y: finish(m, op(y, [8, 8])))
-each('upsample_bilinear2d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa',
-     lambda op, m, y: finish(m, op(y, [8, 8], False)))  # fmt: skip
+each(
+    'upsample_bilinear2d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa',
+    lambda op, m, y: finish(m, op(y, [8, 8], False)),
+)
 each('reflection_pad2d replication_pad2d', lambda op, m, y: finish(m, op(y, [1, 1, 1, 1])))
 each('max_unpool2d', lambda op, m, y: finish(m, op(*F.max_pool2d(y, 2, return_indices=True), [4, 4])))
 each('max_pool3d_with_indices', lambda op, m, y: finish(m, op(CUBE(y), [1, 2, 2])[0]))
@@ -328,11 +420,18 @@ each(
     'grid_sampler_2d',
     lambda op, m, y: finish(m, op(y, torch.full((2, 3, 3, 2), 0.3).double(), 0, 0, False)),
 )
-each('grid_sampler_2d', lambda op, m, y: finish(m, y) + op(y, y.flatten(2).transpose(1, 2)[...,
-    :2].unflatten(  # fmt: skip
-    1, (4, 4)), 0, 0, False).sum(), 'sliced by number')  # fmt: skip
-each('_grid_sampler_2d_cpu_fallback', lambda op, m, y: finish(
-    m, op(y.float(), torch.full((2, 3, 3, 2), 0.3), 0, 0, False).double()))  # fmt: skip
+each(
+    'grid_sampler_2d',
+    lambda op, m, y: (
+        finish(m, y)
+        + op(y, y.flatten(2).transpose(1, 2)[..., :2].unflatten(1, (4, 4)), 0, 0, False).sum()
+    ),
+    'sliced by number',
+)
+each(
+    '_grid_sampler_2d_cpu_fallback',
+    lambda op, m, y: finish(m, op(y.float(), torch.full((2, 3, 3, 2), 0.3), 0, 0, False).double()),
+)
 each('constant_pad_nd', lambda op, m, y: finish(m, op(y, [1, 1], 0.5)))
 each(
     'constant_pad_nd', lambda op, m, y: finish(m, y) + op(y, [0, 0, 0, 0, 1, 1], 0.5).tanh().sum(), None

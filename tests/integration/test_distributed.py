@@ -62,10 +62,12 @@ def whole_run(folder: Path) -> dict[str, Any]:
     runner = evaluated(cfg)
     model = runner.model.module
     return {
-        'meta': mmprune.plan_of(model).to_meta(), 'state': model.state_dict(),
-        'iterations': runner.iter, 'report': (folder / 'prune_report.json').is_file(),
+        'meta': mmprune.plan_of(model).to_meta(),
+        'state': model.state_dict(),
+        'iterations': runner.iter,
+        'report': (folder / 'prune_report.json').is_file(),
         'momentum': [s['momentum_buffer'] for s in runner.optim_wrapper.optimizer.state.values()],
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize('count', [2, 4])
@@ -235,8 +237,16 @@ def plain_loop(folder: Path, options: dict, comm: str = '') -> dict:
         ddp._register_builtin_comm_hook(dist.BuiltinCommHookType.FP16_COMPRESS)
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1, momentum=0.9)
     generator = torch.Generator().manual_seed(dist.get_rank())
-    before = {k: getattr(ddp, k) for k in ('find_unused_parameters', 'static_graph',
-              'forward_sync_buffers', 'gradient_as_bucket_view', 'bucket_bytes_cap')}  # fmt: skip
+    before = {
+        k: getattr(ddp, k)
+        for k in (
+            'find_unused_parameters',
+            'static_graph',
+            'forward_sync_buffers',
+            'gradient_as_bucket_view',
+            'bucket_bytes_cap',
+        )
+    }
     for step in range(8):
         x, y = torch.randn(4, 6, generator=generator), torch.randn(4, 2, generator=generator)
         loss = (ddp(x) - y).square().mean()
@@ -253,8 +263,13 @@ def plain_loop(folder: Path, options: dict, comm: str = '') -> dict:
             assert rebuild_reducers(ddp) == 1
     assert before == {key: getattr(ddp, key) for key in before}
     state_numel = state[-1] if state else None
-    return {'state': net.state_dict(), 'grad': grad, 'expected': expected, 'plan': plan.keep,
-            'numel': state_numel}  # fmt: skip
+    return {
+        'state': net.state_dict(),
+        'grad': grad,
+        'expected': expected,
+        'plan': plan.keep,
+        'numel': state_numel,
+    }
 
 
 @pytest.mark.parametrize(
@@ -366,11 +381,20 @@ def test_the_script_runs_it(tmp_path):
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]
     done = subprocess.run(
-        [ROOT / 'tools' / 'dist_train.sh', tmp_path / 'cfg.py', '2', '--work-dir', tmp_path / 'out',
-         '--amp'],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
+        [
+            ROOT / 'tools' / 'dist_train.sh',
+            tmp_path / 'cfg.py',
+            '2',
+            '--work-dir',
+            tmp_path / 'out',
+            '--amp',
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
         env=os.environ | dict(PYTHON=sys.executable, PORT=str(port), PYTHONPATH=str(ROOT)),
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-9000:]
     plan = mmprune.mm.checkpoint.plan_from(tmp_path / 'out' / 'epoch_3.pth')
     assert len(plan.history) == 2

@@ -113,9 +113,8 @@ def test_momentum_is_what_it_was_at_the_kept_indices(kind, options, keys):
     optimizer.step()
     names = {id(p): n for n, p in model.named_parameters()}
     before = {
-        (names[id(p)], key): state[key].clone()
-        for p, state in optimizer.state.items() for key in keys
-    }  # fmt: skip
+        (names[id(p)], key): state[key].clone() for p, state in optimizer.state.items() for key in keys
+    }
     plan = mmprune.prune(model, forward, keep_channels=0.7, optimizer=optimizer, check=False)
     narrower = 0
     for parameter, state in optimizer.state.items():

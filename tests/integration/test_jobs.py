@@ -22,8 +22,11 @@ def tool(name, *args, **environment):
     """What a script prints; it must end well."""
     done = subprocess.run(
         [sys.executable, str(ROOT / 'tools' / name), *map(str, args)],
-        cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
 
@@ -31,14 +34,22 @@ def tool(name, *args, **environment):
 def quick(begin, interval, steps):
     """Options that make a job of two iterations for each cut."""
     return (
-        '--cfg-options', 'train_cfg.max_epochs=2', 'train_cfg.val_interval=1',
-        'train_dataloader.dataset.indices=24', 'train_dataloader.num_workers=0',
-        'train_dataloader.persistent_workers=False', 'val_dataloader.dataset.indices=6',
-        'val_dataloader.num_workers=0', 'val_dataloader.persistent_workers=False',
-        'test_dataloader.dataset.indices=6', 'test_dataloader.num_workers=0',
-        'test_dataloader.persistent_workers=False', f'custom_hooks.0.begin={begin}',
-        f'custom_hooks.0.interval={interval}', f'custom_hooks.0.steps={steps}',
-    )  # fmt: skip
+        '--cfg-options',
+        'train_cfg.max_epochs=2',
+        'train_cfg.val_interval=1',
+        'train_dataloader.dataset.indices=24',
+        'train_dataloader.num_workers=0',
+        'train_dataloader.persistent_workers=False',
+        'val_dataloader.dataset.indices=6',
+        'val_dataloader.num_workers=0',
+        'val_dataloader.persistent_workers=False',
+        'test_dataloader.dataset.indices=6',
+        'test_dataloader.num_workers=0',
+        'test_dataloader.persistent_workers=False',
+        f'custom_hooks.0.begin={begin}',
+        f'custom_hooks.0.interval={interval}',
+        f'custom_hooks.0.steps={steps}',
+    )
 
 
 @pytest.mark.slow
@@ -56,8 +67,9 @@ def test_the_main_job_prunes_resumes_and_is_scored_again(tmp_path):
     plan = mmprune.mm.checkpoint.plan_from(checkpoint)
     assert len(plan.history) == 2
 
-    said = tool('test.py', config, checkpoint, '--work-dir', tmp_path / 'test', *options,
-                MMPRUNE_SHAPES=shapes)  # fmt: skip
+    said = tool(
+        'test.py', config, checkpoint, '--work-dir', tmp_path / 'test', *options, MMPRUNE_SHAPES=shapes
+    )
     scored = float(re.findall(r'coco/bbox_mAP: (-?[\d.]+)', said)[-1])
     assert scored == pytest.approx(report['metrics']['pruned']['coco/bbox_mAP'], abs=1e-4)
 
@@ -78,9 +90,14 @@ def test_blood_cells(tmp_path):
         if not path.exists():
             pytest.skip(f'{path.name} is not there: set MMPRUNE_BCCD and MMPRUNE_WEIGHTS')
     said = tool(
-        'train.py', 'configs/bccd/faster-rcnn_mobilenetv2_fpn_prune_bccd.py', '--work-dir', tmp_path,
-        *quick(2, 2, 2), MMPRUNE_BCCD=str(BCCD), MMPRUNE_WEIGHTS=str(WEIGHTS),
-    )  # fmt: skip
+        'train.py',
+        'configs/bccd/faster-rcnn_mobilenetv2_fpn_prune_bccd.py',
+        '--work-dir',
+        tmp_path,
+        *quick(2, 2, 2),
+        MMPRUNE_BCCD=str(BCCD),
+        MMPRUNE_WEIGHTS=str(WEIGHTS),
+    )
     assert 'pascal_voc/AP50' in said
     report = json.loads((tmp_path / 'prune_report.json').read_text())
     assert report['flops']['after'] <= 0.5 * report['flops']['before']
@@ -88,7 +105,8 @@ def test_blood_cells(tmp_path):
     wide = torch.load(WEIGHTS / 'mobilenetv2_imagenet_mmdet.pth', weights_only=True)
     wide = wide.get('state_dict', wide)
     narrower = [
-        name for name, tensor in wide.items()
+        name
+        for name, tensor in wide.items()
         if saved['state_dict'][f'backbone.{name}'].numel() < tensor.numel()
-    ]  # fmt: skip
+    ]
     assert len(narrower) > 20

@@ -17,8 +17,11 @@ def real_size(config, out, *options, **environment):
     """(figures, log) of ``benchmarks/real_size.py`` for one config of ``configs``."""
     done = subprocess.run(
         [sys.executable, 'benchmarks/real_size.py', f'configs/{config}', '--out', str(out), *options],
-        cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
     name = Path(config).stem
     log = out / name / 'output.txt'
     said = log.read_text() if log.exists() else ''

@@ -387,8 +387,11 @@ def test_the_example_runs(tmp_path):
     script = Path(__file__).parents[2] / 'examples' / 'digits.py'
     out = subprocess.run(
         [sys.executable, script, '--epochs', '3', '--prune-num', '12', '--out', tmp_path / 'd.pth'],
-        capture_output=True, text=True, cwd=tmp_path, timeout=300,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=300,
+    )
     assert out.returncode == 0, out.stderr
     before, after = (float(w.strip(',')) for w in out.stdout.split() if w.startswith('0.'))
     assert before == after > 0.7

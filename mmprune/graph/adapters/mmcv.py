@@ -53,9 +53,15 @@ def deform_conv(call: Call) -> None:
     args, kwargs = call.args
     x, weight, offset, out = args[:4]
     _deformed(
-        call, x, weight, None, (offset,), out, kwargs.get('group', 1),
+        call,
+        x,
+        weight,
+        None,
+        (offset,),
+        out,
+        kwargs.get('group', 1),
         kwargs.get('deformable_group', 1),
-    )  # fmt: skip
+    )
 
 
 def _deformed(call, x, weight, bias, positions, out, group: int, deform_group: int) -> None:

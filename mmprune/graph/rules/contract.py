@@ -91,26 +91,36 @@ def convolve(
 @rule('aten::convolution')
 def convolution(call: Call) -> None:
     convolve(
-        call, call['input'], call['weight'], call['bias'], call.out,
-        call['groups'], call.args.get('transposed', False),
-    )  # fmt: skip
+        call,
+        call['input'],
+        call['weight'],
+        call['bias'],
+        call.out,
+        call['groups'],
+        call.args.get('transposed', False),
+    )
 
 
 def matrix_product(call: Call, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> Labels:
     """``a``: (..., M, K), ``b``: (..., K, N), with equal leading dimensions."""
     n = a.ndim
     contract(call, a, call.ids(a, n - 1), b, call.ids(b, n - 2))
-    labels = broadcast(call, [_select(call, a, n - 2), _select(call, b, n - 2)], out.shape[: n - 2], [
-        {d: ids for d, ids in call.labels(t).items() if d < n - 2} for t in (a, b)
-    ])  # fmt: skip
+    labels = broadcast(
+        call,
+        [_select(call, a, n - 2), _select(call, b, n - 2)],
+        out.shape[: n - 2],
+        [{d: ids for d, ids in call.labels(t).items() if d < n - 2} for t in (a, b)],
+    )
     if call.ids(a, n - 2):
         labels[n - 2] = call.ids(a, n - 2)
     if call.ids(b, n - 1):
         labels[n - 1] = call.ids(b, n - 1)
     call.multiply_adds(
-        out.numel() * a.shape[-1], labels.get(n - 1, ()), call.ids(b, n - 2) or call.ids(a, n - 1),
+        out.numel() * a.shape[-1],
+        labels.get(n - 1, ()),
+        call.ids(b, n - 2) or call.ids(a, n - 1),
         *(labels.get(d, ()) for d in range(n - 1)),
-    )  # fmt: skip
+    )
     sides = ((a, n - 1), (b, n - 2))
     call.nonzero(out, any(call.tracer.is_nonzero(t) and set(call.labels(t)) - {d} for t, d in sides))
     return labels
@@ -177,8 +187,11 @@ def attention(call: Call) -> None:
         call.lock_tensor(tensor, 'attention runs over it', dims=[0, 2])
     mask = call.args.get('attn_mask', call.args.get('attn_bias'))
     operands = [part(call, t[..., :1, :1], t) for t in (query, key, value, mask) if t is not None]
-    heads = [{d: i for d, i in call.labels(t).items() if d == t.ndim - 3}
-             for t in (query, key, value, mask) if t is not None]  # fmt: skip
+    heads = [
+        {d: i for d, i in call.labels(t).items() if d == t.ndim - 3}
+        for t in (query, key, value, mask)
+        if t is not None
+    ]
     labels = broadcast(call, operands, query[..., :1, :1].shape, heads)
     if mask is not None:
         own = [d for d in range(mask.ndim) if d != mask.ndim - 3]

@@ -96,9 +96,19 @@ def index_put(call: Call) -> None:
     call.nonzero(call.out, mixed)
 
 
-@rule('aten::scatter', 'aten::scatter_', 'aten::scatter_add', 'aten::scatter_add_',
-      'aten::masked_scatter', 'aten::masked_scatter_', 'aten::select_scatter',
-      'aten::slice_scatter', 'aten::diagonal', 'aten::tril', 'aten::triu')  # fmt: skip
+@rule(
+    'aten::scatter',
+    'aten::scatter_',
+    'aten::scatter_add',
+    'aten::scatter_add_',
+    'aten::masked_scatter',
+    'aten::masked_scatter_',
+    'aten::select_scatter',
+    'aten::slice_scatter',
+    'aten::diagonal',
+    'aten::tril',
+    'aten::triu',
+)
 def numbered(call: Call) -> None:
     """Positions are numbers here: everything stays."""
     for value in call.args.values():

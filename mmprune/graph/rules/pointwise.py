@@ -20,9 +20,13 @@ def fitting(call: Call, operands: Sequence[torch.Tensor], shape: Sequence[int]) 
         return []
     shifts = [(t, len(shape) - t.ndim) for t in operands]
     return [
-        d for d, size in enumerate(shape) if size > 1 and not any(
-            d >= n and (d - n in call.labels(t) or constrains(call, t, d - n)) for t, n in shifts)
-    ]  # fmt: skip
+        d
+        for d, size in enumerate(shape)
+        if size > 1
+        and not any(
+            d >= n and (d - n in call.labels(t) or constrains(call, t, d - n)) for t, n in shifts
+        )
+    ]
 
 
 def part(call: Call, tensor: torch.Tensor, of: torch.Tensor) -> torch.Tensor:

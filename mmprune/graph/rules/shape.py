@@ -50,9 +50,10 @@ def fitting_dims(before: Sequence[int], after: Sequence[int], fits: Collection[i
 
     own = [(low, high) for d, (low, high) in enumerate(extents(before)) if d not in fits]
     return [
-        d for d, (low, high) in enumerate(extents(after))
+        d
+        for d, (low, high) in enumerate(extents(after))
         if not any(max(low, a) < min(high, b) for a, b in own)
-    ]  # fmt: skip
+    ]
 
 
 def regroup(
@@ -160,10 +161,13 @@ def expand(call: Call) -> None:
 def repeat(call: Call) -> None:
     x, times = call['self'], call['repeats']
     shift = len(times) - x.ndim
-    call.label(call.out, {
-        d + shift: tuple(np.tile(i, times[d + shift]) for i in ids)
-        for d, ids in call.labels(x).items()
-    })  # fmt: skip
+    call.label(
+        call.out,
+        {
+            d + shift: tuple(np.tile(i, times[d + shift]) for i in ids)
+            for d, ids in call.labels(x).items()
+        },
+    )
     call.tracer.set_fits(call.out, [d + shift for d in call.tracer.fits(x)])
 
 
@@ -183,9 +187,11 @@ def join(call: Call, tensors: list[torch.Tensor], dim: int) -> None:
         return
     thin = [part(call, t.narrow(dim, 0, min(1, t.shape[dim])), t) for t in tensors]
     labels = broadcast(
-        call, thin, [1 if d == dim else n for d, n in enumerate(call.out.shape)],
+        call,
+        thin,
+        [1 if d == dim else n for d, n in enumerate(call.out.shape)],
         [{d: ids for d, ids in labels.items() if d != dim} for labels in carried],
-    )  # fmt: skip
+    )
     depth = max(len(labels.get(dim, ())) for labels in carried)
     if depth == 1:
         pieces = [
@@ -208,8 +214,7 @@ def stack(call: Call) -> None:
     call.label(call.out, {d + (d >= dim): ids for d, ids in labels.items()})
 
 
-@rule('aten::split', 'aten::split_with_sizes',
-      'aten::unsafe_split', 'aten::unsafe_split_with_sizes')  # fmt: skip
+@rule('aten::split', 'aten::split_with_sizes', 'aten::unsafe_split', 'aten::unsafe_split_with_sizes')
 def split(call: Call) -> None:
     """Parts of sizes that the code was asked for; where torch divided (``chunk``), equal ones stay
     equal: their positions are tied."""

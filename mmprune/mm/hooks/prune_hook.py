@@ -16,9 +16,9 @@ from mmprune.distributed import (
     raise_together,
 )
 from mmprune.errors import PruneError
-from mmprune.graph import carry as traces
-from mmprune.graph.coupling import Trace
-from mmprune.mm import report, rng
+from mmprune.graph import carry
+from mmprune.graph.coupling import ChannelGraph
+from mmprune.mm import random_state, report
 from mmprune.mm.forwards import MODES, Runs, first_trace, runs_of, test_size
 from mmprune.mm.hooks.rebuild_hook import RebuildHook
 from mmprune.mm.hooks.recalibrate import check_run, recalibrate_run
@@ -107,7 +107,7 @@ class PruneHook(RebuildHook):
         self.start: dict[str, float] = {}
         self.metrics: dict[str, dict[str, float]] = {}
         self._modes = MODES
-        self._trace: Trace | None = None
+        self._trace: ChannelGraph | None = None
         self._collector: Collector | None = None
         self._loaded: dict[str, Any] | None = None
         self._before_validation: dict[str, Any] | None = None
@@ -185,35 +185,48 @@ class PruneHook(RebuildHook):
             runs = self._runs(runner, batch)
             scores = self._collector.scores()
         report.log_scores(runner.logger, self._collector)
-        twins = averaged_models(runner)
+        ema_models = averaged_models(runner)
 
-        def choose(traced: Trace, scores: Any) -> Any:
+        def choose(traced: ChannelGraph, scores: Any) -> Any:
             keep, noted = choose_step(
-                traced, scores, self.budget, model, runs.ordered[0],
+                traced,
+                scores,
+                self.budget,
+                model,
+                runs.ordered[0],
                 lambda final: target_at(min(number, self.steps), self.steps, final, self.schedule),
-                self.start, self.score.per,
-            )  # fmt: skip
+                self.start,
+                self.score.per,
+            )
             return keep, {'iteration': runner.iter + 1, **noted}
 
         outcome = cut_once(
-            model, self._trace, scores, choose, self.budget,
-            forward=runs.checked if self.check else None, optimizer=runner.optim_wrapper,
-            twins=lambda: [twin.module for twin in twins], wrapper=runner.model,
-            distributed=is_distributed(), strict=self.strict, warn=runner.logger.warning,
-        )  # fmt: skip
+            model,
+            self._trace,
+            scores,
+            choose,
+            self.budget,
+            forward=runs.checked if self.check else None,
+            optimizer=runner.optim_wrapper,
+            ema_models=lambda: [twin.module for twin in ema_models],
+            wrapper=runner.model,
+            distributed=is_distributed(),
+            strict=self.strict,
+            warn=runner.logger.warning,
+        )
         self._close()
         self.cuts, self._due = number, False
         self._report.setdefault('failed', {}).update(outcome.failed)
         if outcome.plan is None:
             runner.logger.warning(f'Cut {number} removes nothing: its target is met already')
         else:
-            self._after_cut(runner, outcome, twins)
+            self._after_cut(runner, outcome, ema_models)
         if not self._done(runner):
             self._watch(runner, outcome.trace)
 
-    def _after_cut(self, runner: Runner, outcome: Outcome, twins: list[Any]) -> None:
+    def _after_cut(self, runner: Runner, outcome: Outcome, ema_models: list[Any]) -> None:
         """What a cut makes stale outside the model, and its line in the log."""
-        for twin in twins:
+        for twin in ema_models:
             refresh(twin)
         forget_best(runner)
         model = bare(runner.model)
@@ -225,14 +238,14 @@ class PruneHook(RebuildHook):
         )
         if self.recalibrate:
             # A copy that does not average buffers takes them from the model in each iteration.
-            averaged = [twin.module for twin in twins if twin.update_buffers]
+            averaged = [twin.module for twin in ema_models if twin.update_buffers]
             recalibrate_run(runner, model, averaged, self.recalibrate)
 
     def _runs(self, runner: Runner, batch: Any) -> Runs:
         size = test_size(runner.cfg)
         return runs_of(bare(runner.model), batch, self._modes, self.samples, size)
 
-    def _watch(self, runner: Runner, traced: Trace) -> None:
+    def _watch(self, runner: Runner, traced: ChannelGraph) -> None:
         """Scores the units of ``traced`` from here on."""
         with raise_together('scoring'):
             self._collector = Collector(
@@ -271,10 +284,10 @@ class PruneHook(RebuildHook):
         self._modes = frozenset(state.get('modes', MODES))
         device.know_divisors(state.get('divisors', {}))
         saved = state.get('trace')  # not in checkpoints of mmprune 0.1.0
-        traced = traces.from_state(saved, bare(runner.model)) if saved is not None else None
+        traced = carry.from_state(saved, bare(runner.model)) if saved is not None else None
         if traced is not None:
             self._watch(runner, traced)
-        rng.set_state(state['rng'])
+        random_state.set_state(state['rng'])
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         super().before_save_checkpoint(runner, checkpoint)
@@ -286,19 +299,19 @@ class PruneHook(RebuildHook):
             'report': self._report,
             'modes': sorted(self._modes),
             'divisors': device.known_divisors(),
-            'trace': traces.to_state(self._trace) if self._trace is not None else None,
+            'trace': carry.to_state(self._trace) if self._trace is not None else None,
             'collector': self._collector.state_dict() if self._collector is not None else None,
-            'rng': self._before_validation or rng.get_state(),
+            'rng': self._before_validation or random_state.get_state(),
         }
 
     def before_val(self, runner: Runner) -> None:
         # Validation draws random numbers too (a seed for its loader's workers). Training goes on as
         # if there had been none, so that a run resumed behind it goes on alike.
-        self._before_validation = rng.get_state()
+        self._before_validation = random_state.get_state()
 
     def after_val(self, runner: Runner) -> None:
         if self._before_validation is not None:
-            rng.set_state(self._before_validation)
+            random_state.set_state(self._before_validation)
             self._before_validation = None
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:

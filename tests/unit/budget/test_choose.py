@@ -155,8 +155,10 @@ def test_latency_asks_the_times_that_were_measured(traced):
 @pytest.mark.parametrize('divisor', [4, 8])
 def test_widths_are_multiples(traced, divisor):
     keep = run(traced, keep_flops=0.5, divisor=divisor)
-    assert all(w % divisor == 0 or w == len(g) for w, g in zip(widths(traced, keep), traced.groups,
-                                                               strict=True))  # fmt: skip
+    assert all(
+        w % divisor == 0 or w == len(g)
+        for w, g in zip(widths(traced, keep), traced.groups, strict=True)
+    )
     assert any(w % divisor for w in widths(traced, run(traced, keep_flops=0.5)))
     flops = cost.flops(traced)
     assert flops(keep) <= 0.5 * traced.flops
@@ -186,9 +188,13 @@ def test_channels_are_counted_where_they_are_made():
     """A unit is a norm group of 4 channels there, and here one channel of 4 positions."""
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(3, 32, 3, padding=1), nn.GroupNorm(8, 32), nn.Conv2d(32, 16, 3),
-        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 5),
-    )  # fmt: skip
+        nn.Conv2d(3, 32, 3, padding=1),
+        nn.GroupNorm(8, 32),
+        nn.Conv2d(32, 16, 3),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(64, 5),
+    )
     traced = mmprune.trace(model, lambda m: m(X))
     assert widths(traced, np.ones(24, dtype=bool)) == [8, 16]
     scores = np.arange(24.0)
@@ -225,9 +231,11 @@ def test_units_that_must_stay(traced):
 def strided():
     """Two layers on maps of 16 positions, the second read by a matrix; 2 pictures."""
     model = nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1, stride=2), nn.Conv2d(4, 6, 3, padding=1), nn.Flatten(1),
+        nn.Conv2d(3, 4, 3, padding=1, stride=2),
+        nn.Conv2d(4, 6, 3, padding=1),
+        nn.Flatten(1),
         nn.Linear(6 * 16, 2),
-    )  # fmt: skip
+    )
     x = torch.randn(2, 3, 8, 8)
     return mmprune.trace(model, lambda m: m(x))
 
@@ -326,9 +334,12 @@ def test_a_unit_belongs_to_the_part_that_makes_it_not_to_one_that_reads_it():
 def test_a_part_by_the_start_or_a_pattern_of_its_names(traced):
     first = run(traced, parts={'backbone.0': dict(prune_num=3)})
     assert widths(traced, first) == [13, 24, 20]
-    assert np.array_equal(first, run(traced, parts={'*.0.weight': dict(prune_num=3),
-                                                    'head': dict(keep_flops=1.0)},
-                                     lock='head.*'))  # fmt: skip
+    assert np.array_equal(
+        first,
+        run(
+            traced, parts={'*.0.weight': dict(prune_num=3), 'head': dict(keep_flops=1.0)}, lock='head.*'
+        ),
+    )
 
 
 def test_limits_of_a_part(traced):

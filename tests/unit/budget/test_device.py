@@ -13,6 +13,7 @@ CPU = torch.device('cpu')
 
 def stairs(block, noise=0.0):
     """Seconds of widths on a machine that works in blocks: half of the time by block."""
+
     def time(width):
         up = -(-width // block) * block
         return up**2 + 20 * up + 1000 + noise * (width * 7919 % 13 - 6)
@@ -44,7 +45,7 @@ def test_it_is_measured_once_and_kept(monkeypatch, tmp_path):
     monkeypatch.setattr(device, 'WIDTHS', range(33, 65))
     found = device.divisor_of(CPU, torch.float32)
     assert found in device.DIVISORS
-    (key, kept), = json.loads((tmp_path / 'cache' / device.FILE).read_text()).items()
+    ((key, kept),) = json.loads((tmp_path / 'cache' / device.FILE).read_text()).items()
     assert kept == found and device.device_name(CPU) in key and 'float32' in key
     monkeypatch.setattr(device, 'times_by_width', lambda *a: pytest.fail('measured again'))
     assert device.divisor_of(CPU, torch.float32) == found  # in this process

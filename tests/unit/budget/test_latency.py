@@ -182,9 +182,7 @@ def test_in_another_runtime_the_rest_is_what_is_told(model, traced, monkeypatch)
     everything = np.ones(traced.n_units, dtype=bool)
     alone = timing.measure(model, forward, traced, 'onnxruntime', divisor=32, rounds=1)
     assert alone.rest == 0 and 0 < alone(everything) < 1
-    whole = timing.measure(
-        model, forward, traced, 'onnxruntime', divisor=32, rounds=1, whole=1.0
-    )
+    whole = timing.measure(model, forward, traced, 'onnxruntime', divisor=32, rounds=1, whole=1.0)
     assert whole(everything) == pytest.approx(1.0)  # the same table: it was kept on disk
     assert whole.rest == pytest.approx(1 - alone(everything))
 
@@ -202,9 +200,9 @@ def test_in_another_runtime_the_rest_is_what_is_told(model, traced, monkeypatch)
 )
 def test_widths_are_looked_at_on_the_steps(size, divisor, wanted):
     found = op_times.steps_of(size, divisor)
-    assert found == wanted or (size == 512 and len(found) <= 10 and set(found) <= {
-        4, 8, 512, *range(16, 512, 16)
-    })  # fmt: skip
+    assert found == wanted or (
+        size == 512 and len(found) <= 10 and set(found) <= {4, 8, 512, *range(16, 512, 16)}
+    )
 
 
 def test_a_width_between_steps_costs_what_the_next_does_and_wider_is_never_faster():
@@ -249,8 +247,9 @@ def test_units_go_where_the_stairs_are(traced):
     points = list(range(16, size + 1, 16))
     at = Lookup([points], np.array(points, dtype=float), [size], 16)
     latency = timing.Latency(traced, [op], {op.key: at}, rest=0.0, divisor=16)
-    keep = choose(traced, np.arange(float(traced.n_units)), Budget(latency=0.5, divisor=4),
-                  latency=latency)  # fmt: skip
+    keep = choose(
+        traced, np.arange(float(traced.n_units)), Budget(latency=0.5, divisor=4), latency=latency
+    )
     assert keep[group.units].sum() == size // 2 and keep.sum() == traced.n_units - size // 2
 
 
@@ -319,9 +318,14 @@ def chosen(monkeypatch, model, traced, budget, ratio, original=None):
     monkeypatch.setattr(timing, 'ratio_of', lambda *a: ratio)
     monkeypatch.setattr(timing, 'choose', noting)
     found = timing.choose_measured(
-        model, forward, traced, np.arange(float(traced.n_units)), budget, original or {},
+        model,
+        forward,
+        traced,
+        np.arange(float(traced.n_units)),
+        budget,
+        original or {},
         lambda keep: make_plan(traced, model, keep, {}),
-    )  # fmt: skip
+    )
     assert mmprune.plan_of(model) is None
     return *found, asked
 
@@ -331,16 +335,21 @@ def test_the_steps_of_the_table_are_those_of_the_budget(monkeypatch, model, trac
     asked = []
     monkeypatch.setattr(timing, 'ratio_of', lambda *a: 0.7)
     for divisor in ('auto', 2, 8):
+
         def table(*args, divisor):
             asked.append(divisor)
             return Share()
 
         monkeypatch.setattr(timing, 'measure', table)
         keep, _ = timing.choose_measured(
-            model, forward, traced, np.arange(float(traced.n_units)),
-            Budget(latency=0.7, divisor=divisor), {},
+            model,
+            forward,
+            traced,
+            np.arange(float(traced.n_units)),
+            Budget(latency=0.7, divisor=divisor),
+            {},
             lambda keep: make_plan(traced, model, keep, {}),
-        )  # fmt: skip
+        )
         if divisor != 2:  # 'auto' is what the table was taken at
             assert all(keep[g.units].sum() % 8 == 0 or keep[g.units].sum() < 8 for g in traced.groups)
     assert asked == [None, 2, 8]

@@ -61,9 +61,15 @@ class Shuffled(nn.Module):
 def normed():
     """A unit is a norm group of 6 channels before, one channel of 4 positions behind."""
     return nn.Sequential(
-        conv(3, 96), nn.GroupNorm(16, 96), nn.ReLU(), conv(96, 40), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(160, 5),
-    )  # fmt: skip
+        conv(3, 96),
+        nn.GroupNorm(16, 96),
+        nn.ReLU(),
+        conv(96, 40),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(160, 5),
+    )
 
 
 def prune(model, x=X, **options):
@@ -71,10 +77,15 @@ def prune(model, x=X, **options):
 
     def widths(model):
         return [
-            width for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)
-            for width in ((m.in_channels, m.out_channels) if isinstance(m, nn.Conv2d)
-                          else (m.in_features, m.out_features))
-        ]  # fmt: skip
+            width
+            for m in model.modules()
+            if isinstance(m, nn.Conv2d | nn.Linear)
+            for width in (
+                (m.in_channels, m.out_channels)
+                if isinstance(m, nn.Conv2d)
+                else (m.in_features, m.out_features)
+            )
+        ]
 
     before = widths(model)
     plan = mmprune.prune(model, lambda m: m(x), score='l2', **options)

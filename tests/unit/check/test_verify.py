@@ -66,7 +66,7 @@ def test_a_decision_on_other_numbers_is_seen():
     with torch.no_grad():
         pruned[2].weight.mul_(1.5)
     with pytest.raises(PruneError, match='is not the masked original'):
-        mmprune.verify(model, pruned, plan, lambda m: (m(X).sum(1) > 0))
+        mmprune.verify(model, pruned, plan, lambda m: m(X).sum(1) > 0)
 
 
 def test_a_weight_divided_by_its_norm():
@@ -181,7 +181,7 @@ def test_decisions_are_repeated_behind_layers_that_turn_out_narrower():
             taken.append(result is not out)
         return result
 
-    with mock.patch.object(mmprune_decisions.Decisions, '_settled', settled):
+    with mock.patch.object(mmprune_decisions.DecisionReplay, '_settled', settled):
         assert mmprune.verify(model, pruned, plan, lambda m: m(big)) < 1e-5
     assert taken and all(taken)
 

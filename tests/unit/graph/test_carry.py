@@ -23,7 +23,7 @@ def same(found, wanted):
     assert [(g.name, g.axes, g.units.tolist()) for g in found.groups] == [
         (g.name, g.axes, g.units.tolist()) for g in wanted.groups
     ]
-    assert found.readers == wanted.readers and found.producers == wanted.producers
+    assert found.consumers == wanted.consumers and found.producers == wanted.producers
     assert found.flops == wanted.flops and found.params == wanted.params
     keep = np.random.default_rng(1).random(found.n_units) < 0.7
     for terms in (cost.flops, cost.params, cost.memory, cost.channels):
@@ -43,9 +43,10 @@ def same(found, wanted):
 def follows(traced):
     """Those that any cut could change."""
     return {
-        (f.module, f.attribute, f.ids.tobytes()) for f in traced.follows
+        (f.module, f.attribute, f.ids.tobytes())
+        for f in traced.follows
         if (traced.unit_of[f.ids] >= 0).any()
-    }  # fmt: skip
+    }
 
 
 def some(traced, share, seed):

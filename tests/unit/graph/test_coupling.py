@@ -6,7 +6,7 @@ from torch import nn
 
 from mmprune.graph.coupling import couple
 from mmprune.graph.slots import SlotTable
-from mmprune.graph.tracer import Record
+from mmprune.graph.tracer import TraceRecord
 
 
 def record():
@@ -14,7 +14,7 @@ def record():
     model = nn.ModuleDict(
         {'a': nn.Linear(2, 4, False), 'b': nn.Linear(4, 4, False), 'c': nn.Linear(8, 2, False)}
     )
-    made = Record(SlotTable(model), touched={'a.weight', 'b.weight', 'c.weight'})
+    made = TraceRecord(SlotTable(model), touched={'a.weight', 'b.weight', 'c.weight'})
     return made, lambda name, dim: made.slots.by_key[f'{name}.weight', dim].ids
 
 
@@ -46,8 +46,9 @@ def test_units_of_different_shapes_are_apart():
     made.weights_read = [ids('c', 1)]
     trace = couple(made)
     assert told(trace) == [
-        {'a.weight[dim 0]': 1, 'c.weight[dim 1]': 1}, {'b.weight[dim 0]': 1, 'c.weight[dim 1]': 1},
-    ]  # fmt: skip
+        {'a.weight[dim 0]': 1, 'c.weight[dim 1]': 1},
+        {'b.weight[dim 0]': 1, 'c.weight[dim 1]': 1},
+    ]
     assert trace.group_of.tolist() == [0] * 4 + [1] * 4
 
 
@@ -103,5 +104,9 @@ def test_kernels_and_single_channels_have_no_slots():
     model.table = nn.Parameter(torch.zeros(2, 3, 4))
     slots = SlotTable(model)
     assert [str(axis) for axis in slots.axes] == [
-        'table[dim 0]', 'table[dim 1]', 'table[dim 2]', 'conv.weight[dim 0]', 'conv.bias[dim 0]',
-    ]  # fmt: skip
+        'table[dim 0]',
+        'table[dim 1]',
+        'table[dim 2]',
+        'conv.weight[dim 0]',
+        'conv.bias[dim 0]',
+    ]

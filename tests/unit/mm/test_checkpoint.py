@@ -356,9 +356,13 @@ def script_run(tmp_path, work_dir, before=None, *options):
     cfg.dump(tmp_path / 'cfg.py')
     return subprocess.run(
         [sys.executable, ROOT / 'tools' / 'train.py', tmp_path / 'cfg.py', *options],
-        capture_output=True, text=True, timeout=300, preexec_fn=before, cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        preexec_fn=before,
+        cwd=tmp_path,
         env=os.environ | dict(PYTHONPATH=f'{ROOT}:{ROOT / "tests"}', PYTHONDONTWRITEBYTECODE='1'),
-    )  # fmt: skip
+    )
 
 
 def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(good, tmp_path):

@@ -89,9 +89,7 @@ def test_a_checkpoint_may_be_an_address(parse, config):
 
 
 def test_options_are_put_over_the_config(parse, config):
-    args = parse(
-        'train', config, '--launcher', 'slurm', '--cfg-options', 'model.depth=50', 'a=[1,2]'
-    )
+    args = parse('train', config, '--launcher', 'slurm', '--cfg-options', 'model.depth=50', 'a=[1,2]')
 
     cfg = cli.load_config(args)
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mmprune
 from mmprune.score import Score, Units
-from mmprune.score.activations import Examples, positions
+from mmprune.score.activations import PerSampleGates, positions
 from mmprune.score.collector import Collector
 from mmprune.score.taylor import gate_gradient
 from tests.helpers.score_nets import Net, loss_of
@@ -35,7 +35,7 @@ def test_every_examples_gradient_is_that_of_the_example_alone(seed):
     x = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
     units = Units(mmprune.trace(model, lambda m: m(x)))
     wanted = single_gradients(model, units, x)
-    examples = Examples(model, units)
+    examples = PerSampleGates(model, units)
     loss_of(model, x).backward()
     (found,) = examples.take()
     assert found.shape == (3, units.n)
@@ -48,7 +48,7 @@ def test_gradient_checkpointing_changes_nothing(reentrant):
     model = Net(1).eval()
     x = torch.randn(3, 3, 8, 8)
     units = Units(mmprune.trace(model, lambda m: m(x)))
-    examples = Examples(model, units)
+    examples = PerSampleGates(model, units)
     loss_of(model, x).backward()
     (wanted,) = examples.take()
     for block in model.blocks:
@@ -64,7 +64,7 @@ def test_every_backward_pass_counts_by_itself():
     x = torch.randn(4, 3, 8, 8)
     units = Units(mmprune.trace(model, lambda m: m(x)))
     wanted = single_gradients(model, units, x)
-    examples = Examples(model, units)
+    examples = PerSampleGates(model, units)
     for half in x.split(3):
         loss_of(model, half).backward()
     with torch.no_grad():
@@ -95,7 +95,7 @@ def test_rows_are_taken_back_to_their_example():
     units = Units(mmprune.trace(model, lambda m: m(x)))
     assert units.n == 6
     wanted = single_gradients(model, units, x)
-    examples = Examples(model, units)
+    examples = PerSampleGates(model, units)
     loss_of(model, x).backward()
     (found,) = examples.take()
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
@@ -104,7 +104,7 @@ def test_rows_are_taken_back_to_their_example():
 def test_nothing_is_kept_alive_by_a_forward_without_backward():
     model = Net(3)
     x = torch.randn(2, 3, 8, 8)
-    Examples(model, Units(mmprune.trace(model, lambda m: m(x))))
+    PerSampleGates(model, Units(mmprune.trace(model, lambda m: m(x))))
     kept = []
     hook = model.first.register_forward_pre_hook(lambda m, args: kept.append(weakref.ref(args[0])))
     model(x)
@@ -136,9 +136,14 @@ def test_taylor_activation_is_equation_8_and_10_of_the_paper():
     """Feature maps of 6 and 4 channels, read by one layer each: written out by autograd."""
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 4, 3, padding=1), nn.ReLU(),
-        nn.Flatten(1), nn.Linear(4 * 64, 5), nn.Unflatten(1, (1, 5)),
-    )  # fmt: skip
+        nn.Conv2d(3, 6, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(6, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(1),
+        nn.Linear(4 * 64, 5),
+        nn.Unflatten(1, (1, 5)),
+    )
     x = torch.randn(3, 3, 8, 8)
     maps = {}
     for i in (1, 3):

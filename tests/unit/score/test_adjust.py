@@ -13,9 +13,11 @@ from mmprune.score import Score, adjusted, make_score
 @pytest.fixture(scope='module')
 def traced():
     model = nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1, stride=2), nn.Conv2d(4, 6, 3, padding=1), nn.Flatten(1),
+        nn.Conv2d(3, 4, 3, padding=1, stride=2),
+        nn.Conv2d(4, 6, 3, padding=1),
+        nn.Flatten(1),
         nn.Linear(6 * 16, 2),
-    )  # fmt: skip
+    )
     x = torch.randn(2, 3, 8, 8)
     return mmprune.trace(model, lambda m: m(x))
 

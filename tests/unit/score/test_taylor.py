@@ -14,7 +14,7 @@ def gradient_of_gates(model: nn.Module, units: Units, x: torch.Tensor) -> torch.
     """(n,) by autograd: a gate at 1 on each unit's channel, at every layer that reads it."""
     gates = torch.ones(units.n + 1, requires_grad=True)
     hooks = []
-    for entry in units.readers:
+    for entry in units.consumers:
         module = model.get_submodule(entry.axis.name.rpartition('.')[0])
 
         def gate(module, args, entry=entry):
@@ -81,7 +81,7 @@ def test_units_that_no_weight_reads_are_scored_by_the_weights_that_make_them():
     traced = mmprune.trace(model, lambda m: m(x))
     model(x).sum().backward()
     units = Units(traced)
-    assert units.n == 6 and not units.readers and not units.read.any()
+    assert units.n == 6 and not units.consumers and not units.read.any()
     wanted = (model.query.weight * model.query.weight.grad).sum(1)
     wanted = wanted + (model.key.weight * model.key.weight.grad).sum(1)
     torch.testing.assert_close(gate_gradient(units), wanted.detach())

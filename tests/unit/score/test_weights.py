@@ -14,9 +14,13 @@ from mmprune.score.table import criterion, get_criterion
 def model():
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten(1),
+        nn.Conv2d(3, 6, 3),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 4, 3),
+        nn.Flatten(1),
         nn.Linear(4 * 16, 2),
-    )  # fmt: skip
+    )
     nn.init.normal_(model[1].weight)
     return model
 

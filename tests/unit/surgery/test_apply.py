@@ -17,9 +17,12 @@ X = torch.randn(2, 3, 6, 6)
 def net():
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8),
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, groups=8),
         nn.Conv2d(8, 4, 1),
-    )  # fmt: skip
+    )
 
 
 def forward(model):
@@ -161,7 +164,7 @@ def test_twins_follow():
             p.mul_(0.5)
     wanted = copy.deepcopy(twin)
     plan = plan_for(model)
-    plan.apply(model, twins=[twin])
+    plan.apply(model, ema_models=[twin])
     plan.apply(wanted)
     assert torch.equal(forward(twin.eval()), forward(wanted.eval()))
     assert mmprune.plan_of(twin) == mmprune.plan_of(model)
@@ -173,7 +176,7 @@ def test_a_twin_of_another_shape_stops_all():
     plan = plan_for(model)
     before = snapshot(model)
     with pytest.raises(PruneError, match='4.weight'):
-        plan.apply(model, twins=[twin])
+        plan.apply(model, ema_models=[twin])
     assert_unchanged(before, model)
 
 
@@ -233,7 +236,7 @@ def test_a_failure_at_any_step_leaves_all_as_it_was(monkeypatch):
     monkeypatch.setattr(
         cut_module, 'commit', lambda changes: count.append(len(changes)) or commit(changes)
     )
-    plan.apply(copy.deepcopy(model), twins=[copy.deepcopy(twin)])
+    plan.apply(copy.deepcopy(model), ema_models=[copy.deepcopy(twin)])
     steps = count[0] + 2 * sum(len(s) - 1 for s in optimizer.state.values())
     assert steps > 50
 

@@ -41,11 +41,15 @@ X = torch.randn(2, 3, 8, 8)
 
 def test_convolutions_of_every_kind():
     model = nn.Sequential(
-        nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
-        nn.Conv2d(8, 8, 3, groups=4), nn.BatchNorm2d(8, affine=False),
-        nn.ConvTranspose2d(8, 6, 2, stride=2), nn.BatchNorm2d(6),
+        nn.Conv2d(3, 8, 3, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, groups=4),
+        nn.BatchNorm2d(8, affine=False),
+        nn.ConvTranspose2d(8, 6, 2, stride=2),
+        nn.BatchNorm2d(6),
         ConvModule(6, 4, 1, norm_cfg=dict(type='BN')),
-    )  # fmt: skip
+    )
     same(shaken(model), X, left=0)
 
 

@@ -98,8 +98,11 @@ def test_a_step_equals_that_of_the_masked_model_at_the_kept_indices(name):
     step(reference, other, BATCHES[3])
 
     compare(model, reference, plan)
-    moved = [n for n, p in model.named_parameters()
-             if not torch.equal(p, kept(whole[n], plan.keep.get(n, {})))]  # fmt: skip
+    moved = [
+        n
+        for n, p in model.named_parameters()
+        if not torch.equal(p, kept(whole[n], plan.keep.get(n, {})))
+    ]
     assert len(moved) == len(whole)
     for parameter, values in optimizer.state.items():
         assert all(v.shape == parameter.shape for v in values.values() if v.ndim)
@@ -111,8 +114,10 @@ def test_the_state_is_the_old_one_at_the_kept_indices(name):
     optimizer = OPTIMIZERS[name](model)
     step(model, optimizer, BATCHES[0])
     names = {id(p): n for n, p in model.named_parameters()}
-    before = {names[id(p)]: {k: v.clone() for k, v in s.items() if torch.is_tensor(v)}
-              for p, s in optimizer.state.items()}  # fmt: skip
+    before = {
+        names[id(p)]: {k: v.clone() for k, v in s.items() if torch.is_tensor(v)}
+        for p, s in optimizer.state.items()
+    }
     plan = mmprune.prune(model, lambda m: m(BATCHES[0]), keep_channels=0.6, optimizer=optimizer)
     checked = 0
     for parameter, values in optimizer.state.items():
@@ -148,10 +153,17 @@ def test_gradient_accumulation_and_clipping_in_an_optim_wrapper():
     # Gradients of removed channels would count to the norm that is clipped: they are not there.
     for name, parameter in reference.named_parameters():
         stays = torch.zeros_like(parameter)
-        stays[tuple(torch.meshgrid(*[
-            torch.tensor(plan.keep.get(name, {}).get(d, list(range(n))))
-            for d, n in enumerate(parameter.shape)
-        ], indexing='ij'))] = 1  # fmt: skip
+        stays[
+            tuple(
+                torch.meshgrid(
+                    *[
+                        torch.tensor(plan.keep.get(name, {}).get(d, list(range(n))))
+                        for d, n in enumerate(parameter.shape)
+                    ],
+                    indexing='ij',
+                )
+            )
+        ] = 1
         parameter.register_hook(lambda gradient, stays=stays: gradient * stays)
     other._inner_count = wrapper._inner_count
 

@@ -15,9 +15,12 @@ from mmprune.surgery.plan import checksum
 def net():
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1, groups=2),
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 1, groups=2),
         nn.Conv2d(8, 4, 1),
-    )  # fmt: skip
+    )
 
 
 X = torch.randn(2, 3, 6, 6)

@@ -117,7 +117,7 @@ def test_an_averaged_copy_of_before_the_first_run_follows(late):
     model = copy.deepcopy(twin)
     run(model)
     plan = mmprune.prune(copy.deepcopy(model), run, keep_channels=0.5)
-    plan.apply(model, twins=[twin])
+    plan.apply(model, ema_models=[twin])
     assert torch.equal(run(twin.eval()), run(model.eval()))
 
 
@@ -146,5 +146,12 @@ def test_damaged_aliases_are_refused(aliases):
 def test_a_record_without_aliases_is_of_the_same_format():
     plan = mmprune.prune(Lends(True).eval(), run, keep_channels=0.5)
     assert set(plan.to_meta()) == {
-        'format', 'mmprune', 'fingerprint', 'keep', 'attributes', 'history', 'budget', 'checksum'
-    }  # fmt: skip
+        'format',
+        'mmprune',
+        'fingerprint',
+        'keep',
+        'attributes',
+        'history',
+        'budget',
+        'checksum',
+    }

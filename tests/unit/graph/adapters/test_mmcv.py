@@ -95,8 +95,7 @@ def whole(name):
 
 def reassembled(net, y):
     out, masks = y.new_zeros(2, y.shape[1], 12, 12), torch.rand(2, 2 * 9, 12, 12)
-    EXT.carafe_forward(
-        y, masks, y, out, masks, out, kernel_size=3, group_size=2, scale_factor=2)
+    EXT.carafe_forward(y, masks, y, out, masks, out, kernel_size=3, group_size=2, scale_factor=2)
     return net.o(out)
 
 
@@ -121,7 +120,8 @@ def attended(net, y):
     value = y.flatten(2).transpose(1, 2).unflatten(2, (2, -1))
     weights = torch.rand(2, 5, 2, 36, generator=torch.Generator().manual_seed(0))
     out = EXT.ms_deform_attn_forward(
-        value, torch.zeros(1), torch.zeros(1), torch.zeros(2, 5, 2, 1, 1, 2), weights)
+        value, torch.zeros(1), torch.zeros(1), torch.zeros(2, 5, 2, 1, 1, 2), weights
+    )
     return net.o(out.transpose(1, 2)[..., None])
 
 
@@ -133,9 +133,7 @@ def deformed(net, y):
 def modulated(net, y):
     offset, mask, conv = torch.rand(2, 2 * 2 * 9, 6, 6), torch.rand(2, 2 * 9, 6, 6), net.layers['conv']
     return net.o(
-        mmcv.ops.modulated_deform_conv2d(
-            y, offset, mask, conv.weight, conv.bias, 1, 1, 1, 1, 2
-        )
+        mmcv.ops.modulated_deform_conv2d(y, offset, mask, conv.weight, conv.bias, 1, 1, 1, 1, 2)
     )
 
 

@@ -88,9 +88,12 @@ def test_deformable_attention_narrows_the_values():
 
     def forward(model):
         return model(
-            query, value=query, reference_points=points, spatial_shapes=shapes,
+            query,
+            value=query,
+            reference_points=points,
+            spatial_shapes=shapes,
             level_start_index=torch.tensor([0]),
-        )  # fmt: skip
+        )
 
     check(attention, forward)
     assert attention.value_proj.weight.shape[0] == 8
@@ -138,9 +141,15 @@ def test_res2net_splits_a_narrower_width():
 @pytest.mark.parametrize('fcs', [0, 1])
 def test_side_aware_head_views_by_its_regression_width(fcs):
     head = SABLHead(
-        3, cls_in_channels=8, reg_in_channels=8, cls_out_channels=8, reg_offset_out_channels=8,
-        reg_cls_out_channels=8, num_reg_fcs=fcs, norm_cfg=None,
-    )  # fmt: skip
+        3,
+        cls_in_channels=8,
+        reg_in_channels=8,
+        cls_out_channels=8,
+        reg_offset_out_channels=8,
+        reg_cls_out_channels=8,
+        num_reg_fcs=fcs,
+        norm_cfg=None,
+    )
 
     class Net(nn.Module):
         def __init__(self):

@@ -65,9 +65,14 @@ def test_weights_across_resolutions():
     torch.manual_seed(0)
     block = CrossResolutionWeighting([8, 20], ratio=4)
     model = nn.ModuleDict(
-        dict(a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(3, 20, 1, stride=2), block=block, c=nn.Conv2d(8, 2, 1),
-             d=nn.Conv2d(20, 2, 1))
-    )  # fmt: skip
+        dict(
+            a=nn.Conv2d(3, 8, 1),
+            b=nn.Conv2d(3, 20, 1, stride=2),
+            block=block,
+            c=nn.Conv2d(8, 2, 1),
+            d=nn.Conv2d(20, 2, 1),
+        )
+    )
     x = torch.randn(2, 3, 8, 8)
 
     def forward(m):
@@ -94,8 +99,15 @@ def test_the_declared_width_of_several_units():
     torch.manual_seed(0)
     # The constructor asks for a loss for each of the stage's units.
     loss = [dict(type='mmpose.KeypointMSELoss')] * 2
-    head = MSPNHead(out_shape=(8, 8), unit_channels=10, out_channels=4, num_units=2, num_stages=1,
-                    loss=loss, level_indices=[0, 1])  # fmt: skip
+    head = MSPNHead(
+        out_shape=(8, 8),
+        unit_channels=10,
+        out_channels=4,
+        num_units=2,
+        num_stages=1,
+        loss=loss,
+        level_indices=[0, 1],
+    )
     x = torch.randn(2, 3, 8, 8)
     model, plan = pruned(Estimator(head, 10), lambda m: m(x))
     assert model.head.unit_channels == 7

@@ -23,9 +23,14 @@ A = torch.ops.aten
 def net(function):
     torch.manual_seed(0)
     parts = {
-        'a': nn.Conv2d(3, 8, 3, padding=1), 'o': nn.Linear(8, 3), 'b': nn.Conv2d(8, 8, 1),
-        'q': nn.Linear(8, 8), 'k': nn.Linear(8, 8), 'n': nn.BatchNorm2d(8), 'e': nn.Embedding(5, 8),
-    }  # fmt: skip
+        'a': nn.Conv2d(3, 8, 3, padding=1),
+        'o': nn.Linear(8, 3),
+        'b': nn.Conv2d(8, 8, 1),
+        'q': nn.Linear(8, 8),
+        'k': nn.Linear(8, 8),
+        'n': nn.BatchNorm2d(8),
+        'e': nn.Embedding(5, 8),
+    }
     shapes = {'vector': (8,), 'table': (8, 8), 'row': (1, 8), 'kernel': (8, 1, 3, 3)}
     parts |= {name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
     model = Step(lambda m, x: function(m, m.a(x)), **parts).double().eval()

@@ -223,8 +223,9 @@ def test_the_average_goes_on_from_what_it_was(tmp_path, update_buffers):
     valued = []
     val_step = TwoBranch.val_step
     TwoBranch.val_step = lambda self, data: (
-        valued.append(self.neck.weight.detach().clone()), val_step(self, data)
-    )[1]  # fmt: skip
+        valued.append(self.neck.weight.detach().clone()),
+        val_step(self, data),
+    )[1]
     try:
         runner.train()
     finally:

@@ -33,13 +33,14 @@ def everything(runner, ema):
             'model': dict(model.state_dict()),
             'ema': dict(twin.module.state_dict()),
             'averaged': [t.shape for t in (twin.avg_parameters or {}).values()]
-            if twin.update_buffers else None,
+            if twin.update_buffers
+            else None,
             'momentum': [
                 state.get('momentum_buffer') for state in runner.optim_wrapper.optimizer.state.values()
             ],
             'plans': [mmprune.plan_of(model) is None, mmprune.plan_of(twin.module) is None],
         }
-    )  # fmt: skip
+    )
 
 
 def same(one, other):

@@ -71,8 +71,10 @@ def test_testing_and_tuning_rebuild_too(finished, tmp_path):
     path = str(work_dir / 'epoch_4.pth')
     cfg = config(tmp_path / 'test', hook=dict(rebuild_only=True))
     cfg.test_dataloader, cfg.test_cfg, cfg.test_evaluator = (
-        cfg.val_dataloader, cfg.val_cfg, cfg.val_evaluator,
-    )  # fmt: skip
+        cfg.val_dataloader,
+        cfg.val_cfg,
+        cfg.val_evaluator,
+    )
     cfg.load_from = path
     tester = Runner.from_cfg(cfg)
     metrics = tester.test()
@@ -108,8 +110,9 @@ def test_an_interrupted_run_resumes_to_the_same_weights(tmp_path):
 
     runner.hooks[0].after_train_iter = kill
     runner.call_hook = lambda name, **k: (
-        kill(runner) if name == 'before_train_iter' else None, Runner.call_hook(runner, name, **k)
-    )[1]  # fmt: skip
+        kill(runner) if name == 'before_train_iter' else None,
+        Runner.call_hook(runner, name, **k),
+    )[1]
     with pytest.raises(Stop):
         runner.train()
     resumed = train(cfg, resume=True)
