@@ -375,7 +375,7 @@ def test_alone_the_same_calls_do_nothing():
 def test_the_script_runs_it(tmp_path):
     """tools/dist_train.sh, torchrun and --launcher, from a config file, with --amp."""
     cfg = config(tmp_path, epochs=3, hook=HOOK)
-    cfg.custom_imports = dict(imports=['mmprune', 'tests.hooks.runs'])
+    cfg.custom_imports = dict(imports=['mmprune', 'tests.helpers.hook_runs'])
     cfg.dump(tmp_path / 'cfg.py')
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))

@@ -63,15 +63,14 @@ def test_what_can_not_be_read_is_measured_anew(monkeypatch, tmp_path, content):
     assert list(json.loads((tmp_path / device.FILE).read_text()).values()) == [8]
 
 
-def test_a_folder_that_can_not_be_written_is_said(monkeypatch, tmp_path):
+def test_a_folder_that_can_not_be_written_is_said(monkeypatch, tmp_path, caplog):
     (tmp_path / 'file').write_text('')
     monkeypatch.setenv(device.ENVIRONMENT, str(tmp_path / 'file' / 'below'))
     monkeypatch.setattr(device, '_divisors', {})
     monkeypatch.setattr(device, 'times_by_width', lambda *a: stairs(16))
-    told = []
-    monkeypatch.setattr(device, 'print_log', lambda text, logger, level=0: told.append((text, level)))
     assert device.divisor_of(CPU, torch.float32) == 16
-    assert any('can not be written' in text and level == logging.WARNING for text, level in told)
+    assert ('mmprune.budget.device', logging.WARNING) in [entry[:2] for entry in caplog.record_tuples]
+    assert 'can not be written' in caplog.text
 
 
 def test_two_keys_live_side_by_side(monkeypatch, tmp_path):

@@ -352,7 +352,7 @@ def test_resume_without_a_readable_checkpoint_is_an_error(tmp_path):
 def script_run(tmp_path, work_dir, before=None, *options):
     """``tools/train.py`` in a process of its own, which calls ``before()`` first."""
     cfg = config(work_dir, epochs=2)
-    cfg.custom_imports = dict(imports=['mmprune', 'hooks.runs'])
+    cfg.custom_imports = dict(imports=['mmprune', 'tests.helpers.hook_runs'])
     cfg.dump(tmp_path / 'cfg.py')
     return subprocess.run(
         [sys.executable, ROOT / 'tools' / 'train.py', tmp_path / 'cfg.py', *options],

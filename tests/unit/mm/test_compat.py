@@ -127,7 +127,7 @@ def test_anything_else_in_a_checkpoint_is_refused(tmp_path, value, text):
     ids=['first', 'after mmdet', 'after torchvision'],
 )
 def test_torchvision_imports(before):
-    script = f'{before}\nimport mmprune.compat\nimport torchvision.transforms'
+    script = f'{before}\nimport mmprune.mm.compat\nimport torchvision.transforms'
 
     done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True)
 
