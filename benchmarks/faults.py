@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
+sys.path.insert(0, str(ROOT))
 
 import mmprune  # noqa: E402
 from mmprune.mm.checkpoint import read_checkpoint  # noqa: E402

@@ -361,7 +361,7 @@ def script_run(tmp_path, work_dir, before=None, *options):
         timeout=300,
         preexec_fn=before,
         cwd=tmp_path,
-        env=os.environ | dict(PYTHONPATH=f'{ROOT}:{ROOT / "tests"}', PYTHONDONTWRITEBYTECODE='1'),
+        env=os.environ | dict(PYTHONPATH=str(ROOT), PYTHONDONTWRITEBYTECODE='1'),
     )
 
 
