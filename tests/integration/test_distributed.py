@@ -23,6 +23,7 @@ from mmprune import session
 from mmprune.distributed import all_gather, broadcast, raise_together, rebuild_reducers
 from mmprune.mm.hooks import PruneHook
 from mmprune.mm.wrappers import PrunableDistributedDataParallel
+from tests.helpers.equality import assert_same
 from tests.helpers.hook_runs import config, train
 from tests.helpers.processes import spawn
 
@@ -78,11 +79,8 @@ def test_every_rank_cuts_alike_and_as_one_process_would(tmp_path, count):
     assert first['iterations'] == 30
     assert len(first['meta']['history']) == 2
     for other in found[1:]:
-        assert other['meta'] == first['meta']
-        for name, tensor in first['state'].items():
-            assert torch.equal(other['state'][name], tensor), name
-        for mine, its in zip(first['momentum'], other['momentum'], strict=True):
-            assert torch.equal(mine, its)
+        for part in ('meta', 'state', 'momentum'):
+            assert_same(first[part], other[part])
     alone = evaluated(config(tmp_path / 'alone', epochs=5, hook=HOOK))
     plan = mmprune.plan_of(alone.model).to_meta()
     assert plan['keep'] == first['meta']['keep']
@@ -162,8 +160,7 @@ def recalibrated_run(folder: Path) -> dict[str, Any]:
 def test_recalibrated_statistics_are_those_of_all_ranks(tmp_path):
     first, second = spawn(recalibrated_run, 2, tmp_path)
     assert len(first) == 4
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), name
+    assert_same(first, second)
 
 
 def scored_run(folder: Path) -> dict[str, Any]:
@@ -287,12 +284,11 @@ def test_a_plain_ddp_loop_goes_on_with_the_same_settings(tmp_path, options, comm
     first, second = spawn(partial(plain_loop, options=options, comm=comm), 2, tmp_path)
     assert first['state']['a.weight'].shape == (4, 6)
     assert first['plan'] == second['plan']
-    for name, tensor in first['state'].items():
-        if name != 'seen':
-            assert torch.equal(tensor, second['state'][name]), name
+    seen = tuple(int(each['state'].pop('seen')) for each in (first, second))
+    assert_same(first['state'], second['state'])
     # Rank 1 adds 2 in each of its 9 forwards, and before each of 8 it gets rank 0's, which adds 1.
     last = 10 if options.get('forward_sync_buffers', True) else 18
-    assert (int(first['state']['seen']), int(second['state']['seen'])) == (9, last)
+    assert seen == (9, last)
     rounded = first['grad'].half().float()
     assert torch.equal(first['grad'], rounded) == (comm == 'fp16')
     close = 1e-3 if comm == 'fp16' else 1e-6
@@ -335,9 +331,9 @@ def test_pruner_in_a_plain_ddp_loop(tmp_path):
     assert first['removed'] == second['removed'] == [2, 2]
     assert first['plan'] == second['plan']
     assert first['state']['a.weight'].shape == (4, 6)
-    for name, tensor in first['state'].items():
-        if name != 'seen':
-            assert torch.equal(tensor, second['state'][name]), name
+    for each in (first, second):
+        del each['state']['seen']  # of each rank's own forwards
+    assert_same(first['state'], second['state'])
 
 
 def test_pruner_stops_all_processes_when_one_fails(tmp_path):

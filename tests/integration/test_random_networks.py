@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import mmprune
-from mmprune.check.verify import copied
-from tests.helpers.by_hand import error, masked_by_hand, run
+from tests.helpers.by_hand import assert_exact, copied, run
+from tests.helpers.equality import assert_same
 from tests.helpers.random_nets import BLOCKS, random_net
 
 
@@ -27,18 +27,17 @@ def try_net(seed, only=None):
     except mmprune.PruneError as reason:
         assert 'remove nothing' in str(reason) or 'nothing can be cut' in str(reason), reason
         return 0.0
-    assert error(run(masked_by_hand(original, plan.keep), x), run(net, x)) < 1e-9
+    assert_exact(original, net, plan, lambda m: m(x.clone()), 1e-9)
     try:
         plan = mmprune.prune(net, lambda m: m(x), prune_num=3, score='random', check=False)
     except mmprune.PruneError as reason:
         assert (
             'remove nothing' in str(reason) or 'no unit' in str(reason) or 'nothing can' in str(reason)
         )
-    assert error(run(masked_by_hand(original, plan.keep), x), run(net, x)) < 1e-9
+    assert_exact(original, net, plan, lambda m: m(x.clone()), 1e-9)
     again = copied(original)
     mmprune.Plan.from_meta(plan.to_meta()).apply(again)
-    for a, b in zip(run(net, x), run(again, x), strict=True):
-        assert torch.equal(a, b), 'two cuts are not the one plan against the original'
+    assert_same(run(net, x), run(again, x))  # two cuts are the one plan against the original
     return 1 - sum(p.numel() for p in net.parameters()) / before
 
 

@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch import nn
 
 import mmprune
+from tests.helpers.equality import assert_same
 from tests.helpers.processes import spawn
 
 BATCHES = list(torch.randn(3, 8, 3, 6, 6, generator=torch.Generator().manual_seed(0)).mul(2).add(1))
@@ -104,7 +105,7 @@ def test_processes_get_the_average_over_the_batches_of_all(tmp_path):
     (first, some), (second, others) = spawn(rebuilt, 2, tmp_path)
     assert first['1.num_batches_tracked'] == 4 and first['1.running_mean'].shape == (3,)
     torch.testing.assert_close(first['1.running_mean'], torch.cat([some, others]).mean((0, 2, 3)))
-    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    assert_same(first, second)
 
 
 def test_what_fails_in_one_process_changes_statistics_in_none(tmp_path):

@@ -1,5 +1,6 @@
 """A cut that fails its check: what is to blame is found and stays, and the rest is cut."""
 
+import copy
 import math
 
 import numpy as np
@@ -9,10 +10,10 @@ from torch import nn
 
 import mmprune
 from mmprune import PruneError
-from mmprune.check.copies import copied
 from mmprune.errors import InexactCut
 from mmprune.session import groups_to_blame
-from tests.helpers.by_hand import error, masked_by_hand, run
+from tests.helpers.by_hand import assert_exact, copied
+from tests.helpers.equality import assert_same
 
 X = torch.randn(2, 3, 6, 6, dtype=torch.double)
 
@@ -53,17 +54,16 @@ def test_what_fails_the_check_stays_and_the_rest_is_cut(how):
         plan = mmprune.prune(model, lambda m: m(X), keep_channels=0.5)
     assert model.b.weight.shape == (16, 8, 1, 1)
     assert model.a.weight.shape[0] == 8 and model.c.weight.shape[0] == 4
-    assert error(run(masked_by_hand(original, plan.keep), X), run(model, X)) < 1e-12
+    assert_exact(original, model, plan, lambda m: m(X), 1e-12)
 
 
 @pytest.mark.parametrize('how', BLAMED.values(), ids=BLAMED)
 def test_strict_raises_and_changes_nothing(how):
     model = Wide(how)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = copy.deepcopy(model.state_dict())
     with pytest.raises(InexactCut, match='the pruned model'):
         mmprune.prune(model, lambda m: m(X), keep_channels=0.5, strict=True)
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, before[name]), name
+    assert_same(before, model.state_dict())
     assert mmprune.plan_of(model) is None
 
 

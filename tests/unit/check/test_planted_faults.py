@@ -6,8 +6,7 @@ import torch
 
 import mmprune
 from mmprune import PruneError
-from mmprune.check.copies import copied
-from tests.helpers.by_hand import error, masked_by_hand, run
+from tests.helpers.by_hand import copied, error, masked_by_hand, run
 from tests.helpers.random_nets import random_net
 
 

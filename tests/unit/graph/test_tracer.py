@@ -1,3 +1,4 @@
+import copy
 import random
 
 import numpy as np
@@ -7,6 +8,7 @@ from torch import nn
 
 import mmprune
 from mmprune import PruneError
+from tests.helpers.equality import assert_same
 
 X = torch.randn(2, 3, 6, 6)
 
@@ -30,11 +32,11 @@ def test_the_model_and_the_random_states_are_left_as_they_were():
     model = Odd()
     model.a.weight.requires_grad_(False)
     seen = model.seen
-    before = {k: v.clone() for k, v in model.state_dict().items()}
+    before = copy.deepcopy(model.state_dict())
     flags = [m.training for m in model.modules()]
     states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
     mmprune.trace(model, lambda m: m(X))
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert_same(before, model.state_dict())
     assert model.seen is seen
     assert [m.training for m in model.modules()] == flags
     assert random.getstate() == states[0]

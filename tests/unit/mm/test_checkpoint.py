@@ -21,6 +21,7 @@ from mmprune.mm import cli
 from mmprune.mm.atomic_files import ATOMIC, latest_readable
 from mmprune.mm.checkpoint import read_checkpoint
 from mmprune.surgery.meta import META
+from tests.helpers.equality import assert_same
 from tests.helpers.hook_runs import config, train
 
 ROOT = Path(__file__).parents[3]
@@ -31,13 +32,6 @@ def good(tmp_path_factory):
     folder = tmp_path_factory.mktemp('good')
     train(config(folder, epochs=2))
     return folder / 'epoch_2.pth'
-
-
-def differs(found, wanted):
-    """Whether what was read is anything else than what was written."""
-    if set(found) != set(wanted) or found['meta'][META] != wanted['meta'][META]:
-        return True
-    return any(not torch.equal(t, found['state_dict'][n]) for n, t in wanted['state_dict'].items())
 
 
 # -- damage -----------------------------------------------------------------------------------------
@@ -72,7 +66,9 @@ def test_a_flipped_bit_is_refused_or_of_no_consequence(good, tmp_path):
             assert 'flipped.pth: ' in str(error)  # noqa: PT017
             refused += 1
         else:
-            assert not differs(found, wanted)
+            assert list(found) == list(wanted)
+            assert_same(wanted['meta'][META], found['meta'][META])
+            assert_same(wanted['state_dict'], found['state_dict'])
     assert refused > 200
 
 
@@ -335,8 +331,7 @@ def test_resume_falls_back_to_the_newest_that_can_be_read(tmp_path):
             cfg.train_cfg.max_epochs = 4
             resumed = train(cfg, resume=True)
             assert resumed.iter == whole.iter
-            for name, tensor in whole.model.state_dict().items():
-                assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+            assert_same(whole.model.state_dict(), resumed.model.state_dict())
 
 
 def test_resume_without_a_readable_checkpoint_is_an_error(tmp_path):

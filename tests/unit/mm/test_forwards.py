@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ import mmprune
 from mmprune.mm import forwards
 from mmprune.mm import zoo as testing
 from mmprune.mm.forwards import both, first_samples, first_trace, forwards_of, runs_of
+from tests.helpers.equality import assert_same
 
 
 class Model(BaseModel):
@@ -88,7 +91,7 @@ def test_a_batch_is_looked_at_without_a_trace():
     cfg = testing.load('mmdet::retinanet/retinanet_r18_fpn_1x_coco.py')
     model = testing.build_model(cfg)
     model.data_preprocessor.batch_augments = nn.ModuleList([Augment()])
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = copy.deepcopy(model.state_dict())
     states = torch.get_rng_state()
     batch = testing.detection_batch(cfg, 64)
     traced, runs = first_trace(model, runs_of(model, batch, size=(96, 64)))
@@ -96,8 +99,7 @@ def test_a_batch_is_looked_at_without_a_trace():
     assert runs.counted_as == 'one image of 96 x 64' and Augment.calls == 0
     assert len(model.data_preprocessor.batch_augments) == 1
     assert torch.equal(torch.get_rng_state(), states)
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, before[name]), name
+    assert_same(before, model.state_dict())
 
 
 def test_a_number_that_only_predicting_reads_follows():

@@ -10,6 +10,8 @@ import mmprune
 from mmprune import PruneError
 from mmprune.surgery import apply as cut_module
 from mmprune.surgery.apply import commit, read_attribute, write_attribute
+from tests.helpers.by_hand import narrowed
+from tests.helpers.equality import assert_same
 
 X = torch.randn(2, 3, 6, 6)
 
@@ -64,11 +66,9 @@ def test_state_is_sliced_and_the_parameters_stay_the_same_objects(name):
     names = {id(p): n for n, p in model.named_parameters()}
     for parameter, state in optimizer.state.items():
         for key, value in old[id(parameter)].items():
-            wanted = value = torch.as_tensor(value)
-            if value.ndim:
-                for dim, kept in plan.keep.get(names[id(parameter)], {}).items():
-                    wanted = wanted.index_select(dim, torch.tensor(kept))
-            assert torch.equal(torch.as_tensor(state[key]), wanted), (names[id(parameter)], key)
+            value, name = torch.as_tensor(value), names[id(parameter)]
+            wanted = narrowed(value, plan.keep.get(name, {})) if value.ndim else value
+            assert_same(wanted, torch.as_tensor(state[key]))
     assert all(p.grad is None for n, p in model.named_parameters() if n in plan.keep)
     forward(model).sum().backward()
     optimizer.step()
@@ -166,7 +166,7 @@ def test_twins_follow():
     plan = plan_for(model)
     plan.apply(model, ema_models=[twin])
     plan.apply(wanted)
-    assert torch.equal(forward(twin.eval()), forward(wanted.eval()))
+    assert_same(forward(wanted.eval()), forward(twin.eval()))
     assert mmprune.plan_of(twin) == mmprune.plan_of(model)
 
 
@@ -208,20 +208,8 @@ def copy_of(value):
     return value.detach().clone() if torch.is_tensor(value) else value
 
 
-def alike(a, b):
-    if torch.is_tensor(a):
-        return torch.is_tensor(b) and a.shape == b.shape and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(alike(a[k], b[k]) for k in a)
-    if isinstance(a, tuple):
-        return isinstance(b, tuple) and len(a) == len(b) and all(map(alike, a, b))
-    return a == b
-
-
 def assert_unchanged(before, model, optimizer=None, twin=None):
-    after = snapshot(model, optimizer, twin)
-    assert before.keys() == after.keys()
-    assert [key for key in before if not alike(before[key], after[key])] == []
+    assert_same(before, snapshot(model, optimizer, twin))
 
 
 class Injected(Exception):
@@ -278,13 +266,13 @@ def test_no_memory_for_a_new_tensor_leaves_all_as_it_was(monkeypatch, at):
     twin, plan = copy.deepcopy(model), plan_for(model)
     before = snapshot(model, optimizer, twin)
     calls = []
-    narrowed = cut_module.narrowed
+    real = cut_module.narrowed
 
     def scarce(tensor, dims):
         calls.append(tensor)
         if len(calls) > at:
             raise torch.OutOfMemoryError('injected')
-        return narrowed(tensor, dims)
+        return real(tensor, dims)
 
     monkeypatch.setattr(cut_module, 'narrowed', scarce)
     with pytest.raises(torch.OutOfMemoryError):

@@ -8,8 +8,8 @@ from mmengine.optim import OptimWrapper
 from torch import nn
 
 import mmprune
-from mmprune.check.verify import masked
 from mmprune.graph.slots import named_state
+from tests.helpers.by_hand import masked_by_hand, narrowed
 
 
 class Net(nn.Module):
@@ -63,17 +63,11 @@ def step(model, optimizer, x):
     optimizer.step()
 
 
-def kept(tensor, dims):
-    for dim, indices in dims.items():
-        tensor = tensor.index_select(dim, torch.tensor(indices))
-    return tensor
-
-
 def compare(model, reference, plan):
     for (name, wanted), (_, found) in zip(
         reference.named_parameters(), model.named_parameters(), strict=True
     ):
-        wanted = kept(wanted.detach(), plan.keep.get(name, {}))
+        wanted = narrowed(wanted.detach(), plan.keep.get(name, {}))
         torch.testing.assert_close(found.detach(), wanted, rtol=1e-7, atol=1e-9, msg=name)
 
 
@@ -89,7 +83,7 @@ def test_a_step_equals_that_of_the_masked_model_at_the_kept_indices(name):
     state = copy.deepcopy(optimizer.state_dict())
 
     plan = mmprune.prune(model, lambda m: m(BATCHES[0]), keep_channels=0.6, optimizer=optimizer)
-    reference = masked(original, plan)
+    reference = masked_by_hand(original, plan.keep)
     other = OPTIMIZERS[name](reference)
     other.load_state_dict(state)
     whole = {n: p.detach().clone() for n, p in reference.named_parameters()}
@@ -101,7 +95,7 @@ def test_a_step_equals_that_of_the_masked_model_at_the_kept_indices(name):
     moved = [
         n
         for n, p in model.named_parameters()
-        if not torch.equal(p, kept(whole[n], plan.keep.get(n, {})))
+        if not torch.equal(p, narrowed(whole[n], plan.keep.get(n, {})))
     ]
     assert len(moved) == len(whole)
     for parameter, values in optimizer.state.items():
@@ -123,7 +117,7 @@ def test_the_state_is_the_old_one_at_the_kept_indices(name):
     for parameter, values in optimizer.state.items():
         own = names[id(parameter)]
         for key, value in before[own].items():
-            wanted = kept(value, plan.keep.get(own, {})) if value.ndim else value
+            wanted = narrowed(value, plan.keep.get(own, {})) if value.ndim else value
             assert torch.equal(values[key], wanted), (own, key)
             checked += value.ndim > 0
     assert checked >= len(names)
@@ -147,7 +141,7 @@ def test_gradient_accumulation_and_clipping_in_an_optim_wrapper():
     original, state = copy.deepcopy(model), copy.deepcopy(wrapper.state_dict())
 
     plan = mmprune.prune(model, lambda m: m(BATCHES[0]), keep_channels=0.6, optimizer=wrapper)
-    reference = masked(original, plan)
+    reference = masked_by_hand(original, plan.keep)
     other = wrap(reference)
     other.load_state_dict(state)
     # Gradients of removed channels would count to the norm that is clipped: they are not there.

@@ -11,9 +11,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmprune
-from mmprune.check.verify import copied
 from mmprune.graph.rules import RULES
-from tests.helpers.by_hand import error, masked_by_hand, run
+from tests.helpers.by_hand import assert_exact, copied
 from tests.helpers.random_blocks import Step
 from tests.helpers.rule_cases import CASES
 
@@ -107,7 +106,7 @@ def test_cut_is_exact_or_locked_for_the_reason(name, number):
     plan = mmprune.prune(model, lambda m: m(x), keep_channels=0.5, score='random', check=False)
     assert len(plan.keep['a.weight'][0]) < 8
     tolerance = 1e-5 if name in FLOAT32 else 1e-9
-    assert error(run(masked_by_hand(original, plan.keep), x), run(model, x)) < tolerance
+    assert_exact(original, model, plan, lambda m: m(x), tolerance)
 
 
 FLOAT32 = ('aten::_to_copy', 'aten::_grid_sampler_2d_cpu_fallback')

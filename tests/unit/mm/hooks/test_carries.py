@@ -1,5 +1,6 @@
 """What training runs carry through a cut: precision, averaging, schedules, loops, best checkpoints."""
 
+import copy
 import importlib.util
 import math
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 import mmprune
 from mmprune.mm.checkpoint import plan_from, read_checkpoint
+from tests.helpers.by_hand import narrowed
+from tests.helpers.equality import assert_same
 from tests.helpers.hook_runs import MODELS, Right, TwoBranch, config, train
 
 HOOK = dict(keep_flops=0.6, interval=4, steps=2)
@@ -174,8 +177,7 @@ def test_a_loop_by_iterations_validates_between_cuts_and_resumes(tmp_path, monke
     again.custom_hooks = [h for h in cfg.custom_hooks if h['type'] != 'Watch']
     resumed = train(again, resume=True)
     assert cuts(resumed) == [4, 8]
-    for name, tensor in runner.model.state_dict().items():
-        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+    assert_same(runner.model.state_dict(), resumed.model.state_dict())
 
 
 def test_early_stopping_and_best_begin_anew_at_a_cut(tmp_path, monkeypatch):
@@ -209,14 +211,11 @@ def test_the_average_goes_on_from_what_it_was(tmp_path, update_buffers):
     cut, seen = hook.cut, {}
 
     def noting(*args):
-        before = {k: v.clone() for k, v in ema.ema_model.module.state_dict().items()}
+        before = copy.deepcopy(ema.ema_model.module.state_dict())
         cut(*args)
         plan = mmprune.plan_of(runner.model)
         for name, tensor in ema.ema_model.module.state_dict().items():
-            wanted = before[name]
-            for dim, kept in plan.keep.get(name, {}).items():
-                wanted = wanted.index_select(dim, torch.tensor(kept))
-            assert torch.equal(tensor, wanted), name
+            assert_same(narrowed(before[name], plan.keep.get(name, {})), tensor)
         seen['cut'] = True
 
     hook.cut = noting

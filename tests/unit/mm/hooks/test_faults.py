@@ -16,6 +16,7 @@ from mmprune.mm.forwards import forwards_of
 from mmprune.mm.hooks import PruneHook
 from mmprune.score.collector import Collector
 from mmprune.surgery import apply as cutting
+from tests.helpers.equality import assert_same
 from tests.helpers.hook_runs import TwoBranch, config, train
 
 HOOK = dict(keep_flops=0.6, interval=4, steps=2, parts=dict(neck=dict(keep_channels=0.8)))
@@ -41,16 +42,6 @@ def everything(runner, ema):
             'plans': [mmprune.plan_of(model) is None, mmprune.plan_of(twin.module) is None],
         }
     )
-
-
-def same(one, other):
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list):
-        return all(same(a, b) for a, b in zip(one, other, strict=True))
-    return one == other
 
 
 @pytest.mark.parametrize('update_buffers', [False, True])
@@ -87,7 +78,7 @@ def test_a_cut_that_fails_at_any_step_leaves_model_optimizer_and_average(
             monkeypatch.setattr(cutting, 'commit', fails_at(number))
             with pytest.raises(torch.OutOfMemoryError):
                 PruneHook.cut(hook, runner, batch)
-            assert same(before, everything(runner, ema)), number
+            assert_same(before, everything(runner, ema))
             assert hook._trace is trace
             assert hook._collector is collector
             assert hook.cuts == 0  # what failed does not count

@@ -11,6 +11,7 @@ import mmprune
 from mmprune.mm.checkpoint import plan_from, read_checkpoint
 from mmprune.mm.hooks import PruneHook
 from mmprune.surgery.meta import META
+from tests.helpers.equality import assert_same
 from tests.helpers.hook_runs import config, train
 
 
@@ -92,8 +93,7 @@ def test_a_run_resumed_before_its_first_cut_keeps_its_scores(tmp_path):
     (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'epoch_1.pth'))
     resumed = train(cfg, resume=True)
     assert mmprune.plan_of(resumed.model).keep == mmprune.plan_of(whole.model).keep
-    for name, tensor in whole.model.state_dict().items():
-        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+    assert_same(whole.model.state_dict(), resumed.model.state_dict())
 
 
 def test_an_interrupted_run_resumes_to_the_same_weights(tmp_path):
@@ -118,8 +118,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(tmp_path):
     resumed = train(cfg, resume=True)
     assert len(mmprune.plan_of(resumed.model).history) == 2
     assert mmprune.plan_of(resumed.model).keep == mmprune.plan_of(whole.model).keep
-    for name, tensor in whole.model.state_dict().items():
-        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+    assert_same(whole.model.state_dict(), resumed.model.state_dict())
     for values in resumed.optim_wrapper.optimizer.state.values():
         assert values['momentum_buffer'].abs().sum() > 0
 

@@ -7,6 +7,7 @@ from mmengine.runner import Runner
 
 import mmprune
 from mmprune.mm.hooks import PruneHook
+from tests.helpers.equality import assert_same
 from tests.helpers.hook_runs import Stripes, TwoBranch, config, train
 
 HOOK = dict(keep_flops=0.6, interval=6, steps=1, recalibrate=100)
@@ -81,8 +82,7 @@ def test_a_resumed_run_takes_the_same_statistics(tmp_path):
     assert whole.model.stem[1].num_batches_tracked == 2 + 4  # and 4 iterations after the cut
     (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'epoch_1.pth'))
     resumed = train(cfg, resume=True)
-    for name, tensor in whole.model.state_dict().items():
-        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+    assert_same(whole.model.state_dict(), resumed.model.state_dict())
 
 
 def test_frozen_norms_stay(tmp_path):
