@@ -120,7 +120,7 @@ def test_local_rank_does_not_replace_the_launchers(parse, config):
 
 def test_mixed_precision(monkeypatch):
     train = script('train')
-    monkeypatch.setattr(train, 'is_cuda_available', lambda: True)
+    monkeypatch.setattr(train, 'is_cuda_available', lambda: True)  # as on a machine with a card
     cfg = Config(dict(optim_wrapper=dict(type='OptimWrapper', optimizer=dict(type='SGD'))))
 
     train.use_mixed_precision(cfg)

@@ -7,6 +7,7 @@ import torch
 from mmcv.cnn.bricks import NonLocal2d
 from mmcv.cnn.bricks.generalized_attention import GeneralizedAttention
 from mmcv.ops import ModulatedDeformConv2dPack, MultiScaleDeformableAttention
+from mmdet.models import ResNet
 from mmdet.models.backbones.res2net import Bottle2neck
 from mmdet.models.dense_heads.tood_head import TaskDecomposition
 from mmdet.models.layers.se_layer import DyReLU
@@ -185,6 +186,27 @@ def test_roi_extractor_allocates_what_the_neck_has_left():
 
     attributes = check(Net(), lambda m: m(images(16)))
     assert attributes['extract'] == {'out_channels': 4}
+
+
+@pytest.mark.parametrize('with_cp', [False, True])
+@pytest.mark.parametrize('training', [False, True])
+def test_a_backbone_that_runs_its_blocks_again_in_the_backward_pass(with_cp, training):
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone = ResNet(18, with_cp=with_cp, norm_eval=not training, base_channels=8)
+            self.head = nn.Conv2d(64, 3, 1)
+
+        def forward(self, x):
+            return self.head(self.backbone(x)[-1])
+
+    torch.manual_seed(0)
+    model = Last().train(training)
+    original, x = copy.deepcopy(model), torch.randn(4, 3, 64, 64, requires_grad=True)
+    plan = mmprune.prune(model, lambda m: m(x), keep_channels=0.5, score='random', check=False)
+    assert_exact(original, model, plan, lambda m: m(x), 1e-4)
+    assert len(plan.keep['backbone.conv1.weight'][0]) == 4
+    model(x).sum().backward()
 
 
 @pytest.mark.slow

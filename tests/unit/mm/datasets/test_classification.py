@@ -65,6 +65,7 @@ def test_training_varies_what_validation_does_not(root):
 
 
 def test_it_makes_the_set_when_it_is_not_there(tmp_path, monkeypatch):
+    # The default set is larger than a test has time for, and a config names no size.
     monkeypatch.setattr(shapes, 'DEFAULTS', dict(train=2, val=1, size=64, seed=0))
     assert len(crops(tmp_path / 'new')) > 0
     assert (tmp_path / 'new' / 'manifest.json').is_file()

@@ -35,6 +35,7 @@ def detections(dataset, shift=0):
 
 
 def test_set_is_made_on_first_use_and_read(config, tmp_path, monkeypatch):
+    # The default set is larger than a test has time for, and a config names no size.
     monkeypatch.setattr('mmprune.mm.datasets.shapes.DEFAULTS', dict(train=4, val=2, size=64, seed=0))
     train = DATASETS.build(config.train_dataloader.dataset)
     assert len(train) == 4 and train.metainfo['classes'] == CLASSES

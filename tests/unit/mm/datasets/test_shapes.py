@@ -164,16 +164,23 @@ def test_complete_set_is_left_alone(tmp_path):
     assert {p: p.stat().st_mtime_ns for p in root.rglob('*')} == stamps
 
 
+def at_picture(monkeypatch, number, happens):
+    """Has ``happens()`` when OpenCV is to write the ``number``-th picture from now on."""
+    pictures, write = iter(range(1, number + 1)), cv2.imwrite
+
+    def imwrite(*args):
+        if next(pictures, None) == number:
+            happens()
+        return write(*args)
+
+    monkeypatch.setattr(cv2, 'imwrite', imwrite)
+
+
 def test_interrupted_generation_leaves_nothing_and_recovers(small, tmp_path, monkeypatch):
-    pictures = iter(range(7))
-    draw = shapes.draw
+    def interrupted():
+        raise KeyboardInterrupt
 
-    def interrupted(rng, size):
-        if next(pictures) == 6:
-            raise KeyboardInterrupt
-        return draw(rng, size)
-
-    monkeypatch.setattr(shapes, 'draw', interrupted)
+    at_picture(monkeypatch, 7, interrupted)
     with pytest.raises(KeyboardInterrupt):
         ensure(tmp_path / 'set', **SMALL)
     assert list(tmp_path.iterdir()) == []
@@ -202,12 +209,11 @@ def test_other_parameters_need_force(tmp_path, capsys):
     assert json.loads((tmp_path / 'set' / 'manifest.json').read_text())['train'] == 3
 
 
-def test_set_of_another_version_is_refused(tmp_path, monkeypatch):
+def test_set_of_another_version_is_refused(tmp_path):
     root = generate(tmp_path / 'set', **SMALL)
-    monkeypatch.setattr(shapes, 'VERSION', shapes.VERSION + 1)
-    with pytest.raises(
-        PruneError, match=f'version={shapes.VERSION - 1} there, {shapes.VERSION} asked for.*--force'
-    ):
+    manifest = json.loads((root / 'manifest.json').read_text())
+    (root / 'manifest.json').write_text(json.dumps(manifest | dict(version=0)))
+    with pytest.raises(PruneError, match=f'version=0 there, {manifest["version"]} asked for.*--force'):
         ensure(root)
 
 
@@ -220,15 +226,11 @@ def test_foreign_folder_is_never_replaced(tmp_path):
 
 
 def test_two_processes_may_generate_at_once(small, tmp_path, monkeypatch):
-    write = shapes._write_split
+    def the_other_is_faster():
+        monkeypatch.undo()
+        ensure(tmp_path / 'set', **SMALL)
 
-    def slower(root, split, parameters):
-        write(root, split, parameters)
-        if split == 'val':
-            monkeypatch.undo()
-            ensure(tmp_path / 'set', **SMALL)
-
-    monkeypatch.setattr(shapes, '_write_split', slower)
+    at_picture(monkeypatch, SMALL['train'] + SMALL['val'], the_other_is_faster)
     ensure(tmp_path / 'set', **SMALL)
     assert [p.name for p in tmp_path.iterdir()] == ['set'] and digest(tmp_path / 'set') == digest(small)
 
