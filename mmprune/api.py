@@ -1,14 +1,14 @@
 """Tracing and pruning in one call."""
 
 import warnings
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from mmprune.budget.choose import make_budget
+from mmprune.budget.budget import Budget, make_budget
 from mmprune.errors import PruneError
 from mmprune.graph.coupling import ChannelGraph, couple
 from mmprune.graph.tracer import record
@@ -16,6 +16,9 @@ from mmprune.score import Score, make_score
 from mmprune.score.collector import scores_now
 from mmprune.session import Forward, choose_for, cut_once
 from mmprune.surgery.plan import Plan, plan_of
+
+Scores = np.ndarray | torch.Tensor
+"""(n_units,) numbers, in the order of a graph's units."""
 
 
 def trace(
@@ -25,18 +28,30 @@ def trace(
     also: tuple[Forward, ...] = (),
     may_fail: Container[Forward] = (),
 ) -> ChannelGraph:
-    """Runs ``forward(model)`` once and finds what can be cut.
+    """Runs the model once, on a real batch and without gradients, and finds what can be cut.
 
     Args:
+        model: left as it was: running statistics and random states included.
         forward: takes the model and runs it, e.g. ``lambda m: m(x)``.
         also: further ways to run it whose ties count too (its loss, beside its inference); FLOPs are
             counted in the first one alone.
         may_fail: those of them that are left out where they raise an error.
 
-    The model is left as it was: running statistics and random states included.
+    Returns:
+        The groups of removable units, and the locked ones with their reasons.
 
     Raises:
         PruneError: the run fails; the module that failed is named.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 1))
+        >>> graph = mmprune.trace(model, lambda m: m(torch.zeros(1, 3, 5, 5)))
+        >>> print(graph.groups[0])
+        0.weight: 8 units of 0.weight[dim 0], 0.bias[dim 0], 2.weight[dim 1]
+        >>> graph.n_units, graph.flops, graph.params
+        (8, 2088, 242)
     """
     try:
         return couple(record(model, forward, also, may_fail=may_fail))
@@ -52,53 +67,72 @@ def prune(
     model: nn.Module,
     forward: Forward,
     *,
+    budget: Budget | Mapping[str, Any] | None = None,
     keep_flops: float | None = None,
     keep_params: float | None = None,
     keep_channels: float | None = None,
     prune_num: int | None = None,
-    score: str | dict | Score | np.ndarray | torch.Tensor = 'l2',
+    score: str | Mapping[str, Any] | Score | Scores = 'l2',
     optimizer: Any = None,
     check: bool = True,
     strict: bool = False,
     **options: Any,
 ) -> Plan:
-    """Cuts ``model`` in place to the first budget that is reached.
+    """Cuts a model to the first budget that is reached: traces, scores, chooses, checks and cuts.
 
     Args:
+        model: cut in place; its parameters stay the same objects.
         forward: runs the model that it is given, e.g. ``lambda m: m(x)``.
-        keep_flops, keep_params, keep_channels, prune_num: see :class:`Budget`.
-        score: a criterion's name, a :class:`mmprune.Score` or a dict of its options, or (n_units,)
-            numbers in the order of ``trace(...)``'s units, of which the lowest go first, whatever they
-            cost.
-        optimizer: what :func:`mmprune.surgery.apply.cut` takes; its state is narrowed too.
+        budget: a :class:`Budget` or a dict of its options, in place of the keywords below.
+        keep_flops, keep_params, keep_channels: fractions, in (0, 1], that remain of the unpruned
+            model's multiply-adds, its parameters, each group's units.
+        prune_num: how many units go.
+        score: a criterion's name, a :class:`Score` or a dict of its options, or (n_units,) numbers in
+            the order of ``trace(...)``'s units, of which the lowest go first, whatever they cost.
+        optimizer: a torch optimizer, an mmengine ``OptimWrapper``, a scheduler, or a list of these;
+            its state is narrowed too.
         check: compare a copy that is cut with the masked model (:func:`verify`) before the cut is kept.
         strict: a cut that fails the check is an error; by default the groups of channels that are to
             blame are locked, with a warning, and the rest is cut.
         options: the others of :class:`Budget`: ``latency``, ``min_channels``, ``divisor``, ``max_cut``,
             ``lock``, ``parts``.
 
-    Returns the plan against the original, earlier cuts included.
+    Returns:
+        The plan against the original, earlier cuts included.
 
     Raises:
-        PruneError: bad options, nothing to cut, a budget below the floor. Nothing has changed then.
+        PruneError: bad options, ``budget`` beside options, nothing to cut, a budget below the floor.
+            Nothing has changed then.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 1))
+        >>> x = torch.zeros(1, 3, 5, 5)
+        >>> plan = mmprune.prune(model, lambda m: m(x), keep_flops=0.5, divisor=4)
+        >>> model[0].out_channels, model[2].in_channels
+        (4, 4)
+        >>> budget = mmprune.Budget(prune_num=1, divisor=1)
+        >>> print(mmprune.prune(model, lambda m: m(x), budget=budget, score='l1').cuts[-1].params)
+        92
     """
-    fractions = {
+    keywords = {
         'keep_flops': keep_flops,
         'keep_params': keep_params,
         'keep_channels': keep_channels,
         'prune_num': prune_num,
     }
-    budget = make_budget({k: v for k, v in fractions.items() if v is not None} | options)
-    if isinstance(score, str | dict):
+    wanted = make_budget(budget, **{k: v for k, v in keywords.items() if v is not None}, **options)
+    if isinstance(score, str | Mapping):
         score = make_score(score)
     per = score.per if isinstance(score, Score) else 'none'
-    traced = trace(model, forward)
+    graph = trace(model, forward)
     outcome = cut_once(
         model,
-        traced,
-        score_now(traced, score),
-        lambda traced, scores: choose_for(model, forward, traced, scores, budget, per),
-        budget,
+        graph,
+        score_now(graph, score),
+        lambda graph, scores: choose_for(model, forward, graph, scores, wanted, per),
+        wanted,
         forward=forward if check else None,
         optimizer=optimizer,
         strict=strict,
@@ -107,16 +141,14 @@ def prune(
     plan = plan_of(model)
     if outcome.plan is None or plan is None:
         raise PruneError(
-            'this would remove nothing: the budget is met already, or no unit may go; ask for less '
-            f'than {budget.to_meta()}'
+            'this would remove nothing: the budget is met already, or no prunable unit is left; ask '
+            f'for less than {wanted.to_meta()}'
         )
     return plan
 
 
-def score_now(
-    traced: ChannelGraph, score: str | dict | Score | np.ndarray | torch.Tensor
-) -> np.ndarray:
+def score_now(graph: ChannelGraph, score: str | Mapping[str, Any] | Score | Scores) -> np.ndarray:
     """(n_units,) scores from the weights, and the gradients, that are there."""
-    if isinstance(score, str | dict | Score):
-        return scores_now(traced, score)
+    if isinstance(score, str | Mapping | Score):
+        return scores_now(graph, score)
     return np.asarray(torch.as_tensor(score).cpu().numpy(), dtype=np.float64)

@@ -70,8 +70,8 @@ def raise_together(what: str) -> Iterator[None]:
 
 
 def agreed_plan(plan: Plan) -> Plan:
-    """``plan``, after all processes were found to have the same; its history is the first one's (FLOPs
-    are those of a batch, and each process has its own).
+    """``plan``, after all processes were found to have the same; its records of cuts are the first
+    one's (FLOPs are those of a batch, and each process has its own).
 
     Raises:
         PruneError: in all processes; names the ranks whose plan differs.
@@ -84,7 +84,7 @@ def agreed_plan(plan: Plan) -> Plan:
             'cut: the processes run different models, configs or library versions, or data sends '
             'them through different layers; lock what differs by name'
         )
-    return replace(plan, history=broadcast(plan.history))
+    return replace(plan, cuts=broadcast(plan.cuts))
 
 
 def checksum(plan: Plan) -> str:
@@ -151,7 +151,8 @@ def _rebuild(ddp: DistributedDataParallel) -> None:
     static_graph, comm_hooks = ddp.static_graph, list(ddp._comm_hooks)
     # The old one first: its hooks on the parameters would fire beside the new one's.
     ddp.reducer._remove_autograd_hooks()
-    ddp.reducer = ddp.logger = None
+    # The stubs don't know that both may be missing: nothing of the old reducer may live on.
+    ddp.reducer = ddp.logger = None  # pyright: ignore[reportAttributeAccessIssue]
     parameters, sparse = ddp._build_params_for_reducer()
     names = ddp._build_debug_param_to_name_mapping(parameters)
     ddp._module_parameters = [

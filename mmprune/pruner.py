@@ -2,8 +2,8 @@
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mmprune.api import trace
-from mmprune.budget.budget import TARGETS, make_budget
+from mmprune.budget.budget import Budget, make_budget
 from mmprune.contexts import tensors_in, unchanged
 from mmprune.distributed import check_rebuildable, is_distributed, raise_together
 from mmprune.errors import PruneError
@@ -34,11 +34,15 @@ ToLoss = Callable[[nn.Module, Any], Any]
 class PruneResult:
     """What one call of :meth:`Pruner.rebuild_model` did.
 
-    ``units``: how many went; ``channels``: {weight: (output channels before, after)} of the layers
-    that are narrower now; ``flops``, ``params``: what is left; ``keep_flops``, ``keep_params``: the
-    same as fractions of the unpruned model's; ``iterations``: training steps that the choice rests
-    on (where there were none, 1: the batch of the call; 0 where weights alone are asked);
-    ``unscored``: why units could not be scored.
+    Args:
+        units: how many went.
+        channels: {weight: (output channels before, after)} of the layers that are narrower now.
+        flops: multiply-adds that are left, of one forward.
+        params: parameters that are left.
+        keep_flops, keep_params: the same as fractions of the unpruned model's.
+        iterations: training steps that the choice rests on (where there were none, 1: the batch of
+            the call; 0 where weights alone are asked).
+        unscored: {why units could not be scored: how many}.
     """
 
     units: int
@@ -74,16 +78,36 @@ class Pruner:
     any optimizer that holds its weights; with the loss of the first call it is traced once more.
 
     Args:
+        model: cut in place, at each call.
         distributed: the loop runs in several processes, with ``model`` in DistributedDataParallel or
             gradients averaged by the loop itself. All of them call :meth:`rebuild_model` at the same
             step and cut the same units, or none of them any.
-        score: see :class:`mmprune.Score`.
+        budget: a :class:`Budget` or a dict of its options, in place of ``options``.
+        score: a criterion's name, a :class:`Score`, or a dict of its options.
         check: compare each cut with the masked model before it is kept.
         strict: a cut that fails the check is an error; by default the groups of channels that are to
             blame are locked, with a warning, and the rest is cut.
-        options: those of :class:`mmprune.Budget`, ``prune_num`` aside: limits such as
-            ``min_channels``, ``divisor``, ``lock``, and targets such as ``keep_flops``, at which
-            nothing more is removed.
+        options: those of :class:`Budget`, ``prune_num`` aside: limits such as ``min_channels``,
+            ``divisor``, ``lock``, and targets such as ``keep_flops``, at which nothing more is removed.
+
+    Raises:
+        PruneError: bad options; ``budget`` beside options; a wrapper that can't follow a cut.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> optimizer = torch.optim.Adam(model.parameters())
+        >>> pruner = mmprune.Pruner(model, divisor=1)
+        >>> for _ in range(3):
+        ...     model(torch.randn(4, 3)).square().mean().backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> to_loss = lambda model, batch: model(batch).square().mean()
+        >>> done = pruner.rebuild_model(torch.randn(4, 3), to_loss, optimizer, prune_num=3)
+        >>> done.units, done.channels
+        (3, {'0.weight': (8, 5)})
+        >>> pruner.close()
     """
 
     def __init__(
@@ -91,7 +115,8 @@ class Pruner:
         model: nn.Module,
         distributed: bool = False,
         *,
-        score: str | dict[str, Any] | Score = 'taylor',
+        budget: Budget | Mapping[str, Any] | None = None,
+        score: str | Mapping[str, Any] | Score = 'taylor',
         check: bool = True,
         strict: bool = False,
         **options: Any,
@@ -103,14 +128,10 @@ class Pruner:
                 'Pruner(model, distributed=True), in every process'
             )
         check_rebuildable(model)
-        if 'prune_num' in options:
-            raise PruneError(
-                f'Pruner: prune_num={options["prune_num"]!r} is an argument of rebuild_model'
-            )
-        make_budget({'prune_num': 1} | options)
+        limits = _limits(budget, options)
         self.wrapper, self.model = model, model.module if wrapped else model
         self.distributed = distributed and is_distributed()
-        self.score, self.options = make_score(score), options
+        self.score, self.limits = make_score(score), limits
         self.check, self.strict = check, strict
         self._of_loss = False  # whether what is scored was traced with the loss
         self._collector: Collector | None = None
@@ -132,37 +153,44 @@ class Pruner:
         prune_num: int,
         recalibrate: bool | Iterable[Any] = False,
     ) -> PruneResult:
-        """Removes ``prune_num`` units, those with the lowest scores since the last call.
+        """Removes some units, those with the lowest scores since the last call.
 
-        ``to_loss_fn(model, batch)``: a loss, or anything that depends on the outputs; ``optimizer``:
-        what :func:`mmprune.surgery.apply.cut` takes, also a scheduler. Scores come from the training
-        steps before; where there were none, from one backward pass on ``batch``. Weights that stay,
-        optimizer state, gradients of other weights, running statistics and random states are as before.
+        Scores come from the training steps before; where there were none, from one backward pass on
+        ``batch``. Weights that stay, optimizer state, gradients of other weights, running statistics
+        and random states are as before.
 
-        ``recalibrate``: take the running statistics of batch norms anew after the cut, over ``batch``
-        (``True``) or over batches that are given; norms in evaluation mode are frozen and stay.
+        Args:
+            batch: what the model is run on here.
+            to_loss_fn: ``to_loss_fn(model, batch)`` gives a loss, or anything that depends on the
+                outputs.
+            optimizer: a torch optimizer, an mmengine ``OptimWrapper``, a scheduler, or a list of these.
+            prune_num: how many units go.
+            recalibrate: take the running statistics of batch norms anew after the cut, over ``batch``
+                (``True``) or over batches that are given; norms in evaluation mode are frozen and stay.
+
+        Returns:
+            What was done, and what is left.
 
         Raises:
             PruneError: nothing may go any more, or the cut is not exact. Nothing has changed then. Or
                 the recalibration failed: the statistics are those of before, and the cut is done.
         """
-        budget = make_budget(self.options | {'prune_num': prune_num})
+        budget = replace(self.limits, prune_num=prune_num)
         anew = batches_asked(recalibrate, batch)
         norms = norms_in_training(self.model) if anew is not None else []
         forward = lambda model: to_loss_fn(model, batch)  # noqa: E731
         together = raise_together if self.distributed else lambda what: contextlib.nullcontext()
-        traced = self._collector.trace if self._collector is not None else None
-        if traced is None or not self._of_loss:
+        graph = self._collector.trace if self._collector is not None else None
+        if graph is None or not self._of_loss:
             with together('the trace'):
-                traced = trace(self.model, forward)
-        scores, collector = self._scores(traced, forward)
-        before = plan_of(self.model)
+                graph = trace(self.model, forward)
+        scores, collector = self._scores(graph, forward)
         outcome = cut_once(
             self.model,
-            traced,
+            graph,
             scores,
-            lambda traced, scores: choose_for(
-                self.model, forward, traced, scores, budget, self.score.per
+            lambda graph, scores: choose_for(
+                self.model, forward, graph, scores, budget, self.score.per
             ),
             budget,
             forward=forward if self.check else None,
@@ -173,30 +201,30 @@ class Pruner:
             warn=lambda text: warnings.warn(text, stacklevel=4),
         )
         step = outcome.plan
-        if step is None and not any(name in self.options for name in TARGETS):
-            raise PruneError(f'prune_num={prune_num}: no unit is left that may go')
+        if step is None and not self.limits.targets.keys() - {'prune_num'}:
+            raise PruneError(f'prune_num={prune_num}: no prunable unit left')
         self._start(outcome.trace)
         self._of_loss = True
         if anew is not None and step is not None:
             recalibrate_norms(self.model, norms, to_loss_fn, anew, self.distributed)
-        return self._told(before, step, traced, collector)
+        return self._result(step, graph, collector)
 
-    def _told(
-        self, before: Plan | None, step: Plan | None, traced: ChannelGraph, collector: Collector
-    ) -> PruneResult:
+    def _result(self, step: Plan | None, graph: ChannelGraph, collector: Collector) -> PruneResult:
         left = remaining(self.model)
-        entry = step.history[-1] if step is not None else None
-        making = {(axis.name, axis.dim) for axis in cost.output_axes(traced)}
+        record = step.cuts[-1] if step is not None else None
+        making = {(axis.name, axis.dim) for axis in cost.output_axes(graph)}
         return PruneResult(
-            units=entry['units_removed'] if entry else 0,
+            units=(record.units_removed or 0) if record is not None else 0,
             channels={
                 name: (step.fingerprint[name][dim], len(kept))
-                for name, dims in (step.keep.items() if step else ())
+                for name, dims in step.keep.items()
                 for dim, kept in dims.items()
                 if (name, dim) in making
-            },
-            flops=entry['flops'] if entry else traced.flops,
-            params=entry['params'] if entry else traced.params,
+            }
+            if step is not None
+            else {},
+            flops=record.flops if record is not None else graph.flops,
+            params=record.params if record is not None else graph.params,
             keep_flops=left['flops'],
             keep_params=left['params'],
             iterations=collector.iterations,
@@ -209,27 +237,39 @@ class Pruner:
         if self._collector is None and self.model.training and torch.is_grad_enabled():
             self._start(trace(self.model, lambda model: model(*args, **kwargs)))
 
-    def _start(self, traced: ChannelGraph) -> None:
+    def _start(self, graph: ChannelGraph) -> None:
         self._waiting.remove()
         if self._collector is not None:
             self._collector.close()
-        self._collector = Collector(traced, self.score, model=self.model, distributed=self.distributed)
+        self._collector = Collector(graph, self.score, model=self.model, distributed=self.distributed)
 
     def _scores(
-        self, traced: ChannelGraph, forward: Callable[[nn.Module], Any]
+        self, graph: ChannelGraph, forward: Callable[[nn.Module], Any]
     ) -> tuple[np.ndarray, Collector]:
         collector = self._collector
         asked = self.score.criterion.needs != 'weights'
         if collector is None or (asked and not collector.iterations):
             if collector is not None:
                 collector.close()
-            collector = score_batch(self.model, traced, self.score, forward, self.distributed)
-        return transferred(collector.scores(), collector.trace, traced), collector
+            collector = score_batch(self.model, graph, self.score, forward, self.distributed)
+        return transferred(collector.scores(), collector.trace, graph), collector
+
+
+def _limits(budget: Budget | Mapping[str, Any] | None, options: dict[str, Any]) -> Budget:
+    """What holds in each call: the budget that was given, for one unit until it says how many."""
+    if budget is None:
+        budget, options = options, {}
+    mapping = isinstance(budget, Mapping)
+    given = budget.get('prune_num') if mapping else getattr(budget, 'prune_num', None)
+    if given is not None:
+        raise PruneError(f'Pruner: prune_num={given!r} is an argument of rebuild_model')
+    whole = make_budget({**budget, 'prune_num': 1} if mapping else budget, **options)
+    return replace(whole, prune_num=1)
 
 
 def score_batch(
     model: nn.Module,
-    traced: ChannelGraph,
+    graph: ChannelGraph,
     score: Score,
     forward: Callable[[nn.Module], Any],
     distributed: bool = False,
@@ -237,7 +277,7 @@ def score_batch(
     """A collector that has seen one backward pass of its own, which leaves gradients, running
     statistics and random states as they were."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    collector = Collector(traced, score, 'none', model, distributed)
+    collector = Collector(graph, score, 'none', model, distributed)
     gradients = [p.grad for p in parameters]
     try:
         for parameter in parameters:
@@ -279,21 +319,48 @@ def transferred(scores: np.ndarray, old: ChannelGraph, new: ChannelGraph) -> np.
 
 
 def save_model_def(model: nn.Module) -> dict[str, Any]:
-    """The structure of ``model``, pruned or not, to put into a checkpoint dict: plain numbers,
-    strings, lists and dicts."""
+    """The structure of a model, to put into a checkpoint dict.
+
+    Args:
+        model: pruned or not.
+
+    Returns:
+        Plain numbers, strings, lists and dicts, in format 1 (``Plan.to_meta``).
+
+    Example:
+        >>> from torch import nn
+        >>> structure = mmprune.save_model_def(nn.Conv2d(3, 8, 1))
+        >>> structure['format'], structure['fingerprint']['bias']
+        (1, [8])
+    """
     plan = plan_of(model)
     return (plan or Plan({}, {}, fingerprint(model), aliases=aliases_of(model))).to_meta()
 
 
 def load_model_def(model: nn.Module, path_or_checkpoint: str | Path | dict[str, Any]) -> nn.Module:
-    """Gives a fresh, unpruned ``model`` the structure in a checkpoint, in place; a strict
-    ``load_state_dict`` can follow. Returns it.
+    """Gives a fresh model the structure in a checkpoint; a strict ``load_state_dict`` can follow.
 
-    ``path_or_checkpoint``: a file, its content, or what :func:`save_model_def` returned. In a dict it
-    may stand under any name, or where mmengine's checkpoints have it.
+    Args:
+        model: unpruned; changed in place.
+        path_or_checkpoint: a file, its content, or what :func:`save_model_def` returned. In a dict it
+            may stand under any name, or where mmengine's checkpoints have it.
+
+    Returns:
+        ``model``.
 
     Raises:
-        PruneError: no structure in it, more than one, damaged, or of another model.
+        PruneError: no structure in it, more than one, truncated or corrupt, or of another model.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> make = lambda: nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> model, x = make(), torch.zeros(1, 3)
+        >>> plan = mmprune.prune(model, lambda m: m(x), prune_num=4, divisor=4)
+        >>> checkpoint = {'structure': mmprune.save_model_def(model), 'weights': model.state_dict()}
+        >>> fresh = mmprune.load_model_def(make(), checkpoint)
+        >>> fresh.load_state_dict(checkpoint['weights'])
+        <All keys matched successfully>
     """
     if isinstance(path_or_checkpoint, str | Path):
         where, content = str(path_or_checkpoint), read_file(path_or_checkpoint)

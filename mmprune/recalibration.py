@@ -24,12 +24,30 @@ def recalibrate(model: nn.Module, forward: Forward, batches: Iterable[Any], only
 
     What a channel's input is made of changes when others go, and with it its statistics. Weights,
     other buffers and random states are left alone, and so are norms that no batch reaches.
-    ``forward(model, batch)`` runs it; all but batch norms is in evaluation mode, without gradients.
-    ``only``: a pattern of module names. Returns the number of batches.
+
+    Args:
+        model: its batch norms change in place.
+        forward: ``forward(model, batch)`` runs it. All but batch norms is in evaluation mode, without
+            gradients.
+        batches: of the training data.
+        only: a pattern of module names (``'backbone.*'``).
+
+    Returns:
+        The number of batches.
 
     Raises:
         PruneError: no batch norm of that name keeps statistics; no batch; statistics that are not
             finite. They are as before then.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> norm = nn.BatchNorm1d(1)
+        >>> batches = [torch.tensor([[1.0], [3.0]]), torch.tensor([[5.0], [7.0]])]
+        >>> mmprune.recalibrate(norm, lambda m, batch: m(batch), batches)
+        2
+        >>> norm.running_mean
+        tensor([4.])
     """
     names = [name for name in _norms(model) if fnmatchcase(name, only)]
     if not names:
@@ -46,16 +64,18 @@ def recalibrate_norms(
 ) -> int:
     """:func:`recalibrate` for the norms of these names. ``distributed``: each process has batches of
     its own, and all get the average over all of them, or none changes any."""
-    norms = {name: model.get_submodule(name) for name in names}
+    known = _norms(model)
+    norms = {name: known[name] for name in names}
     together = raise_together('the recalibration') if distributed else contextlib.nullcontext()
     with together:
         count, taken = _taken(model, norms, forward, batches)
     for name, statistics in taken.items():
         mean, variance, calls = _over_all_ranks(*statistics) if distributed else statistics
         if calls:
-            norms[name].running_mean.copy_(mean)
-            norms[name].running_var.copy_(variance)
-            norms[name].num_batches_tracked.fill_(calls)
+            own_mean, own_variance, own_calls = _buffers(norms[name])
+            own_mean.copy_(mean)
+            own_variance.copy_(variance)
+            own_calls.fill_(calls)
     return count
 
 
@@ -95,6 +115,13 @@ def _norms(model: nn.Module) -> dict[str, _BatchNorm]:
     }
 
 
+def _buffers(norm: _BatchNorm) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean, variance and number of runs of a norm that keeps them."""
+    mean, variance, calls = norm.running_mean, norm.running_var, norm.num_batches_tracked
+    assert mean is not None and variance is not None and calls is not None
+    return mean, variance, calls
+
+
 def _taken(
     model: nn.Module, norms: dict[str, _BatchNorm], forward: Forward, batches: Iterable[Any]
 ) -> tuple[int, dict[str, Statistics]]:
@@ -111,8 +138,10 @@ def _taken(
                 forward(model, batch)
                 count += 1
             taken = {
-                name: (n.running_mean.clone(), n.running_var.clone(), float(n.num_batches_tracked))
-                for name, n in norms.items()
+                name: (mean.clone(), variance.clone(), float(calls))
+                for name, (mean, variance, calls) in (
+                    (name, _buffers(norm)) for name, norm in norms.items()
+                )
             }
     finally:
         for name, norm in norms.items():

@@ -6,7 +6,7 @@ are found, locked, and the choice is made again without them.
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,15 +31,19 @@ from mmprune.errors import InexactCut, PruneError
 from mmprune.graph.carry import after_cut, without
 from mmprune.graph.coupling import ChannelGraph
 from mmprune.surgery.apply import cut
-from mmprune.surgery.build import make_plan, original_cost
+from mmprune.surgery.build import baseline_of, make_plan
+from mmprune.surgery.history import CutNotes
 from mmprune.surgery.plan import Plan
 
 log = logging.getLogger(__name__)
 
 Forward = Callable[[nn.Module], Any]
 
-Choose = Callable[[ChannelGraph, np.ndarray], tuple[np.ndarray, dict[str, Any]]]
-"""From a trace and its units' scores: which units stay (n_units, bool), and what to note of it."""
+Noted = CutNotes | Mapping[str, Any]
+"""What to note of a choice, as an object or as its fields by name."""
+
+Choose = Callable[[ChannelGraph, np.ndarray], tuple[np.ndarray, Noted]]
+"""From a graph and its units' scores: which units stay (n_units, bool), and what to note of it."""
 
 FAILED = 'failed the check'
 """The reason of a lock that no rule gave, but the comparison with the masked model."""
@@ -47,8 +51,13 @@ FAILED = 'failed the check'
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a cut left. ``plan``: of this cut alone, ``None`` where nothing went; ``trace``: of the
-    model as it is now; ``failed``: {name of a group that was locked since it failed the check: why}."""
+    """What a cut left.
+
+    Args:
+        plan: of this cut alone; ``None`` where nothing went.
+        trace: the graph of the model as it is now.
+        failed: {name of a group that was locked since it failed the check: why}.
+    """
 
     plan: Plan | None
     trace: ChannelGraph
@@ -57,7 +66,7 @@ class Outcome:
 
 def cut_once(
     model: nn.Module,
-    traced: ChannelGraph,
+    graph: ChannelGraph,
     scores: np.ndarray,
     choose: Choose,
     budget: Budget,
@@ -73,7 +82,8 @@ def cut_once(
     """Cuts ``model`` once, in place.
 
     Args:
-        traced: the trace of ``model`` as it is.
+        model: what is cut.
+        graph: of ``model`` as it is.
         scores: (n_units,), in the order of its units.
         choose: which units stay. Called again where groups had to be locked.
         budget: what was asked for, for the record.
@@ -86,6 +96,9 @@ def cut_once(
         strict: a cut that fails the check is an error.
         warn: told of every group that is locked.
 
+    Returns:
+        The plan of this cut, the graph of what is left, and the groups that failed the check.
+
     Raises:
         InexactCut: the check failed, and ``strict``.
         PruneError: nothing can be cut (any more). Nothing has changed then.
@@ -97,7 +110,7 @@ def cut_once(
         complaint = ''
         with together('the check of a cut'):
             try:
-                step = make_plan(traced, model, keep, budget.to_meta())
+                step = make_plan(graph, model, keep, budget.to_meta())
                 if forward is not None:
                     check_cut(model, step, forward)
             except InexactCut as error:
@@ -108,60 +121,65 @@ def cut_once(
 
     failed: dict[str, str] = {}
     while True:
-        choice = None
+        choice: tuple[np.ndarray, Noted] | None = None
         with together('choosing'):
             # Batches differ in size, and so may what a unit costs: one process chooses for all.
             if not distributed or is_main_process():
-                choice = _drawing_nothing(choose, traced, scores)
-        keep, noted = broadcast(choice) if distributed else choice
+                choice = _drawing_nothing(choose, graph, scores)
+        choice = broadcast(choice) if distributed else choice
+        assert choice is not None  # the first process has made one
+        keep, noted = choice
         if keep.all():
-            return Outcome(None, traced, failed)
+            return Outcome(None, graph, failed)
         complaint = try_cut(keep)
         if not complaint:
             break
-        blamed = groups_to_blame(traced, keep, try_cut)
+        blamed = groups_to_blame(graph, keep, try_cut)
         for number in blamed:
-            failed[traced.groups[number].name] = complaint
+            failed[graph.groups[number].name] = complaint
             if warn is not None:
-                warn(f'{traced.groups[number]} {FAILED} and stay: {complaint}')
-        if len(blamed) == len(traced.groups):
+                warn(f'{graph.groups[number]} {FAILED} and stay: {complaint}')
+        if len(blamed) == len(graph.groups):
             raise PruneError(f'nothing can be cut: every group of channels {FAILED}: {complaint}')
-        traced, left = without(traced, blamed, FAILED)
+        graph, left = without(graph, blamed, FAILED)
         scores = scores[left]
     with together('planning'):
-        step = make_plan(traced, model, keep, budget.to_meta(), **noted)
+        notes = noted if isinstance(noted, CutNotes) else CutNotes(**noted)
+        step = make_plan(graph, model, keep, budget.to_meta(), notes)
     step = agreed_plan(step) if distributed else step
     with together('the cut'):
         cut(model, step, optimizer, ema_models())
         rebuild_reducers(wrapper if wrapper is not None else model)
-        return Outcome(step, after_cut(traced, model, keep), failed)
+        return Outcome(step, after_cut(graph, model, keep), failed)
 
 
-def _drawing_nothing(choose: Choose, traced: ChannelGraph, scores: np.ndarray) -> Any:
+def _drawing_nothing(
+    choose: Choose, graph: ChannelGraph, scores: np.ndarray
+) -> tuple[np.ndarray, Noted]:
     """What is measured for a choice runs on random numbers; training goes on as if it had not."""
     before = random_state()
     try:
-        return choose(traced, scores)
+        return choose(graph, scores)
     finally:
         set_random_state(before)
 
 
 def groups_to_blame(
-    traced: ChannelGraph, keep: np.ndarray, fails: Callable[[np.ndarray], Any]
+    graph: ChannelGraph, keep: np.ndarray, fails: Callable[[np.ndarray], Any]
 ) -> list[int]:
     """The groups without whose cuts the rest of ``keep`` passes, by bisection.
 
     ``fails(keep)`` says whether a choice fails; that of ``keep`` does. About log2(groups) trials for
     each group that is found.
     """
-    suspects = [n for n, group in enumerate(traced.groups) if not keep[group.units].all()]
+    suspects = [n for n, group in enumerate(graph.groups) if not keep[group.units].all()]
     blamed: list[int] = []
     passed: list[int] = []
 
     def of(groups: list[int]) -> np.ndarray:
-        choice = np.ones(traced.n_units, dtype=bool)
+        choice = np.ones(graph.n_units, dtype=bool)
         for number in groups:
-            units = traced.groups[number].units
+            units = graph.groups[number].units
             choice[units] = keep[units]
         return choice
 
@@ -182,40 +200,42 @@ def groups_to_blame(
 def choose_for(
     model: nn.Module,
     forward: Forward,
-    traced: ChannelGraph,
+    graph: ChannelGraph,
     scores: np.ndarray,
     budget: Budget,
     per: str = 'budget',
-) -> tuple[np.ndarray, dict[str, Any]]:
-    """(which units stay, what to note in the history); times are measured where the budget asks.
+) -> tuple[np.ndarray, CutNotes]:
+    """The choice for one cut; times are measured where the budget asks.
 
-    ``per``: of the :class:`mmprune.Score` that made the scores. Noted are ``latency``, and
-    ``uneven``: layers whose width could not be rounded, which are logged too.
+    Args:
+        per: of the :class:`mmprune.Score` that made the scores.
+
+    Returns:
+        Which units stay, (n_units,) bool, and what to note of it. Layers whose width could not be
+        rounded are logged too.
     """
-    original = original_cost(model, traced)
-    about: dict[str, Any] = {}
+    original, latency = baseline_of(model, graph), None
     if budget.latency is None:
-        keep = choose(traced, scores, budget, original, per=per)
+        keep = choose(graph, scores, budget, original, per=per)
     else:
-        keep, about['latency'] = choose_measured(
+        keep, latency = choose_measured(
             model,
             forward,
-            traced,
+            graph,
             scores,
             budget,
             original,
-            lambda keep: make_plan(traced, model, keep, budget.to_meta()),
+            lambda keep: make_plan(graph, model, keep, budget.to_meta()),
             per,
         )
-    notes = uneven(traced, keep, budget)
+    notes = uneven(graph, keep, budget)
     if notes:
-        about['uneven'] = notes
         log.warning('Widths that could not be rounded: %s', '; '.join(notes))
-    return keep, about
+    return keep, CutNotes(latency=latency, uneven=tuple(notes))
 
 
 def choose_step(
-    traced: ChannelGraph,
+    graph: ChannelGraph,
     scores: np.ndarray,
     budget: Budget,
     model: nn.Module,
@@ -223,18 +243,20 @@ def choose_step(
     target_at: Callable[[float], float],
     start: dict[str, float],
     per: str = 'budget',
-) -> tuple[np.ndarray, dict[str, Any]]:
+) -> tuple[np.ndarray, CutNotes]:
     """The choice for one of several cuts: see :func:`choose_for`.
 
-    ``target_at``: from a final fraction the one of this cut; ``start``: the fractions of the original
-    that the model had when this began (below 1 where it was pruned before).
+    Args:
+        target_at: from a final fraction the one of this cut.
+        start: {``flops``, ``params``: the fraction of the original that the model had when this
+            began} (below 1 where it was pruned before).
     """
 
     def along(name: str, final: float) -> float:
         whole = start.get(name.removeprefix('keep_'), 1.0)
         return min(1.0, whole * target_at(min(1.0, final / whole)))
 
-    return choose_for(model, forward, traced, scores, budget.scheduled(along), per)
+    return choose_for(model, forward, graph, scores, budget.scheduled(along), per)
 
 
 def check_cut(model: nn.Module, plan: Plan, forward: Forward) -> None:

@@ -30,17 +30,22 @@ Around = tuple[np.ndarray, np.ndarray, np.ndarray]
 class Cost(Protocol):
     """What the search asks of a cost, at the levels it was last told of."""
 
-    value: float
     smooth: bool
+
+    @property
+    def value(self) -> float: ...
 
     def move(self, ladder: int, level: int) -> None:
         """Takes a ladder to another level."""
+        ...
 
     def curve(self, ladder: int) -> np.ndarray:
         """(levels,): what the value would be with the ladder at each of its levels."""
+        ...
 
     def neighbours(self, upper: np.ndarray, lower: np.ndarray) -> Around:
         """What one or two ladders at other levels change: up to ``upper``, down to ``lower``."""
+        ...
 
 
 class TermCost:

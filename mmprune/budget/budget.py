@@ -1,10 +1,10 @@
 """What users ask for: how much is to remain, and where."""
 
 import numbers
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 from mmprune.errors import PruneError
 
@@ -17,25 +17,42 @@ PART_OPTIONS = (
 )  # fmt: skip
 
 
+Divisor = int | Literal['auto']
+
+
 @dataclass(frozen=True)
 class Budget:
-    """When to stop removing units; the first that is reached counts.
+    """How much is to remain, and where. Of several targets the first that is reached counts.
 
-    ``keep_flops``, ``keep_params``: the fraction that remains of the original's; ``latency``: the
-    fraction that remains of its measured time; ``keep_channels``: the fraction of units that every
-    group keeps; ``prune_num``: how many units go in one cut.
+    Args:
+        keep_flops: the fraction, in (0, 1], that remains of the unpruned model's multiply-adds.
+        keep_params: the same of its parameters.
+        keep_channels: the fraction of its units that every group keeps.
+        latency: the fraction that remains of its measured time.
+        prune_num: how many units go in one cut.
+        min_channels: channels that every group keeps at least.
+        divisor: units go in blocks that leave widths that are multiples of it; ``'auto'``: of what
+            this device works in, as measured (:mod:`mmprune.budget.device`), and of 4 at least, but
+            for widths below that.
+        max_cut: the largest fraction of a group, in (0, 1], that one cut removes.
+        lock: patterns of tensor names (``'backbone.layer1.*'``) whose units stay.
+        parts: {name: options} for the units that are made in a part of the model, given by the start
+            of its names (``backbone``, ``roi_head.bbox_head``) or a pattern (``*.layer3.*``). A part
+            with a target of its own (``dict(neck=dict(keep_flops=0.6))``) is cut to that, and by no
+            other; one without sets ``min_channels``, ``divisor`` or ``max_cut`` there. Targets in
+            ``parts`` alone leave the rest of the model as it is. A unit in several parts belongs to
+            the first.
 
-    ``min_channels``: channels that every group keeps at least; ``divisor``: units go in blocks that
-    leave widths that are multiples of it; ``'auto'``: of what this device works in, as measured
-    (:mod:`mmprune.budget.device`), and of 4 at least, but for widths below that. ``max_cut``: the
-    largest fraction of a group that one cut removes; ``lock``: patterns of tensor names
-    (``backbone.layer1.*``) whose units stay.
+    Raises:
+        PruneError: no target, or a value that is out of its range.
 
-    ``parts``: {name: options} for the units that are made in a part of the model, given by the start
-    of its names (``backbone``, ``roi_head.bbox_head``) or a pattern (``*.layer3.*``). A part with a
-    target of its own (``dict(neck=dict(keep_flops=0.6))``) is cut to that, and by no other; one
-    without sets ``min_channels``, ``divisor`` or ``max_cut`` there. Targets in ``parts`` alone leave
-    the rest of the model as it is. A unit in several parts belongs to the first.
+    Example:
+        >>> budget = mmprune.Budget(keep_flops=0.5, lock='head.*')
+        >>> budget.targets
+        {'keep_flops': 0.5}
+        >>> mmprune.Budget(prune_num=0)
+        Traceback (most recent call last):
+        mmprune.errors.PruneError: prune_num=0: must be an integer >= 1
     """
 
     keep_flops: float | None = None
@@ -44,7 +61,7 @@ class Budget:
     latency: float | None = None
     prune_num: int | None = None
     min_channels: int = 1
-    divisor: int | str = 'auto'
+    divisor: Divisor = 'auto'
     max_cut: float = 1.0
     lock: tuple[str, ...] = field(default=())
     parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -53,7 +70,7 @@ class Budget:
         for name in (*FRACTIONS, 'max_cut'):
             value = getattr(self, name)
             number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-            if value is not None and not (number and 0 < value <= 1):
+            if value is not None and not (number and 0 < float(value) <= 1):
                 raise PruneError(
                     f'{name}={value!r} is outside (0, 1]: it is '
                     + (
@@ -68,7 +85,7 @@ class Budget:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise PruneError(
-                    f'{name}={value!r}: give a whole number from 1 on'
+                    f'{name}={value!r}: must be an integer >= 1'
                     + (" or 'auto'" if name == 'divisor' else '')
                 )
         lock = (self.lock,) if isinstance(self.lock, str) else tuple(self.lock)
@@ -99,7 +116,7 @@ class Budget:
     def whole(self) -> 'Limits':
         return Limits(self.min_channels, self.divisor, self.max_cut, self.targets)
 
-    def scheduled(self, along: Any) -> 'Budget':
+    def scheduled(self, along: Callable[[str, float], float]) -> 'Budget':
         """This budget with ``along(name, fraction)`` in place of every fraction that remains, those
         of parts included: what one of several cuts aims at."""
         changed = {
@@ -125,7 +142,7 @@ class Limits:
     """What holds for the units of one part: see :class:`Budget`."""
 
     min_channels: int
-    divisor: int | str
+    divisor: Divisor
     max_cut: float
     targets: Mapping[str, float]
 
@@ -144,20 +161,45 @@ def _checked_parts(parts: Any) -> dict[str, dict[str, Any]]:
         unknown = [key for key in options if key not in PART_OPTIONS]
         if unknown:
             raise PruneError(
-                f'parts[{name!r}]: unknown option {unknown[0]!r}; there are {", ".join(PART_OPTIONS)}'
+                f'parts[{name!r}]: unknown option {unknown[0]!r}: expected one of '
+                f'{", ".join(PART_OPTIONS)}'
             )
+        checked: dict[str, Any] = {'prune_num': 1, **options}
         try:
-            Budget(**({'prune_num': 1} | dict(options)))
+            Budget(**checked)
         except PruneError as error:
             raise PruneError(f'parts[{name!r}]: {error}') from error
         found[name] = dict(options)
     return found
 
 
-def make_budget(options: dict[str, Any]) -> Budget:
-    """A Budget from keyword options; unknown names are an error that lists the known ones."""
+def make_budget(budget: Budget | Mapping[str, Any] | None = None, /, **options: Any) -> Budget:
+    """A Budget from what a caller gave: one of these, not both.
+
+    Args:
+        budget: a :class:`Budget`, or a mapping of its options.
+        options: those of :class:`Budget`, as keywords.
+
+    Raises:
+        PruneError: ``budget`` beside options; an unknown option (the known ones are listed); a bad
+            value.
+    """
+    if budget is None:
+        budget = options
+    elif options:
+        raise PruneError(
+            f'budget= and {", ".join(f"{name}=" for name in options)} were both given: put all options '
+            'of the budget into one of the two'
+        )
+    if isinstance(budget, Budget):
+        return budget
+    if not isinstance(budget, Mapping):
+        raise PruneError(
+            f'budget={budget!r} is not a Budget: give mmprune.Budget(keep_flops=0.5) or a dict such '
+            'as dict(keep_flops=0.5)'
+        )
     known = [f.name for f in fields(Budget)]
-    unknown = [name for name in options if name not in known]
+    unknown = [name for name in budget if name not in known]
     if unknown:
-        raise PruneError(f'unknown budget option {unknown[0]!r}; there are {", ".join(known)}')
-    return Budget(**options)
+        raise PruneError(f'unknown budget option {unknown[0]!r}: expected one of {", ".join(known)}')
+    return Budget(**budget)

@@ -3,46 +3,46 @@
 import math
 from collections.abc import Callable
 from fnmatch import fnmatchcase
-from typing import Any
 
 import numpy as np
 
 from mmprune.budget import steps
 from mmprune.budget.block_cost import CalledCost, Cost, Ladder, TermCost, kept_at
-from mmprune.budget.budget import Budget, Limits, make_budget  # noqa: F401  (their former place)
+from mmprune.budget.budget import Budget, Divisor, Limits, make_budget  # noqa: F401  (mm/hooks)
 from mmprune.budget.device import divisor_of
 from mmprune.budget.solver import TOLERANCE, solve
 from mmprune.errors import PruneError
 from mmprune.graph import cost
 from mmprune.graph.cost import Product
 from mmprune.graph.coupling import ChannelGraph, Group
-from mmprune.surgery.plan import Plan
+from mmprune.surgery.build import Baseline
 
-Latency = Callable[[np.ndarray], float]
+Seconds = Callable[[np.ndarray], float]
 """Seconds of a run when only the units in ``keep`` (n_units, bool) stay."""
 
 PER = ('budget', *cost.BY_NAME, 'none')
 
 
 def choose(
-    trace: ChannelGraph,
+    graph: ChannelGraph,
     scores: np.ndarray,
     budget: Budget,
-    original: dict[str, Any] | None = None,
+    original: Baseline | None = None,
     stay: np.ndarray | None = None,
-    latency: Latency | None = None,
+    latency: Seconds | None = None,
     *,
     per: str = 'budget',
     auto: int | None = None,
 ) -> np.ndarray:
-    """Which units stay: (n_units,) bool. In each group the lowest scores go first, in blocks that make
+    """Which units stay. In each group the lowest scores go first, in blocks that make
     a step of its width; among groups the blocks that lose least score for the cost that they save.
 
     Args:
+        graph: of the model as it is.
         scores: (n_units,), what the loss of each unit costs; a unit without one (NaN) stays. Below
             zero: a gain.
-        original: of the unpruned model, where ``trace`` is of one that was cut before: ``flops``,
-            ``params``, ``latency``, ``units`` (how many each group had) and ``plan``.
+        budget: what is to remain.
+        original: of the unpruned model, where ``graph`` is of one that was cut before.
         stay: (n_units,) bool, units that must.
         latency: what a budget of measured time is reckoned with
             (:func:`mmprune.budget.latency.measure`).
@@ -51,22 +51,27 @@ def choose(
             :class:`mmprune.Score`.
         auto: what ``divisor='auto'`` stands for; left out, what this device was measured to work in.
 
+    Returns:
+        (n_units,) bool: which stay.
+
     Raises:
         PruneError: nothing can be cut; the budget is below what may go (the floor is named).
     """
-    if not trace.groups:
-        raise PruneError('nothing can be cut: every unit is locked. ' + first_reasons(trace))
-    if scores.shape != (trace.n_units,):
+    if not graph.groups:
+        raise PruneError('nothing can be cut: every unit is locked. ' + first_reasons(graph))
+    if scores.shape != (graph.n_units,):
         raise PruneError(
-            f'scores have shape {scores.shape}, wanted ({trace.n_units},): one number for each unit'
+            f'scores have shape {scores.shape}, wanted ({graph.n_units},): one number for each unit'
         )
     if per not in PER:
-        raise PruneError(f'per={per!r}; there are {", ".join(map(repr, PER))}')
-    protected = np.isnan(scores) | _locked_by_name(trace, budget.lock)
+        raise PruneError(f'per={per!r}: expected one of {", ".join(map(repr, PER))}')
+    protected = np.isnan(scores) | _locked_by_name(graph, budget.lock)
     if stay is not None:
         protected = protected | stay
-    choice = _Choice(trace, finite(scores), budget, original or {}, protected, latency, per, auto)
-    keep = np.ones(trace.n_units, dtype=bool)
+    choice = _Choice(
+        graph, finite(scores), budget, original or Baseline(), protected, latency, per, auto
+    )
+    keep = np.ones(graph.n_units, dtype=bool)
     for part in budget.parts:
         keep = choice.solve(part, keep)
     return choice.solve(None, keep)
@@ -79,45 +84,48 @@ def finite(scores: np.ndarray) -> np.ndarray:
     return np.nan_to_num(scores, nan=np.nan, posinf=huge, neginf=-huge)
 
 
-def limits_of(trace: ChannelGraph, budget: Budget) -> tuple[list[str | None], list[Limits]]:
+def limits_of(graph: ChannelGraph, budget: Budget) -> tuple[list[str | None], list[Limits]]:
     """For each group the first part of the budget that it belongs to, and what holds there."""
-    homes = [home(trace, group) for group in trace.groups]
+    names = [producer_name(graph, group) for group in graph.groups]
     for part in budget.parts:
-        if not any(cost.in_part(name, part) for name in homes):
+        if not any(cost.in_part(name, part) for name in names):
             raise PruneError(
-                f'parts[{part!r}]: no unit that may go is made there; parts of this model are '
-                f'{", ".join(dict.fromkeys(cost.part_of(name) for name in homes))}, and any start '
-                f'or pattern of names such as {homes[0]!r}'
+                f'parts[{part!r}]: no prunable unit is made there; parts of this model are '
+                f'{", ".join(dict.fromkeys(cost.part_of(name) for name in names))}, and any start '
+                f'or pattern of names such as {names[0]!r}'
             )
-    parts = [next((part for part in budget.parts if cost.in_part(name, part)), None) for name in homes]
+    parts = [next((part for part in budget.parts if cost.in_part(name, part)), None) for name in names]
     limits = {part: budget.of_part(part) for part in budget.parts}
     return parts, [budget.whole if part is None else limits[part] for part in parts]
 
 
-def uneven(trace: ChannelGraph, keep: np.ndarray, budget: Budget) -> list[str]:
+def uneven(graph: ChannelGraph, keep: np.ndarray, budget: Budget) -> list[str]:
     """A sentence for each layer that is left with a width that is no multiple of the divisor (of 4
     where that is ``'auto'``): where its channels come from groups that can't all be rounded."""
-    divisors = [limits.divisor for limits in limits_of(trace, budget)[1]]
-    return steps.uneven(trace, keep, [steps.LEAST if d == 'auto' else d for d in divisors])
+    bases = [
+        steps.LEAST if limits.divisor == 'auto' else limits.divisor
+        for limits in limits_of(graph, budget)[1]
+    ]
+    return steps.uneven(graph, keep, bases)
 
 
-def first_reasons(trace: ChannelGraph) -> str:
-    shown = '; '.join(str(locked) for locked in trace.locked[:3])
+def first_reasons(graph: ChannelGraph) -> str:
+    shown = '; '.join(str(locked) for locked in graph.locked[:3])
     return f'The first reasons: {shown}' if shown else 'No parameter took part in the traced run.'
 
 
-def _locked_by_name(trace: ChannelGraph, patterns: tuple[str, ...]) -> np.ndarray:
-    stay = np.zeros(trace.n_units, dtype=bool)
+def _locked_by_name(graph: ChannelGraph, patterns: tuple[str, ...]) -> np.ndarray:
+    stay = np.zeros(graph.n_units, dtype=bool)
     for pattern in patterns:
         hit = [
             group
-            for group in trace.groups
+            for group in graph.groups
             if any(fnmatchcase(axis.name, pattern) for axis in group.axes)
         ]
-        if not hit and not any(fnmatchcase(name, pattern) for name in trace.slots.tensors):
+        if not hit and not any(fnmatchcase(name, pattern) for name in graph.slots.tensors):
             raise PruneError(
                 f'lock pattern {pattern!r} matches no parameter; names look like '
-                f'{next(iter(trace.slots.tensors))!r}'
+                f'{next(iter(graph.slots.tensors))!r}'
             )
         for group in hit:
             stay[group.units] = True
@@ -129,18 +137,18 @@ def unit_width(group: Group) -> int:
     return min(group.axes.values())
 
 
-def device_divisor(trace: ChannelGraph) -> int:
+def device_divisor(graph: ChannelGraph) -> int:
     """What the device that holds the model works in, for the type of most of its numbers."""
-    tensors = [t for t in trace.slots.tensors.values() if t.is_floating_point() and t.ndim > 1]
+    tensors = [t for t in graph.slots.tensors.values() if t.is_floating_point() and t.ndim > 1]
     if not tensors:
         return 1
     largest = max(tensors, key=lambda tensor: tensor.numel())
     return divisor_of(largest.device, largest.dtype)
 
 
-def home(trace: ChannelGraph, group: Group) -> str:
+def producer_name(graph: ChannelGraph, group: Group) -> str:
     """The first weight that makes a group's units: it says which part they belong to."""
-    reading = set(trace.consumers)
+    reading = set(graph.consumers)
     return next((axis.name for axis in group.axes if axis not in reading), group.name)
 
 
@@ -149,23 +157,25 @@ class _Choice:
 
     def __init__(
         self,
-        trace: ChannelGraph,
+        graph: ChannelGraph,
         scores: np.ndarray,
         budget: Budget,
-        original: dict[str, Any],
+        original: Baseline,
         protected: np.ndarray,
-        latency: Latency | None,
+        latency: Seconds | None,
         per: str,
         auto: int | None,
     ) -> None:
-        self.trace, self.scores, self.budget = trace, scores, budget
+        self.graph, self.scores, self.budget = graph, scores, budget
         self.original, self.protected, self.latency = original, protected, latency
-        self.per, self.auto = per, auto
-        self.part, self.limits = limits_of(trace, budget)
-        if self.auto is None and any(limits.divisor == 'auto' for limits in self.limits):
-            self.auto = device_divisor(trace)
-        self.widths: list[list[steps.Width]] = [[] for _ in trace.groups]
-        for width in steps.layer_widths(trace):
+        self.per = per
+        self.part, self.limits = limits_of(graph, budget)
+        if auto is None:
+            asked = any(limits.divisor == 'auto' for limits in self.limits)
+            auto = device_divisor(graph) if asked else 1
+        self.auto = math.lcm(steps.LEAST, auto)
+        self.widths: list[list[steps.Width]] = [[] for _ in graph.groups]
+        for width in steps.layer_widths(graph):
             for group in width.groups:
                 self.widths[group].append(width)
 
@@ -186,7 +196,7 @@ class _Choice:
         ladders = self._ladders(mine, limits, keep)
         if 'prune_num' in limits.targets and not ladders:
             raise PruneError(
-                f'prune_num={limits.targets["prune_num"]}: no unit is left that may go'
+                f'prune_num={limits.targets["prune_num"]}: no prunable unit left'
                 + (f' in {part}' if part else '')
             )
         least = kept_at(ladders, keep, [ladder.gone.size - 1 for ladder in ladders])
@@ -211,10 +221,12 @@ class _Choice:
         found: dict[str, tuple[Callable[[np.ndarray], float], float]] = {}
         for name, what in (('keep_flops', 'flops'), ('keep_params', 'params')):
             if name in limits.targets:
-                terms = getattr(cost, what)(self.trace, part)
-                whole = cost.before(self.trace, self._plan and self._plan.fingerprint, terms)
-                if part is None:
-                    whole = self.original.get(what, whole)
+                terms = getattr(cost, what)(self.graph, part)
+                plan = self.original.plan
+                whole = cost.before(self.graph, plan and plan.fingerprint, terms)
+                known = getattr(self.original, what)
+                if part is None and known is not None:
+                    whole = known
                 found[name] = (terms, limits.targets[name] * whole)
         if 'latency' in limits.targets:
             if self.latency is None:
@@ -222,7 +234,7 @@ class _Choice:
                     f'latency={limits.targets["latency"]}: no times were measured: give choose() '
                     'latency=mmprune.budget.latency.measure(...), or take keep_flops'
                 )
-            whole = self.original.get('latency') or self.latency(np.ones_like(keep))
+            whole = self.original.latency or self.latency(np.ones_like(keep))
             found['latency'] = (self.latency, limits.targets['latency'] * whole)
         if 'prune_num' in limits.targets:
             found['prune_num'] = (np.sum, float(keep.sum() - limits.targets['prune_num']))
@@ -245,18 +257,14 @@ class _Choice:
         if self.per in ('budget', own.get(target)):
             return None
         return self._cost(
-            np.sum if self.per == 'none' else cost.BY_NAME[self.per](self.trace), ladders, keep
+            np.sum if self.per == 'none' else cost.BY_NAME[self.per](self.graph), ladders, keep
         )
-
-    @property
-    def _plan(self) -> Plan | None:
-        return self.original.get('plan')
 
     def _floor(self, number: int, keep_channels: float | None) -> int:
         """How many units of a group stay at least."""
-        group, limits = self.trace.groups[number], self.limits[number]
+        group, limits = self.graph.groups[number], self.limits[number]
         n = len(group)
-        once = self.original['units'][number] if 'units' in self.original else n
+        once = self.original.units[number] if self.original.units is not None else n
         least = max(1, -(-limits.min_channels // unit_width(group)))
         if keep_channels is not None:
             least = max(least, int(np.ceil(round(keep_channels * once, 9))))
@@ -267,7 +275,7 @@ class _Choice:
         """One for each group that can lose units: its lowest scores go first, its best never."""
         free, lowest = {}, {}
         for number in groups:
-            group = self.trace.groups[number]
+            group = self.graph.groups[number]
             units = group.units[~self.protected[group.units]]
             floor = self._floor(number, limits.targets.get('keep_channels'))
             if max(floor, len(group) - len(units)) < len(group):
@@ -275,12 +283,12 @@ class _Choice:
                 lowest[number] = max(floor, len(group) - len(units))
         stays = {
             number: int(keep[group.units].sum())
-            for number, group in enumerate(self.trace.groups)
+            for number, group in enumerate(self.graph.groups)
             if number not in free
         }
         found = []
         for number, order in free.items():
-            n, divisor = len(self.trace.groups[number]), self.divisor(number)
+            n, divisor = len(self.graph.groups[number]), self.divisor(number)
             auto = self.limits[number].divisor == 'auto'
             kept = steps.ladder(number, n, lowest[number], divisor, self.widths[number], stays, auto)
             if len(kept) > 1:
@@ -292,15 +300,13 @@ class _Choice:
     def divisor(self, number: int) -> int:
         """What widths of a group are to be multiples of."""
         divisor = self.limits[number].divisor
-        return math.lcm(steps.LEAST, self.auto) if divisor == 'auto' else divisor
+        return self.auto if divisor == 'auto' else divisor
 
     def _below_floor(
         self, part: str | None, limits: Limits, targets: dict, least: np.ndarray
     ) -> PruneError:
         told = []
-        divisor = limits.divisor
-        if divisor == 'auto':
-            divisor = f"'auto' ({math.lcm(steps.LEAST, self.auto)})"
+        divisor = f"'auto' ({self.auto})" if limits.divisor == 'auto' else limits.divisor
         for name, (value, target) in targets.items():
             whole = target / limits.targets[name]
             told.append(

@@ -28,6 +28,7 @@ from mmprune.graph.cost import Product, Term
 from mmprune.graph.coupling import ChannelGraph, components, slots_for
 from mmprune.graph.tracer import CONTRACTIONS, Tracer, record
 from mmprune.surgery.apply import cut
+from mmprune.surgery.build import Baseline
 from mmprune.surgery.plan import Plan
 
 TRIES = 6
@@ -210,24 +211,35 @@ def choose_measured(
     trace: ChannelGraph,
     scores: np.ndarray,
     budget: Budget,
-    original: dict[str, Any],
+    original: Baseline,
     planned: Callable[[np.ndarray], Plan],
     per: str = 'budget',
 ) -> tuple[np.ndarray, float]:
-    """(which units stay, the fraction of time that really remains) for a budget with ``latency``.
+    """The choice for a budget with ``latency``.
 
     The table says what to remove; a copy of the model is cut so and timed, and where that takes more
     time than asked for, or clearly less, the aim is changed and all done again: of what fits, the
-    slowest counts. ``planned``: the plan of a choice. After earlier cuts the fraction is of the time
-    before them, if they were measured.
+    slowest counts. After earlier cuts the fraction is of the time before them, if they were measured.
+
+    Args:
+        original: of the unpruned model.
+        planned: gives the plan of a choice.
+
+    Returns:
+        Which units stay, (n_units,) bool, and the fraction of the time that really remains.
+
+    Raises:
+        PruneError: what was asked for is not reached.
     """
+    wanted = budget.latency
+    assert wanted is not None
     divisor = budget.divisor if isinstance(budget.divisor, int) and budget.divisor > 1 else None
     table = measure(model, forward, trace, divisor=divisor)
     everything = np.ones(trace.n_units, dtype=bool)
-    plan = original.get('plan')
-    left = plan.history[-1].get('latency', 1.0) if plan is not None and plan.history else 1.0
-    original = original | {'latency': table(everything) / left}
-    wanted, aim = budget.latency, budget.latency
+    before = original.plan.cuts[-1].latency if original.plan and original.plan.cuts else None
+    left = 1.0 if before is None else before
+    original = replace(original, latency=table(everything) / left)
+    aim = wanted
     tried: list[tuple[np.ndarray, float]] = []
     points = [(left, left)]
     for _ in range(TRIES):

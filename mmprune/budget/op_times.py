@@ -7,7 +7,7 @@ import io
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -77,7 +77,8 @@ class Lookup:
                 for weight, index in corners
                 for share, at in ((1 - part, low), (part, high))
             ]
-        return sum(weight * self.values[index] for weight, index in corners)
+        amounts = sum(weight * self.values[index] for weight, index in corners)
+        return cast(np.ndarray, amounts)  # not 0: there is one corner at least
 
 
 class Scaled:
@@ -286,4 +287,4 @@ def versions(backend: str) -> str:
 
 def check_backend(backend: str) -> None:
     if backend not in BACKENDS:
-        raise PruneError(f'backend={backend!r}; there are {", ".join(BACKENDS)}')
+        raise PruneError(f'backend={backend!r}: expected one of {", ".join(BACKENDS)}')

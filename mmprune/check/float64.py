@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map
 
 from mmprune.graph.adapters import intercept
@@ -74,6 +74,6 @@ def compiled(name: str, function: Callable, args: tuple, kwargs: dict) -> Any:
     try:
         return function(*args, **kwargs)
     except RuntimeError:
-        with torch.utils._python_dispatch._disable_current_modes():
+        with _disable_current_modes():
             args, kwargs = tree_map(narrowed, (args, kwargs))
             return function(*args, **kwargs)

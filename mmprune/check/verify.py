@@ -42,7 +42,7 @@ def verify(
     forward: Forward,
     tolerance: float | None = None,
 ) -> float:
-    """The largest relative error between ``pruned`` and ``original`` with the cut channels masked.
+    """Compares a pruned model with the original in which the cut channels are masked.
 
     Both run ``forward`` side by side, each module right after its like in the other model, so that no
     more than two activations are held for the comparison. Dropout and batch norm are in evaluation
@@ -63,11 +63,23 @@ def verify(
         tolerance: by default ``TOLERANCE``, or 8 units in the last place of the lowest precision among
             the results. Where it is given, double precision is not tried.
 
+    Returns:
+        The largest relative error: the largest absolute difference over the largest absolute value.
+
     Raises:
         InexactCut: above ``tolerance``, with the first module that differs; or ``forward`` fails for
             the pruned model alone.
         PruneError: ``forward`` does not run the model that it is given, or gives nothing that can be
             compared; a parameter is not finite.
+
+    Example:
+        >>> import copy, torch
+        >>> from torch import nn
+        >>> original = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> pruned, forward = copy.deepcopy(original), lambda m: m(torch.ones(1, 3))
+        >>> plan = mmprune.prune(pruned, forward, prune_num=4, divisor=4)
+        >>> mmprune.verify(original, pruned, plan, forward) < 1e-4
+        True
     """
     wrong = [name for name, p in original.named_parameters() if not is_finite(p)]
     if wrong:
@@ -142,7 +154,8 @@ def _side_by_side(
         with intercept(compiled):
             outputs.advance()
             torch.manual_seed(0)
-            with second, shown_outputs(pruned, lambda *out: outputs.meet(*out, found), found.narrower):
+            meet: Show = lambda key, value: outputs.meet(key, value, found)  # noqa: E731
+            with second, shown_outputs(pruned, meet, found.narrower):
                 try:
                     made = forward(pruned)
                 except (OriginalFailed, PruneError):

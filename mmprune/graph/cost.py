@@ -7,6 +7,7 @@ five levels counts five times, its parameters once.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import cast
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -23,7 +24,7 @@ class Product:
         self.factor = factor
 
     def __call__(self, counts: Sequence[np.ndarray]) -> np.ndarray:
-        return self.factor * math.prod(counts)
+        return cast(np.ndarray, self.factor * math.prod(counts))  # a number where there is no axis
 
 
 Term = tuple[Callable[[Sequence[np.ndarray]], np.ndarray], tuple[int, ...]]

@@ -1,5 +1,7 @@
 """Criteria that take the loss's derivative for each example, and the hooks that they need."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import nn
@@ -8,12 +10,12 @@ from mmprune.score.table import criterion
 from mmprune.score.units import Units, WeightAxis
 
 
-@criterion('taylor_activation', needs='examples', normalize='layer')
+@criterion('taylor_activation', needs='examples', normalize='group')
 def taylor_activation(units: Units) -> torch.Tensor:
-    """``mean over examples of |mean over positions of z * dL/dz|``, layer-wise l2-normalised
+    """``mean over examples of |mean over positions of z * dL/dz|``, l2-normalised in each group
     (Molchanov et al., "Pruning Convolutional Neural Networks for Resource Efficient Inference",
     ICLR 2017, eq. 8 and 10; its ``- lambda * FLOPs`` is ``Score(penalty=...)``)."""
-    return units.examples.abs().mean(0) / positions(units)
+    return examples_of(units).abs().mean(0) / positions(units)
 
 
 @criterion('fisher', needs='examples')
@@ -21,7 +23,13 @@ def fisher(units: Units) -> torch.Tensor:
     """``mean over examples of (dL/dgate) ** 2 / 2``, the gate's derivative summed over everything
     that reads the unit before it is squared (Liu et al., "Group Fisher Pruning for Practical
     Network Compression", ICML 2021, eq. 6 and 7)."""
-    return units.examples.square().mean(0) / 2
+    return examples_of(units).square().mean(0) / 2
+
+
+def examples_of(units: Units) -> torch.Tensor:
+    """``units.examples``, which the collector sets for a criterion that needs them."""
+    assert units.examples is not None
+    return units.examples
 
 
 def positions(units: Units) -> torch.Tensor:
@@ -58,13 +66,14 @@ class PerSampleGates:
             if layer(module)
         ]
         self._handles += [
-            module.register_forward_pre_hook(
-                lambda module, args, entry=entry: self._watch(module, args, entry)
-            )
+            module.register_forward_pre_hook(self._watching(entry))
             for module in model.modules()
             for parameter in module._parameters.values()
             for entry in entries.get(id(parameter), ())
         ]
+
+    def _watching(self, entry: WeightAxis) -> Callable[[nn.Module, tuple], tuple | None]:
+        return lambda module, args: self._watch(module, args, entry)
 
     def close(self) -> None:
         for handle in self._handles:

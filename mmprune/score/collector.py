@@ -1,5 +1,6 @@
 """Adds up scores over a training loop's own iterations, between backward and step."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -72,24 +73,30 @@ class RunningScore:
 
 
 class Collector:
-    """Scores the units of ``trace`` in every step of ``optimizer``, until it is closed.
-
-    ``score``: a criterion's name, or a :class:`Score` or a dict of its options. ``optimizer``: what
-    :func:`mmprune.surgery.apply.cut` takes; ``None`` for every optimizer that steps any of the traced
-    weights; ``'none'`` for no optimizer: then :meth:`look` is called in the place of a step.
-    ``model``: only criteria that need examples want it, for their hooks. ``distributed``: add up
-    over the processes of the default group.
+    """Scores the units of a model in every step of its optimizer, until it is closed.
 
     It looks between backward and step, where gradients are complete: accumulated, averaged by DDP,
     free of AMP's scale. With several optimizers each has its own mean over its own steps, and a
     unit's score is the sum of these. The trace belongs to the model as it was: after a cut, close
     it, trace again and start another.
+
+    Args:
+        trace: the graph of the model.
+        score: a criterion's name, a :class:`Score`, or a dict of its options.
+        optimizer: what :func:`mmprune.surgery.apply.cut` takes; ``None`` for every optimizer that steps
+            any of the traced weights; ``'none'`` for no optimizer: then :meth:`look` is called in the
+            place of a step.
+        model: only criteria that need examples want it, for their hooks.
+        distributed: add up over the processes of the default group.
+
+    Raises:
+        PruneError: the criterion needs the model; the optimizer holds none of its weights.
     """
 
     def __init__(
         self,
         trace: ChannelGraph,
-        score: str | dict[str, Any] | Score = 'taylor',
+        score: str | Mapping[str, Any] | Score = 'taylor',
         optimizer: Any = None,
         model: nn.Module | None = None,
         distributed: bool = False,
@@ -139,7 +146,7 @@ class Collector:
         if none of these is a weight of the trace."""
         if id(holder) not in self._tally_of:
             units = Units(self.trace, only={id(p) for p in parameters})
-            useful = bool(units.consumers or units.unread_makers)
+            useful = bool(units.consumers or units.unread_producers)
             if useful and self._examples is not None and self.tallies:
                 useful = False  # all layers' examples are counted with the first optimizer's steps
             tally = RunningScore(units, self.score) if useful else None
@@ -176,7 +183,7 @@ class Collector:
         units.check_shapes()
         having = {
             entry.axis.first
-            for entry in (*units.consumers, *units.unread_makers)
+            for entry in (*units.consumers, *units.unread_producers)
             if entry.weight.grad is not None
         }
         if not having:
@@ -245,7 +252,7 @@ class Collector:
         found: dict[str, int] = {}
         if self.score.criterion.needs != 'weights':
             blind = self._blind()
-            for entry, why in self._blind_readers(Units(self.trace)):
+            for entry, why in self._blind_consumers(Units(self.trace)):
                 units = np.unique(self.trace.unit_of[entry.axis.ids])
                 count = int(blind[units[units >= 0]].sum())
                 if count:
@@ -258,7 +265,7 @@ class Collector:
             return self._examples.seen or loaded
         return set().union(*(tally.seen for tally in self.tallies))
 
-    def _blind_readers(self, units: Units) -> list[tuple[Any, str]]:
+    def _blind_consumers(self, units: Units) -> list[tuple[Any, str]]:
         """Readers whose part in a unit's score is unknown. One that is trained and had no gradient
         took no part in the loss: its part is zero."""
         seen = self._seen()
@@ -283,10 +290,10 @@ class Collector:
         units = Units(self.trace)
         some_blind = np.zeros(units.n + 1, dtype=bool)
         some_seen = np.zeros(units.n + 1, dtype=bool)
-        for entry, _ in self._blind_readers(units):
+        for entry, _ in self._blind_consumers(units):
             some_blind[self.trace.unit_of[entry.axis.ids]] = True
         seen = self._seen()
-        for entry in (*units.consumers, *units.unread_makers):
+        for entry in (*units.consumers, *units.unread_producers):
             if entry.axis.first in seen:
                 some_seen[self.trace.unit_of[entry.axis.ids]] = True
         blind = ~some_seen
@@ -297,7 +304,7 @@ class Collector:
     # -- resume -----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and whole numbers: the sums so far, for a checkpoint."""
+        """Tensors and integers: the sums so far, for a checkpoint."""
         seen = sorted(self._examples.seen) if self._examples is not None else []
         return {
             'score': self.score.name,
@@ -331,7 +338,7 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [p for group in optimizer.param_groups for p in group['params']]
 
 
-def scores_now(trace: ChannelGraph, score: str | dict[str, Any] | Score) -> np.ndarray:
+def scores_now(graph: ChannelGraph, score: str | Mapping[str, Any] | Score) -> np.ndarray:
     """(n_units,) scores from the weights, and the gradients, that are there.
 
     Raises:
@@ -340,28 +347,28 @@ def scores_now(trace: ChannelGraph, score: str | dict[str, Any] | Score) -> np.n
     score = make_score(score)
     needs = score.criterion.needs
     if needs == 'weights':
-        return Collector(trace, score).scores()
+        return Collector(graph, score).scores()
     if needs == 'examples':
         raise PruneError(
             f'score={score.name!r} watches backward passes, and this takes what is there: use '
             "mmprune.Pruner or PruneHook, or take score='taylor' or 'l2'"
         )
-    trained = [t for t in trace.slots.tensors.values() if t.requires_grad]
+    trained = [t for t in graph.slots.tensors.values() if t.requires_grad]
     if not any(weight.grad is not None for weight in trained):
         raise PruneError(
             f'score={score.name!r} needs gradients, and no weight has one: call it after backward() '
             "and before zero_grad(), or take score='l2'"
         )
-    collector = Collector(trace, score, 'none')
+    collector = Collector(graph, score, 'none')
     collector.look()
     return collector.scores()
 
 
-def weight_scores(trace: ChannelGraph, score: Score) -> np.ndarray:
+def weight_scores(graph: ChannelGraph, score: Score) -> np.ndarray:
     """(n_units,) numbers of a criterion that looks at weights alone. NaN is its own way to say that
     a unit has none; infinities are an error."""
     with torch.no_grad():
-        values = score.criterion.function(Units(trace)).double().cpu().numpy()
+        values = score.criterion.function(Units(graph)).double().cpu().numpy()
     if np.isinf(values).any() or (values.size and np.isnan(values).all()):
         raise PruneError(
             f'score={score.name!r}: {int((~np.isfinite(values)).sum())} of {values.size} numbers are '

@@ -14,9 +14,9 @@ def gate_gradient(units: Units) -> torch.Tensor:
     the weights that make it.
     """
     read = _products(units, units.consumers)
-    if not units.unread_makers:
+    if not units.unread_producers:
         return read
-    return torch.where(units.read, read, _products(units, units.unread_makers))
+    return torch.where(units.read, read, _products(units, units.unread_producers))
 
 
 def _products(units: Units, slices: list[WeightAxis]) -> torch.Tensor:

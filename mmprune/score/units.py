@@ -25,13 +25,18 @@ class WeightAxis(NamedTuple):
 class Units:
     """What a criterion is called with.
 
-    ``n``: number of units; ``consumers``: :class:`WeightAxis` of the weights that read units' channels;
-    ``producers``: the same of the weights that make them, biases and norms included; ``examples``:
-    (N, n) derivative of the loss by a gate on each unit at everything that reads it, for each of N
-    examples, where the criterion needs it.
+    Args:
+        trace: the graph of the model.
+        only: parameters to look at (by ``id``), all by default.
 
-    ``only``: parameters to look at (by ``id``), all by default. ``scale``: what gradients are
-    multiplied with as they stand (a fused optimizer takes AMP's scale away itself).
+    Attributes:
+        n: number of units.
+        consumers: :class:`WeightAxis` of the weights that read units' channels.
+        producers: the same of the weights that make them, biases and norms included.
+        examples: (N, n) derivative of the loss by a gate on each unit at everything that reads it, for
+            each of N examples, where the criterion needs it.
+        scale: what gradients are multiplied with as they stand (a fused optimizer takes AMP's scale
+            away itself).
     """
 
     def __init__(self, trace: ChannelGraph, only: Container[int] | None = None) -> None:
@@ -75,13 +80,22 @@ class Units:
         return [entry for entry in self.producers if entry.axis.first in firsts]
 
     @cached_property
-    def unread_makers(self) -> list[WeightAxis]:
+    def unread_producers(self) -> list[WeightAxis]:
         """Those of ``producers`` that make a unit which no weight reads."""
         unread = torch.cat([~self.read, self.read.new_zeros(1)]).cpu()
         return [entry for entry in self.producers if bool(unread[entry.index.cpu()].any())]
 
     def gradient(self, weight: torch.Tensor) -> torch.Tensor:
-        """The gradient of the loss by a weight, free of AMP's scale."""
+        """The gradient of the loss by a weight, free of AMP's scale.
+
+        Raises:
+            PruneError: it has none: a criterion looks at ``weight.grad`` first.
+        """
+        if weight.grad is None:
+            raise PruneError(
+                f'a weight of shape {tuple(weight.shape)} has no gradient: leave those out whose '
+                '.grad is None'
+            )
         return weight.grad if self.scale is None else weight.grad / self.scale
 
     def sums(

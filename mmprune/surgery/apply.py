@@ -24,11 +24,15 @@ Change = tuple[Callable[[], None], Callable[[], None]]
 def cut(
     model: nn.Module, plan: Plan, optimizer: Any = None, ema_models: Iterable[nn.Module] = ()
 ) -> Plan:
-    """Narrows ``model`` by a plan that was made for it as it is now.
+    """Narrows ``model`` in place by a plan that was made for it as it is now.
 
-    ``optimizer``: a torch optimizer, an mmengine ``OptimWrapper``, a scheduler, or a list of these;
-    state of a parameter's shape is sliced with it. ``ema_models``: models of the same structure (EMA).
-    Returns the plan against the original: this one after any earlier.
+    Args:
+        optimizer: a torch optimizer, an mmengine ``OptimWrapper``, a scheduler, or a list of these;
+            state of a parameter's shape is sliced with it.
+        ema_models: models of the same structure (averaged copies), which are cut alike.
+
+    Returns:
+        The plan against the original: this one after any earlier.
 
     Raises:
         PruneError: the model is another one, or state can't follow. Nothing has changed then.
@@ -85,7 +89,7 @@ def _narrow_tensor(tensor: torch.Tensor, dims: dict[int, list[int]]) -> list[Cha
         # to expect gradients of the old shape. `set_` resets that too.
         with torch.no_grad():
             tensor.grad = None
-            tensor.set_(value)
+            tensor.set_(value)  # pyright: ignore[reportArgumentType] (the stub knows storages alone)
             tensor.grad = gradient
 
     return [(lambda: put(new, None), lambda: put(old, grad))]
@@ -166,8 +170,8 @@ def _attribute_changes(model: nn.Module, plan: Plan) -> list[Change]:
             if isinstance(old, bool) or not isinstance(old, int) or value > old:
                 raise PruneError(
                     f'{name}.{attribute}: the plan sets it to {value}, but it is {reprlib.repr(old)}, '
-                    'which is no width that could shrink to that: the plan is damaged, or of another '
-                    'version of the library'
+                    'which is not a width that could shrink to that: the plan is corrupt, or of '
+                    'another version of the library'
                 )
             changes.append(
                 (

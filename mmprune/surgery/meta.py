@@ -26,7 +26,7 @@ def read_file(path: str | Path, device: str = 'cpu') -> dict[str, Any]:
     whatever the environment would say.
 
     Raises:
-        PruneError: no such file; truncated, corrupt or not a checkpoint; or it holds objects beyond
+        PruneError: no such file; truncated or corrupt, or not a checkpoint; or it holds objects beyond
             tensors, plain data and ``SAFE_TYPES``.
     """
     if not Path(path).is_file():
@@ -52,9 +52,9 @@ def checked_content(path: str | Path, load: Callable[[], Any]) -> dict[str, Any]
             f'{path}: refused: it is not a checkpoint, or holds objects that could run code '
             f'({first_line(error)})'
         ) from error
-    except Exception as error:  # a damaged file can bring a reader to any error
+    except Exception as error:  # a corrupt file can bring a reader to any error
         raise PruneError(
-            f'{path}: truncated, corrupt or not a checkpoint ({type(error).__name__}: '
+            f'{path}: truncated or corrupt, or not a checkpoint ({type(error).__name__}: '
             f'{first_line(error)}); take an earlier one'
         ) from error
     if not isinstance(checkpoint, dict):
@@ -83,7 +83,9 @@ def check_archive(path: str | Path) -> None:
             )
         damaged = archive.testzip()
     if damaged is not None:
-        raise PruneError(f'{path}: damaged: {damaged} differs from its checksum; take an earlier one')
+        raise PruneError(
+            f'{path}: truncated or corrupt: {damaged} differs from its checksum; take an earlier one'
+        )
 
 
 def first_line(error: BaseException) -> str:

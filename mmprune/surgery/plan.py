@@ -21,6 +21,7 @@ from torch import nn
 from mmprune._version import __version__
 from mmprune.errors import PruneError
 from mmprune.graph.slots import aliases_of, named_state
+from mmprune.surgery.history import CutRecord
 
 FORMAT = 1
 """Version of ``meta['mmprune']``. Readers refuse later ones."""
@@ -31,32 +32,60 @@ Fingerprint = dict[str, list[int]]
 
 @dataclass(frozen=True)
 class Plan:
-    """What stays of a model.
+    """What stays of a model: data, made apart from being applied.
 
-    ``keep``: {tensor name: {dimension: kept original indices, ascending}} for every parameter and
-    buffer that was cut; ``attributes``: {module name: {attribute: value}}; ``fingerprint``: names
-    and shapes of the original's state; ``history``: one dict for each cut; ``budget``: what was
-    asked for. ``aliases``: {further name of a tensor: its first name}; of such names a model may have
-    some and lack others, since code may give a module a second name while it runs.
+    Args:
+        keep: {tensor name: {dimension: kept original indices, ascending}} for every parameter and
+            buffer that was cut.
+        attributes: {module name: {attribute: value}} of the widths that modules keep as numbers.
+        fingerprint: {tensor name: shape} of the original's parameters and buffers.
+        cuts: what each cut did, the first one first.
+        budget: what was asked for in the last one, as plain data (:meth:`Budget.to_meta`; a later
+            version may know other options).
+        aliases: {further name of a tensor: its first name}. Of such names a model may have some and
+            lack others, since code may give a module a second name while it runs.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 1))
+        >>> x = torch.zeros(1, 3, 5, 5)
+        >>> plan = mmprune.prune(model, lambda m: m(x), prune_num=4, divisor=4)
+        >>> plan.fingerprint['0.weight'], len(plan.keep['0.weight'][0])
+        ([8, 3, 3, 3], 4)
+        >>> plan.cuts[-1].units_removed, plan.cuts[-1].params_before, plan.cuts[-1].params
+        (4, 242, 122)
+        >>> mmprune.Plan.from_meta(plan.to_meta()) == plan
+        True
     """
 
     keep: Keep
     attributes: dict[str, dict[str, int]]
     fingerprint: Fingerprint
-    history: list[dict[str, Any]] = field(default_factory=list)
+    cuts: list[CutRecord] = field(default_factory=list)
     budget: dict[str, Any] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        last = self.history[-1] if self.history else {}
+        last = self.cuts[-1].to_meta() if self.cuts else {}
         told = ', '.join(f'{key} {value:,}' for key, value in last.items() if isinstance(value, int))
-        return f'Plan({len(self.keep)} tensors narrower after {len(self.history)} cuts; {told})'
+        return f'Plan({len(self.keep)} tensors narrower after {len(self.cuts)} cuts; {told})'
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """``cuts`` as plain dicts, as a checkpoint and a report have them."""
+        return [record.to_meta() for record in self.cuts]
 
     def apply(
         self, model: nn.Module, optimizer: Any = None, ema_models: Iterable[nn.Module] = ()
     ) -> None:
-        """Narrows ``model`` in place: parameters stay the same objects, the optimizer's state and
-        ``ema_models`` (averaged copies) follow. All or nothing.
+        """Narrows ``model`` in place: parameters stay the same objects. All or nothing.
+
+        Args:
+            model: the plan's original, as it was before the first cut.
+            optimizer: a torch optimizer, an mmengine ``OptimWrapper``, a scheduler, or a list of
+                these; state of a parameter's shape is sliced with it.
+            ema_models: averaged copies of the model, which are cut alike.
 
         Raises:
             PruneError: the model is not the plan's original; the first differences are listed.
@@ -92,7 +121,7 @@ class Plan:
             keep,
             attributes,
             first.fingerprint,
-            self.history + second.history,
+            self.cuts + second.cuts,
             second.budget or self.budget,
             first.aliases | second.aliases,
         )
@@ -104,7 +133,9 @@ class Plan:
         shapes, keep, found = dict(self.fingerprint), dict(self.keep), {}
         for first, names in names_by_first(self.aliases | aliases).items():
             known = next((name for which in (keep, shapes) for name in names if name in which), None)
-            for name in names if known is not None else ():
+            if known is None:
+                continue
+            for name in names:
                 shapes.setdefault(name, shapes[known])
                 if known in keep:
                     keep.setdefault(name, keep[known])
@@ -139,7 +170,7 @@ class Plan:
                 for name, dims in self.keep.items()
             },
             'attributes': {name: dict(values) for name, values in self.attributes.items()},
-            'history': [dict(entry) for entry in self.history],
+            'history': self.history,
             'budget': dict(self.budget),
         }
         if self.aliases:
@@ -151,7 +182,7 @@ class Plan:
         """The plan that :meth:`to_meta` wrote, every part of it checked.
 
         Raises:
-            PruneError: damaged, of a later format, or not a plan; the message names the part.
+            PruneError: corrupt, of a later format, or not a plan; the message names the part.
         """
         _check_meta(meta)
         return cls(
@@ -161,7 +192,7 @@ class Plan:
             },
             attributes={name: dict(values) for name, values in meta['attributes'].items()},
             fingerprint={name: list(shape) for name, shape in meta['fingerprint'].items()},
-            history=[dict(entry) for entry in meta['history']],
+            cuts=[CutRecord.from_meta(entry) for entry in meta['history']],
             budget=dict(meta['budget']),
             aliases=dict(meta.get('aliases', {})),
         )
@@ -213,7 +244,19 @@ def _shape(shape: list[int] | None) -> str:
 
 
 def plan_of(model: nn.Module) -> Plan | None:
-    """The plan by which ``model`` was cut, against its original; ``None`` if it never was."""
+    """The plan by which ``model`` was cut, against its original.
+
+    Args:
+        model: pruned or not.
+
+    Returns:
+        All its cuts as one plan; ``None`` where there was none.
+
+    Example:
+        >>> from torch import nn
+        >>> mmprune.plan_of(nn.Conv2d(3, 8, 3)) is None
+        True
+    """
     plan = getattr(model, '_mmprune_plan', None)
     return plan if plan is None else plan.with_aliases(aliases_of(model))
 
@@ -222,7 +265,7 @@ def set_plan(model: nn.Module, plan: Plan | None) -> None:
     if plan is None:
         vars(model).pop('_mmprune_plan', None)
     else:
-        model._mmprune_plan = plan
+        vars(model)['_mmprune_plan'] = plan
 
 
 def checksum(meta: dict[str, Any]) -> str:
@@ -242,8 +285,8 @@ _ATTRIBUTE = re.compile(r'[A-Za-z_]\w*(\.[A-Za-z_]\w*|\[\d+\])*')
 
 def _bad(where: str, found: Any, wanted: str) -> PruneError:
     return PruneError(
-        f"meta['mmprune']{where} is {_told(found)}, not {wanted}: the file is damaged or was not "
-        'written by mmprune; use another checkpoint'
+        f"meta['mmprune']{where} is {_told(found)}, not {wanted}: the file is truncated or corrupt, or "
+        'was not written by mmprune; use another checkpoint'
     )
 
 
@@ -268,6 +311,17 @@ def _is_plain(value: Any, depth: int = 6) -> bool:
     if isinstance(value, dict):
         return all(isinstance(k, str) and _is_plain(v, depth - 1) for k, v in value.items())
     return all(_is_plain(v, depth - 1) for v in value)
+
+
+_NOTED = {
+    'iteration': (_is_int, 'an integer'),
+    'latency': (lambda value: isinstance(value, float) or _is_int(value), 'a number'),
+    'units_removed': (_is_int, 'an integer'),
+    'uneven': (
+        lambda value: isinstance(value, list) and all(isinstance(each, str) for each in value),
+        'a list of strings',
+    ),
+}
 
 
 def _check_meta(meta: Any) -> None:
@@ -327,6 +381,9 @@ def _check_meta(meta: Any) -> None:
         for key in ('flops_before', 'flops', 'params_before', 'params'):
             if not _is_int(entry.get(key)) or entry[key] < key.endswith('_before'):
                 raise _bad(f"['history'][{number}][{key!r}]", entry.get(key), 'a number of them')
+        for key, (good, wanted) in _NOTED.items():
+            if key in entry and not good(entry[key]):
+                raise _bad(f"['history'][{number}][{key!r}]", entry[key], wanted)
     if not _is_plain(meta['budget']):
         raise _bad("['budget']", meta['budget'], 'a dict of plain values')
     if meta.get('checksum') != checksum(meta):

@@ -182,13 +182,13 @@ def test_a_target_beside_prune_num_ends_the_removing():
 def test_when_nothing_is_left_it_says_so():
     model = make()
     pruner = mmprune.Pruner(model, min_channels=100)
-    with pytest.raises(PruneError, match='prune_num=3: no unit is left that may go'):
+    with pytest.raises(PruneError, match='prune_num=3: no prunable unit left'):
         pruner.rebuild_model(BATCHES[0], to_loss_fn, sgd(model), 3)
     assert mmprune.plan_of(model) is None
 
 
 def test_a_divisor_that_gives_all_back_is_told_too():
-    with pytest.raises(PruneError, match='prune_num=3: no unit is left that may go'):
+    with pytest.raises(PruneError, match='prune_num=3: no prunable unit left'):
         mmprune.Pruner(make(), divisor=64).rebuild_model(BATCHES[0], to_loss_fn, sgd(make()), 3)
 
 
@@ -404,3 +404,44 @@ def test_the_example_runs(tmp_path):
     before, after = (float(w.strip(',')) for w in out.stdout.split() if w.startswith('0.'))
     assert before == after > 0.7
     assert 'epoch 3: removed 12 units' in out.stdout
+
+
+@pytest.mark.parametrize(
+    'given',
+    [
+        dict(budget=mmprune.Budget(keep_params=0.6, divisor=1)),
+        dict(budget=dict(keep_params=0.6, divisor=1)),
+        dict(keep_params=0.6, divisor=1),
+    ],
+)
+def test_a_budget_in_any_form_ends_the_cuts(given):
+    model = make()
+    optimizer = sgd(model)
+    pruner = mmprune.Pruner(model, **given)
+    train(model, optimizer, BATCHES[:2])
+    told = [pruner.rebuild_model(BATCHES[2], to_loss_fn, optimizer, 4) for _ in range(4)]
+    assert told[0].units == 4 and told[-1].units == 0
+    assert told[-1].keep_params <= 0.6
+
+
+def test_limits_need_no_target():
+    pruner = mmprune.Pruner(make(), budget=dict(divisor=4))
+    assert pruner.limits == mmprune.Budget(prune_num=1, divisor=4)
+
+
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (dict(budget=dict(divisor=1), lock='0.*'), 'budget= and lock= were both given'),
+        (
+            dict(budget=mmprune.Budget(keep_flops=0.5), divisor=1),
+            'budget= and divisor= were both given',
+        ),
+        (dict(budget=mmprune.Budget(prune_num=3)), 'prune_num=3 is an argument of rebuild_model'),
+        (dict(budget=dict(prune_num=3)), 'prune_num=3 is an argument of rebuild_model'),
+        (dict(budget=8), 'budget=8 is not a Budget'),
+    ],
+)
+def test_a_budget_that_is_none_is_named(options, message):
+    with pytest.raises(PruneError, match=message):
+        mmprune.Pruner(make(), **options)

@@ -12,6 +12,7 @@ from mmprune import Budget, PruneError
 from mmprune.budget.budget import make_budget
 from mmprune.budget.choose import choose
 from mmprune.graph import cost
+from mmprune.surgery.build import Baseline
 
 
 class Net(nn.Module):
@@ -84,7 +85,7 @@ def test_lowest_scores_go_first(traced):
 
 def test_keep_channels_is_for_every_group(traced):
     assert widths(traced, run(traced, keep_channels=0.7)) == [12, 17, 14]
-    wider = choose(traced, SCORES, Budget(keep_channels=0.28, divisor=1), {'units': [16, 25, 20]})
+    wider = choose(traced, SCORES, Budget(keep_channels=0.28, divisor=1), Baseline(units=(16, 25, 20)))
     assert widths(traced, wider) == [5, 7, 6]  # 0.28 * 25 is 7.000000000000001
 
 
@@ -118,7 +119,7 @@ def test_the_original_counts_after_a_first_cut():
 
 
 def test_a_target_is_of_the_cost_that_is_told(traced):
-    met = choose(traced, SCORES, Budget(keep_flops=0.5), {'flops': 2 * traced.flops})
+    met = choose(traced, SCORES, Budget(keep_flops=0.5), Baseline(flops=2 * traced.flops))
     assert met.all()
 
 
@@ -143,7 +144,9 @@ def test_latency_asks_the_times_that_were_measured(traced):
     seconds = lambda keep: 1e-3 * (1 + keep.sum() / 60)  # noqa: E731
     keep = choose(traced, SCORES, Budget(latency=0.75, divisor=1), latency=seconds)
     assert keep.sum() == 30
-    keep = choose(traced, SCORES, Budget(latency=0.75, divisor=1), {'latency': 1.8e-3}, latency=seconds)
+    keep = choose(
+        traced, SCORES, Budget(latency=0.75, divisor=1), Baseline(latency=1.8e-3), latency=seconds
+    )
     assert keep.sum() == 21
     with pytest.raises(PruneError, match='latency=0.75: no times were measured'):
         choose(traced, SCORES, Budget(latency=0.75, divisor=1))
@@ -293,7 +296,9 @@ def test_infinite_scores_go_last(traced):
 
 
 def test_an_unknown_cost_is_named(traced):
-    with pytest.raises(PruneError, match="per='joules'; there are 'budget', 'flops', 'memory', 'par"):
+    with pytest.raises(
+        PruneError, match="per='joules': expected one of 'budget', 'flops', 'memory', 'par"
+    ):
         run(traced, per='joules', prune_num=1)
 
 
@@ -327,7 +332,7 @@ def test_a_unit_belongs_to_the_part_that_makes_it_not_to_one_that_reads_it():
     traced = mmprune.trace(ReadsFirst(), lambda m: m(X))
     keep = run(traced, np.arange(8.0), parts=dict(backbone=dict(prune_num=3)))
     assert keep.sum() == 5
-    with pytest.raises(PruneError, match='no unit that may go is made there; .* are backbone, and'):
+    with pytest.raises(PruneError, match='no prunable unit is made there; .* are backbone, and'):
         run(traced, np.arange(8.0), parts=dict(head=dict(prune_num=3)))
 
 
@@ -388,19 +393,19 @@ def test_the_steps_of_a_schedule_reach_parts_too():
         (dict(keep_flops=float('nan')), 'keep_flops=nan is outside'),
         (dict(latency=2), r'latency=2 is outside \(0, 1\]'),
         (dict(keep_flops=0.5, max_cut=0), r'max_cut=0 is outside \(0, 1\]: it is the largest'),
-        (dict(prune_num=0), 'prune_num=0: give a whole number from 1 on'),
-        (dict(prune_num=2.5), 'prune_num=2.5: give a whole number'),
-        (dict(prune_num=3, divisor=0), 'divisor=0: give a whole number'),
-        (dict(prune_num=3, divisor=None), 'divisor=None: give a whole number'),
-        (dict(prune_num=3, min_channels=True), 'min_channels=True: give a whole number'),
+        (dict(prune_num=0), 'prune_num=0: must be an integer >= 1'),
+        (dict(prune_num=2.5), 'prune_num=2.5: must be an integer'),
+        (dict(prune_num=3, divisor=0), 'divisor=0: must be an integer'),
+        (dict(prune_num=3, divisor=None), 'divisor=None: must be an integer'),
+        (dict(prune_num=3, min_channels=True), 'min_channels=True: must be an integer'),
         (dict(prune_num=3, lock=[1]), 'lock=1: give patterns of tensor names'),
         (dict(), 'no budget: give one or more of keep_flops, keep_params, keep_channels, latency, pru'),
         (dict(divisor=8), 'no budget'),
-        (dict(keep_flop=0.5), "unknown budget option 'keep_flop'; there are keep_flops"),
+        (dict(keep_flop=0.5), "unknown budget option 'keep_flop': expected one of keep_flops"),
         (dict(parts=['head']), r"parts=\['head'\]: give a dict such as"),
         (dict(parts=dict(head=0.5)), r"parts\['head'\]=0.5: give a dict of options"),
         (dict(parts=dict(head={})), r"parts\['head'\]=\{\}: give a dict of options"),
-        (dict(parts=dict(head=dict(keep=1))), r"parts\['head'\]: unknown option 'keep'; there are"),
+        (dict(parts=dict(head=dict(keep=1))), r"parts\['head'\]: unknown option 'keep': expected"),
         (dict(parts=dict(head=dict(keep_flops=3))), r"parts\['head'\]: keep_flops=3 is outside"),
         (dict(parts=dict(head=dict(latency=0.5))), r"parts\['head'\]: unknown option 'latency'"),
         (dict(parts=dict(head=dict(max_cut=0.5))), 'no budget'),
@@ -418,10 +423,10 @@ def test_nonsense_is_named(options, message):
         (dict(keep_params=0.3, min_channels=12), r'keep_params=0.3 is below .* min_channels=12'),
         (dict(keep_flops=0.3, lock='backbone.*'), 'keep_flops=0.3 is below the floor'),
         (dict(parts=dict(head=dict(keep_flops=0.001))), r'keep_flops=0.001 is below .* in head:'),
-        (dict(prune_num=3, lock='*'), 'prune_num=3: no unit is left that may go'),
+        (dict(prune_num=3, lock='*'), 'prune_num=3: no prunable unit left'),
         (dict(prune_num=3, lock='neck.*'), r"lock pattern 'neck.\*' matches no parameter; names"),
         (dict(prune_num=3, parts=dict(neck=dict(max_cut=0.5))),
-         r"parts\['neck'\]: no unit that may go is made there; parts of this model are backbone, head"),
+         r"parts\['neck'\]: no prunable unit is made there; parts of this model are backbone, head"),
     ],
 )  # fmt: skip
 def test_what_this_model_can_not_give(traced, options, message):

@@ -1,7 +1,6 @@
 """Measured time as a budget. Times are of this machine: what is checked is what holds on any."""
 
 import copy
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +14,9 @@ from mmprune.budget import latency as timing
 from mmprune.budget import op_times
 from mmprune.budget.choose import choose
 from mmprune.budget.op_times import Lookup, Op
-from mmprune.surgery.build import make_plan
+from mmprune.surgery.build import Baseline, make_plan
+from mmprune.surgery.history import CutRecord
+from mmprune.surgery.plan import Plan
 
 
 class Net(nn.Module):
@@ -171,7 +172,9 @@ def test_a_runtime_that_is_missing_is_named(monkeypatch, model, traced):
     monkeypatch.setitem(__import__('sys').modules, 'openvino', None)
     with pytest.raises(PruneError, match='openvino can not be imported .*: pip install openvino'):
         timing.measure(model, forward, traced, 'openvino', divisor=8)
-    with pytest.raises(PruneError, match="backend='tensorrt'; there are eager, onnxruntime, openvino"):
+    with pytest.raises(
+        PruneError, match="backend='tensorrt': expected one of eager, onnxruntime, openvino"
+    ):
         timing.measure(model, forward, traced, 'tensorrt')
     with pytest.raises(PruneError, match='aten::mv can not be timed in another runtime'):
         op_times.onnx_model('aten::mv', {})
@@ -286,7 +289,7 @@ def test_a_table_that_is_wrong_is_set_right_by_the_real_timing(monkeypatch, mode
     monkeypatch.setattr(timing, 'ratio_of', lambda *a: 0.3 + 0.7 * share(kept[-1]))
     scores = np.random.default_rng(0).random(traced.n_units)
     keep, left = timing.choose_measured(
-        model, forward, traced, scores, Budget(latency=0.7), {}, planned
+        model, forward, traced, scores, Budget(latency=0.7), Baseline(), planned
     )
     assert len(kept) > 1 and left <= 1.02 * 0.7 and left == pytest.approx(0.3 + 0.7 * share(keep))
     one_shot = choose(traced, scores, Budget(latency=0.7), latency=share)
@@ -294,7 +297,7 @@ def test_a_table_that_is_wrong_is_set_right_by_the_real_timing(monkeypatch, mode
 
     monkeypatch.setattr(timing, 'ratio_of', lambda *a: 0.95)
     with pytest.raises(PruneError, match='latency=0.7: 0.95 of the time is left after . tries'):
-        timing.choose_measured(model, forward, traced, scores, Budget(latency=0.7), {}, planned)
+        timing.choose_measured(model, forward, traced, scores, Budget(latency=0.7), Baseline(), planned)
 
 
 class Share:
@@ -323,7 +326,7 @@ def chosen(monkeypatch, model, traced, budget, ratio, original=None):
         traced,
         np.arange(float(traced.n_units)),
         budget,
-        original or {},
+        original or Baseline(),
         lambda keep: make_plan(traced, model, keep, {}),
     )
     assert mmprune.plan_of(model) is None
@@ -347,7 +350,7 @@ def test_the_steps_of_the_table_are_those_of_the_budget(monkeypatch, model, trac
             traced,
             np.arange(float(traced.n_units)),
             Budget(latency=0.7, divisor=divisor),
-            {},
+            Baseline(),
             lambda keep: make_plan(traced, model, keep, {}),
         )
         if divisor != 2:  # 'auto' is what the table was taken at
@@ -369,7 +372,7 @@ def test_a_choice_that_saves_too_much_is_tried_again_and_what_fits_best_is_taken
     monkeypatch.setattr(timing, 'ratio_of', lambda *a: float(kept[-1].mean()) ** 2)
     budget = Budget(latency=0.5, divisor=1)
     keep, left = timing.choose_measured(
-        model, forward, traced, np.arange(float(traced.n_units)), budget, {}, planned
+        model, forward, traced, np.arange(float(traced.n_units)), budget, Baseline(), planned
     )
     assert len(kept) > 1 and kept[0].mean() ** 2 < 0.3
     assert 0.48 <= left <= 0.51 and left == pytest.approx(keep.mean() ** 2)
@@ -377,7 +380,8 @@ def test_a_choice_that_saves_too_much_is_tried_again_and_what_fits_best_is_taken
 
 def test_time_is_that_before_the_earlier_cuts_where_it_was_measured(monkeypatch, model, traced):
     """80 % were left: 40 % of the original's are half of what is there now."""
-    original = {'plan': SimpleNamespace(history=[{'latency': 0.8}])}
+    record = CutRecord(latency=0.8, flops_before=4, flops=2, params_before=4, params=2)
+    original = Baseline(plan=Plan({}, {}, {}, [record]))
     budget = Budget(latency=0.4, divisor=2)
     keep, left, _ = chosen(monkeypatch, model, traced, budget, 0.5, original)
     assert left == pytest.approx(0.4) and 0.45 < keep.mean() <= 0.5
@@ -393,7 +397,7 @@ def test_a_second_cut_is_of_the_original_time(monkeypatch, model):
     seen = []
 
     def fake(model, forward, trace, scores, budget, original, planned, per):
-        seen.append(original['plan'] and original['plan'].history[-1]['latency'])
+        seen.append(original.plan and original.plan.cuts[-1].latency)
         return choose(trace, scores, Budget(prune_num=10)), 0.8
 
     monkeypatch.setattr(mmprune.session, 'choose_measured', fake)

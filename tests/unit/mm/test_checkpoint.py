@@ -82,7 +82,9 @@ def test_a_flipped_bit_in_a_weight_is_named(good, tmp_path):
     damaged[start + largest.file_size // 2] ^= 1
     (tmp_path / 'flipped.pth').write_bytes(damaged)
     assert torch.load(tmp_path / 'flipped.pth')  # it does not see it
-    with pytest.raises(mmprune.PruneError, match=f'damaged: {largest.filename} differs from its check'):
+    with pytest.raises(
+        mmprune.PruneError, match=f'or corrupt: {largest.filename} differs from its check'
+    ):
         mmprune.load_pruned(config(tmp_path), tmp_path / 'flipped.pth')
 
 

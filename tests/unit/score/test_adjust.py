@@ -7,7 +7,7 @@ from torch import nn
 
 import mmprune
 from mmprune.graph import cost
-from mmprune.score import Score, adjusted, make_score
+from mmprune.score import CRITERIA, Score, adjusted, make_score
 
 
 @pytest.fixture(scope='module')
@@ -22,10 +22,10 @@ def traced():
     return mmprune.trace(model, lambda m: m(x))
 
 
-def test_layer_normalisation_makes_every_groups_norm_one(traced):
+def test_normalisation_makes_every_groups_norm_one(traced):
     values = np.arange(1.0, 11.0)
     values[3] = np.nan
-    found = adjusted(traced, values, Score('taylor', normalize='layer'))
+    found = adjusted(traced, values, Score('taylor', normalize='group'))
     np.testing.assert_allclose(found[:3], values[:3] / np.sqrt(1 + 4 + 9))
     np.testing.assert_allclose(found[4:], values[4:] / np.linalg.norm(values[4:]))
     assert np.isnan(found[3])
@@ -38,6 +38,25 @@ def test_a_criterion_says_whether_it_is_normalised_and_a_score_may_differ(traced
     assert np.array_equal(
         adjusted(traced, values, Score('taylor_activation', normalize='none')), values
     )
+
+
+def test_the_old_word_for_it_is_taken_with_a_warning(traced):
+    with pytest.warns(DeprecationWarning, match="normalize='layer' is now 'group'") as told:
+        score = Score('taylor', normalize='layer')
+    assert score == Score('taylor', normalize='group') and told[0].filename == __file__
+    with pytest.warns(DeprecationWarning, match="is now 'group'"):
+        assert make_score(dict(name='l2', normalize='layer')).normalize == 'group'
+
+
+def test_a_criterion_of_the_old_word_too():
+    try:
+        with pytest.warns(DeprecationWarning, match="is now 'group'") as told:
+            mmprune.criterion('old', normalize='layer')(lambda units: units.read)
+        assert CRITERIA['old'].normalize == 'group' and told[0].filename == __file__
+    finally:
+        CRITERIA.pop('old', None)
+    with pytest.raises(mmprune.PruneError, match="normalize='batch': expected one of none, group"):
+        mmprune.criterion('new', normalize='batch')
 
 
 def test_penalty_is_lambda_times_a_million_flops(traced):
@@ -56,17 +75,23 @@ def test_make_score():
 @pytest.mark.parametrize(
     'value, message',
     [
-        (dict(name='taylor', per='joules'), "per='joules'; there are 'budget', 'flops', 'mem"),
-        (dict(name='taylor', normalize='batch'), "normalize='batch'; there are None, 'none', 'layer'"),
-        (dict(name='taylor', frozen='thaw'), "frozen='thaw'; there are 'stay', 'partial'"),
-        (dict(name='taylor', penalty=-1), 'penalty=-1: give a number from 0 on'),
-        (dict(name='taylor', penalty=float('nan')), 'penalty=nan: give a number'),
+        (dict(name='taylor', per='joules'), "per='joules': expected one of 'budget', 'flops', 'mem"),
+        (
+            dict(name='taylor', normalize='batch'),
+            "normalize='batch': expected one of None, 'none', 'group'",
+        ),
+        (dict(name='taylor', frozen='thaw'), "frozen='thaw': expected one of 'stay', 'partial'"),
+        (dict(name='taylor', penalty=-1), 'penalty=-1: must be a number >= 0'),
+        (dict(name='taylor', penalty=float('nan')), 'penalty=nan: must be a number'),
         (dict(name='taylor', momentum=1), r'momentum=1 is outside \[0, 1\)'),
         (dict(name='taylor', momentum='0.9'), "momentum='0.9' is outside"),
         (dict(name='tailor'), "unknown score 'tailor'"),
         (dict(per='flops'), "has no name: add name='taylor'"),
-        (dict(name='taylor', pr='flops'), "unknown option 'pr'; there are name, per, normalize, pen"),
-        (3, "score=3: give a criterion's name or a dict"),
+        (
+            dict(name='taylor', pr='flops'),
+            "unknown option 'pr': expected one of name, per, normalize, pen",
+        ),
+        (3, "score=3 is not a Score: give a criterion's name or a dict"),
     ],
 )
 def test_nonsense_is_named(value, message):

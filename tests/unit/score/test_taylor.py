@@ -94,3 +94,10 @@ def test_products_of_large_weights_in_pieces(shape, dim):
     assert a.numel() > CACHED
     wanted = (a.double() * b).sum([d for d in range(a.ndim) if d != dim])
     torch.testing.assert_close(dot_along(a, b, dim).double(), wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_a_gradient_that_is_not_there_is_an_error():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1))
+    units = Units(mmprune.trace(model, lambda m: m(torch.zeros(1, 3, 2, 2))))
+    with pytest.raises(mmprune.PruneError, match=r'of shape \(2, 4, 1, 1\) has no gradient: leave'):
+        units.gradient(model[1].weight)

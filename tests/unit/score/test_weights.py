@@ -73,11 +73,15 @@ def test_infinite_weights_are_an_error(model, traced):
 
 
 def test_names_are_checked(traced):
-    with pytest.raises(mmprune.PruneError, match="unknown score 'l3'; there are .*fisher.*taylor"):
+    with pytest.raises(
+        mmprune.PruneError, match="unknown score 'l3': expected one of .*fisher.*taylor"
+    ):
         get_criterion('l3')
     with pytest.raises(mmprune.PruneError, match="'l2' is registered already, by mmprune.score.weig"):
         criterion('l2')(lambda units: None)
-    with pytest.raises(mmprune.PruneError, match="needs='luck'; there are weights, gradients, exam"):
+    with pytest.raises(
+        mmprune.PruneError, match="needs='luck': expected one of weights, gradients, exam"
+    ):
         criterion('mine', needs='luck')
     with pytest.raises(mmprune.PruneError, match="score='taylor' needs gradients, and no weight has"):
         scores_now(traced, 'taylor')
