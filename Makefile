@@ -88,6 +88,8 @@ test: install
 
 lint: install
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(BIN)/basedpyright --pythonpath $(PY)
 
 clean:
 	rm -rf $(DATA) work_dirs build dist *.egg-info .pytest_cache .ruff_cache
