@@ -109,7 +109,7 @@ def rebuild_reducers(model: nn.Module) -> int:
 
     Raises:
         PruneError: a wrapper that shards parameters, or holds state of the old shapes that can't be
-            made anew.
+            rebuilt.
     """
     found = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
     # MMSeparateDistributedDataParallel is one by its class only; those inside it have reducers.

@@ -165,19 +165,19 @@ class Pruner:
                 outputs.
             optimizer: a torch optimizer, an mmengine ``OptimWrapper``, a scheduler, or a list of these.
             prune_num: how many units go.
-            recalibrate: take the running statistics of batch norms anew after the cut, over ``batch``
+            recalibrate: take the running statistics of batch norms again after the cut, over ``batch``
                 (``True``) or over batches that are given; norms in evaluation mode are frozen and stay.
 
         Returns:
             What was done, and what is left.
 
         Raises:
-            PruneError: nothing may go any more, or the cut is not exact. Nothing has changed then. Or
+            PruneError: no prunable unit left, or the cut is not exact. Nothing has changed then. Or
                 the recalibration failed: the statistics are those of before, and the cut is done.
         """
         budget = replace(self.limits, prune_num=prune_num)
-        anew = batches_asked(recalibrate, batch)
-        norms = norms_in_training(self.model) if anew is not None else []
+        batches = batches_asked(recalibrate, batch)
+        norms = norms_in_training(self.model) if batches is not None else []
         forward = lambda model: to_loss_fn(model, batch)  # noqa: E731
         together = raise_together if self.distributed else lambda what: contextlib.nullcontext()
         graph = self._collector.trace if self._collector is not None else None
@@ -205,8 +205,8 @@ class Pruner:
             raise PruneError(f'prune_num={prune_num}: no prunable unit left')
         self._start(outcome.trace)
         self._of_loss = True
-        if anew is not None and step is not None:
-            recalibrate_norms(self.model, norms, to_loss_fn, anew, self.distributed)
+        if batches is not None and step is not None:
+            recalibrate_norms(self.model, norms, to_loss_fn, batches, self.distributed)
         return self._result(step, graph, collector)
 
     def _result(self, step: Plan | None, graph: ChannelGraph, collector: Collector) -> PruneResult:
@@ -369,7 +369,7 @@ def load_model_def(model: nn.Module, path_or_checkpoint: str | Path | dict[str, 
     if not isinstance(content, dict):
         raise PruneError(f'{where} is a {type(content).__name__}: give a path or a checkpoint dict')
     if plan_of(model) is not None:
-        raise PruneError('the model is pruned already: build it anew, as it was before pruning')
+        raise PruneError('the model is pruned already: build it again, as it was before pruning')
     plan = Plan.from_meta(content) if _is_structure(content) else plan_in(content)
     if plan is None:
         found = [key for key, value in content.items() if _is_structure(value)]

@@ -20,7 +20,7 @@ Statistics = tuple[torch.Tensor, torch.Tensor, float]
 
 
 def recalibrate(model: nn.Module, forward: Forward, batches: Iterable[Any], only: str = '*') -> int:
-    """Takes batch norms' running means and variances anew, as the plain average over ``batches``.
+    """Takes batch norms' running means and variances again, as the plain average over ``batches``.
 
     What a channel's input is made of changes when others go, and with it its statistics. Weights,
     other buffers and random states are left alone, and so are norms that no batch reaches.
@@ -90,7 +90,7 @@ def norms_in_training(model: nn.Module) -> list[str]:
     if not names:
         raise PruneError(
             'recalibrate: the model has no batch norm in training mode, so there are no statistics to '
-            'take anew; leave recalibrate out, or unfreeze some (norm_eval=False, model.train())'
+            'take again; leave recalibrate out, or unfreeze some (norm_eval=False, model.train())'
         )
     return names
 

@@ -55,7 +55,7 @@ def choose(
         (n_units,) bool: which stay.
 
     Raises:
-        PruneError: nothing can be cut; the budget is below what may go (the floor is named).
+        PruneError: nothing can be cut; the budget is below the floor, which is named.
     """
     if not graph.groups:
         raise PruneError('nothing can be cut: every unit is locked. ' + first_reasons(graph))
@@ -184,7 +184,7 @@ class _Choice:
         limits = self.budget.whole if part is None else self.budget.of_part(part)
         if not limits.targets:
             return keep
-        # A part that has its own targets is no matter of the whole model's.
+        # A part that has its own targets does not concern the whole model.
         mine = [
             number
             for number, of in enumerate(self.part)

@@ -17,12 +17,12 @@ def copied(model: nn.Module) -> nn.Module:
         if isinstance(value, torch.Tensor) and not value.is_leaf
     ]
     memo = {id(value): value.detach().clone() for value in results}
-    twin = copy.deepcopy(model, memo)
+    clone = copy.deepcopy(model, memo)
     for module in model.modules():
         forward = vars(module).get('forward')
         if isinstance(forward, FunctionType):
             vars(memo[id(module)])['forward'] = _rebound(forward, memo)
-    return twin
+    return clone
 
 
 def _rebound(value: Any, memo: dict[int, Any]) -> Any:

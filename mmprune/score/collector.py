@@ -104,11 +104,11 @@ class Collector:
         self.trace = trace
         self.score = make_score(score)
         self.distributed = distributed
-        self.tallies: list[RunningScore] = []
-        self._tally_of: dict[int, RunningScore | None] = {}  # by optimizer
-        self._held: dict[int, Any] = {}  # what their tallies look at, by id, which so stays its own
+        self.running: list[RunningScore] = []
+        self._running_of: dict[int, RunningScore | None] = {}  # by optimizer
+        self._held: dict[int, Any] = {}  # what their sums look at, by id, which so stays its own
         self._handles: list[Any] = []
-        self._examples: PerSampleGates | None = None
+        self._gates: PerSampleGates | None = None
         needs = self.score.criterion.needs
         if needs == 'weights':
             return
@@ -118,14 +118,14 @@ class Collector:
                     f'score={self.score.name!r} needs hooks in the model: give Collector its model, or '
                     "take score='taylor'"
                 )
-            self._examples = PerSampleGates(model, Units(trace))
+            self._gates = PerSampleGates(model, Units(trace))
         if optimizer == 'none':
             return
         if optimizer is None:
             self._handles.append(register_optimizer_step_pre_hook(self._before_step))
             return
         for single in optimizers_in(optimizer):
-            if self._tally(single, parameters_of(single)) is not None:
+            if self._running_score(single, parameters_of(single)) is not None:
                 self._handles.append(single.register_step_pre_hook(self._before_step))
         if not self._handles:
             raise PruneError(
@@ -138,29 +138,29 @@ class Collector:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        if self._examples is not None:
-            self._examples.close()
+        if self._gates is not None:
+            self._gates.close()
 
-    def _tally(self, holder: Any, parameters: list[torch.Tensor]) -> RunningScore | None:
+    def _running_score(self, holder: Any, parameters: list[torch.Tensor]) -> RunningScore | None:
         """The running sums of ``holder``, an optimizer, for the ``parameters`` that it steps; ``None``
         if none of these is a weight of the trace."""
-        if id(holder) not in self._tally_of:
+        if id(holder) not in self._running_of:
             units = Units(self.trace, only={id(p) for p in parameters})
             useful = bool(units.consumers or units.unread_producers)
-            if useful and self._examples is not None and self.tallies:
+            if useful and self._gates is not None and self.running:
                 useful = False  # all layers' examples are counted with the first optimizer's steps
-            tally = RunningScore(units, self.score) if useful else None
-            self._tally_of[id(holder)] = tally
+            running = RunningScore(units, self.score) if useful else None
+            self._running_of[id(holder)] = running
             self._held |= {id(one): one for one in (holder, *parameters)}
-            if tally is not None:
-                self.tallies.append(tally)
-        return self._tally_of[id(holder)]
+            if running is not None:
+                self.running.append(running)
+        return self._running_of[id(holder)]
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        tally = self._tally(optimizer, parameters_of(optimizer))
-        if tally is not None:
+        running = self._running_score(optimizer, parameters_of(optimizer))
+        if running is not None:
             # Fused optimizers take AMP's scale away inside their step.
-            self._add(tally, getattr(optimizer, 'grad_scale', None))
+            self._add(running, getattr(optimizer, 'grad_scale', None))
 
     def look(self) -> None:
         """One iteration by the gradients that are there, of all weights; none of them is changed.
@@ -169,17 +169,17 @@ class Collector:
             PruneError: no weight that reads units is trained.
         """
         trained = [t for t in self.trace.slots.tensors.values() if t.requires_grad]
-        tally = self._tally(self.trace, trained)
-        if tally is None:
+        running = self._running_score(self.trace, trained)
+        if running is None:
             raise PruneError(
                 f'score={self.score.name!r} needs gradients, and no weight that reads units is '
                 "trained: take a score that needs none ('l2')"
             )
-        self._add(tally, None)
+        self._add(running, None)
 
     @torch.no_grad()
-    def _add(self, tally: RunningScore, scale: torch.Tensor | None) -> None:
-        units = tally.units
+    def _add(self, running: RunningScore, scale: torch.Tensor | None) -> None:
+        units = running.units
         units.check_shapes()
         having = {
             entry.axis.first
@@ -187,18 +187,18 @@ class Collector:
             if entry.weight.grad is not None
         }
         if not having:
-            tally.missing += 1
+            running.missing += 1
             return
-        tally.seen |= having
+        running.seen |= having
         units.scale = scale
-        if self._examples is None:
-            tally.add()
+        if self._gates is None:
+            running.add()
             return
-        found = self._examples.take()
-        tally.missing += not found
+        found = self._gates.take()
+        running.missing += not found
         for examples in found:
             units.examples = examples
-            tally.add()
+            running.add()
         units.examples = None
 
     # -- results ----------------------------------------------------------------------------------
@@ -206,14 +206,14 @@ class Collector:
     @property
     def iterations(self) -> int:
         """How many were scored (with several optimizers, those of the one with fewest)."""
-        return min((int(tally.scored) for tally in self.tallies), default=0)
+        return min((int(running.scored) for running in self.running), default=0)
 
     @property
     def skipped(self) -> dict[str, int]:
         """Iterations left out: ``missing`` (no weight had a gradient), ``nonfinite``."""
         return {
-            'missing': sum(tally.missing for tally in self.tallies),
-            'nonfinite': sum(int(tally.nonfinite) for tally in self.tallies),
+            'missing': sum(running.missing for running in self.running),
+            'nonfinite': sum(int(running.nonfinite) for running in self.running),
         }
 
     def scores(self) -> np.ndarray:
@@ -225,7 +225,7 @@ class Collector:
         """
         if self.score.criterion.needs == 'weights':
             return adjusted(self.trace, weight_scores(self.trace, self.score), self.score)
-        totals = [self._reduced(tally) for tally in self.tallies]
+        totals = [self._reduced(running) for running in self.running]
         found = [total / weight for total, weight in totals if weight > 0]
         if not found:
             skipped = self.skipped
@@ -240,8 +240,8 @@ class Collector:
         values[self._blind()] = np.nan
         return adjusted(self.trace, values, self.score)
 
-    def _reduced(self, tally: RunningScore) -> tuple[np.ndarray, float]:
-        both = torch.cat([tally.total.double(), tally.weight.double().reshape(1)])
+    def _reduced(self, running: RunningScore) -> tuple[np.ndarray, float]:
+        both = torch.cat([running.total.double(), running.weight.double().reshape(1)])
         if self.distributed:
             torch.distributed.all_reduce(both)
         both = both.cpu().numpy()
@@ -260,21 +260,21 @@ class Collector:
         return found
 
     def _seen(self) -> set[int]:
-        if self._examples is not None and any(tally.scored > 0 for tally in self.tallies):
-            loaded = set().union(*(tally.seen for tally in self.tallies))
-            return self._examples.seen or loaded
-        return set().union(*(tally.seen for tally in self.tallies))
+        if self._gates is not None and any(running.scored > 0 for running in self.running):
+            loaded = set().union(*(running.seen for running in self.running))
+            return self._gates.seen or loaded
+        return set().union(*(running.seen for running in self.running))
 
     def _blind_consumers(self, units: Units) -> list[tuple[Any, str]]:
         """Readers whose part in a unit's score is unknown. One that is trained and had no gradient
         took no part in the loss: its part is zero."""
         seen = self._seen()
-        graded = set().union(*(tally.seen for tally in self.tallies))
+        graded = set().union(*(running.seen for running in self.running))
         found = []
         for entry in units.consumers or units.producers:
             if entry.axis.first in seen:
                 continue
-            if self._examples is not None:
+            if self._gates is not None:
                 if entry.axis.first in graded:
                     found.append((entry, 'is read outside a module whose input can be watched'))
                 elif not entry.weight.requires_grad:
@@ -305,10 +305,11 @@ class Collector:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and integers: the sums so far, for a checkpoint."""
-        seen = sorted(self._examples.seen) if self._examples is not None else []
+        seen = sorted(self._gates.seen) if self._gates is not None else []
         return {
             'score': self.score.name,
-            'tallies': [tally.state_dict() for tally in self.tallies],
+            # The keys are those of mmprune 0.1.0's checkpoints.
+            'tallies': [running.state_dict() for running in self.running],
             'examples_seen': seen,
         }
 
@@ -323,15 +324,15 @@ class Collector:
                 f'the scores in the checkpoint are of {state["score"]!r}, this run takes '
                 f'{self.score.name!r}: resume with the score that it was started with'
             )
-        if len(state['tallies']) != len(self.tallies):
+        if len(state['tallies']) != len(self.running):
             raise PruneError(
                 f'the scores in the checkpoint are of {len(state["tallies"])} optimizers, this run has '
-                f'{len(self.tallies)}'
+                f'{len(self.running)}'
             )
-        for tally, saved in zip(self.tallies, state['tallies'], strict=True):
-            tally.load_state_dict(saved)
-        if self._examples is not None:
-            self._examples.seen |= set(state['examples_seen'])
+        for running, saved in zip(self.running, state['tallies'], strict=True):
+            running.load_state_dict(saved)
+        if self._gates is not None:
+            self._gates.seen |= set(state['examples_seen'])
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:

@@ -8,7 +8,7 @@ from mmprune.score.units import Units, WeightAxis, sum_but
 
 def gate_gradient(units: Units) -> torch.Tensor:
     """(n,) derivative of the loss by a gate (at 1) on each unit's channel at everything that reads
-    it: a reader is linear in channel times weight, so it is ``sum of w * dL/dw`` over its slots.
+    it: a consumer is linear in channel times weight, so it is ``sum of w * dL/dw`` over its slots.
 
     Where only products of activations read a unit (the width of attention heads), the gate is at
     the weights that make it.
@@ -19,8 +19,8 @@ def gate_gradient(units: Units) -> torch.Tensor:
     return torch.where(units.read, read, _products(units, units.unread_producers))
 
 
-def _products(units: Units, slices: list[WeightAxis]) -> torch.Tensor:
-    having = [entry for entry in slices if entry.weight.grad is not None]
+def _products(units: Units, entries: list[WeightAxis]) -> torch.Tensor:
+    having = [entry for entry in entries if entry.weight.grad is not None]
     parts = [
         dot_along(e.weight.detach().float(), units.gradient(e.weight).float(), e.axis.dim)
         for e in having

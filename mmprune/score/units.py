@@ -99,20 +99,20 @@ class Units:
         return weight.grad if self.scale is None else weight.grad / self.scale
 
     def sums(
-        self, slices: list[WeightAxis], value: Callable[[torch.Tensor], torch.Tensor]
+        self, entries: list[WeightAxis], value: Callable[[torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
         """(n,) sums of ``value(weight)``, of the weight's shape, over all slots of each unit."""
-        parts = [sum_but(value(entry.weight), entry.axis.dim) for entry in slices]
-        return self.gather(slices, parts)
+        parts = [sum_but(value(entry.weight), entry.axis.dim) for entry in entries]
+        return self.gather(entries, parts)
 
-    def gather(self, slices: list[WeightAxis], parts: list[torch.Tensor]) -> torch.Tensor:
-        """(n,) sums over the positions of each unit; ``parts``: a vector for each of ``slices``."""
+    def gather(self, entries: list[WeightAxis], parts: list[torch.Tensor]) -> torch.Tensor:
+        """(n,) sums over the positions of each unit; ``parts``: a vector for each of ``entries``."""
         total = torch.zeros(self.n + 1, device=self.device)
-        if not slices:
+        if not entries:
             return total[: self.n]
-        key = tuple(entry.axis.first for entry in slices)
+        key = tuple(entry.axis.first for entry in entries)
         if key not in self._indices:
-            self._indices[key] = torch.cat([e.index.to(self.device) for e in slices])
+            self._indices[key] = torch.cat([e.index.to(self.device) for e in entries])
         values = torch.cat([part.to(self.device, total.dtype) for part in parts])
         return total.index_add_(0, self._indices[key], values)[: self.n]
 

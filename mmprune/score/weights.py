@@ -39,12 +39,12 @@ def fpgm(units: Units) -> torch.Tensor:
     """Sum of a filter's euclidean distances to all filters of its layer, over the filters that make
     the unit: near the geometric median is low (He et al., "Filter Pruning via Geometric Median",
     CVPR 2019)."""
-    slices = filters(units)
+    entries = filters(units)
     parts = []
-    for entry in slices:
+    for entry in entries:
         rows = entry.weight.detach().float().movedim(entry.axis.dim, 0).flatten(1)
         parts.append(torch.cdist(rows, rows).sum(1))
-    return units.gather(slices, parts)
+    return units.gather(entries, parts)
 
 
 @criterion('random')

@@ -81,10 +81,10 @@ def check_archive(path: str | Path) -> None:
                 f'{path}: refused: it claims to hold more than its {size:,} bytes; torch.save packs '
                 'nothing'
             )
-        damaged = archive.testzip()
-    if damaged is not None:
+        corrupt = archive.testzip()
+    if corrupt is not None:
         raise PruneError(
-            f'{path}: truncated or corrupt: {damaged} differs from its checksum; take an earlier one'
+            f'{path}: truncated or corrupt: {corrupt} differs from its checksum; take an earlier one'
         )
 
 

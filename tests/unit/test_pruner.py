@@ -258,7 +258,7 @@ def test_a_copy_of_the_model_shares_no_hooks_state():
     twin = copy.deepcopy(model)
     with torch.no_grad():
         twin(BATCHES[0])
-    assert pruner._collector._examples.take() == []
+    assert pruner._collector._gates.take() == []
 
 
 @pytest.mark.parametrize(
@@ -383,7 +383,7 @@ def test_where_there_is_no_structure_or_no_fresh_model(tmp_path):
         mmprune.load_model_def(make(), {'weights': model.state_dict()})
     with pytest.raises(PruneError, match='holds 2 structures'):
         mmprune.load_model_def(make(), {'a': structure, 'b': structure})
-    with pytest.raises(PruneError, match='is pruned already: build it anew'):
+    with pytest.raises(PruneError, match='is pruned already: build it again'):
         mmprune.load_model_def(model, structure)
     with pytest.raises(PruneError, match='no such checkpoint file'):
         mmprune.load_model_def(make(), tmp_path / 'none.pth')
