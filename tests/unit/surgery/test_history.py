@@ -10,8 +10,8 @@ from torch import nn
 import mmprune
 from mmprune import Plan, PruneError
 from mmprune.surgery.build import baseline_of
+from mmprune.surgery.format import checksum
 from mmprune.surgery.history import CutNotes, CutRecord
-from mmprune.surgery.plan import checksum
 
 X = torch.zeros(1, 3, 5, 5)
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import mmprune
 from mmprune import Plan, PruneError
-from mmprune.surgery.plan import checksum
+from mmprune.surgery.format import checksum
 from tests.helpers.equality import assert_same
 
 

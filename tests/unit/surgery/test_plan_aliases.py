@@ -8,8 +8,8 @@ from torch import nn
 
 import mmprune
 from mmprune import Plan, PruneError
+from mmprune.surgery.format import checksum
 from mmprune.surgery.meta import load_weights
-from mmprune.surgery.plan import checksum
 
 X = torch.randn(4, 3)
 
