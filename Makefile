@@ -3,7 +3,8 @@
 #   make train   make the environment and the data set, train and prune, evaluate the checkpoint
 #   make test    make the environment, run the tests
 #
-# Others: install (the environment alone), lint, clean (what the commands made), distclean (.venv too).
+# Others: test-fast (the core's tests, in under a minute), lint, install (the environment alone), clean
+# (what the commands made), distclean (.venv too).
 
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
@@ -31,7 +32,7 @@ import _ext
 endef
 export LOAD_MMCV_OPS
 
-.PHONY: help install data train test lint clean distclean
+.PHONY: help install data train test test-fast lint clean distclean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -86,9 +87,15 @@ train: data
 test: install
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
+# What one runs twenty times a day: units of the torch-only core, without those that are slow.
+test-fast: install
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -q -m "not slow" tests/unit \
+		--ignore=tests/unit/mm --ignore=tests/unit/graph/adapters
+
+# Code blocks on pages are laid out for the reader, and run as tests.
 lint: install
 	$(PY) -m ruff check .
-	$(PY) -m ruff format --check .
+	$(PY) -m ruff format --check --extend-exclude '*.md' .
 	$(BIN)/basedpyright --pythonpath $(PY)
 
 clean:

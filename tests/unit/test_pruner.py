@@ -391,6 +391,7 @@ def test_where_there_is_no_structure_or_no_fresh_model(tmp_path):
         mmprune.load_model_def(make(), [structure])
 
 
+@pytest.mark.slow
 def test_the_example_runs(tmp_path):
     script = Path(__file__).parents[2] / 'examples' / 'digits.py'
     out = subprocess.run(

@@ -2,6 +2,7 @@
 
 import random
 
+import pytest
 import torch
 
 import mmprune
@@ -51,6 +52,7 @@ def outcome(function):
         return float('inf')
 
 
+@pytest.mark.slow
 def test_every_fault_that_matters_is_found():
     planted, mattered, missed = 0, 0, []
     for seed in range(150):

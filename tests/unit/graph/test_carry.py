@@ -83,6 +83,7 @@ def test_later_cuts_of_random_networks_are_exact():
     assert tried > 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'config',
     [

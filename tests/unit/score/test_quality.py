@@ -67,6 +67,7 @@ def after(model, score, train, test):
     return accuracy(model, test)
 
 
+@pytest.mark.slow
 def test_taylor_loses_less_at_half_the_flops_than_random_and_l2():
     train, test = digits()
     left = {name: [] for name in ('dense', 'taylor', 'l2', 'random')}
