@@ -153,13 +153,14 @@ def one_cut(name, count, device):
     import numpy as np
     from mmengine.optim import build_optim_wrapper
 
-    from mmprune import pipeline
     from mmprune.budget.budget import make_budget
     from mmprune.budget.choose import choose
     from mmprune.graph import carry as traces
     from mmprune.mm import forwards
     from mmprune.mm import zoo as testing
+    from mmprune.session import check_cut
     from mmprune.surgery.apply import cut
+    from mmprune.surgery.build import make_plan, original_cost
 
     config = testing.load(name)
     size = forwards.test_size(config)
@@ -187,10 +188,10 @@ def one_cut(name, count, device):
     runs = timed('batch', lambda: forwards.runs_of(model, batch, size=size))
     traced, runs = timed('trace', lambda: forwards.first_trace(model, runs))
     scores = np.random.default_rng(0).random(traced.n_units)
-    whole = pipeline.original_cost(model, traced)
+    whole = original_cost(model, traced)
     keep = timed('choose', lambda: choose(traced, scores, budget, whole))
-    plan = timed('plan', lambda: pipeline.make_plan(traced, model, keep, budget.to_meta()))
-    timed('check', lambda: pipeline.check_cut(model, plan, runs.checked))
+    plan = timed('plan', lambda: make_plan(traced, model, keep, budget.to_meta()))
+    timed('check', lambda: check_cut(model, plan, runs.checked))
     timed('cut', lambda: cut(model, plan, optimizer))
     timed('carry', lambda: traces.after_cut(traced, model, keep))
     for _ in range(2):
@@ -201,22 +202,28 @@ def one_cut(name, count, device):
 PARTS = ('batch', 'trace', 'choose', 'plan', 'check', 'cut', 'carry')
 
 
-def row(found):
-    """A line of the table, from what :func:`one_cut` found."""
+def in_steps(found):
+    """What :func:`one_cut` found: the median ``step`` in seconds and its ``memory`` in GB at most; each
+    part, the ``first`` and a ``later`` cut in steps; the ``peak`` of a cut over that of a step."""
     step = statistics.median(taken for taken, _ in found['parts']['step'])
     memory = max(peak for _, peak in found['parts']['step'])
     taken = {part: found['parts'][part][0][0] / step for part in PARTS}
-    peak = max(found['parts'][part][0][1] for part in PARTS)
-    later = sum(taken.values()) - taken['trace']
+    first = sum(taken.values())
+    peak = max(found['parts'][part][0][1] for part in PARTS) / memory
+    whole = dict(step=step, first=first, later=first - taken['trace'], memory=memory, peak=peak)
+    return {name: round(value, 4) for name, value in (taken | whole).items()}
+
+
+def row(found):
+    """A line of the table, from what :func:`one_cut` found."""
+    told = in_steps(found)
     cells = [
         Path(found['config']).stem,
         ' x '.join(map(str, found['size'])),
-        f'{step:.2f} s',
-        *(f'{taken[part]:.2f}' for part in PARTS),
-        f'{sum(taken.values()):.2f}',
-        f'{later:.2f}',
-        f'{memory:.2f} GB',
-        f'{peak / memory:.2f}',
+        f'{told["step"]:.2f} s',
+        *(f'{told[part]:.2f}' for part in (*PARTS, 'first', 'later')),
+        f'{told["memory"]:.2f} GB',
+        f'{told["peak"]:.2f}',
     ]
     return f'| {" | ".join(cells)} |'
 
