@@ -2,7 +2,7 @@
 
     python benchmarks/oracle.py [--nets vgg alexnet faster_rcnn] [--seed 0] [--json oracle.json]
 
-Trains small networks on the embedded data, removes every unit by itself (zero at everything that
+Trains small networks on the synthetic data, removes every unit by itself (zero at everything that
 reads it) and notes the change of the loss, its absolute value: the oracle. Prints Spearman's rank
 correlation of each criterion with it: within layers (mean over layers), across all layers, and
 across layers after the scores of each layer were divided by their l2 norm: the table of Molchanov et
