@@ -41,14 +41,16 @@ def last_metrics(work_dir: Path) -> dict[str, float]:
     return plain([row for row in rows if any('AP' in name for name in row)][-1])
 
 
+NAMES = {
+    'iteration': 'iteration', 'PCK': 'PCK',
+    'coco/AP': 'AP', 'coco/AP .5': 'AP50', 'coco/AP .75': 'AP75',
+    'coco/bbox_mAP': 'AP', 'coco/bbox_mAP_50': 'AP50', 'coco/bbox_mAP_75': 'AP75',
+}  # fmt: skip
+"""What metrics are called in a template."""
+
+
 def plain(metrics: dict[str, Any]) -> dict[str, float]:
-    """Metrics under names that a template can have: ``coco/bbox_mAP_50`` is ``AP50``."""
-    found = {}
-    for name, value in metrics.items():
-        short = re.sub(r'^.*/(bbox_m)?(?=AP)|_(?=\d)', '', name)
-        if short in ('AP', 'AP50', 'AP75', 'iteration') or name.endswith('PCK'):
-            found[short.rpartition('/')[2]] = value
-    return found
+    return {NAMES[name]: value for name, value in metrics.items() if name in NAMES}
 
 
 def overhead(path: Path) -> dict[str, Any]:

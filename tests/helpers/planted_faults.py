@@ -62,7 +62,7 @@ def plant_faults(seeds=range(150)):
         original = copied(net)
         try:
             plan = mmprune.prune(
-                net, lambda m, x=x: m(x), keep_channels=0.6, score='random', check=False
+                net, lambda m, x=x: m(x), keep_channels=0.6, divisor=1, score='random', check=False
             )
         except PruneError:
             continue
