@@ -92,10 +92,9 @@ test-fast: install
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -q -m "not slow" tests/unit \
 		--ignore=tests/unit/mm --ignore=tests/unit/graph/adapters
 
-# Code blocks on pages are laid out for the reader, and run as tests.
 lint: install
 	$(PY) -m ruff check .
-	$(PY) -m ruff format --check --extend-exclude '*.md' .
+	$(PY) -m ruff format --check .
 	$(BIN)/basedpyright --pythonpath $(PY)
 
 clean:
