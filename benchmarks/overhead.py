@@ -160,7 +160,7 @@ def one_cut(name, count, device):
     from mmprune.mm import zoo as testing
     from mmprune.session import check_cut
     from mmprune.surgery.apply import cut
-    from mmprune.surgery.build import make_plan, original_cost
+    from mmprune.surgery.build import baseline_of, make_plan
 
     config = testing.load(name)
     size = forwards.test_size(config)
@@ -188,7 +188,7 @@ def one_cut(name, count, device):
     runs = timed('batch', lambda: forwards.runs_of(model, batch, size=size))
     traced, runs = timed('trace', lambda: forwards.first_trace(model, runs))
     scores = np.random.default_rng(0).random(traced.n_units)
-    whole = original_cost(model, traced)
+    whole = baseline_of(model, traced)
     keep = timed('choose', lambda: choose(traced, scores, budget, whole))
     plan = timed('plan', lambda: make_plan(traced, model, keep, budget.to_meta()))
     timed('check', lambda: check_cut(model, plan, runs.checked))
