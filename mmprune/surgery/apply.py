@@ -7,7 +7,7 @@ put back should replacing fail.
 import re
 import reprlib
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -15,15 +15,39 @@ from torch import nn
 from mmprune.contexts import tensors_in
 from mmprune.errors import PruneError
 from mmprune.graph.slots import aliases_of, named_state
-from mmprune.surgery.plan import Plan, check_fingerprint, narrowed, plan_of, set_plan
+from mmprune.surgery.structure import (
+    Fingerprint,
+    Keep,
+    check_fingerprint,
+    narrowed,
+    set_plan,
+    stored_plan,
+)
 
 Change = tuple[Callable[[], None], Callable[[], None]]
 """Two functions without arguments: do it, undo it."""
 
 
-def cut(
-    model: nn.Module, plan: Plan, optimizer: Any = None, ema_models: Iterable[nn.Module] = ()
-) -> Plan:
+class Structure(Protocol):
+    """What is asked of a plan (:class:`mmprune.Plan`, which stands above this module)."""
+
+    @property
+    def keep(self) -> Keep: ...
+    @property
+    def attributes(self) -> dict[str, dict[str, int]]: ...
+    @property
+    def fingerprint(self) -> Fingerprint: ...
+    @property
+    def aliases(self) -> dict[str, str]: ...
+
+    def with_aliases(self, aliases: dict[str, str]) -> Any: ...
+    def module_names(self, name: str) -> list[str]: ...
+
+
+P = TypeVar('P', bound=Structure)
+
+
+def cut(model: nn.Module, plan: P, optimizer: Any = None, ema_models: Iterable[nn.Module] = ()) -> P:
     """Narrows ``model`` in place by a plan that was made for it as it is now.
 
     Args:
@@ -52,8 +76,8 @@ def cut(
                 dims_of[id(tensor)] = plan.keep[name]
                 changes += _narrow_tensor(tensor, plan.keep[name])
         changes += _attribute_changes(each, plan)
-        before = plan_of(each)
-        total = plan if before is None else before.then(plan)
+        before = stored_plan(each)
+        total = plan if before is None else before.with_aliases(aliases_of(each)).then(plan)
         changes.append(
             (
                 lambda each=each, total=total: set_plan(each, total),
@@ -63,9 +87,7 @@ def cut(
     for single in optimizers_in(optimizer):
         changes += _state_changes(single, dims_of)
     commit(changes)
-    total = plan_of(model)
-    assert total is not None
-    return total
+    return stored_plan(model).with_aliases(aliases_of(model))
 
 
 def commit(changes: list[Change]) -> None:
@@ -152,7 +174,7 @@ def _state_changes(
 # -- attributes -----------------------------------------------------------------------------------
 
 
-def _attribute_changes(model: nn.Module, plan: Plan) -> list[Change]:
+def _attribute_changes(model: nn.Module, plan: Structure) -> list[Change]:
     changes: list[Change] = []
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, values in plan.attributes.items():

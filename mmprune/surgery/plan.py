@@ -11,17 +11,25 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from mmprune._version import __version__
 from mmprune.errors import PruneError
-from mmprune.graph.slots import aliases_of, named_state
+from mmprune.graph.slots import aliases_of
+from mmprune.surgery.apply import cut
 from mmprune.surgery.format import FORMAT, check_meta, checksum
 from mmprune.surgery.history import CutRecord
+from mmprune.surgery.structure import (
+    Fingerprint,
+    Keep,
+    check_fingerprint,
+    fingerprint,
+    names_by_first,
+    shape_text,
+    stored_plan,
+)
 
-Keep = dict[str, dict[int, list[int]]]
-Fingerprint = dict[str, list[int]]
+__all__ = ['Plan', 'check_fingerprint', 'fingerprint', 'plan_of']
 
 
 @dataclass(frozen=True)
@@ -84,8 +92,6 @@ class Plan:
         Raises:
             PruneError: the model is not the plan's original; the first differences are listed.
         """
-        from mmprune.surgery.apply import cut
-
         cut(model, self, optimizer, ema_models)
 
     def then(self, second: Plan) -> Plan:
@@ -99,8 +105,9 @@ class Plan:
         wrong = [name for name in [*left, *wanted] if left.get(name) != wanted.get(name)]
         if wrong:
             raise PruneError(
-                f'the second plan was made for {wrong[0]} of shape {_shape(wanted.get(wrong[0]))}, the '
-                f'first leaves {_shape(left.get(wrong[0]))}: they do not follow each other'
+                f'the second plan was made for {wrong[0]} of shape '
+                f'{shape_text(wanted.get(wrong[0]))}, the first leaves '
+                f'{shape_text(left.get(wrong[0]))}: they do not follow each other'
             )
         keep = {name: dict(dims) for name, dims in first.keep.items()}
         for name, dims in second.keep.items():
@@ -192,51 +199,6 @@ class Plan:
         )
 
 
-def fingerprint(model: nn.Module) -> Fingerprint:
-    """Names and shapes of all parameters and buffers."""
-    return {name: list(tensor.shape) for name, tensor in named_state(model)}
-
-
-def names_by_first(aliases: dict[str, str]) -> dict[str, list[str]]:
-    """{first name: all names of a tensor, from aliases of one model or of several}."""
-    group: dict[str, list[str]] = {}
-    for name, first in aliases.items():
-        names, more = group.setdefault(first, [first]), group.get(name, [name])
-        if names is not more:
-            names += more
-            group.update(dict.fromkeys(more, names))
-    return {names[0]: names for names in group.values()}
-
-
-def check_fingerprint(
-    expected: Fingerprint, model: nn.Module, what: str, aliases: dict[str, str] | None = None
-) -> None:
-    """Raises a PruneError that lists the first differences by name and shape. Of the names that a
-    tensor has by ``aliases`` the model needs one."""
-    found = fingerprint(model)
-    for names in names_by_first(aliases or {}).values():
-        known = next((name for name in names if name in found), None)
-        if known is not None:
-            found |= {name: found[known] for name in names if name not in found}
-    differences = [
-        f'{name}: {what} has {_shape(expected.get(name))}, the model {_shape(found.get(name))}'
-        for name in list(expected) + [n for n in found if n not in expected]
-        if expected.get(name) != found.get(name)
-    ]
-    if differences:
-        shown = '\n  '.join(differences[:5])
-        more = f'\n  and {len(differences) - 5} more' if len(differences) > 5 else ''
-        raise PruneError(
-            f'{what} was made for another architecture: {len(differences)} of {len(expected)} '
-            f'tensors differ:\n  {shown}{more}\nBuild the model from the unpruned config that '
-            f'{what} was made with.'
-        )
-
-
-def _shape(shape: list[int] | None) -> str:
-    return 'none' if shape is None else f'({", ".join(map(str, shape))})'
-
-
 def plan_of(model: nn.Module) -> Plan | None:
     """The plan by which ``model`` was cut, against its original.
 
@@ -251,22 +213,5 @@ def plan_of(model: nn.Module) -> Plan | None:
         >>> mmprune.plan_of(nn.Conv2d(3, 8, 3)) is None
         True
     """
-    plan = getattr(model, '_mmprune_plan', None)
+    plan = stored_plan(model)
     return plan if plan is None else plan.with_aliases(aliases_of(model))
-
-
-def set_plan(model: nn.Module, plan: Plan | None) -> None:
-    if plan is None:
-        vars(model).pop('_mmprune_plan', None)
-    else:
-        vars(model)['_mmprune_plan'] = plan
-
-
-def narrowed(tensor: torch.Tensor, dims: dict[int, list[int]]) -> torch.Tensor:
-    """A copy of ``tensor`` with the kept indices of each dimension, in its memory format."""
-    out = tensor.detach()
-    for dim, kept in dims.items():
-        out = out.index_select(dim, torch.tensor(kept, device=out.device))
-    if tensor.ndim == 4 and not tensor.is_contiguous():
-        out = out.contiguous(memory_format=torch.channels_last)
-    return out
