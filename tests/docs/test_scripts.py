@@ -9,8 +9,6 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FOLDERS = 'benchmarks', 'examples', 'tools'
 SCRIPTS = [file for folder in FOLDERS for file in (ROOT / folder).glob('*.py')]
-    file for folder in ('benchmarks', 'examples', 'tools') for file in (ROOT / folder).glob('*.py')
-]
 
 
 @pytest.mark.parametrize('script', SCRIPTS, ids=lambda file: file.relative_to(ROOT).as_posix())
