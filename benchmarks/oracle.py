@@ -193,7 +193,7 @@ def scores(model, traced, batches, loss):
     for name, collector in collectors.items():
         collector.close()
         # Units without a norm have no scale: the average layer stands in, so that all are ranked.
-        values = collector.scores() if name != 'bn_scale' or traced.record.scales else None
+        values = collector.scores() if name != 'bn_scale' or traced.scales else None
         if values is not None:
             found[name] = values
     return found

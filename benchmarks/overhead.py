@@ -37,7 +37,7 @@ import mmprune  # before torchvision, which on some machines imports only after 
 
 import torchvision  # isort: skip
 from mmprune.graph.coupling import couple
-from mmprune.graph.tracer import record
+from mmprune.graph.tracer import trace_runs
 from mmprune.score import CRITERIA
 from mmprune.score.collector import Collector
 
@@ -92,7 +92,7 @@ def graphs(model, x, rounds, device):
     for _ in range(rounds):
         forwards.append(seconds(plain, device))
         kept = []
-        traces.append(seconds(lambda kept=kept: kept.append(record(model, forward)), device))
+        traces.append(seconds(lambda kept=kept: kept.append(trace_runs(model, forward)), device))
         couples.append(seconds(lambda kept=kept: couple(kept[0]), device))
     try:
         import torch_pruning

@@ -11,7 +11,7 @@ from torch import nn
 from mmprune.budget.budget import Budget, make_budget
 from mmprune.errors import PruneError
 from mmprune.graph.coupling import ChannelGraph, couple
-from mmprune.graph.tracer import record
+from mmprune.graph.tracer import trace_runs
 from mmprune.score import Score, make_score
 from mmprune.score.collector import scores_now
 from mmprune.session import Forward, choose_for, cut_once
@@ -54,7 +54,7 @@ def trace(
         (8, 2088, 242)
     """
     try:
-        return couple(record(model, forward, also, may_fail=may_fail))
+        return couple(trace_runs(model, forward, also, may_fail=may_fail))
     except PruneError:
         raise
     except Exception as error:

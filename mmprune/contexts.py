@@ -2,8 +2,8 @@
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,10 +11,6 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from mmprune.errors import PruneError
-
-if TYPE_CHECKING:
-    from mmprune.graph.tracer import Tracer
-
 
 PLAIN = frozenset({
     int, float, bool, complex, str, bytes, type(None), torch.Size, torch.dtype, torch.device,
@@ -43,38 +39,6 @@ def _collect(value: Any, depth: int, found: list[torch.Tensor]) -> None:
             _collect(item, depth - 1, found)
     elif hasattr(value, '__dict__') and not isinstance(value, nn.Module) and not callable(value):
         _collect(vars(value), depth - 1, found)
-
-
-@contextlib.contextmanager
-def entered(tracer: 'Tracer', model: nn.Module) -> Iterator[None]:
-    """Tells the tracer of every module that is entered and left. In the place of hooks, because those
-    miss a ``forward`` that is called as a plain method (mmpose's heads are)."""
-
-    def told(module: nn.Module, forward: Callable) -> Callable:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            depth = len(tracer._stack)
-            tracer.enter(module, args)
-            try:
-                out = forward(*args, **kwargs)
-                tracer.leave(module, args, out)
-            finally:
-                del tracer._stack[depth:]
-            return out
-
-        # Less than functools.wraps does, thousands of times a trace; signatures are found by this.
-        run.__wrapped__ = forward  # type: ignore[attr-defined]
-        return run
-
-    before = [(module, vars(module).get('forward')) for module in model.modules()]
-    for module, _ in before:
-        vars(module)['forward'] = told(module, module.forward)
-    try:
-        yield
-    finally:
-        for module, own in before:
-            del vars(module)['forward']
-            if own is not None:
-                vars(module)['forward'] = own
 
 
 @contextlib.contextmanager

@@ -161,12 +161,13 @@ def shares(trace) -> dict[str, float]:
 
 def lock_reasons(trace) -> list[str]:
     """The commonest reasons other than being an output, with the number of locked units."""
+    from mmprune.graph.locks import LockKind
+
     found: Counter = Counter()
-    outputs = ('output of the model', 'read by a loss', 'not used in the traced run')
+    outputs = (LockKind.OUTPUT, LockKind.LOSS_INPUT, LockKind.UNUSED)
     for locked in trace.locked:
-        texts = list(dict.fromkeys(reason.split(':')[0] for reason in locked.reasons))
-        if not any(text in outputs for text in texts):
-            found[texts[0]] += locked.count
+        if not any(reason.kind in outputs for reason in locked.reasons):
+            found[locked.reasons[0].text] += locked.count
     return [f'{reason} ({count})' for reason, count in found.most_common(4)]
 
 

@@ -26,7 +26,8 @@ from mmprune.errors import PruneError
 from mmprune.graph import cost
 from mmprune.graph.cost import Product, Term
 from mmprune.graph.coupling import ChannelGraph, components, slots_for
-from mmprune.graph.tracer import CONTRACTIONS, Tracer, record
+from mmprune.graph.registry import is_contraction
+from mmprune.graph.tracer import Tracer, trace_runs
 from mmprune.surgery.apply import cut
 from mmprune.surgery.build import Baseline
 from mmprune.surgery.plan import Plan
@@ -74,26 +75,24 @@ class Latency:
         return axes, found
 
 
-class _Recorder(Tracer):
-    """A tracer that also notes the calls of contractions, with what their widths follow."""
+class _Recorder:
+    """Notes the calls of contractions in a traced run, with what their widths follow."""
 
     def __init__(self, model: nn.Module, trace: ChannelGraph) -> None:
-        super().__init__(model)
+        self.tracer = Tracer(model, observe=self._note)
         self._unit_of = trace.unit_of
         self._calls: list[tuple[Any, tuple, dict]] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        out = super().__torch_dispatch__(func, types, args, kwargs)
-        if func._schema.name in CONTRACTIONS and any(True for _ in tensors_in((args, kwargs))):
+    def _note(self, func: Any, args: tuple, kwargs: dict) -> None:
+        if is_contraction(func) and tensors_in((args, kwargs)):
             args = tuple(map(self._seen, args))
-            self._calls.append((func, args, {k: self._seen(v) for k, v in (kwargs or {}).items()}))
-        return out
+            self._calls.append((func, args, {k: self._seen(v) for k, v in kwargs.items()}))
 
     def _seen(self, value: Any) -> Any:
         """What is kept of an argument: of a tensor a slot, with ids in the place of numbers."""
         if not isinstance(value, torch.Tensor):
             return value
-        labels = self.labels_of(value)
+        labels = self.tracer.state.tensors.info(value).labels
         follows = tuple(labels[d][0] if labels.get(d) else None for d in range(value.ndim))
         last = value.ndim == 4 and not value.is_contiguous()
         return Slot(tuple(value.shape), value.dtype, follows, last)
@@ -101,7 +100,8 @@ class _Recorder(Tracer):
     @property
     def ops(self) -> list[Op]:
         """The calls of the run, once it has ended: only then is known what goes with what."""
-        slot = slots_for(self.record, components(self.record))
+        constraints = self.tracer.state.constraints
+        slot = slots_for(constraints, components(constraints))
         return [self._noted(self._unit_of[slot], *call) for call in self._calls]
 
     def _noted(self, unit_of: np.ndarray, func: Any, args: tuple, kwargs: dict) -> Op:
@@ -150,7 +150,7 @@ def measure(
     check_backend(backend)
     recorder = _Recorder(model, trace)
     with evaluating(model):
-        record(model, forward, tracer=recorder)
+        trace_runs(model, forward, tracer=recorder.tracer)
     ops: dict[tuple, Op] = {}
     merged: list[Op] = []
     for op in recorder.ops:

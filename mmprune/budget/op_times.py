@@ -14,7 +14,7 @@ import torch
 
 from mmprune.budget.device import least_of
 from mmprune.errors import PruneError
-from mmprune.graph.registry import bind
+from mmprune.graph.call import bind
 
 BACKENDS = ('eager', 'onnxruntime', 'openvino')
 POINTS = 8

@@ -37,7 +37,7 @@ class Width:
 def layer_widths(trace: ChannelGraph) -> list[Width]:
     """Widths of all layers that read or make units. The input of a grouped convolution counts all of
     its groups, as its weight does not."""
-    arrays = [*trace.record.weights_read, *(axis.ids for axis in cost.output_axes(trace))]
+    arrays = [*trace.weights_read, *(axis.ids for axis in cost.output_axes(trace))]
     sizes = [len(group) for group in trace.groups]
     found = {}
     for ids in arrays:

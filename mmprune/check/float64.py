@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map
 
-from mmprune.graph.adapters import intercept
+from mmprune.graph.extensions import intercept
 
 
 class Double(TorchDispatchMode):

@@ -19,7 +19,7 @@ from mmprune.check.lockstep import RunAhead
 from mmprune.check.replay import DecisionReplay, Taken
 from mmprune.contexts import evaluating, tensors_in, unchanged
 from mmprune.errors import InexactCut, PruneError
-from mmprune.graph.adapters import intercept
+from mmprune.graph.extensions import intercept
 from mmprune.surgery.plan import Plan, check_fingerprint
 
 TOLERANCE = 1e-4

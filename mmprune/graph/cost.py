@@ -114,9 +114,9 @@ def flops(trace: ChannelGraph, part: str | None = None) -> CostPolynomial:
     return CostPolynomial(
         trace,
         [
-            (work.count, work.axes)
-            for work in trace.record.work
-            if part is None or in_part(work.where, part)
+            (term.count, term.axes)
+            for term in trace.profile.multiply_adds
+            if part is None or in_part(term.where, part)
         ],
     )
 
@@ -149,7 +149,7 @@ def before(
 
 def memory(trace: ChannelGraph) -> CostPolynomial:
     """Elements of the activations of the traced forward (views aside)."""
-    return CostPolynomial(trace, [(float(n), axes) for _, n, axes in trace.record.elements])
+    return CostPolynomial(trace, [(float(term.count), term.axes) for term in trace.profile.activations])
 
 
 BY_NAME = {'flops': flops, 'memory': memory, 'params': params}

@@ -1,5 +1,6 @@
 """Ties -> units and groups: units are the connected components of everything that was tied."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -8,8 +9,11 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import nn
 
-from mmprune.graph.slots import Axis, SlotTable
-from mmprune.graph.tracer import Follow, TraceRecord
+from mmprune.graph.constraints import Constraints, TrackedAttribute
+from mmprune.graph.locks import Lock, LockKind
+from mmprune.graph.profile import CostTerm, Profile
+from mmprune.graph.record import Run, TraceRecord
+from mmprune.graph.slots import FIXED, Axis, Ids, SlotTable
 
 
 @dataclass(frozen=True)
@@ -39,10 +43,10 @@ class Locked:
     name: str
     dim: int
     count: int
-    reasons: tuple[str, ...]
+    reasons: tuple[Lock, ...]
 
     def __str__(self) -> str:
-        return f'{self.name}: {"; ".join(self.reasons)}'
+        return f'{self.name}: {"; ".join(map(str, self.reasons))}'
 
 
 @dataclass
@@ -53,8 +57,11 @@ class ChannelGraph:
     multiply-adds of the traced forward; ``params``: number of parameters; ``unknown_ops``: operations
     without a rule, with the modules that they happened in.
 
-    ``unit_of``: for each slot the number of its unit, or -1 where it can't be removed. ``unused``:
-    parameters and buffers that the run did not touch.
+    ``unit_of``: for each slot the number of its unit, or -1 where it can't be removed. ``consumers``,
+    ``producers``: axes of weights that contractions sum over, and axes that make what they do.
+    ``tracked``: attributes that shrink with channels; ``weights_read``: the channels of weights at each
+    contraction; ``scales``: those of normalisations' gammas. ``failed``: traced runs that were allowed
+    to fail and did, with their errors.
     """
 
     slots: SlotTable
@@ -63,8 +70,11 @@ class ChannelGraph:
     unit_of: np.ndarray
     consumers: list[Axis]
     producers: list[Axis]
-    record: TraceRecord = field(repr=False)
-    unused: list[str] = field(default_factory=list)
+    profile: Profile = field(repr=False)
+    tracked: list[TrackedAttribute] = field(repr=False)
+    weights_read: list[Ids] = field(repr=False)
+    scales: list[Ids] = field(repr=False)
+    failed: Mapping[Run, Exception] = field(default_factory=dict)
 
     @property
     def n_units(self) -> int:
@@ -72,15 +82,16 @@ class ChannelGraph:
 
     @property
     def unknown_ops(self) -> dict[str, list[str]]:
-        return self.record.unknown_ops
+        return self.profile.unknown_ops
 
     @property
-    def follows(self) -> list[Follow]:
-        return self.record.follows
+    def unused(self) -> list[str]:
+        """Parameters and buffers that the run did not touch."""
+        return sorted(set(self.slots.tensors) - self.profile.touched)
 
     @cached_property
     def flops(self) -> int:
-        return round(sum(work.count for work in self.record.work))
+        return round(sum(term.count for term in self.profile.multiply_adds))
 
     @cached_property
     def params(self) -> int:
@@ -109,37 +120,20 @@ class ChannelGraph:
 
 def couple(record: TraceRecord) -> ChannelGraph:
     """Connected components, what is locked among them, and groups of one shape."""
-    slots = record.slots
-    component = components(record)
-    if record.parts:
-        size_parts(record, component)
-        component = components(record)
-    n = component.max() + 1
-    settle(record, component)
-    reasons: dict[int, dict[str, None]] = {}
-    locked = np.zeros(n, dtype=bool)
-    for ids, reason in record.locks:
-        hit = np.unique(component[ids])
-        locked[hit] = True
-        if reason and not reason.startswith(': '):
-            for unit in hit.tolist():
-                reasons.setdefault(unit, {})[reason] = None
-    locked[component[0]] = True
+    constraints, profile = record.constraints, record.profile
+    slots = constraints.slots
+    component = settled_components(constraints)
+    locked, reasons = _reasons(constraints, profile, component)
+    slot = slots_for(constraints, component)
 
-    read = np.zeros(n, dtype=bool)
-    for ids in (*record.read, *record.weights_read):
-        read[component[ids]] = True
-    unread = ~read & ~locked
-    seen = np.zeros(n, dtype=bool)
-    for name in record.touched:
-        for dim in range(slots.tensors[name].ndim):
-            axis = slots.by_key.get((name, dim))
-            if axis is not None:
-                seen[component[axis.ids]] = True
-    for unit in np.flatnonzero(unread).tolist():
-        reasons[unit] = {'output of the model' if seen[unit] else 'not used in the traced run': None}
-    locked |= unread
+    def settled(ids: Ids) -> Ids:
+        """With slots in the place of stand-ins."""
+        return ids if constraints.size == slots.size else slot[ids]
 
+    def terms(found: list[CostTerm]) -> list[CostTerm]:
+        return [replace(term, axes=list(map(settled, term.axes))) for term in found]
+
+    weights_read = list(map(settled, constraints.weights_read))
     component = component[: slots.size]
     unit_of, groups = group_units(slots, component, locked)
     return ChannelGraph(
@@ -147,56 +141,82 @@ def couple(record: TraceRecord) -> ChannelGraph:
         groups=groups,
         locked=_locked(slots, component, locked, reasons),
         unit_of=unit_of,
-        consumers=_axes_in(slots, record.weights_read),
-        producers=_axes_in(slots, record.read),
-        record=record,
-        unused=sorted(set(slots.tensors) - record.touched),
+        consumers=_axes_in(slots, weights_read),
+        producers=_axes_in(slots, constraints.read),
+        profile=replace(
+            profile,
+            multiply_adds=terms(profile.multiply_adds),
+            activations=terms(profile.activations),
+        ),
+        tracked=[replace(each, ids=settled(each.ids)) for each in constraints.tracked],
+        weights_read=weights_read,
+        scales=constraints.scales,
+        failed=record.failed,
     )
 
 
-def components(record: TraceRecord) -> np.ndarray:
+def _reasons(
+    constraints: Constraints, profile: Profile, component: np.ndarray
+) -> tuple[np.ndarray, dict[int, dict[Lock, None]]]:
+    """For each component whether it is locked, and why."""
+    reasons: dict[int, dict[Lock, None]] = {}
+    locked = np.zeros(component.max() + 1, dtype=bool)
+    locked[component[FIXED]] = True
+    for ids, lock in constraints.locks:
+        hit = np.unique(component[ids])
+        locked[hit] = True
+        if lock.kind is not LockKind.KERNEL:
+            for unit in hit.tolist():
+                reasons.setdefault(unit, {})[lock] = None
+
+    read = np.zeros(locked.size, dtype=bool)
+    for ids in (*constraints.read, *constraints.weights_read):
+        read[component[ids]] = True
+    seen = np.zeros(locked.size, dtype=bool)
+    for axis in constraints.slots.axes:
+        if axis.name in profile.touched:
+            seen[component[axis.ids]] = True
+    unread = ~read & ~locked
+    for unit in np.flatnonzero(unread).tolist():
+        reasons[unit] = {Lock(LockKind.OUTPUT if seen[unit] else LockKind.UNUSED): None}
+    return locked | unread, reasons
+
+
+def settled_components(constraints: Constraints) -> np.ndarray:
+    """:func:`components`, with fills tied whose size is a part or a multiple of a channel dimension's:
+    by the units that their positions met."""
+    component = components(constraints)
+    if not constraints.deferred:
+        return component
+    first = np.zeros(component.max() + 1, dtype=np.int64)
+    first[component[::-1]] = np.arange(component.size)[::-1]
+    for tie in constraints.deferred:
+        tie(first[component])
+    return components(constraints)
+
+
+def components(constraints: Constraints) -> np.ndarray:
     """For each slot, and each stand-in after them, the number of its connected component; slot 0
     stands alone."""
-    size = record.slots.size + record.stand_ins
-    if record.ties:
-        rows = np.concatenate([a for a, _ in record.ties])
-        columns = np.concatenate([b for _, b in record.ties])
+    size = constraints.size
+    if constraints.ties:
+        rows = np.concatenate([a for a, _ in constraints.ties])
+        columns = np.concatenate([b for _, b in constraints.ties])
     else:
         rows = columns = np.zeros(0, dtype=np.int64)
     graph = coo_array((np.ones(rows.size, dtype=bool), (rows, columns)), shape=(size, size))
     return connected_components(graph, directed=False)[1]
 
 
-def size_parts(record: TraceRecord, component: np.ndarray) -> None:
-    """Ties fills whose size is a part or a multiple of a width to that, by the units that their
-    positions met."""
-    first = np.zeros(component.max() + 1, dtype=np.int64)
-    first[component[::-1]] = np.arange(component.size)[::-1]
-    unit = first[component]
-    for number, ids in record.parts:
-        number.of_units(unit).sizes(unit[ids])
-
-
-def slots_for(record: TraceRecord, component: np.ndarray) -> np.ndarray:
+def slots_for(constraints: Constraints, component: np.ndarray) -> np.ndarray:
     """For each id a slot: its own, or for a stand-in one of the same unit; where it was tied to none,
     ``FIXED``."""
-    size = record.slots.size
+    size = constraints.slots.size
     slot = np.arange(component.size)
     first = np.zeros(component.max() + 1, dtype=np.int64)
     first[component[size - 1 :: -1]] = slot[size - 1 :: -1]
     slot[size:] = first[component[size:]]
     return slot
-
-
-def settle(record: TraceRecord, component: np.ndarray) -> None:
-    """Puts slots in the place of stand-ins for the width of something."""
-    if not record.stand_ins:
-        return
-    slot = slots_for(record, component)
-    record.follows = [replace(follow, ids=slot[follow.ids]) for follow in record.follows]
-    record.work = [replace(work, axes=[slot[ids] for ids in work.axes]) for work in record.work]
-    record.elements = [(at, count, [slot[ids] for ids in axes]) for at, count, axes in record.elements]
-    record.weights_read = [slot[ids] for ids in record.weights_read]
 
 
 def _axes_in(slots: SlotTable, arrays: list[np.ndarray]) -> list[Axis]:
@@ -248,13 +268,13 @@ def group_units(
 
 
 def _locked(
-    slots: SlotTable, component: np.ndarray, locked: np.ndarray, reasons: dict[int, dict]
+    slots: SlotTable, component: np.ndarray, locked: np.ndarray, reasons: dict[int, dict[Lock, None]]
 ) -> list[Locked]:
     """Locked units by the axis of their first slot and by reason; kernel positions left out."""
     ids = np.flatnonzero(locked[component])
     ids = ids[ids > 0]
     units, first = np.unique(component[ids], return_index=True)
-    found: dict[tuple[int, tuple[str, ...]], int] = {}
+    found: dict[tuple[int, tuple[Lock, ...]], int] = {}
     axes = slots.axis_index(ids[first])
     for unit, axis in zip(units.tolist(), axes.tolist(), strict=True):
         if unit in reasons:

@@ -4,85 +4,102 @@ where the sizes come from that a view, a split or a fill is asked for."""
 import operator
 from collections.abc import Callable
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from mmprune.graph.sizes import Width, sizes_of
+from mmprune.graph.constraints import Constraints
+from mmprune.graph.locks import LockKind
+from mmprune.graph.sizes import SymbolicSize, symbolic_shape
+from mmprune.graph.tensor_info import TensorTable
 
-if TYPE_CHECKING:
-    from mmprune.graph.tracer import Tracer
 
+class SizeTrackingMode(TorchFunctionMode):
+    """A function mode beside the dispatch mode, for one traced run. ``requested_sizes``: those that the
+    function which runs now is asked for, in the order of its operation."""
 
-class Outside(TorchFunctionMode):
-    """A function mode beside the dispatch mode, for one traced run."""
-
-    def __init__(self, tracer: 'Tracer') -> None:
+    def __init__(self, tensors: TensorTable, constraints: Constraints) -> None:
         super().__init__()
-        self.tracer = tracer
+        self.requested_sizes: Any = None
+        self._tensors = tensors
+        self._constraints = constraints
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func == SHAPE or func is torch.Tensor.size:
             return self._size(*args, **kwargs)
         name = getattr(func, '__name__', '').partition('.')[0]
-        widths = widths_in((args, kwargs))
-        if name in ASKED:
-            self.tracer.asked = ASKED[name](self.tracer, *args, **kwargs)
-        if widths:
-            known = widths if name in ASKED or name in GROUPED else ()
-            if name.endswith('full'):  # what it is full of is no size
-                known = widths_in([self.tracer.asked])
-            known = {id(number) for number in known}
-            for number in widths:
-                if id(number) not in known:
-                    number.stays(f'a number for {name}')
+        numbers = symbolic_in((args, kwargs))
+        if name in SIZE_ARGUMENTS:
+            self.requested_sizes = SIZE_ARGUMENTS[name](self.shape, *args, **kwargs)
+        if numbers:
+            self._pin_values(name, numbers)
             args, kwargs = plain(args), plain(kwargs)  # torch's own Python code is none of ours
         try:
             out = func(*args, **kwargs)
         finally:
-            self.tracer.asked = None
-        if func == DATA:
-            self.tracer.same(out, args[0])
+            self.requested_sizes = None
+        if func == DATA:  # another face: all that is known of the one holds for the other
+            self._tensors[out] = self._tensors.info(args[0])
         elif func in LEAVES:
-            self._lock(args[:1], f'leaves torch by {LEAVES[func]}')
+            self._lock(args[:1], LockKind.LEAVES_TORCH, detail=LEAVES[func])
         elif func in COUNTS:
             return self._count(out, args[0])
         elif func is nn.functional.scaled_dot_product_attention and kwargs.get('scale') is None:
             # Where no fused kernel fits, this is taken apart and the scale is a number.
-            self._lock(args[:2], 'the scale of attention depends on its width', dims=1)
+            self._lock(args[:2], LockKind.ATTENTION_SCALE, last=1)
         return out
 
+    def shape(self, tensor: torch.Tensor) -> torch.Size:
+        return symbolic_shape(self._tensors, self._constraints, tensor)
+
+    def _pin_values(self, name: str, numbers: list[SymbolicSize]) -> None:
+        """Of the numbers that a function is given, those that are no sizes are used for their value."""
+        known = numbers if name in SIZE_ARGUMENTS or name in HANDLED_BY_RULE else []
+        if name.endswith('full'):  # what it is full of is no size
+            known = symbolic_in([self.requested_sizes])
+        sizes = {id(number) for number in known}
+        for number in numbers:
+            if id(number) not in sizes:
+                number.pin(LockKind.PASSED_AS_VALUE, name)
+
     def _size(self, tensor: torch.Tensor, dim: Any = None) -> Any:
-        sizes = sizes_of(self.tracer, tensor)
+        sizes = self.shape(tensor)
         return sizes if dim is None else sizes[dim]
 
     def _count(self, number: int, tensor: torch.Tensor) -> int:
         """The number of elements, which follows the one dimension that can shrink."""
-        sizes = [size for size in sizes_of(self.tracer, tensor) if isinstance(size, Width)]
+        sizes = [size for size in self.shape(tensor) if isinstance(size, SymbolicSize)]
         if len(sizes) != 1:
             return number
-        return Width(number, sizes[0].origin, Fraction(number, int(sizes[0])))
+        return SymbolicSize(number, sizes[0].source, Fraction(number, int(sizes[0])))
 
-    def _lock(self, tensors: tuple[torch.Tensor, ...], what: str, dims: int | None = None) -> None:
+    def _lock(
+        self,
+        tensors: tuple[torch.Tensor, ...],
+        why: LockKind,
+        last: int | None = None,
+        detail: str = '',
+    ) -> None:
+        """Locks what tensors carry, on their ``last`` dimensions (all by default)."""
         for tensor in tensors:
-            for dim, ids in self.tracer.labels_of(tensor).items():
-                for array in ids if dims is None or dim >= tensor.ndim - dims else ():
-                    self.tracer.call('torch').lock((array,), what)
+            for dim, ids in self._tensors.info(tensor).labels.items():
+                for array in ids if last is None or dim >= tensor.ndim - last else ():
+                    self._constraints.lock(array, why, 'torch', detail)
 
 
-def widths_in(value: Any, depth: int = 3) -> list[Width]:
-    """Every :class:`Width` among arguments."""
-    found: list[Width] = []
+def symbolic_in(value: Any, depth: int = 3) -> list[SymbolicSize]:
+    """Every :class:`SymbolicSize` among arguments."""
+    found: list[SymbolicSize] = []
     _collect(value, depth, found)
     return found
 
 
-def _collect(value: Any, depth: int, found: list[Width]) -> None:
+def _collect(value: Any, depth: int, found: list[SymbolicSize]) -> None:
     kind = type(value)
-    if kind is Width:
+    if kind is SymbolicSize:
         found.append(value)
     elif kind in HOLDERS and depth:
         for item in value.values() if kind is dict else value:
@@ -95,8 +112,8 @@ HOLDERS = frozenset({list, tuple, dict, torch.Size})
 
 
 def plain(value: Any) -> Any:
-    """The same arguments, with integers in the place of widths."""
-    if isinstance(value, Width):
+    """The same arguments, with integers in the place of symbolic sizes."""
+    if isinstance(value, SymbolicSize):
         return int(value)
     if isinstance(value, slice):
         return slice(plain(value.start), plain(value.stop), plain(value.step))
@@ -107,7 +124,11 @@ def plain(value: Any) -> Any:
     return value
 
 
-def after_self(tracer: 'Tracer', x: Any, *sizes: Any, **kwargs: Any) -> list | None:
+ShapeOf = Callable[[torch.Tensor], torch.Size]
+"""Gives the shape of a tensor with its symbolic sizes."""
+
+
+def after_self(shape: ShapeOf, x: Any, *sizes: Any, **kwargs: Any) -> list | None:
     """``x.view(2, 3)``, ``x.view((2, 3))``, ``x.new_full((2, 3), 1)``."""
     given = sizes[0] if sizes and isinstance(sizes[0], list | tuple) else sizes
     for key in ('size', 'shape'):
@@ -118,30 +139,30 @@ def after_self(tracer: 'Tracer', x: Any, *sizes: Any, **kwargs: Any) -> list | N
         return None
 
 
-def from_start(tracer: 'Tracer', *sizes: Any, **kwargs: Any) -> list | None:
+def from_start(shape: ShapeOf, *sizes: Any, **kwargs: Any) -> list | None:
     """``torch.zeros(2, 3)``, ``torch.full((2, 3), 1)``."""
-    return after_self(tracer, None, *sizes, **kwargs)
+    return after_self(shape, None, *sizes, **kwargs)
 
 
-def of_other(tracer: 'Tracer', x: torch.Tensor, other: torch.Tensor) -> list:
+def of_other(shape: ShapeOf, x: torch.Tensor, other: torch.Tensor) -> list:
     """``x.view_as(other)``."""
-    return list(sizes_of(tracer, other))
+    return list(shape(other))
 
 
-def of_one(tracer: 'Tracer', x: torch.Tensor, dim: int, sizes: Any) -> list:
+def of_one(shape: ShapeOf, x: torch.Tensor, dim: int, sizes: Any) -> list:
     """``x.unflatten(dim, sizes)``: the other dimensions stay."""
-    whole: list = list(sizes_of(tracer, x))
+    whole: list = list(shape(x))
     dim %= x.ndim
     return [*whole[:dim], *sizes, *whole[dim + 1 :]]
 
 
-def of_parts(tracer: 'Tracer', x: Any, *sizes: Any, **kwargs: Any) -> Any:
+def of_parts(shape: ShapeOf, x: Any, *sizes: Any, **kwargs: Any) -> Any:
     """``torch.split(x, 2)``, ``torch.split(x, [2, 3])``."""
     given = sizes[0] if sizes else kwargs.get('split_size_or_sections', kwargs.get('split_size'))
     return list(given) if isinstance(given, list | tuple) else given
 
 
-ASKED: dict[str, Callable] = {
+SIZE_ARGUMENTS: dict[str, Callable] = {
     **dict.fromkeys(('view', '_unsafe_view', '_reshape_alias', 'reshape', 'expand', 'as_strided',
                      'as_strided_', 'new_zeros', 'new_ones', 'new_full', 'new_empty'), after_self),
     **dict.fromkeys(('zeros', 'ones', 'full', 'empty'), from_start),
@@ -150,13 +171,14 @@ ASKED: dict[str, Callable] = {
     **dict.fromkeys(('split', 'split_with_sizes', 'unsafe_split', 'unsafe_split_with_sizes'), of_parts),
     'unflatten': of_one,
 }  # fmt: skip
-"""Operations that are asked for in sizes, with what finds those among the arguments."""
+"""Functions that are asked for in sizes, with what finds those among the arguments. They are torch's
+functions, not operations: most are taken apart before a rule sees them."""
 
-GROUPED = frozenset({
+HANDLED_BY_RULE = frozenset({
     'conv1d', 'conv2d', 'conv3d', 'conv_transpose1d', 'conv_transpose2d', 'conv_transpose3d',
     'convolution', 'group_norm', 'layer_norm', 'channel_shuffle', 'native_channel_shuffle',
 })  # fmt: skip
-"""Their rules see to the numbers that they are given."""
+"""Functions that pass numbers on to operations whose rules see to them."""
 
 SHAPE, DATA = torch.Tensor.shape.__get__, torch.Tensor.data.__get__
 COUNTS = frozenset({torch.Tensor.numel, torch.Tensor.nelement, torch.numel})
@@ -165,4 +187,4 @@ LEAVES = {
     torch.Tensor.numpy: 'numpy()', torch.Tensor.__array__: 'numpy', torch.Tensor.tolist: 'tolist()',
     torch.Tensor.__dlpack__: 'dlpack',
 }  # fmt: skip
-"""Data movement: what a dimension carries moves with it."""
+"""Ways out of torch, as a lock names them."""

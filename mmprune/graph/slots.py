@@ -11,6 +11,14 @@ FIXED = 0
 """The id of every position that no cut can remove: a constant, an image channel, padding."""
 
 
+Ids = np.ndarray
+"""Slot ids, one for each position of a dimension."""
+
+Labels = dict[int, tuple[Ids, ...]]
+"""What a tensor carries: for a dimension, one or more arrays of slot ids, each as long as the
+dimension is. Removing a slot removes the positions that carry its id."""
+
+
 def fixed_ids(count: int) -> np.ndarray:
     return np.full(count, FIXED, dtype=np.int64)
 

@@ -113,7 +113,7 @@ def first_trace(model: nn.Module, runs: Runs) -> tuple[ChannelGraph, Runs]:
     traced = trace(model, first, also=tuple(others), may_fail=optional)
     modes = set(runs.modes)
     for mode in sorted(runs.modes):
-        error = traced.record.failed.get(getattr(runs, mode))
+        error = traced.failed.get(getattr(runs, mode))
         if error is not None:
             modes.remove(mode)
             print_log(

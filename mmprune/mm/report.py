@@ -28,7 +28,12 @@ def before(traced: ChannelGraph) -> dict[str, Any]:
     return {
         'axes': axes,
         'locked': [
-            {'name': each.name, 'dim': each.dim, 'units': each.count, 'why': list(each.reasons)}
+            {
+                'name': each.name,
+                'dim': each.dim,
+                'units': each.count,
+                'why': list(map(str, each.reasons)),
+            }
             for each in traced.locked
         ],
         'failed': {},

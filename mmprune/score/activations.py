@@ -35,9 +35,9 @@ def examples_of(units: Units) -> torch.Tensor:
 def positions(units: Units) -> torch.Tensor:
     """(n,) positions of the largest feature map that carries the unit, over the traced batch."""
     found = np.ones(units.n + 1)
-    for _, count, axes in units.trace.record.elements:
-        for ids in axes:
-            np.maximum.at(found, units.trace.unit_of[ids], count / ids.size)
+    for term in units.trace.profile.activations:
+        for ids in term.axes:
+            np.maximum.at(found, units.trace.unit_of[ids], term.count / ids.size)
     return torch.from_numpy(found[: units.n]).to(units.device, torch.float32)
 
 

@@ -76,7 +76,7 @@ class Units:
     @cached_property
     def scales(self) -> list[WeightAxis]:
         """Batch norms' gammas among the producers."""
-        firsts = {int(ids[0]) for ids in self.trace.record.scales if ids.size}
+        firsts = {int(ids[0]) for ids in self.trace.scales if ids.size}
         return [entry for entry in self.producers if entry.axis.first in firsts]
 
     @cached_property

@@ -92,7 +92,7 @@ def make_plan(
 def _followed(graph: ChannelGraph, model: nn.Module, stays: np.ndarray) -> dict[str, dict[str, int]]:
     """New values of the numbers that follow an axis, in proportion to it."""
     found: dict[str, dict[str, int]] = {}
-    for follow in graph.follows:
+    for follow in graph.tracked:
         left = stays[follow.ids]
         if left.all():
             continue

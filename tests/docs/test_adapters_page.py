@@ -3,8 +3,7 @@
 import re
 from pathlib import Path
 
-from mmprune.graph.adapters import BY_NAME, MODULES
-from mmprune.graph.rules import RULES
+from mmprune.graph.registry import BY_NAME, MODULES, RULES
 
 PAGE = Path(__file__).parents[2] / 'docs' / 'adapters.md'
 

@@ -56,12 +56,12 @@ each('where', lambda op, m, y: finish(m, op(y > 0, y, m.const[:, None, None])), 
 each(
     'where',
     lambda op, m, y: finish(m, torch.where(y > 0, y, torch.arange(8.0)[:, None, None])),
-    'fixed width',
+    'of fixed size',
 )
 each(
     'bucketize',
     lambda op, m, y: finish(m, y) + op(y.mean((2, 3)), torch.arange(8.0).double()).sum(),
-    'fixed width',
+    'of fixed size',
 )
 each('bucketize', lambda op, m, y: finish(m, op(y, torch.arange(5.0).double())))
 case('_prelu_kernel', lambda m, y: finish(m, F.prelu(y, m.vector)))
@@ -96,14 +96,16 @@ each('new_full', lambda op, m, y: finish(m, y * op(y, [y.shape[1], 1, 1], 0.5)))
 case(
     'zeros',
     lambda m, y: finish(m, y * torch.zeros(8).scatter_(0, torch.tensor([1, 2]), 1.0).view(8, 1, 1)),
-    'fixed width',
+    'of fixed size',
 )
 
 # -- contractions ---------------------------------------------------------------------------------
 
 case('convolution', lambda m, y: finish(m, m.b(y)))
 case('convolution', lambda m, y: finish(m, F.conv2d(y, m.kernel, groups=y.shape[1])))
-case('convolution', lambda m, y: finish(m, F.conv2d(y, torch.ones(8, 8, 1, 1).double())), 'fixed width')
+case(
+    'convolution', lambda m, y: finish(m, F.conv2d(y, torch.ones(8, 8, 1, 1).double())), 'of fixed size'
+)
 case('convolution', lambda m, y: finish(m, F.conv2d(y, m.table.sigmoid()[..., None, None])))
 case(
     'convolution',
@@ -115,10 +117,10 @@ case(
     lambda m, y: (
         finish(m, y) + F.conv1d(y.transpose(1, 2).flatten(2), torch.ones(4, 4, 1).double()).sum()
     ),
-    'convolved over',
+    'spatial op',
 )
 case('mm', lambda m, y: finish(m, y.mean((2, 3)) @ m.table))
-case('mm', lambda m, y: finish(m, y.mean((2, 3)) @ torch.ones(8, 8).double()), 'fixed width')
+case('mm', lambda m, y: finish(m, y.mean((2, 3)) @ torch.ones(8, 8).double()), 'of fixed size')
 case('bmm', lambda m, y: finish(m, y) + (y.flatten(2).transpose(1, 2) @ y.flatten(2)).tanh().sum())
 case(
     'bmm',
@@ -175,13 +177,13 @@ case(
 case(
     'native_layer_norm',
     lambda m, y: finish(m, F.layer_norm(y.mean((2, 3)), (8,), m.vector)),
-    'layer norm takes',
+    'layer norm statistics',
 )
 case('native_layer_norm', lambda m, y: finish(m, F.layer_norm(y, (4, 4))))
 each(
     '_weight_norm_interface',
     lambda op, m, y: finish(m, F.conv2d(y, op(m.b.weight, m.vector[:, None, None, None], 0)[0])),
-    'weight norm sums',
+    'weight norm over',
 )
 each(
     '_weight_norm_interface',
@@ -199,10 +201,10 @@ each(INTS, lambda op, m, y: finish(m, op(y, 2)) + finish(m, y))
 each('norm linalg_vector_norm', lambda op, m, y: finish(m, op(y, 2, [2])) + finish(m, y))
 each('kthvalue', lambda op, m, y: finish(m, op(y, 2, 2)) + finish(m, y))
 MEAN = lambda y: y.mean((0, 2, 3))  # noqa: E731
-each(LISTS, lambda op, m, y: finish(m, y) + finish(m, op(MEAN(y), [0])), 'reduced over')
-each(INTS, lambda op, m, y: finish(m, y) + finish(m, op(MEAN(y), 0)), 'reduced over')
-each('kthvalue', lambda op, m, y: finish(m, y) + finish(m, op(MEAN(y), 2, 0)), 'reduced over')
-each('norm', lambda op, m, y: finish(m, y) + finish(m, op(MEAN(y), 2, [0])), 'reduced over')
+each(LISTS, lambda op, m, y: finish(m, y) + finish(m, op(MEAN(y), [0])), 'mean / max / norm over')
+each(INTS, lambda op, m, y: finish(m, y) + finish(m, op(MEAN(y), 0)), 'mean / max / norm over')
+each('kthvalue', lambda op, m, y: finish(m, y) + finish(m, op(MEAN(y), 2, 0)), 'mean / max / norm over')
+each('norm', lambda op, m, y: finish(m, y) + finish(m, op(MEAN(y), 2, [0])), 'mean / max / norm over')
 each('aminmax', lambda op, m, y: finish(m, op(y, dim=2)) + finish(m, y))
 each('sum nansum', lambda op, m, y: finish(m, y + op(y, [1], True).tanh()))
 each(
@@ -215,43 +217,51 @@ case('linalg_vector_norm', lambda m, y: finish(m, F.normalize(y, dim=1)))
 case(
     'linalg_vector_norm', lambda m, y: finish(m, y) + y.sigmoid().norm(dim=1).sum(), 'would not be zero'
 )
-case('linalg_vector_norm', lambda m, y: finish(m, y / y.norm(float('inf'), 1, True)), 'reduced over')
+case(
+    'linalg_vector_norm',
+    lambda m, y: finish(m, y / y.norm(float('inf'), 1, True)),
+    'mean / max / norm over',
+)
 each('_softmax _log_softmax', lambda op, m, y: finish(m, op(y, 2, False)))
-each('_softmax _log_softmax', lambda op, m, y: finish(m, op(y, 1, False)), 'treated as a whole')
+each(
+    '_softmax _log_softmax',
+    lambda op, m, y: finish(m, op(y, 1, False)),
+    'softmax / sort / cumulative op',
+)
 each(
     '_safe_softmax cumsum cumprod cummax cummin sort logcumsumexp', lambda op, m, y: finish(m, op(y, 2))
 )
 each(
     '_safe_softmax cumsum cumprod cummax cummin sort logcumsumexp',
     lambda op, m, y: finish(m, op(y, 1)),
-    'treated as a whole',
+    'softmax / sort / cumulative op',
 )
 each('topk', lambda op, m, y: finish(m, op(y, 2, 2)))
-each('topk', lambda op, m, y: finish(m, y) + op(y, 2, 1)[0].sum(), 'treated as a whole')
+each('topk', lambda op, m, y: finish(m, y) + op(y, 2, 1)[0].sum(), 'softmax / sort / cumulative op')
 each('glu', lambda op, m, y: finish(m, op(torch.cat([y, m.b(y)], 1), 1)))
 each('glu', lambda op, m, y: finish(m, y) + finish(m, op(y, 3)))
 each(
     'mse_loss smooth_l1_loss huber_loss soft_margin_loss',
     lambda op, m, y: finish(m, y) + op(y, torch.ones_like(y)),
-    'read by a loss',
+    'input of a loss',
 )
 each(
     'binary_cross_entropy binary_cross_entropy_with_logits',
     lambda op, m, y: finish(m, y) + op(y.sigmoid(), torch.ones_like(y)),
-    'read by a loss',
+    'input of a loss',
 )
 case(
     'nll_loss_forward',
     lambda m, y: finish(m, y) + F.nll_loss(y.mean((2, 3)), torch.tensor([1, 2])),
-    'read by a loss',
+    'input of a loss',
 )
 case(
     'nll_loss2d_forward',
     lambda m, y: finish(m, y) + F.nll_loss(y, torch.ones(2, 4, 4, dtype=torch.long)),
-    'read by a loss',
+    'input of a loss',
 )
 
-WHOLE = 'taken as a whole'
+WHOLE = 'op over the whole tensor'
 each('nonzero _unique2 unique_consecutive', lambda op, m, y: finish(m, y) + _all(op(y))[0].sum(), WHOLE)
 each('unique_dim', lambda op, m, y: finish(m, y) + op(y, 1)[0].sum(), WHOLE)
 each('masked_select', lambda op, m, y: finish(m, y) + op(y, y > 0).sum(), WHOLE)
@@ -305,7 +315,7 @@ case('view', lambda m, y: finish(m, y.view(2, -1, 2, 4, 4).flatten(1, 2)))
 case(
     'view',
     lambda m, y: finish(m, y) + y[..., :3, :3].contiguous().view(2, 6, 12).sum(),
-    'across the borders',
+    'across the boundaries',
 )
 case('view', lambda m, y: finish(m, y) + y.view(torch.float32).sum() * 0, 'another dtype')
 each('_unsafe_view', lambda op, m, y: finish(m, op(y, [2, y.shape[1], 16])))
@@ -325,7 +335,7 @@ case('cat', lambda m, y: finish(m, y) + torch.cat([y, y.new_zeros(2, y.shape[1],
 case(
     'cat',
     lambda m, y: finish(m, y) + torch.cat([y, torch.rand(2, 8, 4, 1).double()], 3).sum(),
-    'fixed width',
+    'of fixed size',
 )
 each('stack', lambda op, m, y: finish(m, op([y, m.b(y)], 1).sum(1)))
 each('split unsafe_split', lambda op, m, y: finish(m, torch.cat(op(y, y.shape[1] // 2, 1)[::-1], 1)))
@@ -336,41 +346,43 @@ each(
 each(
     'split_with_sizes',
     lambda op, m, y: finish(m, torch.cat(op(y, [3, 5], 1)[::-1], 1)),
-    'its size is a number in the code',
+    'hard-coded size',
 )
 each('unbind', lambda op, m, y: finish(m, op(y, 2)[0]))
-each('unbind', lambda op, m, y: finish(m, y) + op(y, 1)[0].sum(), 'indexed by number')
+each('unbind', lambda op, m, y: finish(m, y) + op(y, 1)[0].sum(), 'constant index')
 each('select', lambda op, m, y: finish(m, op(y, 2, 0)))
-each('select', lambda op, m, y: finish(m, y) + op(y, 1, 0).sum(), 'indexed by number')
+each('select', lambda op, m, y: finish(m, y) + op(y, 1, 0).sum(), 'constant index')
 each('slice', lambda op, m, y: finish(m, op(y, 2, 0, 2)))
-each('slice', lambda op, m, y: finish(m, y) + op(y, 1, 0, 2).sum(), 'sliced by number')
+each('slice', lambda op, m, y: finish(m, y) + op(y, 1, 0, 2).sum(), 'constant slice')
 each('slice', lambda op, m, y: finish(m, op(y, 1, 0, 1 << 40)))
 each('flip', lambda op, m, y: finish(m, op(y, [1, 2])))
 each('roll', lambda op, m, y: finish(m, op(y, [1], [2])))
-each('roll', lambda op, m, y: finish(m, op(y, [1], [1])), 'rolled by a number')
+each('roll', lambda op, m, y: finish(m, op(y, [1], [1])), 'rolled along')
 FIRST = torch.tensor([1, 0])
 each('index_select', lambda op, m, y: finish(m, op(y, 2, FIRST)))
-each('index_select', lambda op, m, y: finish(m, y) + op(y, 1, FIRST).sum(), 'indexed by number')
+each('index_select', lambda op, m, y: finish(m, y) + op(y, 1, FIRST).sum(), 'constant index')
 each('gather', lambda op, m, y: finish(m, op(y, 2, y.argsort(2))))
 each('gather', lambda op, m, y: finish(m, op(y, 3, FIRST.expand(2, y.shape[1], 4, 2))))
 each(
     'gather', lambda op, m, y: finish(m, y) + op(y, 3, FIRST.expand(2, 1, 4, 2)).sum(), 'gathered with'
 )
-each('gather', lambda op, m, y: finish(m, y) + op(y, 1, FIRST.expand(2, 1, 4, 2)).sum(), 'indexed by')
+each(
+    'gather', lambda op, m, y: finish(m, y) + op(y, 1, FIRST.expand(2, 1, 4, 2)).sum(), 'constant index'
+)
 case('embedding', lambda m, y: finish(m, y * m.e(FIRST).sum(0)[:, None, None]))
 each('index', lambda op, m, y: finish(m, op(y, [None, None, FIRST])))
-each('index', lambda op, m, y: finish(m, y) + op(y, [FIRST, FIRST]).sum(), 'indexed by number')
+each('index', lambda op, m, y: finish(m, y) + op(y, [FIRST, FIRST]).sum(), 'constant index')
 each('index', lambda op, m, y: m.o(y.permute(0, 2, 3, 1)[y.sum(1) > 0]).sum())
 each('index_put', lambda op, m, y: finish(m, op(y, [None, None, FIRST], m.b(y)[:, :, :2])))
-each('index_put', lambda op, m, y: finish(m, op(y, [None, FIRST], y[:, :2])), 'indexed by number')
+each('index_put', lambda op, m, y: finish(m, op(y, [None, FIRST], y[:, :2])), 'constant index')
 for _name in ('index_put_', '_index_put_impl_'):
     each(_name, lambda op, m, y: finish(m, op(torch.zeros_like(y), [FIRST], y)))
     each(_name, lambda op, m, y: finish(m, op(y.new_zeros(2, y.shape[1], 4, 4), [FIRST], y)))
 each('unfold', lambda op, m, y: finish(m, op(y, 2, 2, 2)))
-each('unfold', lambda op, m, y: finish(m, y) + op(y, 1, 2, 2).sum(), 'mixed as if')
+each('unfold', lambda op, m, y: finish(m, y) + op(y, 1, 2, 2).sum(), 'spatial op')
 each('channel_shuffle', lambda op, m, y: finish(m, op(y, 2)))
 each('as_strided', lambda op, m, y: finish(m, op(y, y.shape, y.stride())))
-each('as_strided', lambda op, m, y: finish(m, y) + op(y, [8, 8], [1, 8]).sum(), 'read by strides')
+each('as_strided', lambda op, m, y: finish(m, y) + op(y, [8, 8], [1, 8]).sum(), 'strided view')
 each('as_strided_', lambda op, m, y: finish(m, op(y.clone(), y.shape, y.stride())))
 case(
     'repeat_interleave',
@@ -380,10 +392,10 @@ case(
 each(
     'repeat_interleave',
     lambda op, m, y: finish(m, y) + op(y.mean((0, 2, 3)).abs().long() + 1).sum(),
-    'repeated by number',
+    'repeated as often',
 )
 NUMBERS = torch.zeros(2, 8, 4, 4, dtype=torch.long)
-MOVED = 'moved by number'
+MOVED = 'scattered along'
 for _name in ('scatter', 'scatter_add'):
     each(_name, lambda op, m, y: finish(m, op(y, 2, NUMBERS, m.b(y))), MOVED)
     each(f'{_name}_', lambda op, m, y: finish(m, op(y.clone(), 2, NUMBERS, m.b(y))), MOVED)
@@ -401,7 +413,7 @@ each('upsample_nearest1d', lambda op, m, y: finish(m, op(ROWS(y), [20])))
 each('upsample_linear1d', lambda op, m, y: finish(m, op(ROWS(y), [20], False)))
 each('reflection_pad1d replication_pad1d', lambda op, m, y: finish(m, op(ROWS(y), [1, 1])))
 each('max_pool2d_with_indices avg_pool2d', lambda op, m, y: finish(m, _all(op(y, [2, 2]))[0]))
-each('avg_pool2d', lambda op, m, y: finish(m, y) + op(y.transpose(1, 2), [2, 2]).sum(), 'mixed as if')
+each('avg_pool2d', lambda op, m, y: finish(m, y) + op(y.transpose(1, 2), [2, 2]).sum(), 'spatial op')
 each('_adaptive_avg_pool2d adaptive_max_pool2d', lambda op, m, y: finish(m, op(y, [2, 2])))
 each('upsample_nearest2d _upsample_nearest_exact2d', lambda op, m, y: finish(m, op(y, [8, 8])))
 each(
@@ -412,7 +424,7 @@ each('reflection_pad2d replication_pad2d', lambda op, m, y: finish(m, op(y, [1, 
 each('max_unpool2d', lambda op, m, y: finish(m, op(*F.max_pool2d(y, 2, return_indices=True), [4, 4])))
 each('max_pool3d_with_indices', lambda op, m, y: finish(m, op(CUBE(y), [1, 2, 2])[0]))
 each('avg_pool3d', lambda op, m, y: finish(m, op(CUBE(y), [1, 2, 2])))
-each('avg_pool3d', lambda op, m, y: finish(m, F.local_response_norm(y, 3)), 'mixed as if')
+each('avg_pool3d', lambda op, m, y: finish(m, F.local_response_norm(y, 3)), 'spatial op')
 each('_adaptive_avg_pool3d', lambda op, m, y: finish(m, op(CUBE(y), [1, 2, 2])))
 each('upsample_nearest3d', lambda op, m, y: finish(m, op(CUBE(y), [1, 8, 8])))
 each('upsample_trilinear3d', lambda op, m, y: finish(m, op(CUBE(y), [1, 8, 8], False)))
@@ -426,7 +438,7 @@ each(
         finish(m, y)
         + op(y, y.flatten(2).transpose(1, 2)[..., :2].unflatten(1, (4, 4)), 0, 0, False).sum()
     ),
-    'sliced by number',
+    'constant slice',
 )
 each(
     '_grid_sampler_2d_cpu_fallback',
@@ -446,4 +458,4 @@ each('index_add', lambda op, m, y: finish(m, op(y, 0, FIRST, m.b(y))))
 each('index_add_', lambda op, m, y: finish(m, op(y.new_zeros(2, y.shape[1], 4, 4), 0, FIRST, y)))
 each('index_copy', lambda op, m, y: finish(m, op(y, 0, FIRST, m.b(y))))
 each('index_copy_', lambda op, m, y: finish(m, op(y.new_zeros(2, y.shape[1], 4, 4), 0, FIRST, y)))
-each('index_add', lambda op, m, y: finish(m, op(y, 1, FIRST, y[:, :2])), 'indexed by number')
+each('index_add', lambda op, m, y: finish(m, op(y, 1, FIRST, y[:, :2])), 'constant index')

@@ -1,23 +1,31 @@
 """mmcv's compiled operations, which the dispatcher does not see, and widths its modules keep."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
-from mmprune.graph.adapters import adapter
-from mmprune.graph.registry import Call
+from mmprune.graph.call import Call
+from mmprune.graph.locks import LockKind
+from mmprune.graph.outcome import AS_INPUTS, LOCKS_ONLY, Outcome, Returned
+from mmprune.graph.registry import adapter
 from mmprune.graph.rules.contract import convolve
+from mmprune.graph.slots import Labels
 
 
-def pooled(call: Call) -> None:
+def pooled(call: Call) -> Returned:
     """(image features (N, C, H, W), rois (K, 5), out (K, C, h, w), ...): channel by channel."""
     args, _ = call.args
     features, rois, out = args[:3]
-    call.lock_tensor(features, 'pooled over', dims=[0, 2, 3])
-    call.lock_tensor(rois, 'positions')
-    call.label(out, {1: call.ids(features, 1)})
-    for index in args[3:]:
-        if isinstance(index, torch.Tensor) and index.shape == out.shape:
-            call.label(index, {1: call.ids(features, 1)})
+    call.lock_tensor(features, LockKind.SPATIAL, dims=[0, 2, 3])
+    call.lock_tensor(rois, LockKind.POSITIONS)
+    indices = [t for t in args[3:] if isinstance(t, torch.Tensor) and t.shape == out.shape]
+    return [written(tensor, {1: call.ids(features, 1)}) for tensor in (out, *indices)]
+
+
+def written(out: torch.Tensor, labels: Labels) -> Outcome:
+    """Of an argument that the function writes its result into."""
+    return Outcome(labels, AS_INPUTS, tensor=out)
 
 
 adapter(
@@ -31,28 +39,29 @@ adapter(
     'mmcv::sigmoid_focal_loss_forward', 'mmcv::softmax_focal_loss_forward', 'mmcv::pixel_group',
     'mmcv::contour_expand', 'mmcv::points_in_polygons_forward', 'mmcv::min_area_polygons',
 )  # fmt: skip
-def taken_as_a_whole(call: Call) -> None:
+def taken_as_a_whole(call: Call) -> Returned:
     for value in [*call.args[0], *call.args[1].values()]:
         if isinstance(value, torch.Tensor):
-            call.lock_tensor(value, 'taken as a whole')
+            call.lock_tensor(value, LockKind.WHOLE)
+    return LOCKS_ONLY
 
 
 @adapter('mmcv::modulated_deform_conv_forward')
-def modulated_deform_conv(call: Call) -> None:
+def modulated_deform_conv(call: Call) -> Returned:
     args, kwargs = call.args
     x, weight, bias, _, offset, mask, out = args[:7]
     group = kwargs.get('group', args[-3] if len(args) > 10 else 1)
     deform_group = kwargs.get('deformable_group', args[-2] if len(args) > 10 else 1)
     if bias.numel() != out.shape[1]:  # stands in for none
         bias = None
-    _deformed(call, x, weight, bias, (offset, mask), out, group, deform_group)
+    return _deformed(call, x, weight, bias, (offset, mask), out, group, deform_group)
 
 
 @adapter('mmcv::deform_conv_forward')
-def deform_conv(call: Call) -> None:
+def deform_conv(call: Call) -> Returned:
     args, kwargs = call.args
     x, weight, offset, out = args[:4]
-    _deformed(
+    return _deformed(
         call,
         x,
         weight,
@@ -64,75 +73,85 @@ def deform_conv(call: Call) -> None:
     )
 
 
-def _deformed(call, x, weight, bias, positions, out, group: int, deform_group: int) -> None:
+def _deformed(
+    call: Call,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    positions: tuple[torch.Tensor, ...],
+    out: torch.Tensor,
+    group: int,
+    deform_group: int,
+) -> Outcome:
     """A convolution at offsets: those are numbers of positions, not channels."""
     for tensor in positions:
-        call.lock_tensor(tensor, 'sampling positions')
+        call.lock_tensor(tensor, LockKind.POSITIONS)
     for ids in call.ids(x, 1):
         if deform_group > 1:
             call.tie_all(ids.reshape(deform_group, -1))
-    convolve(call, x, weight, bias, out, group)
+    return replace(convolve(call, x, weight, bias, out, group), tensor=out)
 
 
 @adapter('mmcv::deform_roi_pool_forward')
-def deform_roi_pool(call: Call) -> None:
+def deform_roi_pool(call: Call) -> Returned:
     """(features (N, C, H, W), rois (K, 5), offset, out (K, C, h, w)): channel by channel."""
     features, rois, offset, out = call.args[0][:4]
-    call.lock_tensor(features, 'pooled over', dims=[0, 2, 3])
+    call.lock_tensor(features, LockKind.SPATIAL, dims=[0, 2, 3])
     for tensor in (rois, offset):
-        call.lock_tensor(tensor, 'positions')
-    call.label(out, {1: call.ids(features, 1)})
+        call.lock_tensor(tensor, LockKind.POSITIONS)
+    return written(out, {1: call.ids(features, 1)})
 
 
 @adapter('mmcv::carafe_forward')
-def carafe(call: Call) -> None:
+def carafe(call: Call) -> Returned:
     """(features (N, C, H, W), masks, rfeatures, routput, rmasks, out (N, C, sH, sW)): the channels
     of each of ``group_size`` equal groups share a kernel."""
     args, options = call.args
-    reassembled(call, args[0], args[1], args[5], options['group_size'])
+    return reassembled(call, args[0], args[1], args[5], options['group_size'])
 
 
 @adapter('mmcv::carafe_naive_forward')
-def carafe_naive(call: Call) -> None:
+def carafe_naive(call: Call) -> Returned:
     args, options = call.args
-    reassembled(call, args[0], args[1], args[2], options['group_size'])
+    return reassembled(call, args[0], args[1], args[2], options['group_size'])
 
 
 def reassembled(
     call: Call, features: torch.Tensor, kernels: torch.Tensor, out: torch.Tensor, groups: int
-) -> None:
-    call.lock_tensor(features, 'mixed as if it were space', dims=[0, 2, 3])
-    call.lock_tensor(kernels, 'the cells of a kernel')
+) -> Outcome:
+    call.lock_tensor(features, LockKind.SPATIAL, dims=[0, 2, 3])
+    call.lock_tensor(kernels, LockKind.POSITIONS)
     ids = call.ids(features, 1)
     for array in ids if groups > 1 else ():
         call.tie_all(array.reshape(groups, -1))
-    call.label(out, {1: ids})
+    return written(out, {1: ids})
 
 
 @adapter('mmcv::masked_im2col_forward')
-def masked_im2col(call: Call) -> None:
+def masked_im2col(call: Call) -> Returned:
     """(features (1, C, H, W), rows, columns, out (C * kh * kw, positions))."""
     features, _, _, out = call.args[0][:4]
-    call.lock_tensor(features, 'mixed as if it were space', dims=[2, 3])
+    call.lock_tensor(features, LockKind.SPATIAL, dims=[2, 3])
     ids = call.ids(features, 1)
-    call.label(out, {0: tuple(np.repeat(i, out.shape[0] // features.shape[1]) for i in ids)})
+    cells = out.shape[0] // features.shape[1]
+    return written(out, {0: tuple(np.repeat(array, cells) for array in ids)})
 
 
 @adapter('mmcv::masked_col2im_forward')
-def masked_col2im(call: Call) -> None:
+def masked_col2im(call: Call) -> Returned:
     """(values (C, positions), rows, columns, out (1, C, H, W))."""
     values, _, _, out = call.args[0][:4]
-    call.lock_tensor(values, 'moved by number', dims=[1])
-    call.label(out, {1: call.ids(values, 0)})
+    call.lock_tensor(values, LockKind.SCATTERED, dims=[1])
+    return written(out, {1: call.ids(values, 0)})
 
 
 @adapter('mmcv::ms_deform_attn_forward')
-def deformable_attention(call: Call) -> None:
+def deformable_attention(call: Call) -> Returned:
     """(value (N, keys, heads, width), shapes, starts, locations, weights) -> (N, queries, heads *
     width). All heads keep one width."""
     value, _, _, locations, weights = call.args[0][:5]
     for tensor in (locations, weights):
-        call.lock_tensor(tensor, 'sampling positions')
-    call.lock_tensor(value, 'attention runs over it', dims=[0, 1, 2])
+        call.lock_tensor(tensor, LockKind.POSITIONS)
+    call.lock_tensor(value, LockKind.ATTENTION, dims=[0, 1, 2])
     heads = value.shape[2]
-    call.label(call.out, {2: tuple(np.tile(ids, heads) for ids in call.ids(value, 3))})
+    return Outcome({2: tuple(np.tile(ids, heads) for ids in call.ids(value, 3))}, AS_INPUTS)

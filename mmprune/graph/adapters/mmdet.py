@@ -1,10 +1,10 @@
 """mmdet's numbers that a run may not come to see."""
 
-from mmprune.graph.adapters import adapter
-from mmprune.graph.registry import Call
+from mmprune.graph.call import Call
+from mmprune.graph.registry import adapter
 
 
 @adapter('mmdet.models.roi_heads.roi_extractors.base_roi_extractor.BaseRoIExtractor')
 def roi_extractor(call: Call) -> None:
     """Where there is one level, the declared width is that of the result for no proposals alone."""
-    call.follow('out_channels', call.ids(call.out, 1))
+    call.track_attribute('out_channels', call.ids(call.out, 1))

@@ -5,7 +5,17 @@ An operation is in one of four states: it has a rule here; it is elementwise by 
 it is unknown, and locks every channel that goes in, under its name.
 """
 
-from mmprune.graph.registry import RULES, Call, rule
+import torch
+
+from mmprune.graph.registry import RULES, Rule
 from mmprune.graph.rules import contract, index, norm, pointwise, reduce, shape, spatial  # noqa: F401
 
-__all__ = ['RULES', 'Call', 'rule']
+ELEMENTWISE = Rule(pointwise.pointwise)
+
+
+def rule_of(func: torch._ops.OpOverload, name: str) -> Rule | None:
+    """The rule of an operation, or ``None`` where it is unknown."""
+    found = RULES.get(name)
+    if found is None and torch.Tag.pointwise in func.tags:
+        return ELEMENTWISE
+    return found

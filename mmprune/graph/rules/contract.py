@@ -1,12 +1,22 @@
-"""Contractions: convolutions and matrix products. The only places where channels are read away."""
+"""Contractions: convolutions and matrix products. The only places where channels are summed away."""
 
 import math
 
 import numpy as np
 import torch
 
-from mmprune.graph.registry import Call, Ids, Labels, rule
-from mmprune.graph.rules.pointwise import broadcast, part
+from mmprune.graph.call import Call
+from mmprune.graph.locks import LockKind
+from mmprune.graph.outcome import (
+    ZERO_MOVES,
+    ZERO_STAYS,
+    Outcome,
+    Returned,
+    first_output,
+)
+from mmprune.graph.registry import rule
+from mmprune.graph.rules.pointwise import Operand, broadcast, operand
+from mmprune.graph.slots import Ids, Labels
 
 
 def contract(
@@ -16,14 +26,14 @@ def contract(
     if not a and not b:
         return
     if a and not b:
-        call.lock(a, 'multiplied with a matrix of fixed width')
+        call.lock(a, LockKind.FIXED_MATRIX)
     elif b and not a:
         if x.numel():  # of no proposals nothing is read
-            call.lock(b, 'reads a tensor of fixed width')
+            call.lock(b, LockKind.INPUT_CHANNELS)
     else:
-        call.tie(a, b, 'reads a fixed channel')
-        if call.tracer.is_nonzero(x) and call.tracer.is_nonzero(w):
-            call.lock(a + b, 'a product in which a removed channel would be zero on neither side')
+        call.tie(a, b, LockKind.FIXED_CHANNEL_READ)
+        if not call.zero_safe(x) and not call.zero_safe(w):
+            call.lock(a + b, LockKind.ZERO_ON_NEITHER_SIDE)
     call.consume(x, a)
     call.consume(w, b)
 
@@ -36,7 +46,7 @@ def convolve(
     out: torch.Tensor,
     groups: int,
     transposed: bool = False,
-) -> None:
+) -> Outcome:
     """A convolution of any rank and grouping; also the rule of the compiled ones.
 
     ``x``: (N, C_in, ...), ``weight``: (C_out, C_in / groups, ...), or (C_in, C_out / groups, ...)
@@ -46,9 +56,9 @@ def convolve(
     weight_labels = call.labels(weight)
     in_dim, out_dim = (0, 1) if transposed else (1, 0)
     rows, columns = call.ids(weight, 0), call.ids(weight, 1)
-    call.lock_tensor(weight, '', dims=range(2, weight.ndim))
-    call.lock_tensor(x, 'convolved over', dims=range(2, x.ndim))
-    channels = call.ids(x, 1)
+    call.lock_tensor(weight, LockKind.KERNEL, dims=range(2, weight.ndim))
+    call.lock_tensor(x, LockKind.SPATIAL, dims=range(2, x.ndim))
+    channels, samples = call.ids(x, 1), call.ids(x, 0)
     n_in, n_out = x.shape[1], out.shape[1]
     depthwise = groups > 1 and groups == n_in
 
@@ -63,9 +73,9 @@ def convolve(
         for ids in rows:
             call.tie_all(ids.reshape(groups, per).T)
         if transposed:
-            call.lock(columns, 'multiplies channels in a grouped transposed convolution')
-        # It passes a channel on and mixes it with no other, so it is no reader of it.
-        call.tie(channels, reads, 'a depthwise convolution of a fixed channel')
+            call.lock(columns, LockKind.GROUPED_TRANSPOSED)
+        # It passes a channel on and mixes it with no other, so it does not consume it.
+        call.tie(channels, reads, LockKind.FIXED_CHANNEL_READ)
         gives = tuple(np.repeat(ids, n_out // groups) for ids in reads)
     else:
         # The same position of every group is one unit, so that all groups keep one width.
@@ -77,20 +87,19 @@ def convolve(
             reads, gives = tuple(np.tile(ids, groups) for ids in columns), rows
         contract(call, x, channels, weight, reads)
     call.tie_if(gives, bias)
-    labels: Labels = {1: gives}
-    if call.ids(x, 0):
-        labels[0] = call.ids(x, 0)
-    call.label(out, labels)
-    nonzero = [call.tracer.is_nonzero(t) for t in (x, weight, bias) if t is not None]
-    nonzero[:2] = [all(nonzero[:2])] if depthwise else nonzero[1:2]
-    call.nonzero(out, any(nonzero) or bool(call.ids(x, 0) and bias is not None))
     positions = (x if transposed else out).numel() / (n_in if transposed else n_out)
     call.multiply_adds(positions * math.prod(weight.shape), rows, columns)
+    # A zero row of the weight makes zeros of anything; depthwise, so does a zero channel.
+    safe = call.zero_safe(weight) or depthwise and call.zero_safe(x)
+    if bias is not None:
+        safe = safe and call.zero_safe(bias) and not samples
+    labels: Labels = {1: gives, 0: samples} if samples else {1: gives}
+    return Outcome(labels, ZERO_STAYS if safe else ZERO_MOVES)
 
 
-@rule('aten::convolution')
-def convolution(call: Call) -> None:
-    convolve(
+@rule('aten::convolution', is_contraction=True)
+def convolution(call: Call) -> Returned:
+    return convolve(
         call,
         call['input'],
         call['weight'],
@@ -101,16 +110,11 @@ def convolution(call: Call) -> None:
     )
 
 
-def matrix_product(call: Call, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> Labels:
+def matrix_product(call: Call, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> Outcome:
     """``a``: (..., M, K), ``b``: (..., K, N), with equal leading dimensions."""
     n = a.ndim
     contract(call, a, call.ids(a, n - 1), b, call.ids(b, n - 2))
-    labels = broadcast(
-        call,
-        [_select(call, a, n - 2), _select(call, b, n - 2)],
-        out.shape[: n - 2],
-        [{d: ids for d, ids in call.labels(t).items() if d < n - 2} for t in (a, b)],
-    )
+    labels = broadcast(call, [_leading(call, a, n - 2), _leading(call, b, n - 2)], out.shape[: n - 2])
     if call.ids(a, n - 2):
         labels[n - 2] = call.ids(a, n - 2)
     if call.ids(b, n - 1):
@@ -121,51 +125,50 @@ def matrix_product(call: Call, a: torch.Tensor, b: torch.Tensor, out: torch.Tens
         call.ids(b, n - 2) or call.ids(a, n - 1),
         *(labels.get(d, ()) for d in range(n - 1)),
     )
-    sides = ((a, n - 1), (b, n - 2))
-    call.nonzero(out, any(call.tracer.is_nonzero(t) and set(call.labels(t)) - {d} for t, d in sides))
-    return labels
+    # What one side carries beside the sum is zero where that side is, whatever the other holds.
+    moves = any(
+        not call.zero_safe(t) and set(call.labels(t)) - {d} for t, d in ((a, n - 1), (b, n - 2))
+    )
+    return Outcome(labels, ZERO_MOVES if moves else ZERO_STAYS)
 
 
-def _select(call: Call, tensor: torch.Tensor, dims: int) -> torch.Tensor:
-    """The leading dimensions alone, for a check of shapes."""
-    if not tensor.numel():
-        return tensor
-    return part(call, tensor[(...,) + (0,) * (tensor.ndim - dims)], tensor)
+def _leading(call: Call, tensor: torch.Tensor, dims: int) -> Operand:
+    """The leading dimensions alone."""
+    labels = {d: ids for d, ids in call.labels(tensor).items() if d < dims}
+    return Operand(tensor.shape[:dims], labels, [d for d in call.fits(tensor) if d < dims])
 
 
-@rule('aten::mm', 'aten::bmm')
-def mm(call: Call) -> None:
-    call.label(call.out, matrix_product(call, call['self'], call['mat2'], call.out))
+@rule('aten::mm', 'aten::bmm', is_contraction=True)
+def mm(call: Call) -> Returned:
+    return matrix_product(call, call['self'], call['mat2'], call.out)
 
 
-@rule('aten::addmm', 'aten::baddbmm')
-def addmm(call: Call) -> None:
+@rule('aten::addmm', 'aten::baddbmm', is_contraction=True)
+def addmm(call: Call) -> Returned:
     a = call.args.get('mat1', call.args.get('batch1'))
     b = call.args.get('mat2', call.args.get('batch2'))
-    added = matrix_product(call, a, b, call.out)
-    _add(call, added)
+    return _add(call, matrix_product(call, a, b, call.out))
 
 
-def _add(call: Call, product: Labels) -> None:
-    """``self`` is added to a product that carries the labels ``product``."""
-    bias, nonzero = call['self'], call.tracer.is_nonzero(call.out)
-    own = {d + call.out.ndim - bias.ndim for d in call.labels(bias)}
-    labels = broadcast(call, [bias, call.out], call.out.shape, [call.labels(bias), product])
-    call.label(call.out, labels)
-    call.nonzero(call.out, nonzero or call.tracer.is_nonzero(bias) or not own.issuperset(labels))
+def _add(call: Call, product: Outcome) -> Outcome:
+    """``self`` is added to a product."""
+    bias, shape = call['self'], call.out.shape
+    own = {d + len(shape) - bias.ndim for d in call.labels(bias)}
+    labels = broadcast(call, [operand(call, bias), Operand(shape, product.labels)], shape)
+    safe = product.zero is ZERO_STAYS and call.zero_safe(bias) and own.issuperset(labels)
+    return Outcome(labels, ZERO_STAYS if safe else ZERO_MOVES)
 
 
-@rule('aten::mv', 'aten::dot', 'aten::addmv')
-def mv(call: Call) -> None:
+@rule('aten::mv', 'aten::dot', 'aten::addmv', is_contraction=True)
+def mv(call: Call) -> Returned:
     a = call.args.get('mat', call['self'])
     b = call.args.get('vec', call.args.get('tensor'))
     contract(call, a, call.ids(a, -1), b, call.ids(b, 0))
     labels = {0: call.ids(a, 0)} if a.ndim == 2 else {}
-    call.label(call.out, labels)
-    call.nonzero(call.out, call.tracer.is_nonzero(a) and bool(labels.get(0)))
-    if call.name == 'aten::addmv':
-        _add(call, labels)
     call.multiply_adds(a.numel(), call.ids(a, -1), labels.get(0, ()))
+    moves = not call.zero_safe(a) and bool(labels.get(0))
+    product = Outcome(labels, ZERO_MOVES if moves else ZERO_STAYS)
+    return _add(call, product) if call.name == 'aten::addmv' else product
 
 
 @rule(
@@ -174,30 +177,25 @@ def mv(call: Call) -> None:
     'aten::_scaled_dot_product_efficient_attention',
     'aten::_scaled_dot_product_cudnn_attention',
 )
-def attention(call: Call) -> None:
+def attention(call: Call) -> Returned:
     """Query and key (B, H, N, D): the scale is taken from D, so D is locked for them unless the
     caller gave one; the value's width is free."""
     query, key, value = call['query'], call['key'], call['value']
-    out = call.out[0] if isinstance(call.out, tuple) else call.out
     if call.args.get('scale') is None:
-        call.lock_tensor(query, 'the scale of attention depends on its width', dims=[3])
-        call.lock_tensor(key, 'the scale of attention depends on its width', dims=[3])
+        call.lock_tensor(query, LockKind.ATTENTION_SCALE, dims=[3])
+        call.lock_tensor(key, LockKind.ATTENTION_SCALE, dims=[3])
     contract(call, query, call.ids(query, 3), key, call.ids(key, 3))
     for tensor in (query, key, value):
-        call.lock_tensor(tensor, 'attention runs over it', dims=[0, 2])
+        call.lock_tensor(tensor, LockKind.ATTENTION, dims=[0, 2])
     mask = call.args.get('attn_mask', call.args.get('attn_bias'))
-    operands = [part(call, t[..., :1, :1], t) for t in (query, key, value, mask) if t is not None]
-    heads = [
-        {d: i for d, i in call.labels(t).items() if d == t.ndim - 3}
-        for t in (query, key, value, mask)
-        if t is not None
-    ]
-    labels = broadcast(call, operands, query[..., :1, :1].shape, heads)
+    meeting = [t for t in (query, key, value, mask) if t is not None]
+    heads = [operand(call, t, [d for d in range(t.ndim) if d != t.ndim - 3]) for t in meeting]
+    labels = broadcast(call, heads, query[..., :1, :1].shape)
     if mask is not None:
         own = [d for d in range(mask.ndim) if d != mask.ndim - 3]
-        call.lock_tensor(mask, 'added to attention', dims=own)
-    call.label(out, labels | {3: call.ids(value, 3)})
-    call.nonzero(out, call.tracer.is_nonzero(value))
+        call.lock_tensor(mask, LockKind.ATTENTION_MASK, dims=own)
     count = query[..., 0].numel() * key.shape[2]
     call.multiply_adds(count * query.shape[3], call.ids(query, 3), call.ids(query, 1))
     call.multiply_adds(count * value.shape[3], call.ids(value, 3), call.ids(query, 1))
+    zero = ZERO_STAYS if call.zero_safe(value) else ZERO_MOVES
+    return first_output(call.out, Outcome(labels | {3: call.ids(value, 3)}, zero))

@@ -1,36 +1,47 @@
-"""Access by number: what an index picks of a labelled dimension can not follow a cut."""
+"""Access by index: what a constant index picks of a labelled dimension can not follow a cut."""
 
 from collections.abc import Sequence
 
 import torch
 
-from mmprune.graph.registry import Call, rule
-from mmprune.graph.rules.pointwise import constrains
+from mmprune.graph.call import Call
+from mmprune.graph.locks import LockKind
+from mmprune.graph.outcome import (
+    AS_INPUTS,
+    LOCKS_ONLY,
+    ZERO_MOVES,
+    ZERO_STAYS,
+    Outcome,
+    Returned,
+    Zero,
+)
+from mmprune.graph.registry import rule
+from mmprune.graph.rules.pointwise import operand
 
 
 @rule('aten::index_select', 'aten::gather')
-def pick(call: Call) -> None:
+def pick(call: Call) -> Returned:
     x, dim = call['self'], call['dim'] % max(call['self'].ndim, 1)
-    call.lock_tensor(x, 'indexed by number', dims=[dim])
+    call.lock_tensor(x, LockKind.CONSTANT_INDEX, dims=[dim])
     labels = {d: ids for d, ids in call.labels(x).items() if d != dim}
     if call.name != 'aten::index_select':
         index = call['index']
-        call.lock_tensor(index, 'used as an index', dims=[dim])
+        call.lock_tensor(index, LockKind.USED_AS_INDEX, dims=[dim])
         for d in list(labels):
             if call.ids(index, d):
                 call.tie(labels[d], call.ids(index, d))
-            elif index.shape[d] != x.shape[d] or constrains(call, index, d):
-                call.lock(labels.pop(d), 'gathered with an index of fixed width')
-    call.label(call.out, labels)
+            elif index.shape[d] != x.shape[d] or operand(call, index).has_own_size(d):
+                call.lock(labels.pop(d), LockKind.FIXED_INDEX)
+    return Outcome(labels, AS_INPUTS)
 
 
 @rule('aten::embedding')
-def embedding(call: Call) -> None:
+def embedding(call: Call) -> Returned:
     """Rows of a table (rows, C) by number: (..., C)."""
     table = call['weight']
-    call.lock_tensor(table, 'indexed by number', dims=[0])
-    call.lock_tensor(call['indices'], 'used as an index')
-    call.label(call.out, {call.out.ndim - 1: call.ids(table, 1)})
+    call.lock_tensor(table, LockKind.CONSTANT_INDEX, dims=[0])
+    call.lock_tensor(call['indices'], LockKind.USED_AS_INDEX)
+    return Outcome({call.out.ndim - 1: call.ids(table, 1)}, AS_INPUTS)
 
 
 def indexed_dims(x: torch.Tensor, indices: Sequence[torch.Tensor | None]) -> dict[int, int]:
@@ -52,48 +63,52 @@ def indexed_dims(x: torch.Tensor, indices: Sequence[torch.Tensor | None]) -> dic
 
 
 @rule('aten::index')
-def index(call: Call) -> None:
+def index(call: Call) -> Returned:
     x = call['self']
     moved = indexed_dims(x, call['indices'])
     carried = call.labels(x)
-    call.lock_tensor(x, 'indexed by number', dims=[d for d in carried if d not in moved])
+    call.lock_tensor(x, LockKind.CONSTANT_INDEX, dims=[d for d in carried if d not in moved])
     for i in call['indices']:
         if i is not None:
-            call.lock_tensor(i, 'used as an index')
-    call.label(call.out, {moved[d]: ids for d, ids in carried.items() if d in moved})
+            call.lock_tensor(i, LockKind.USED_AS_INDEX)
+    return Outcome({moved[d]: ids for d, ids in carried.items() if d in moved}, AS_INPUTS)
 
 
 @rule('aten::index_put_', 'aten::index_put', 'aten::_index_put_impl_')
-def index_put(call: Call) -> None:
+def index_put(call: Call) -> Returned:
     """``x[indices] = values``: where x was a fresh fill it takes over what the values carry."""
     x, values = call['self'], call['values']
     moved = indexed_dims(x, call['indices'])
     back = {new: old for old, new in moved.items()}
     for i in call['indices']:
         if i is not None:
-            call.lock_tensor(i, 'used as an index')
-    call.lock_tensor(x, 'indexed by number', dims=[d for d in call.labels(x) if d not in moved])
+            call.lock_tensor(i, LockKind.USED_AS_INDEX)
+    call.lock_tensor(x, LockKind.CONSTANT_INDEX, dims=[d for d in call.labels(x) if d not in moved])
     labels = {d: ids for d, ids in call.labels(x).items() if d in moved}
     rank = max(moved.values(), default=-1) + 1
     shift = max(rank, values.ndim) - values.ndim
     for dim, ids in call.labels(values).items():
         target = back.get(dim + shift)
         if target is None:
-            call.lock(ids, 'written by number')
+            call.lock(ids, LockKind.SCATTERED)
         elif target in labels:
             call.tie(labels[target], ids)
-        elif target in call.tracer.fits(x):
+        elif target in call.fits(x):
             labels[target] = ids
         else:
-            call.lock(ids, 'meets a tensor of fixed width')
+            call.lock(ids, LockKind.FIXED_OPERAND)
     for dim, ids in labels.items():
         own = moved[dim] - shift
         meets = dim in call.labels(x) and own not in call.labels(values)
-        if meets and 0 <= own < values.ndim and constrains(call, values, own):
-            call.lock(ids, 'meets a tensor of fixed width')
-    mixed = any(not call.labels(t) or call.tracer.is_nonzero(t) for t in (x, values))
-    call.label(call.out, labels)
-    call.nonzero(call.out, mixed)
+        if meets and 0 <= own < values.ndim and operand(call, values).has_own_size(own):
+            call.lock(ids, LockKind.FIXED_OPERAND)
+    return Outcome(labels, zero_of_both(call, x, values))
+
+
+def zero_of_both(call: Call, *tensors: torch.Tensor) -> Zero:
+    """Of a result that holds positions of each tensor: one without channels is not zero."""
+    safe = all(call.labels(t) and call.zero_safe(t) for t in tensors)
+    return ZERO_STAYS if safe else ZERO_MOVES
 
 
 @rule(
@@ -109,8 +124,7 @@ def index_put(call: Call) -> None:
     'aten::tril',
     'aten::triu',
 )
-def numbered(call: Call) -> None:
+def scattered(call: Call) -> Returned:
     """Positions are numbers here: everything stays."""
-    for value in call.args.values():
-        if isinstance(value, torch.Tensor):
-            call.lock_tensor(value, 'moved by number')
+    call.lock_arguments(LockKind.SCATTERED)
+    return LOCKS_ONLY

@@ -2,7 +2,18 @@
 
 import torch
 
-from mmprune.graph.registry import Call, rule
+from mmprune.graph.call import Call
+from mmprune.graph.locks import LockKind
+from mmprune.graph.outcome import (
+    AS_INPUTS,
+    CARRIES_NOTHING,
+    ZERO_MOVES,
+    ZERO_STAYS,
+    Outcome,
+    Returned,
+    first_output,
+)
+from mmprune.graph.registry import rule
 
 
 @rule(
@@ -10,7 +21,7 @@ from mmprune.graph.registry import Call, rule
     'aten::_native_batch_norm_legit_no_training', 'aten::_batch_norm_with_update',
     'aten::_batch_norm_no_update', 'aten::miopen_batch_norm', 'aten::batch_norm_elemt',
 )  # fmt: skip
-def batch_norm(call: Call) -> None:
+def batch_norm(call: Call) -> Returned:
     """Statistics for each channel by itself; ties its five tensors. Input: (N, C, ...)."""
     x = call['input']
     ids = call.ids(x, 1)
@@ -18,32 +29,33 @@ def batch_norm(call: Call) -> None:
         for name in ('weight', 'bias', 'running_mean', 'running_var', 'mean', 'invstd'):
             call.tie_if(ids, call.args.get(name))
         call.scale(call.args.get('weight'))
-    out = call.out[0] if isinstance(call.out, list | tuple) else call.out
-    call.label(out, {1: ids})
-    call.nonzero(out, not affine(call))
-    call.lock_tensor(x, 'normalised over', dims=[0, *range(2, x.ndim)])
+    call.lock_tensor(x, LockKind.NORMALIZED, dims=[0, *range(2, x.ndim)])
+    zero = ZERO_STAYS if affine(call) else ZERO_MOVES
+    return first_output(call.out, Outcome({1: ids}, zero))
 
 
 def affine(call: Call) -> bool:
     """Whether gamma and beta make a removed channel zero, whatever went in."""
     tensors = [call.args.get(name) for name in ('weight', 'bias')]
-    return all(t is not None and call.labels(t) and not call.tracer.is_nonzero(t) for t in tensors)
+    return all(t is not None and call.labels(t) and call.zero_safe(t) for t in tensors)
 
 
 @rule('aten::batch_norm_stats', 'aten::batch_norm_gather_stats_with_counts')
-def batch_norm_stats(call: Call) -> None:
+def batch_norm_stats(call: Call) -> Returned:
     """The first half of SyncBN: a mean and a deviation for each channel."""
     x = call['input']
-    for out in call.out:
-        if isinstance(out, torch.Tensor) and out.ndim == 1 and out.numel() == x.shape[1]:
-            call.label(out, {0: call.ids(x, 1)})
-            call.nonzero(out)
     for name in ('running_mean', 'running_var'):
         call.tie_if(call.ids(x, 1), call.args.get(name))
 
+    def of_channels(out: torch.Tensor | None) -> bool:
+        return isinstance(out, torch.Tensor) and out.ndim == 1 and out.numel() == x.shape[1]
+
+    statistics = Outcome({0: call.ids(x, 1)}, ZERO_MOVES)
+    return [statistics if of_channels(out) else CARRIES_NOTHING for out in call.out]
+
 
 @rule('aten::native_group_norm')
-def group_norm(call: Call) -> None:
+def group_norm(call: Call) -> Returned:
     """Whole norm groups are one unit: then the statistics of the others stay as they are."""
     x = call['input']
     ids = call.ids(x, 1)
@@ -52,30 +64,28 @@ def group_norm(call: Call) -> None:
     for name in ('weight', 'bias'):
         call.tie_if(ids, call[name])
     call.scale(call['weight'])
-    call.label(call.out[0], {0: call.ids(x, 0), 1: ids})
-    call.nonzero(call.out[0], bool(call.ids(x, 0)) or not affine(call))
-    call.lock_tensor(x, 'normalised over', dims=range(2, x.ndim))
+    call.lock_tensor(x, LockKind.NORMALIZED, dims=range(2, x.ndim))
+    zero = ZERO_STAYS if affine(call) and not call.ids(x, 0) else ZERO_MOVES
+    return first_output(call.out, Outcome({0: call.ids(x, 0), 1: ids}, zero))
 
 
 @rule('aten::native_layer_norm', 'aten::_fused_rms_norm')
-def layer_norm(call: Call) -> None:
+def layer_norm(call: Call) -> Returned:
     """The statistics run over the channels: none of them can go."""
     x = call['input']
     over = len(call['normalized_shape'])
-    what = 'layer norm takes its statistics over it'
-    call.lock_tensor(x, what, dims=range(x.ndim - over, x.ndim))
+    call.lock_tensor(x, LockKind.LAYER_NORM, dims=range(x.ndim - over, x.ndim))
     for name in ('weight', 'bias'):
-        call.lock_tensor(call.args.get(name), what)
-    out = call.out[0] if isinstance(call.out, list | tuple) else call.out
-    call.label(out, {d: ids for d, ids in call.labels(x).items() if d < x.ndim - over})
-    call.nonzero(out)
+        call.lock_tensor(call.args.get(name), LockKind.LAYER_NORM)
+    labels = {d: ids for d, ids in call.labels(x).items() if d < x.ndim - over}
+    return first_output(call.out, Outcome(labels, ZERO_MOVES))
 
 
 @rule('aten::_weight_norm_interface')
-def weight_norm(call: Call) -> None:
+def weight_norm(call: Call) -> Returned:
     """g * v / ||v||, the norm taken over all dimensions but ``dim`` (0): its rows are free, what
     the norm sums over is not."""
     v, g, dim = call['v'], call['g'], call['dim']
-    call.lock_tensor(v, 'weight norm sums over it', dims=[d for d in range(v.ndim) if d != dim])
+    call.lock_tensor(v, LockKind.WEIGHT_NORM, dims=[d for d in range(v.ndim) if d != dim])
     call.tie_if(call.ids(v, dim), g, dim)
-    call.label(call.out[0], dict(call.labels(v)))
+    return first_output(call.out, Outcome(call.labels(v), AS_INPUTS))

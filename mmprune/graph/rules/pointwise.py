@@ -1,93 +1,95 @@
 """Elementwise operations tie position by position, with broadcasting."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
-from mmprune.graph.registry import Call, Labels, rule
+from mmprune.graph.call import Call
+from mmprune.graph.locks import LockKind
+from mmprune.graph.outcome import CARRIES_NOTHING, ZERO_MOVES, ZERO_STAYS, Outcome, Returned
+from mmprune.graph.registry import rule
+from mmprune.graph.slots import Labels
 
 
-def constrains(call: Call, tensor: torch.Tensor, dim: int) -> bool:
-    """Whether an unlabelled dimension has a width of its own: all but those of size 1, which are
-    broadcast, and those that torch sized to fit."""
-    return tensor.shape[dim] > 1 and dim not in call.tracer.fits(tensor)
+class Operand(NamedTuple):
+    """What elementwise arithmetic has to know of a tensor, or of some dimensions of one."""
+
+    shape: Sequence[int]
+    labels: Labels
+    fits: Collection[int] = ()
+
+    def has_own_size(self, dim: int) -> bool:
+        """Whether an unlabelled dimension has a size of its own: all but those of size 1, which are
+        broadcast, and those that torch sized to fit."""
+        return self.shape[dim] > 1 and dim not in self.fits
 
 
-def fitting(call: Call, operands: Sequence[torch.Tensor], shape: Sequence[int]) -> list[int]:
-    """Dimensions along which arithmetic of ``operands`` gives the same everywhere, at any width."""
-    if not any(call.tracer.fits(t) for t in operands):
+def operand(call: Call, tensor: torch.Tensor, without: Collection[int] = ()) -> Operand:
+    """``tensor``, a single position of it along the dimensions ``without``."""
+    labels, fits = call.labels(tensor), call.fits(tensor)
+    if not without:
+        return Operand(tensor.shape, labels, fits)
+    shape = [min(1, n) if d in without else n for d, n in enumerate(tensor.shape)]
+    return Operand(shape, {d: ids for d, ids in labels.items() if d not in without}, fits)
+
+
+def fitting(operands: Sequence[Operand], shape: Sequence[int]) -> list[int]:
+    """Dimensions along which arithmetic of ``operands`` gives the same everywhere, at any size."""
+    if not any(each.fits for each in operands):
         return []
-    shifts = [(t, len(shape) - t.ndim) for t in operands]
+    shifts = [(each, len(shape) - len(each.shape)) for each in operands]
     return [
         d
         for d, size in enumerate(shape)
         if size > 1
-        and not any(
-            d >= n and (d - n in call.labels(t) or constrains(call, t, d - n)) for t, n in shifts
-        )
+        and not any(d >= n and (d - n in each.labels or each.has_own_size(d - n)) for each, n in shifts)
     ]
 
 
-def part(call: Call, tensor: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
-    """``tensor``, the first dimensions of which are those of ``of``."""
-    call.tracer.set_fits(tensor, [d for d in call.tracer.fits(of) if d < tensor.ndim])
-    return tensor
-
-
-def broadcast(
-    call: Call,
-    operands: Sequence[torch.Tensor],
-    shape: Sequence[int],
-    labels: Sequence[Labels] | None = None,
-) -> Labels:
-    """Ties ``operands`` as elementwise arithmetic does; returns what a result of ``shape`` carries.
-
-    ``labels``: what the operands carry, where that is not what the tracer knows of them.
-    """
-    labels = labels or [call.labels(t) for t in operands]
-    if not any(labels):
+def broadcast(call: Call, operands: Sequence[Operand], shape: Sequence[int]) -> Labels:
+    """Ties ``operands`` as elementwise arithmetic does; returns what a result of ``shape`` carries."""
+    if not any(each.labels for each in operands):
         return {}
     result: Labels = {}
     for dim, size in enumerate(shape):
         found, fixed = [], False
-        for tensor, carried in zip(operands, labels, strict=True):
-            own = dim - (len(shape) - tensor.ndim)
-            if own < 0 or own >= tensor.ndim:
+        for each in operands:
+            own = dim - (len(shape) - len(each.shape))
+            if own < 0 or own >= len(each.shape):
                 continue
-            if own in carried and all(ids.size == size for ids in carried[own]):
-                found.append(carried[own])
-            elif own in carried:
-                call.lock(carried[own], 'meets a tensor of another width')
+            if own in each.labels and all(ids.size == size for ids in each.labels[own]):
+                found.append(each.labels[own])
+            elif own in each.labels:
+                call.lock(each.labels[own], LockKind.OTHER_SIZE)
             else:
-                fixed = fixed or constrains(call, tensor, own)
+                fixed = fixed or each.has_own_size(own)
         if not found:
             continue
         for other in found[1:]:
             call.tie(found[0], other)
         if fixed:
-            call.lock(found[0], 'meets a tensor of fixed width')
+            call.lock(found[0], LockKind.FIXED_OPERAND)
         result[dim] = found[0]
     return result
 
 
-def pointwise(call: Call) -> None:
+def pointwise(call: Call) -> Returned:
     """The rule of everything that torch tags as pointwise."""
     values = list(call.args.values())
-    operands = [v for v in values if isinstance(v, torch.Tensor)]
+    tensors = [v for v in values if isinstance(v, torch.Tensor)]
     for value in values:
         if isinstance(value, list | tuple):
-            operands += [v for v in value if isinstance(v, torch.Tensor)]
-    # Asked before anything is said of a result, which may be an operand written in place.
-    nonzero = moves_zero(call)
-    outputs = call.out if isinstance(call.out, list | tuple) else [call.out]
-    for out in outputs:
-        if not isinstance(out, torch.Tensor):
-            continue
-        labels, fits = broadcast(call, operands, out.shape), fitting(call, operands, out.shape)
-        call.label(out, labels)
-        call.nonzero(out, nonzero)
-        call.tracer.set_fits(out, fits)
+            tensors += [v for v in value if isinstance(v, torch.Tensor)]
+    operands = [operand(call, tensor) for tensor in tensors]
+    zero = ZERO_MOVES if moves_zero(call) else ZERO_STAYS
+
+    def outcome(out: torch.Tensor) -> Outcome:
+        return Outcome(broadcast(call, operands, out.shape), zero, fitting(operands, out.shape))
+
+    if isinstance(call.out, torch.Tensor):
+        return outcome(call.out)
+    return [outcome(out) if isinstance(out, torch.Tensor) else CARRIES_NOTHING for out in call.out]
 
 
 _SAMPLES = (0.5, -1.5, 2.0, 3.0)
@@ -102,7 +104,7 @@ def moves_zero(call: Call) -> bool:
     kinds: dict[str, Any] = {}
     for name, value in call.args.items():
         if isinstance(value, torch.Tensor):
-            if call.labels(value) and not call.tracer.is_nonzero(value):
+            if call.labels(value) and call.zero_safe(value):
                 value = (value.dtype, 'zero')
             elif value.ndim == 0:
                 value = (value.dtype, value.item())
@@ -112,12 +114,12 @@ def moves_zero(call: Call) -> bool:
             value = None
         kinds[name] = value
     try:
-        key = (call.tracer.function, *kinds.items())
+        key = (call.function, *kinds.items())
         known = _MOVES.get(key)
     except TypeError:  # a list among the arguments
         return True
     if known is None:
-        known = _MOVES[key] = _try(call.tracer.function, kinds)
+        known = _MOVES[key] = _try(call.function, kinds)
     return known
 
 
@@ -147,38 +149,34 @@ rule(
 )(pointwise)  # fmt: skip
 
 
-@rule(
-    'aten::zeros_like', 'aten::ones_like', 'aten::empty_like', 'aten::full_like',
-)  # fmt: skip
-def fill_like(call: Call) -> None:
+@rule('aten::zeros_like', 'aten::ones_like', 'aten::empty_like', 'aten::full_like')
+def fill_like(call: Call) -> Returned:
     """A constant of another tensor's shape follows that shape."""
-    call.label(call.out, dict(call.labels(call['self'])))
-    call.nonzero(call.out, call.name != 'aten::zeros_like')
-    call.tracer.set_fits(call.out, call.tracer.fits(call['self']))
+    x = call['self']
+    zero = ZERO_STAYS if call.name == 'aten::zeros_like' else ZERO_MOVES
+    return Outcome(call.labels(x), zero, call.fits(x))
 
 
 @rule(
     'aten::rand_like', 'aten::randn_like', 'aten::randint_like', 'aten::bernoulli_',
     'aten::bernoulli', 'aten::normal_', 'aten::uniform_', 'aten::random_', 'aten::exponential_',
 )  # fmt: skip
-def random_like(call: Call) -> None:
+def random_like(call: Call) -> Returned:
     """Drawn for the shape that is there, so with fewer channels come other numbers. In training
     (dropout) that does not matter."""
     x = call['self']
-    fits = call.tracer.fits(x) if call.module.training else ()
-    if not call.module.training:
-        call.lock_tensor(x, 'random numbers are drawn for it')
-    call.label(call.out, dict(call.labels(x)))
-    call.nonzero(call.out)
-    call.tracer.set_fits(call.out, fits)
+    if call.module.training:
+        return Outcome(call.labels(x), ZERO_MOVES, call.fits(x))
+    call.lock_tensor(x, LockKind.RANDOM)
+    return Outcome(call.labels(x), ZERO_MOVES)
 
 
 @rule(
     'aten::zeros', 'aten::ones', 'aten::full', 'aten::empty', 'aten::new_zeros', 'aten::new_ones',
-    'aten::new_full', 'aten::new_empty',
+    'aten::new_full', 'aten::new_empty', makes_size=True,
 )  # fmt: skip
-def fill(call: Call) -> None:
+def fill(call: Call) -> Returned:
     """The same at every position, so it follows what its sizes were read from."""
-    call.spread(call.out, range(call.out.ndim), {})
-    call.nonzero(call.out, not call.name.endswith('zeros') and call.args.get('fill_value') != 0)
-    call.tracer.set_fill(call.out)
+    labels, fits = call.spread(call.out, range(call.out.ndim), {})
+    zeros = call.name.endswith('zeros') or call.args.get('fill_value') == 0
+    return Outcome(labels, ZERO_STAYS if zeros else ZERO_MOVES, fits, is_constant_fill=True)

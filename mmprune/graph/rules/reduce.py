@@ -4,8 +4,12 @@ import math
 
 import torch
 
-from mmprune.graph.registry import Call, Labels, rule
-from mmprune.graph.rules.pointwise import broadcast
+from mmprune.graph.call import Call
+from mmprune.graph.locks import LockKind
+from mmprune.graph.outcome import AS_INPUTS, LOCKS_ONLY, ZERO_MOVES, Outcome, Returned
+from mmprune.graph.registry import rule
+from mmprune.graph.rules.pointwise import broadcast, operand
+from mmprune.graph.slots import Labels
 
 
 def reduced_dims(call: Call, x: torch.Tensor) -> list[int]:
@@ -26,23 +30,19 @@ def without(labels: Labels, dims: list[int], keepdim: bool) -> Labels:
 
 
 @rule('aten::sum', 'aten::nansum')
-def add_up(call: Call) -> None:
+def add_up(call: Call) -> Returned:
     """A removed channel adds what a zero would; behind a sigmoid it is none."""
     x = call['self']
-    if call.tracer.is_nonzero(x):
-        call.lock_tensor(
-            x, 'summed over where a removed channel would not be zero', dims=reduced_dims(call, x)
-        )
-    call.label(call.out, without(call.labels(x), reduced_dims(call, x), bool(call.args.get('keepdim'))))
+    dims = reduced_dims(call, x)
+    if not call.zero_safe(x):
+        call.lock_tensor(x, LockKind.ZERO_MOVED, dims=dims)
+    return Outcome(without(call.labels(x), dims, bool(call.args.get('keepdim'))), AS_INPUTS)
 
 
 @rule('aten::linalg_vector_norm')
-def vector_norm(call: Call) -> None:
+def vector_norm(call: Call) -> Returned:
     """(sum |x|^p)^(1/p): a zero adds nothing to it, for the finite p above 0."""
-    if 0 < call['ord'] < math.inf:
-        add_up(call)
-    else:
-        reduce(call)
+    return add_up(call) if 0 < call['ord'] < math.inf else reduce(call)
 
 
 @rule(
@@ -52,20 +52,16 @@ def vector_norm(call: Call) -> None:
     'aten::median', 'aten::nanmedian', 'aten::count_nonzero', 'aten::mode', 'aten::aminmax',
     'aten::kthvalue',
 )  # fmt: skip
-def reduce(call: Call) -> None:
+def reduce(call: Call) -> Returned:
     """mean, max, norm ...: the result changes with the number or choice of what goes in."""
-    if call.args.get('other') is not None:
-        outs, labels = [call.out], broadcast(call, [call['self'], call['other']], call.out.shape)
-    else:
-        x = call['self']
-        dims = reduced_dims(call, x)
-        call.lock_tensor(x, 'reduced over', dims=dims)
-        labels = without(call.labels(x), dims, bool(call.args.get('keepdim')))
-        outs = call.out if isinstance(call.out, list | tuple) else [call.out]
-    for out in outs:
-        call.label(out, labels)
-        if call.name == 'aten::logsumexp':
-            call.nonzero(out)
+    x, other = call['self'], call.args.get('other')
+    if other is not None:
+        operands = [operand(call, x), operand(call, other)]
+        return Outcome(broadcast(call, operands, call.out.shape), AS_INPUTS)
+    dims = reduced_dims(call, x)
+    call.lock_tensor(x, LockKind.REDUCED, dims=dims)
+    labels = without(call.labels(x), dims, bool(call.args.get('keepdim')))
+    return Outcome(labels, ZERO_MOVES if call.name == 'aten::logsumexp' else AS_INPUTS)
 
 
 @rule(
@@ -73,19 +69,17 @@ def reduce(call: Call) -> None:
     'aten::cumprod', 'aten::cummax', 'aten::cummin', 'aten::sort', 'aten::topk',
     'aten::logcumsumexp',
 )  # fmt: skip
-def along(call: Call) -> None:
-    """softmax, sort, top-k ...: one dimension is treated as a whole, the others stay apart."""
+def along(call: Call) -> Returned:
+    """softmax, sort, top-k ...: one dimension is needed whole, the others stay apart."""
     x = call['self']
     dim = call.args.get('dim')
     dim = (-1 if dim is None else dim) % max(x.ndim, 1)
-    call.lock_tensor(x, 'treated as a whole', dims=[dim])
-    for out in call.out if isinstance(call.out, list | tuple) else [call.out]:
-        call.label(out, {d: ids for d, ids in call.labels(x).items() if d != dim})
-        call.nonzero(out)
+    call.lock_tensor(x, LockKind.SEQUENTIAL, dims=[dim])
+    return Outcome({d: ids for d, ids in call.labels(x).items() if d != dim}, ZERO_MOVES)
 
 
 @rule('aten::glu')
-def gated(call: Call) -> None:
+def gated(call: Call) -> Returned:
     """One half times the sigmoid of the other."""
     x, dim = call['self'], call['dim'] % call['self'].ndim
     labels = dict(call.labels(x))
@@ -93,7 +87,7 @@ def gated(call: Call) -> None:
         call.tie_all(ids.reshape(2, -1))
     if dim in labels:
         labels[dim] = tuple(ids[: ids.size // 2] for ids in labels[dim])
-    call.label(call.out, labels)
+    return Outcome(labels, AS_INPUTS)
 
 
 @rule(
@@ -101,11 +95,10 @@ def gated(call: Call) -> None:
     'aten::binary_cross_entropy_with_logits', 'aten::nll_loss_forward', 'aten::nll_loss2d_forward',
     'aten::soft_margin_loss',
 )  # fmt: skip
-def loss(call: Call) -> None:
+def loss(call: Call) -> Returned:
     """A loss reads predictions: they are outputs."""
-    for value in call.args.values():
-        if isinstance(value, torch.Tensor):
-            call.lock_tensor(value, 'read by a loss')
+    call.lock_arguments(LockKind.LOSS_INPUT)
+    return LOCKS_ONLY
 
 
 @rule(
@@ -115,8 +108,7 @@ def loss(call: Call) -> None:
     'aten::linalg_inv_ex', 'aten::_linalg_svd', 'aten::linalg_cholesky_ex',
     'aten::linalg_solve_triangular',
 )  # fmt: skip
-def whole(call: Call) -> None:
+def whole(call: Call) -> Returned:
     """Takes the tensor as a whole; what it carries can not follow."""
-    for value in call.args.values():
-        if isinstance(value, torch.Tensor):
-            call.lock_tensor(value, 'taken as a whole')
+    call.lock_arguments(LockKind.WHOLE)
+    return LOCKS_ONLY

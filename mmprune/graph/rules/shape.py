@@ -4,40 +4,50 @@ import math
 from collections.abc import Collection, Sequence
 
 import numpy as np
-import torch
 
-from mmprune.graph.registry import Call, Ids, Labels, rule
-from mmprune.graph.rules.pointwise import broadcast, part
-from mmprune.graph.sizes import Width
-from mmprune.graph.slots import fixed_ids
+from mmprune.graph.call import Call
+from mmprune.graph.locks import LockKind
+from mmprune.graph.outcome import (
+    AS_INPUTS,
+    CARRIES_NOTHING,
+    LOCKS_ONLY,
+    ZERO_MOVES,
+    Outcome,
+    Returned,
+)
+from mmprune.graph.registry import rule
+from mmprune.graph.rules.pointwise import broadcast, operand
+from mmprune.graph.sizes import SymbolicSize
+from mmprune.graph.slots import Ids, Labels, fixed_ids
 
 
 @rule('aten::view', 'aten::_unsafe_view', 'aten::_reshape_alias')
-def view(call: Call) -> None:
+def view(call: Call) -> Returned:
     x = call['self']
     labels: Labels = {}
     if call.out.numel() != x.numel():  # seen as a dtype of another size
-        call.lock_tensor(x, 'viewed as another dtype')
-        return
-    asked = call.asked(call.out)
+        call.lock_tensor(x, LockKind.OTHER_DTYPE)
+        return LOCKS_ONLY
+    asked = call.requested_sizes(call.out)
     for dim, ids in call.labels(x).items():
         for array in ids:
             for new_dim, moved in regroup(call, array, dim, x.shape, call.out.shape, asked):
                 labels[new_dim] = labels.get(new_dim, ()) + (moved,)
     for new_dim, merged in labels.items():
-        # Of two widths in one dimension a locked one says nothing any more.
-        free = tuple(array for array in merged if not call.tracer.all_locked(array))
+        # Of two channel dimensions in one a locked one says nothing any more.
+        free = tuple(array for array in merged if not call.all_locked(array))
         if len(merged) > 1 and free:
             labels[new_dim] = free
         if len(free) > 1 and asked[new_dim] not in (None, -1):
-            call.lock(free, 'two widths in one size')
+            call.lock(free, LockKind.MERGED)
         for array in labels[new_dim]:
-            call.sized(asked[new_dim], array)
-    fits = fitting_dims(x.shape, call.out.shape, call.tracer.fits(x))
-    call.spread(call.out, fits, labels)
+            call.bind_size(asked[new_dim], array)
+    same = fitting_dims(x.shape, call.out.shape, call.fits(x))
+    carried, fits = call.spread(call.out, same, labels)
     for new_dim, number in enumerate(asked):
-        if isinstance(number, Width) and number > 1 and new_dim not in {*labels, *fits}:
-            number.stays('the size of a dimension that stays')
+        if isinstance(number, SymbolicSize) and number > 1 and new_dim not in {*labels, *same}:
+            number.pin(LockKind.UNTRACKED_SIZE)
+    return Outcome(carried, AS_INPUTS, fits)
 
 
 def fitting_dims(before: Sequence[int], after: Sequence[int], fits: Collection[int]) -> list[int]:
@@ -77,7 +87,7 @@ def regroup(
         for edge in (inner, period):
             # A boundary of the labelled dimension must fall on whole steps of a new one.
             if stride < edge < above and (edge % stride or above % edge):
-                call.lock((ids,), 'reshaped across the borders of channels')
+                call.lock((ids,), LockKind.RESHAPED)
                 return []
         index = (np.arange(size) * stride // inner) % ids.size
         if (index != index[0]).any():
@@ -100,227 +110,205 @@ def shrinking(ids: Ids, factors: list[int], asked: Sequence) -> int:
 
     def rank(factor: int) -> int:
         number = asked[factor]
-        if isinstance(number, Width) and number.measured:
-            return 4 if np.array_equal(number.origin.ids, ids) else 2
-        return 3 if number == -1 else 1 if isinstance(number, Width) else 0
+        if isinstance(number, SymbolicSize) and number.from_tensor:
+            return 4 if np.array_equal(number.source.ids, ids) else 2
+        return 3 if number == -1 else 1 if isinstance(number, SymbolicSize) else 0
 
     return max(factors, key=lambda factor: (rank(factor), factor))
 
 
 @rule('aten::permute')
-def permute(call: Call) -> None:
-    x = call['self']
-    moved(call, {d % x.ndim: new for new, d in enumerate(call['dims'])})
+def permute(call: Call) -> Returned:
+    n = call['self'].ndim
+    return moved(call, {d % n: new for new, d in enumerate(call['dims'])})
 
 
-def moved(call: Call, to: dict[int, int]) -> None:
+def moved(call: Call, to: dict[int, int]) -> Outcome:
     """Each dimension goes where ``to`` says."""
     x = call['self']
-    fits = [to[d] for d in call.tracer.fits(x)]
-    call.label(call.out, {to[d]: ids for d, ids in call.labels(x).items()})
-    call.tracer.set_fits(call.out, fits)
+    labels = {to[d]: ids for d, ids in call.labels(x).items()}
+    return Outcome(labels, AS_INPUTS, [to[d] for d in call.fits(x)])
 
 
 @rule('aten::transpose', 'aten::transpose_', 'aten::t')
-def transpose(call: Call) -> None:
+def transpose(call: Call) -> Returned:
     x = call['self']
     n = max(x.ndim, 1)
     a, b = (call.args.get('dim0', 0) % n, call.args.get('dim1', 1) % n)
-    moved(call, dict(enumerate(range(x.ndim))) | ({a: b, b: a} if x.ndim else {}))
+    return moved(call, dict(enumerate(range(x.ndim))) | ({a: b, b: a} if x.ndim else {}))
 
 
 @rule('aten::unsqueeze', 'aten::unsqueeze_')
-def unsqueeze(call: Call) -> None:
+def unsqueeze(call: Call) -> Returned:
     at = call['dim'] % call.out.ndim
-    moved(call, {d: d + (d >= at) for d in range(call.out.ndim - 1)})
+    return moved(call, {d: d + (d >= at) for d in range(call.out.ndim - 1)})
 
 
 @rule('aten::squeeze')
-def squeeze(call: Call) -> None:
+def squeeze(call: Call) -> Returned:
     x, dims = call['self'], call.args.get('dim')
     dims = range(x.ndim) if dims is None else dims if isinstance(dims, list | tuple) else [dims]
     gone = [d % x.ndim for d in dims if x.shape[d] == 1]
-    moved(call, {d: d - sum(g < d for g in gone) for d in range(x.ndim)})
+    return moved(call, {d: d - sum(g < d for g in gone) for d in range(x.ndim)})
 
 
-@rule('aten::expand')
-def expand(call: Call) -> None:
+@rule('aten::expand', makes_size=True)
+def expand(call: Call) -> Returned:
     x = call['self']
     shift = call.out.ndim - x.ndim
     labels = {d + shift: ids for d, ids in call.labels(x).items() if call.out.shape[d + shift] > 1}
-    asked = call.asked(call.out)
+    asked = call.requested_sizes(call.out)
     for dim, ids in labels.items():
         for array in ids:
-            call.sized(asked[dim], array)
+            call.bind_size(asked[dim], array)
     same = [d for d in range(call.out.ndim) if d < shift or x.shape[d - shift] == 1]
-    call.spread(call.out, [*same, *(d + shift for d in call.tracer.fits(x))], labels)
-    call.nonzero(call.out, call.tracer.is_nonzero(x) or len(call.labels(call.out)) > len(labels))
+    carried, fits = call.spread(call.out, [*same, *(d + shift for d in call.fits(x))], labels)
+    # Copies along a new channel dimension are what they are, whatever weights that has.
+    return Outcome(carried, ZERO_MOVES if len(carried) > len(labels) else AS_INPUTS, fits)
 
 
 @rule('aten::repeat')
-def repeat(call: Call) -> None:
+def repeat(call: Call) -> Returned:
     x, times = call['self'], call['repeats']
     shift = len(times) - x.ndim
-    call.label(
-        call.out,
-        {
-            d + shift: tuple(np.tile(i, times[d + shift]) for i in ids)
-            for d, ids in call.labels(x).items()
-        },
-    )
-    call.tracer.set_fits(call.out, [d + shift for d in call.tracer.fits(x)])
+    labels = {
+        d + shift: tuple(np.tile(i, times[d + shift]) for i in ids) for d, ids in call.labels(x).items()
+    }
+    return Outcome(labels, AS_INPUTS, [d + shift for d in call.fits(x)])
 
 
 @rule('aten::cat')
-def cat(call: Call) -> None:
+def cat(call: Call) -> Returned:
+    """Labels follow each other along the dimension; along the others the tensors meet."""
     tensors = [t for t in call['tensors'] if not (t.ndim == 1 and t.numel() == 0)]
-    join(call, tensors, call.args.get('dim') or 0)
-
-
-def join(call: Call, tensors: list[torch.Tensor], dim: int) -> None:
-    """Labels follow each other along ``dim``; along the others the tensors meet."""
-    if not tensors:
-        return
-    dim %= tensors[0].ndim
-    carried = [call.labels(t) for t in tensors]
-    if not any(carried):
-        return
-    thin = [part(call, t.narrow(dim, 0, min(1, t.shape[dim])), t) for t in tensors]
-    labels = broadcast(
-        call,
-        thin,
-        [1 if d == dim else n for d, n in enumerate(call.out.shape)],
-        [{d: ids for d, ids in labels.items() if d != dim} for labels in carried],
-    )
-    depth = max(len(labels.get(dim, ())) for labels in carried)
+    if not any(call.labels(t) for t in tensors):
+        return CARRIES_NOTHING
+    dim = (call.args.get('dim') or 0) % tensors[0].ndim
+    thin = [operand(call, tensor, [dim]) for tensor in tensors]
+    labels = broadcast(call, thin, [1 if d == dim else n for d, n in enumerate(call.out.shape)])
+    joined = [call.ids(t, dim) for t in tensors]
+    depth = max(map(len, joined))
     if depth == 1:
         pieces = [
-            labels[dim][0] if dim in labels else fixed_ids(t.shape[dim])
-            for t, labels in zip(tensors, carried, strict=True)
+            ids[0] if ids else fixed_ids(t.shape[dim]) for t, ids in zip(tensors, joined, strict=True)
         ]
         labels[dim] = (np.concatenate(pieces),)
     elif depth:
-        for piece in carried:
-            call.lock(piece.get(dim, ()), 'joined after two widths were merged')
-    call.label(call.out, labels)
+        for ids in joined:
+            call.lock(ids, LockKind.MERGED)
+    return Outcome(labels, AS_INPUTS)
 
 
 @rule('aten::stack')
-def stack(call: Call) -> None:
+def stack(call: Call) -> Returned:
     """All tensors meet; a new dimension appears."""
     tensors = call['tensors']
     dim = call.args.get('dim', 0) % call.out.ndim
-    labels = broadcast(call, tensors, tensors[0].shape)
-    call.label(call.out, {d + (d >= dim): ids for d, ids in labels.items()})
+    labels = broadcast(call, [operand(call, t) for t in tensors], tensors[0].shape)
+    return Outcome({d + (d >= dim): ids for d, ids in labels.items()}, AS_INPUTS)
 
 
 @rule('aten::split', 'aten::split_with_sizes', 'aten::unsafe_split', 'aten::unsafe_split_with_sizes')
-def split(call: Call) -> None:
+def split(call: Call) -> Returned:
     """Parts of sizes that the code was asked for; where torch divided (``chunk``), equal ones stay
     equal: their positions are tied."""
     x = call['self']
     dim = call.args.get('dim', 0) % x.ndim
-    widths = [out.shape[dim] for out in call.out]
-    asked, carried = call.tracer.asked, call.labels(x)
-    sizes = asked if isinstance(asked, list) else [asked] * len(widths)
+    lengths = [out.shape[dim] for out in call.out]
+    asked, carried = call.requested_parts, call.labels(x)
+    sizes = asked if isinstance(asked, list) else [asked] * len(lengths)
+    ends = np.cumsum(lengths)[:-1]
     for ids in carried.get(dim, ()):
-        if not isinstance(asked, list) and len(set(widths)) == 1:
-            call.tie_all(ids.reshape(len(widths), -1))
+        if not isinstance(asked, list) and len(set(lengths)) == 1:
+            call.tie_all(ids.reshape(len(lengths), -1))
         elif asked is None:
-            call.lock((ids,), 'split into unequal parts by number')
-        for piece, size in zip(np.split(ids, np.cumsum(widths)[:-1]), sizes, strict=True):
-            call.sized(size, piece)
-    start = 0
-    for out, width in zip(call.out, widths, strict=True):
-        labels = dict(carried)
-        if dim in labels:
-            labels[dim] = tuple(ids[start : start + width] for ids in labels[dim])
-        call.label(out, labels)
-        start += width
+            call.lock((ids,), LockKind.UNEQUAL_PARTS)
+        for piece, size in zip(np.split(ids, ends), sizes, strict=True):
+            call.bind_size(size, piece)
+    if dim not in carried:
+        return Outcome(carried, AS_INPUTS)
+    parts = zip(*(np.split(ids, ends) for ids in carried[dim]), strict=True)
+    return [Outcome(carried | {dim: part}, AS_INPUTS) for part in parts]
 
 
 @rule('aten::unbind')
-def unbind(call: Call) -> None:
-    for out in call.out:
-        drop(call, out, call.args.get('dim', 0))
+def unbind(call: Call) -> Returned:
+    return drop(call, call.args.get('dim', 0))
 
 
 @rule('aten::select')
-def select(call: Call) -> None:
-    drop(call, call.out, call['dim'])
+def select(call: Call) -> Returned:
+    return drop(call, call['dim'])
 
 
-def drop(call: Call, out: torch.Tensor, dim: int) -> None:
+def drop(call: Call, dim: int) -> Outcome:
+    """A single position of a dimension is left in each output."""
     x = call['self']
     dim %= x.ndim
-    call.lock_tensor(x, 'indexed by number', dims=[dim])
-    call.label(out, {d - (d > dim): ids for d, ids in call.labels(x).items() if d != dim})
+    call.lock_tensor(x, LockKind.CONSTANT_INDEX, dims=[dim])
+    return Outcome({d - (d > dim): ids for d, ids in call.labels(x).items() if d != dim}, AS_INPUTS)
 
 
 @rule('aten::slice')
-def take_slice(call: Call) -> None:
+def take_slice(call: Call) -> Returned:
     """A part of a labelled dimension is a number in the code, unless it is all of it."""
     x = call['self']
     dim = call.args.get('dim', 0) % x.ndim
     labels = dict(call.labels(x))
     if dim in labels and call.out.shape[dim] != x.shape[dim]:
-        call.lock(labels.pop(dim), 'sliced by number')
-    call.label(call.out, labels)
+        call.lock(labels.pop(dim), LockKind.CONSTANT_SLICE)
+    return Outcome(labels, AS_INPUTS)
 
 
 @rule('aten::flip', 'aten::roll')
-def reorder(call: Call) -> None:
+def reorder(call: Call) -> Returned:
     """Along a labelled dimension the order of what stays would be another one."""
     x = call['self']
     dims = call['dims'] or range(x.ndim)
     dims = [d % x.ndim for d in dims]
+    carried = call.labels(x)
     if call.name == 'aten::flip':
-        labels = {
-            d: tuple(i[::-1] for i in ids) if d in dims else ids for d, ids in call.labels(x).items()
-        }
-    else:
-        call.lock_tensor(x, 'rolled by a number', dims=dims)
-        labels = {d: ids for d, ids in call.labels(x).items() if d not in dims}
-    call.label(call.out, labels)
+        turned = {d: tuple(i[::-1] for i in ids) for d, ids in carried.items() if d in dims}
+        return Outcome(carried | turned, AS_INPUTS)
+    call.lock_tensor(x, LockKind.ROLLED, dims=dims)
+    return Outcome({d: ids for d, ids in carried.items() if d not in dims}, AS_INPUTS)
 
 
 @rule('aten::unfold')
-def unfold(call: Call) -> None:
+def unfold(call: Call) -> Returned:
     x, dim = call['self'], call['dimension'] % call['self'].ndim
-    call.lock_tensor(x, 'mixed as if it were space', dims=[dim])
-    call.label(call.out, {d: ids for d, ids in call.labels(x).items() if d != dim})
+    call.lock_tensor(x, LockKind.SPATIAL, dims=[dim])
+    return Outcome({d: ids for d, ids in call.labels(x).items() if d != dim}, AS_INPUTS)
 
 
 @rule('aten::channel_shuffle')
-def channel_shuffle(call: Call) -> None:
+def channel_shuffle(call: Call) -> Returned:
     """(N, g * C, ...): read as a g x C table, written as its transpose; the rows shrink alike."""
     x, groups = call['self'], call['groups']
     ids = call.ids(x, 1)
     for array in ids:
         call.tie_all(array.reshape(groups, -1))
     shuffled = tuple(array.reshape(groups, -1).T.ravel() for array in ids)
-    call.label(call.out, call.labels(x) | {1: shuffled})
+    return Outcome(call.labels(x) | {1: shuffled}, AS_INPUTS)
 
 
 @rule('aten::as_strided', 'aten::as_strided_')
-def as_strided(call: Call) -> None:
+def as_strided(call: Call) -> Returned:
     x = call['self']
     if call.out.shape == x.shape and call.out.stride() == x.stride():
-        call.label(call.out, call.labels(x))
-    else:
-        call.lock_tensor(x, 'read by strides')
+        return Outcome(call.labels(x), AS_INPUTS)
+    call.lock_tensor(x, LockKind.STRIDED)
+    return LOCKS_ONLY
 
 
 @rule('aten::repeat_interleave')
-def repeat_interleave(call: Call) -> None:
+def repeat_interleave(call: Call) -> Returned:
     x, dim, times = call.args.get('self'), call.args.get('dim'), call.args.get('repeats')
     if x is None or dim is None or not isinstance(times, int):
-        for value in call.args.values():
-            if isinstance(value, torch.Tensor):
-                call.lock_tensor(value, 'repeated by number')
-        return
+        call.lock_arguments(LockKind.REPEATED)
+        return LOCKS_ONLY
     dim %= x.ndim
     labels = dict(call.labels(x))
     if dim in labels:
         labels[dim] = tuple(np.repeat(i, times) for i in labels[dim])
-    call.label(call.out, labels)
+    return Outcome(labels, AS_INPUTS)

@@ -327,4 +327,3 @@ def costs(model: nn.Module, network: nn.Module, size: tuple[int, int]) -> dict[s
         'flops': {'before': round(flops / left['flops']), 'after': flops},
         'params': {'before': before, 'after': params},
     }
-

@@ -47,9 +47,7 @@ def to_onnx(module: nn.Module, example: Tensor, free: dict[int, int], opset: int
     return program
 
 
-def traced(
-    module: nn.Module, example: Tensor, free: dict[int, int]
-) -> torch.export.ExportedProgram:
+def traced(module: nn.Module, example: Tensor, free: dict[int, int]) -> torch.export.ExportedProgram:
     """The module as torch's export sees it."""
     dims: dict[int, Any] = {}
     for number, divisor in free.items():

@@ -133,7 +133,6 @@ class TwoStageNetwork(nn.Module):
                 return outputs(found)
             return *outputs(found), masks_of(head, features, found)
 
-
     def before_nms(self, images: Tensor) -> tuple:
         """The heads' own outputs: the RPN's, then the RoIs, their logits and offsets."""
         model, size = self.model, images.shape[-2:]

@@ -132,7 +132,7 @@ def test_every_operation_runs_at_every_width(model, traced, part, backend):
     if backend != 'eager':
         pytest.importorskip(backend)
     recorder = timing._Recorder(model, traced)
-    timing.record(model, forward, tracer=recorder)
+    timing.trace_runs(model, forward, tracer=recorder.tracer)
     assert len(recorder.ops) == 8
     for op in recorder.ops:
         counts = [max(1, round(part * width.size)) for width in op.widths]
@@ -159,7 +159,7 @@ def test_another_runtime_computes_the_same(monkeypatch, model, traced, backend):
     """What is timed there is the operation."""
     pytest.importorskip(backend)
     recorder = timing._Recorder(model, traced)
-    timing.record(model, forward, tracer=recorder)
+    timing.trace_runs(model, forward, tracer=recorder.tracer)
     for op in recorder.ops:
         values = op_times.arguments_at(op, [w.size for w in op.widths], X.device)
         wanted = op.func(**{'input': None, **values} if 'input' in values else values)

@@ -10,6 +10,7 @@ import mmprune
 from mmprune.budget.steps import layer_widths
 from mmprune.graph import carry as traces
 from mmprune.graph import cost
+from mmprune.graph.locks import LockKind
 from mmprune.mm import zoo as testing
 from mmprune.surgery.apply import cut
 from mmprune.surgery.build import make_plan
@@ -33,9 +34,7 @@ def same(found, wanted):
     assert follows(found) == follows(wanted)
     widths = [{(w.name, w.ids.tobytes()) for w in layer_widths(each)} for each in (found, wanted)]
     assert widths[0] == widths[1]
-    assert [ids.tolist() for ids in found.record.scales] == [
-        ids.tolist() for ids in wanted.record.scales
-    ]
+    assert [ids.tolist() for ids in found.scales] == [ids.tolist() for ids in wanted.scales]
     assert found.idle == wanted.idle
 
 
@@ -43,7 +42,7 @@ def follows(traced):
     """Those that any cut could change."""
     return {
         (f.module, f.attribute, f.ids.tobytes())
-        for f in traced.follows
+        for f in traced.tracked
         if (traced.unit_of[f.ids] >= 0).any()
     }
 
@@ -138,7 +137,7 @@ def test_a_group_of_a_single_channel_is_locked():
     cut(model, make_plan(before, model, keep, {}))
     after = traces.after_cut(before, model, keep)
     same(after, mmprune.trace(model, lambda m: m(x)))
-    assert any(str(each) == '0.weight: is the only channel' for each in after.locked)
+    assert any(str(each) == '0.weight: only channel left' for each in after.locked)
 
 
 def test_a_model_that_was_cut_by_another_plan_is_refused():
@@ -148,6 +147,18 @@ def test_a_model_that_was_cut_by_another_plan_is_refused():
     keep[0] = False
     with pytest.raises(mmprune.PruneError, match='0.weight.*the model was cut by another'):
         traces.after_cut(before, model, keep)
+
+
+def test_reasons_come_back_and_those_of_older_states_are_their_sentences():
+    model, x = net(), torch.randn(1, 3, 5, 5)
+    before = mmprune.trace(model, lambda m: m(x))
+    state = reloaded(traces.to_state(before))
+    assert traces.from_state(state, model).locked == before.locked
+    for each, known in zip(state['locked'], before.locked, strict=True):
+        each[3] = [str(reason) for reason in known.reasons]
+    after = traces.from_state(state, model)
+    assert list(map(str, after.locked)) == list(map(str, before.locked))
+    assert after.locked[0].reasons[0].kind is LockKind.STATED
 
 
 def test_a_trace_of_another_model_is_not_taken():

@@ -4,9 +4,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from mmprune.graph.constraints import Constraints
 from mmprune.graph.coupling import couple
+from mmprune.graph.locks import Lock, LockKind, stated
+from mmprune.graph.module_scope import ModuleScope
+from mmprune.graph.profile import Profile
+from mmprune.graph.record import TraceRecord
 from mmprune.graph.slots import SlotTable
-from mmprune.graph.tracer import TraceRecord
 
 
 def record():
@@ -14,8 +18,10 @@ def record():
     model = nn.ModuleDict(
         {'a': nn.Linear(2, 4, False), 'b': nn.Linear(4, 4, False), 'c': nn.Linear(8, 2, False)}
     )
-    made = TraceRecord(SlotTable(model), touched={'a.weight', 'b.weight', 'c.weight'})
-    return made, lambda name, dim: made.slots.by_key[f'{name}.weight', dim].ids
+    slots = SlotTable(model)
+    profile = Profile(touched={'a.weight', 'b.weight', 'c.weight'})
+    made = TraceRecord(Constraints(slots, ModuleScope(model)), profile)
+    return made, lambda name, dim: slots.by_key[f'{name}.weight', dim].ids
 
 
 def told(trace):
@@ -24,8 +30,8 @@ def told(trace):
 
 def test_what_is_tied_is_one_unit_and_units_of_one_shape_a_group():
     made, ids = record()
-    made.ties = [(ids('a', 0), ids('b', 1))]
-    made.weights_read = [ids('b', 1)]
+    made.constraints.ties = [(ids('a', 0), ids('b', 1))]
+    made.constraints.weights_read = [ids('b', 1)]
     trace = couple(made)
     assert told(trace) == [{'a.weight[dim 0]': 1, 'b.weight[dim 1]': 1}]
     assert trace.n_units == 4 and len(trace.groups[0]) == 4
@@ -35,15 +41,15 @@ def test_what_is_tied_is_one_unit_and_units_of_one_shape_a_group():
 
 def test_a_unit_may_have_several_slots_of_an_axis():
     made, ids = record()
-    made.ties = [(ids('a', 0), ids('c', 1)[:4]), (ids('a', 0), ids('c', 1)[4:])]
-    made.weights_read = [ids('c', 1)]
+    made.constraints.ties = [(ids('a', 0), ids('c', 1)[:4]), (ids('a', 0), ids('c', 1)[4:])]
+    made.constraints.weights_read = [ids('c', 1)]
     assert told(couple(made)) == [{'a.weight[dim 0]': 1, 'c.weight[dim 1]': 2}]
 
 
 def test_units_of_different_shapes_are_apart():
     made, ids = record()
-    made.ties = [(ids('a', 0), ids('c', 1)[:4]), (ids('b', 0), ids('c', 1)[4:])]
-    made.weights_read = [ids('c', 1)]
+    made.constraints.ties = [(ids('a', 0), ids('c', 1)[:4]), (ids('b', 0), ids('c', 1)[4:])]
+    made.constraints.weights_read = [ids('c', 1)]
     trace = couple(made)
     assert told(trace) == [
         {'a.weight[dim 0]': 1, 'c.weight[dim 1]': 1},
@@ -54,9 +60,12 @@ def test_units_of_different_shapes_are_apart():
 
 def test_a_lock_holds_for_all_that_is_tied_to_it_with_its_reason():
     made, ids = record()
-    made.ties = [(ids('a', 0), ids('b', 1))]
-    made.weights_read = [ids('b', 1)]
-    made.locks = [(ids('b', 1)[:1], 'a reason'), (ids('b', 1)[1:2], 'another')]
+    made.constraints.ties = [(ids('a', 0), ids('b', 1))]
+    made.constraints.weights_read = [ids('b', 1)]
+    made.constraints.locks = [
+        (ids('b', 1)[:1], stated('a reason')),
+        (ids('b', 1)[1:2], stated('another')),
+    ]
     trace = couple(made)
     assert trace.n_units == 2
     assert trace.unit_of[ids('a', 0)].tolist() == [-1, -1, 0, 1]
@@ -66,26 +75,26 @@ def test_a_lock_holds_for_all_that_is_tied_to_it_with_its_reason():
 
 def test_what_nothing_reads_stays_and_says_why():
     made, ids = record()
-    made.touched = {'a.weight', 'b.weight'}
+    made.profile.touched = {'a.weight', 'b.weight'}
     trace = couple(made)
     assert not trace.groups and trace.unit_of.max() == -1
     reasons = {(locked.name, locked.dim): locked.reasons for locked in trace.locked}
-    assert reasons['a.weight', 0] == ('output of the model',)
-    assert reasons['c.weight', 0] == ('not used in the traced run',)
+    assert reasons['a.weight', 0] == (Lock(LockKind.OUTPUT),)
+    assert reasons['c.weight', 0] == (Lock(LockKind.UNUSED),)
     assert trace.unused == ['c.weight']
 
 
 def test_positions_that_no_cut_removes_lock_what_they_meet():
     made, ids = record()
-    made.ties = [(ids('a', 0)[:1], np.zeros(1, dtype=np.int64))]
-    made.weights_read = [ids('a', 0)]
+    made.constraints.ties = [(ids('a', 0)[:1], np.zeros(1, dtype=np.int64))]
+    made.constraints.weights_read = [ids('a', 0)]
     assert couple(made).unit_of[ids('a', 0)].tolist() == [-1, 0, 1, 2]
 
 
 def test_a_choice_for_units_is_one_for_slots():
     made, ids = record()
-    made.ties = [(ids('a', 0), ids('b', 1))]
-    made.weights_read = [ids('b', 1)]
+    made.constraints.ties = [(ids('a', 0), ids('b', 1))]
+    made.constraints.weights_read = [ids('b', 1)]
     stays = couple(made).keeps(np.array([True, False, True, True]))
     assert stays[ids('b', 1)].tolist() == stays[ids('a', 0)].tolist() == [True, False, True, True]
     assert stays[ids('c', 0)].all()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import mmprune
-from mmprune.graph.sizes import Origin, Width
+from mmprune.graph.sizes import SizeSource, SymbolicSize
 from mmprune.graph.tracer import Tracer
 from tests.helpers.by_hand import assert_exact
 
@@ -126,32 +126,32 @@ def test_a_number_follows(name):
 
 
 STAYS = {
-    'a number in a view': (lambda m, y: y.reshape(-1, 8, 4, 4), {}, 'a number in the code'),
+    'a number in a view': (lambda m, y: y.reshape(-1, 8, 4, 4), {}, 'hard-coded size'),
     'numbers in a split': (
-        lambda m, y: torch.cat(y.split([4, 4], 1), 1), {}, 'a number in the code'),
-    'one number in a split': (lambda m, y: torch.cat(y.split(4, 1), 1), {}, 'a number in the code'),
-    'a number in a fill': (lambda m, y: y + y.new_zeros(2, 8, 4, 4), {}, 'meets a tensor of fixed'),
+        lambda m, y: torch.cat(y.split([4, 4], 1), 1), {}, 'hard-coded size'),
+    'one number in a split': (lambda m, y: torch.cat(y.split(4, 1), 1), {}, 'hard-coded size'),
+    'a number in a fill': (lambda m, y: y + y.new_zeros(2, 8, 4, 4), {}, 'a constant of fixed size'),
     'a number in a fill that is scaled': (
-        lambda m, y: y + 0.5 * torch.ones(8, 1, 1), {}, 'meets a tensor of fixed width'),
+        lambda m, y: y + 0.5 * torch.ones(8, 1, 1), {}, 'a constant of fixed size'),
     'a number in a fill that is copied': (
-        lambda m, y: y + y.new_ones(8, 1, 1).clone(), {}, 'meets a tensor of fixed width'),
+        lambda m, y: y + y.new_ones(8, 1, 1).clone(), {}, 'a constant of fixed size'),
     'a number in a fill of another precision': (
-        lambda m, y: y + torch.zeros(2, 8, 4, 4).to(y.dtype), {}, 'meets a tensor of fixed width'),
+        lambda m, y: y + torch.zeros(2, 8, 4, 4).to(y.dtype), {}, 'a constant of fixed size'),
     'numbers in fills that are joined': (
         lambda m, y: y * torch.cat([torch.ones(4), torch.zeros(4)])[:, None, None],
-        {}, 'meets a tensor of fixed width'),
+        {}, 'a constant of fixed size'),
     'a number in a fill that is like one': (
-        lambda m, y: y + torch.zeros_like(torch.rand(8, 1, 1)), {}, 'meets a tensor of fixed width'),
+        lambda m, y: y + torch.zeros_like(torch.rand(8, 1, 1)), {}, 'a constant of fixed size'),
     'a number in an expansion': (
-        lambda m, y: y + X[:, :1].expand(-1, 8, -1, -1), {}, 'meets a tensor of fixed width'),
+        lambda m, y: y + X[:, :1].expand(-1, 8, -1, -1), {}, 'a constant of fixed size'),
     'a number in an expanded fill': (
-        lambda m, y: y + torch.ones(1, 1, 1).expand(8, 1, 1) * 2, {}, 'meets a tensor of fixed width'),
+        lambda m, y: y + torch.ones(1, 1, 1).expand(8, 1, 1) * 2, {}, 'a constant of fixed size'),
     'a number in a broadcast': (
-        lambda m, y: y + torch.broadcast_to(X[:, :1], (2, 8, 4, 4)), {}, 'a tensor of fixed width'),
+        lambda m, y: y + torch.broadcast_to(X[:, :1], (2, 8, 4, 4)), {}, 'a constant of fixed size'),
     'a fill that meets a constant': (
-        lambda m, y: y + (torch.zeros(y.shape[1]) + torch.rand(8)).sum(), {}, 'of fixed width'),
+        lambda m, y: y + (torch.zeros(y.shape[1]) + torch.rand(8)).sum(), {}, 'of fixed size'),
     'an attribute of a fill that meets a constant': (
-        lambda m, y: y + (torch.zeros(m.n) + torch.rand(8))[:, None, None], {'n': 8}, 'of fixed width'),
+        lambda m, y: y + (torch.zeros(m.n) + torch.rand(8))[:, None, None], {'n': 8}, 'of fixed size'),
     'a fill that is added up': (
         lambda m, y: y * torch.ones(y.shape[1]).sum(), {}, 'would not be zero'),
     'a fill that a buffer reads': (
@@ -163,31 +163,31 @@ STAYS = {
         lambda m, y: y + (y * 0 + written(y.new_zeros(2, y.shape[1], 4, 4))).sum(1, True),
         {}, 'would not be zero'),
     'a value of a fill': (
-        lambda m, y: y + torch.full((1, 1), y.shape[1]), {}, 'a number for full'),
+        lambda m, y: y + torch.full((1, 1), y.shape[1]), {}, 'passed as a value to full'),
     'a number in an object': (
-        lambda m, y: y.reshape(-1, m.n['a'], 4, 4), {'n': {'a': 8}}, 'a number in the code'),
-    'a sum': (lambda m, y: y.reshape(-1, m.n + 1, 4, 4), {'n': 7}, 'a number in the code'),
-    'a root': (lambda m, y: y / y.shape[1] ** 0.5, {}, 'the code computes with its width'),
-    'math': (lambda m, y: y / math.sqrt(y.size(1)), {}, 'the code computes with its width'),
-    'a division': (lambda m, y: y * (1 / y.shape[1]), {}, 'the code computes with its width'),
-    'a sum of sizes': (lambda m, y: y * float(y.shape[1] + 1), {}, 'the code computes with its width'),
+        lambda m, y: y.reshape(-1, m.n['a'], 4, 4), {'n': {'a': 8}}, 'hard-coded size'),
+    'a sum': (lambda m, y: y.reshape(-1, m.n + 1, 4, 4), {'n': 7}, 'hard-coded size'),
+    'a root': (lambda m, y: y / y.shape[1] ** 0.5, {}, 'used in arithmetic'),
+    'math': (lambda m, y: y / math.sqrt(y.size(1)), {}, 'used in arithmetic'),
+    'a division': (lambda m, y: y * (1 / y.shape[1]), {}, 'used in arithmetic'),
+    'a sum of sizes': (lambda m, y: y * float(y.shape[1] + 1), {}, 'used in arithmetic'),
     'a difference': (
         lambda m, y: y + nn.functional.pad(m.other(X)[:, :1], (0, 0, 0, 0, 0, y.shape[1] - 1)),
-        {}, 'the code computes with its width'),
+        {}, 'used in arithmetic'),
     'a product that is a value': (
         lambda m, y: y.view(2, m.heads, m.n, 4, 4).flatten(1, 2) / (m.heads * m.n),
-        {'heads': 2, 'n': 4}, 'a number for'),
-    'a factor': (lambda m, y: y * y.shape[1], {}, 'a number for'),
-    'torch.arange': (lambda m, y: y * torch.arange(y.shape[1])[:, None, None], {}, 'a number for'),
+        {'heads': 2, 'n': 4}, 'passed as a value to'),
+    'a factor': (lambda m, y: y * y.shape[1], {}, 'passed as a value to'),
+    'torch.arange': (lambda m, y: y * torch.arange(y.shape[1])[:, None, None], {}, 'passed as a value to'),
     'an attribute that is a value too': (
-        lambda m, y: y.reshape(-1, m.n, 4, 4) / m.n, {'n': 8}, 'a number for'),
+        lambda m, y: y.reshape(-1, m.n, 4, 4) / m.n, {'n': 8}, 'passed as a value to'),
     'a value before it is a size': (
-        lambda m, y: (y / math.sqrt(m.n)).reshape(-1, m.n, 4, 4), {'n': 8}, 'computes with'),
+        lambda m, y: (y / math.sqrt(m.n)).reshape(-1, m.n, 4, 4), {'n': 8}, 'used in arithmetic'),
     'compared with a number': (lambda m, y: y if y.shape[1] == 8 else None, {}, 'compared with'),
     'the size of a fixed one': (
         lambda m, y: y + m.weight.view(y.shape[1], 1).sum(),
-        {'weight': torch.rand(8)}, 'dimension that stays'),
-    'a slice': (lambda m, y: y + torch.rand(9)[: y.shape[1], None, None], {}, 'a number for'),
+        {'weight': torch.rand(8)}, 'dimension without channels'),
+    'a slice': (lambda m, y: y + torch.rand(9)[: y.shape[1], None, None], {}, 'passed as a value to'),
 }  # fmt: skip
 
 
@@ -226,7 +226,7 @@ def test_integers_are_put_back_and_copies_are_plain():
         return m(X.float())
 
     mmprune.trace(model, forward)
-    assert isinstance(seen['n'], Width)
+    assert isinstance(seen['n'], SymbolicSize)
     assert type(seen['copied']) is type(seen['read']) is int and seen['flag'] is True
     for key, value in before.items():
         assert vars(model)[key] is value
@@ -234,7 +234,7 @@ def test_integers_are_put_back_and_copies_are_plain():
 
 def test_a_width_counts_as_the_integer_that_it_is():
     model = nn.Conv2d(3, 8, 1)
-    width = Width(8, Origin(Tracer(model), None, '', 'out_channels'))
+    width = SymbolicSize(8, SizeSource(Tracer(model).state.constraints, attribute='out_channels'))
     assert (width, hash(width), str(width), width // 3, 1 + width - 2) == (8, hash(8), '8', 2, 7)
     assert {8: 'a'}[width] == 'a' and list(range(width)) == list(range(8))
     assert width != 7 and width == 8 and width * 2.0 == 16.0 and 2 * width == 16

@@ -8,6 +8,8 @@ from torch import nn
 
 import mmprune
 from mmprune import PruneError
+from mmprune.graph.outcome import CARRIES_NOTHING, Outcome
+from mmprune.graph.registry import RULES, Rule
 from tests.helpers.equality import assert_same
 
 X = torch.randn(2, 3, 6, 6)
@@ -95,3 +97,35 @@ def test_a_layer_that_reads_a_fill_keeps_its_width():
     x = torch.rand(4, 3)
     assert not mmprune.trace(Queries(), lambda m: m(x, 5)).groups
     assert mmprune.trace(Queries(), lambda m: m(x, 0)).n_units == 8
+
+
+FORGETFUL = {
+    'nothing': (lambda call: None, 'returned None: return an Outcome for each output, or LOCKS_ONLY'),
+    'labels alone': (lambda call: {1: call.ids(call['self'], 1)}, r'returned \{1: .*return an Outcome'),
+    'no word about zero': (lambda call: Outcome({}), "missing 1 required positional argument: 'zero'"),
+    'another word': (lambda call: Outcome({}, True), 'returned zero=True: expected one of ZERO_STAYS'),
+    'one output too many': (lambda call: [CARRIES_NOTHING] * 2, 'returned 2 outcomes for 1 outputs'),
+}
+
+
+@pytest.mark.parametrize('what', FORGETFUL)
+def test_a_rule_that_does_not_say_what_its_outputs_carry_is_an_error(monkeypatch, what):
+    rule, message = FORGETFUL[what]
+    monkeypatch.setitem(RULES, 'aten::relu', Rule(rule))
+    forward = lambda m: m(X)  # noqa: E731
+    with pytest.raises(TypeError, match=f'test_tracer.*, the rule of aten::relu: .*{message}'):
+        mmprune.trace(Odd(), forward)
+    # Not even where a run may fail: the fault is not the batch's.
+    with pytest.raises(TypeError, match='the rule of aten::relu'):
+        mmprune.trace(Odd(), lambda m: m.a(X), also=(forward,), may_fail=(forward,))
+
+
+def test_a_run_that_fails_leaves_no_trace():
+    def broken(m):
+        m.b(m.a(X)[:, [0, 1, 2, 3, 4, 5, 6, 7]])
+        raise ValueError('no labels in this batch')
+
+    forward = lambda m: m(X)  # noqa: E731
+    graph = mmprune.trace(Odd(), forward, also=(broken,), may_fail=(broken,))
+    assert graph.n_units == 8 and list(graph.failed) == [broken]
+    assert not mmprune.trace(Odd(), forward, also=(lambda m: m.a(X)[:, [0]],)).groups

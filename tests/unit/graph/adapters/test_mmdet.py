@@ -69,7 +69,7 @@ def test_non_local_with_a_scale_keeps_its_inner_width():
     model = Between(NonLocal2d(8, reduction=2), 8)
     attributes = check(model, lambda m: m(images()))
     assert 'module' not in attributes
-    assert 'the code computes with its width' in reasons(model, lambda m: m(images()))
+    assert 'channel count used in arithmetic' in reasons(model, lambda m: m(images()))
 
 
 def test_generalized_attention_narrows_its_heads():
@@ -113,7 +113,7 @@ def test_conditional_attention_keeps_the_scale_and_frees_the_values():
     attributes = check(attention, forward)
     assert attributes[''] == {'embed_dims': 8}
     assert attention.qcontent_proj.weight.shape[0] == 16
-    assert 'the code computes with its width' in reasons(attention, forward)
+    assert 'channel count used in arithmetic' in reasons(attention, forward)
 
 
 def test_task_decomposition_ties_all_layers_to_its_output():

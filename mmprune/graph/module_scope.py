@@ -1,0 +1,62 @@
+"""Which module runs now, and what it is called."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+
+class ModuleScope:
+    """The modules that were entered and not left yet; the last one runs now."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._names = {id(module): name for name, module in model.named_modules()}
+        self.stack: list[nn.Module] = [model]
+
+    @property
+    def module(self) -> nn.Module:
+        return self.stack[-1]
+
+    @property
+    def name(self) -> str:
+        return self._names.get(id(self.stack[-1]), '')
+
+    def __str__(self) -> str:
+        """The name and class of the module that runs now; empty for the model itself."""
+        return f'{self.name} ({type(self.module).__name__})' if self.name else ''
+
+
+@contextlib.contextmanager
+def track_modules(
+    scope: ModuleScope, model: nn.Module, leave: Callable[[Any, Any], None]
+) -> Iterator[None]:
+    """Keeps ``scope`` up to date while ``model`` runs, and calls ``leave(args, out)`` after each call
+    of a module, which then is still the scope's. In the place of hooks, because those miss a
+    ``forward`` that is called as a plain method (mmpose's heads are)."""
+
+    def tracked(module: nn.Module, forward: Callable) -> Callable:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            depth = len(scope.stack)
+            scope.stack.append(module)
+            try:
+                out = forward(*args, **kwargs)
+                leave(args, out)
+            finally:
+                del scope.stack[depth:]
+            return out
+
+        # Less than functools.wraps does, thousands of times a trace; signatures are found by this.
+        run.__wrapped__ = forward  # type: ignore[attr-defined]
+        return run
+
+    before = [(module, vars(module).get('forward')) for module in model.modules()]
+    for module, _ in before:
+        vars(module)['forward'] = tracked(module, module.forward)
+    try:
+        yield
+    finally:
+        for module, own in before:
+            del vars(module)['forward']
+            if own is not None:
+                vars(module)['forward'] = own
