@@ -180,7 +180,8 @@ HANDLED_BY_RULE = frozenset({
 })  # fmt: skip
 """Functions that pass numbers on to operations whose rules see to them."""
 
-SHAPE, DATA = torch.Tensor.shape.__get__, torch.Tensor.data.__get__
+SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
+DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 COUNTS = frozenset({torch.Tensor.numel, torch.Tensor.nelement, torch.numel})
 
 LEAVES = {

@@ -1,5 +1,6 @@
 """torch.nn: the widths that its modules keep as numbers, and those with hard-coded ones."""
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -7,6 +8,13 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from mmprune.graph.call import Call
 from mmprune.graph.locks import LockKind
 from mmprune.graph.registry import adapter
+from mmprune.graph.slots import Ids
+
+
+def own_ids(call: Call, name: str, dim: int) -> tuple[Ids, ...]:
+    """The channels on one dimension of a parameter or buffer of the module; none where it has none."""
+    tensor = getattr(call.module, name)
+    return call.ids(tensor, dim) if isinstance(tensor, torch.Tensor) else ()
 
 
 @adapter(_ConvNd)
@@ -14,29 +22,26 @@ def convolution(call: Call) -> None:
     conv = call.module
     in_dim, out_dim = (0, 1) if isinstance(conv, _ConvTransposeNd) else (1, 0)
     if conv.groups == 1:
-        call.track_attribute('in_channels', call.ids(conv.weight, in_dim))
-        call.track_attribute('out_channels', call.ids(conv.weight, out_dim))
+        call.track_attribute('in_channels', own_ids(call, 'weight', in_dim))
+        call.track_attribute('out_channels', own_ids(call, 'weight', out_dim))
     elif conv.groups == conv.in_channels:  # depthwise: a group goes with its channel
         for attribute in ('groups', 'in_channels', 'out_channels'):
-            call.track_attribute(attribute, call.ids(conv.weight, 0))
+            call.track_attribute(attribute, own_ids(call, 'weight', 0))
     else:  # every group loses the same positions
-        call.track_attribute('in_channels', call.ids(conv.weight, in_dim))
-        call.track_attribute('out_channels', call.ids(conv.weight, out_dim))
+        call.track_attribute('in_channels', own_ids(call, 'weight', in_dim))
+        call.track_attribute('out_channels', own_ids(call, 'weight', out_dim))
 
 
 @adapter(nn.Linear)
 def linear(call: Call) -> None:
-    call.track_attribute('in_features', call.ids(call.module.weight, 1))
-    call.track_attribute('out_features', call.ids(call.module.weight, 0))
+    call.track_attribute('in_features', own_ids(call, 'weight', 1))
+    call.track_attribute('out_features', own_ids(call, 'weight', 0))
 
 
 @adapter(_NormBase)
 def batch_norm(call: Call) -> None:
-    norm = call.module
-    tensor = norm.weight if norm.weight is not None else norm.running_mean
-    call.track_attribute(
-        'num_features', call.ids(call.out, 1) if tensor is None else call.ids(tensor, 0)
-    )
+    ids = own_ids(call, 'weight', 0) or own_ids(call, 'running_mean', 0) or call.ids(call.out, 1)
+    call.track_attribute('num_features', ids)
 
 
 @adapter(nn.GroupNorm)
@@ -48,7 +53,7 @@ def group_norm(call: Call) -> None:
 
 @adapter(nn.PReLU)
 def prelu(call: Call) -> None:
-    call.track_attribute('num_parameters', call.ids(call.module.weight, 0))
+    call.track_attribute('num_parameters', own_ids(call, 'weight', 0))
 
 
 @adapter(nn.RNNBase, nn.RNNCellBase)

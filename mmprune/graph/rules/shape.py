@@ -110,8 +110,9 @@ def shrinking(ids: Ids, factors: list[int], asked: Sequence) -> int:
 
     def rank(factor: int) -> int:
         number = asked[factor]
-        if isinstance(number, SymbolicSize) and number.from_tensor:
-            return 4 if np.array_equal(number.source.ids, ids) else 2
+        source = number.source.ids if isinstance(number, SymbolicSize) else None
+        if source is not None:
+            return 4 if np.array_equal(source, ids) else 2
         return 3 if number == -1 else 1 if isinstance(number, SymbolicSize) else 0
 
     return max(factors, key=lambda factor: (rank(factor), factor))

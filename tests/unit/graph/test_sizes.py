@@ -178,7 +178,7 @@ STAYS = {
         lambda m, y: y.view(2, m.heads, m.n, 4, 4).flatten(1, 2) / (m.heads * m.n),
         {'heads': 2, 'n': 4}, 'passed as a value to'),
     'a factor': (lambda m, y: y * y.shape[1], {}, 'passed as a value to'),
-    'torch.arange': (lambda m, y: y * torch.arange(y.shape[1])[:, None, None], {}, 'passed as a value to'),
+    'torch.arange': (lambda m, y: y * torch.arange(y.shape[1])[:, None, None], {}, 'passed as a value'),
     'an attribute that is a value too': (
         lambda m, y: y.reshape(-1, m.n, 4, 4) / m.n, {'n': 8}, 'passed as a value to'),
     'a value before it is a size': (
