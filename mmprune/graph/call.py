@@ -12,7 +12,6 @@ from torch import nn
 from mmprune.graph.constraints import Constraints
 from mmprune.graph.locks import LockKind
 from mmprune.graph.module_scope import ModuleScope
-from mmprune.graph.outcome import AS_INPUTS, ZERO_STAYS, Outcome
 from mmprune.graph.profile import Profile
 from mmprune.graph.sizes import SymbolicSize
 from mmprune.graph.slots import Ids, Labels
@@ -216,25 +215,6 @@ class Call:
             if isinstance(number, SymbolicSize):
                 made[dim] = (number.ids,)
         return labels | made, {d for d in wide if asked[d] in (None, -1)}
-
-    # -- what becomes of it -----------------------------------------------------------------------
-
-    def write(self, tensor: torch.Tensor, outcome: Outcome, inputs_zero_safe: bool) -> None:
-        """Notes what an output carries. A single channel can't be removed, so it carries none."""
-        carried: Labels = {}
-        for dim, ids in outcome.labels.items():
-            if dim >= tensor.ndim or any(array.size != tensor.shape[dim] for array in ids):
-                self.lock(ids, LockKind.UNKNOWN_FORM)
-            elif tensor.shape[dim] == 1:
-                self.lock(ids, LockKind.ONLY_CHANNEL)
-            elif ids:
-                carried[dim] = ids
-        info = self._state.tensors.info(tensor)
-        info.labels, info.fits = carried, outcome.fits
-        safe = inputs_zero_safe if outcome.zero is AS_INPUTS else outcome.zero is ZERO_STAYS
-        info.zero_safe = safe
-        if outcome.is_constant_fill:
-            info.is_weight_view = info.is_constant_fill = True
 
 
 @cache

@@ -37,7 +37,7 @@ class CostPolynomial:
     ``terms``: (count, list of slot id arrays).
     """
 
-    def __init__(self, trace: ChannelGraph, terms: list[tuple[float, list[np.ndarray]]]) -> None:
+    def __init__(self, graph: ChannelGraph, terms: list[tuple[float, list[np.ndarray]]]) -> None:
         # Equal axes are counted once: a head that runs on five levels has the same ids five times.
         self._known: dict[bytes, int] = {}
         ids: list[np.ndarray] = []
@@ -60,7 +60,7 @@ class CostPolynomial:
         self._units: list[np.ndarray] = []
         fixed = np.zeros(len(ids) + 1)
         for number, axis in enumerate(ids):
-            units = trace.unit_of[axis]
+            units = graph.unit_of[axis]
             self._units.append(units)
             fixed[number] = (units < 0).sum()
             units = units[units >= 0]
@@ -69,7 +69,7 @@ class CostPolynomial:
         rows = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
         columns = np.concatenate(columns) if columns else np.zeros(0, dtype=np.int64)
         self._members = csr_array(
-            (np.ones(rows.size), (rows, columns)), shape=(len(ids) + 1, max(trace.n_units, 1))
+            (np.ones(rows.size), (rows, columns)), shape=(len(ids) + 1, max(graph.n_units, 1))
         )
         fixed[-1] = 1  # the axis of terms that have none
         self._fixed = fixed
@@ -109,68 +109,68 @@ class CostPolynomial:
         return self._members.T @ (weight / self._sizes)
 
 
-def flops(trace: ChannelGraph, part: str | None = None) -> CostPolynomial:
+def flops(graph: ChannelGraph, part: str | None = None) -> CostPolynomial:
     """Multiply-adds of the traced forward (of one part of it)."""
     return CostPolynomial(
-        trace,
+        graph,
         [
             (term.count, term.axes)
-            for term in trace.profile.multiply_adds
+            for term in graph.profile.multiply_adds
             if part is None or in_part(term.where, part)
         ],
     )
 
 
-def params(trace: ChannelGraph, part: str | None = None) -> CostPolynomial:
+def params(graph: ChannelGraph, part: str | None = None) -> CostPolynomial:
     """Number of parameters."""
     terms = []
-    for name, tensor in trace.slots.tensors.items():
+    for name, tensor in graph.slots.tensors.items():
         if isinstance(tensor, nn.Parameter) and (part is None or in_part(name, part)):
-            axes = [trace.slots.by_key.get((name, dim)) for dim in range(tensor.ndim)]
-            count = float(trace.slots.shapes[name].numel())
+            axes = [graph.slots.by_key.get((name, dim)) for dim in range(tensor.ndim)]
+            count = float(graph.slots.shapes[name].numel())
             terms.append((count, [axis.ids for axis in axes if axis is not None]))
-    return CostPolynomial(trace, terms)
+    return CostPolynomial(graph, terms)
 
 
 def before(
-    trace: ChannelGraph, shapes: Mapping[str, Sequence[int]] | None, terms: CostPolynomial
+    graph: ChannelGraph, shapes: Mapping[str, Sequence[int]] | None, terms: CostPolynomial
 ) -> float:
     """What a sum was when the tensors of the traced model had ``shapes`` (before its first cut);
     ``None``: they have them now."""
     if shapes is None:
-        return terms(np.ones(trace.n_units, dtype=bool))
-    growth = np.ones(trace.slots.size)
-    for axis in trace.slots.axes:
+        return terms(np.ones(graph.n_units, dtype=bool))
+    growth = np.ones(graph.slots.size)
+    for axis in graph.slots.axes:
         shape = shapes.get(axis.name)
         if shape is not None:
             growth[axis.ids] = shape[axis.dim] / axis.size
     return terms.rescaled(growth)
 
 
-def memory(trace: ChannelGraph) -> CostPolynomial:
+def memory(graph: ChannelGraph) -> CostPolynomial:
     """Elements of the activations of the traced forward (views aside)."""
-    return CostPolynomial(trace, [(float(term.count), term.axes) for term in trace.profile.activations])
+    return CostPolynomial(graph, [(float(term.count), term.axes) for term in graph.profile.activations])
 
 
 BY_NAME = {'flops': flops, 'memory': memory, 'params': params}
 """Costs that scores can be set against."""
 
 
-def channels(trace: ChannelGraph, part: str | None = None) -> CostPolynomial:
+def channels(graph: ChannelGraph, part: str | None = None) -> CostPolynomial:
     """Output channels of everything with a weight: convolutions, linear layers."""
     return CostPolynomial(
-        trace,
+        graph,
         [
             (float(axis.size), [axis.ids])
-            for axis in output_axes(trace)
+            for axis in output_axes(graph)
             if part is None or in_part(axis.name, part)
         ],
     )
 
 
-def output_axes(trace: ChannelGraph) -> list[Axis]:
+def output_axes(graph: ChannelGraph) -> list[Axis]:
     """For each weight that reads channels, the axis of those that it makes."""
-    others = [trace.slots.by_key.get((axis.name, 1 - axis.dim)) for axis in trace.consumers]
+    others = [graph.slots.by_key.get((axis.name, 1 - axis.dim)) for axis in graph.consumers]
     return [axis for axis in others if axis is not None]
 
 
@@ -187,6 +187,6 @@ def in_part(name: str, part: str) -> bool:
     return part_of(name) == part or f'{name}.'.startswith(f'{part}.') or fnmatchcase(name, part)
 
 
-def parts_of(trace: ChannelGraph) -> list[str]:
+def parts_of(graph: ChannelGraph) -> list[str]:
     """The parts that have weights, in the model's order."""
-    return list(dict.fromkeys(part_of(axis.name) for axis in output_axes(trace)))
+    return list(dict.fromkeys(part_of(axis.name) for axis in output_axes(graph)))

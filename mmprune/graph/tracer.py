@@ -26,14 +26,14 @@ from mmprune.graph.constraints import Constraints
 from mmprune.graph.extensions import intercept
 from mmprune.graph.locks import LockKind
 from mmprune.graph.module_scope import ModuleScope, track_modules
-from mmprune.graph.outcome import RuleError, outcomes_of
+from mmprune.graph.outcome import AS_INPUTS, ZERO_STAYS, Outcome, RuleError, outcomes_of
 from mmprune.graph.profile import CostTerm, Profile
 from mmprune.graph.record import Run, TraceRecord
 from mmprune.graph.registry import RULES, Rule, module_adapter
 from mmprune.graph.rules import rule_of
 from mmprune.graph.size_tracking import SizeTrackingMode
 from mmprune.graph.sizes import symbolic_attributes
-from mmprune.graph.slots import SlotTable
+from mmprune.graph.slots import Labels, SlotTable
 from mmprune.graph.tensor_info import TensorInfo, TensorTable, memory
 
 Observer = Callable[[Any, tuple, dict], None]
@@ -94,18 +94,36 @@ class Tracer(TorchDispatchMode):
                 info.is_constant_fill = is_fill
         for tensor in outputs if func._schema.is_mutable else ():
             if id(tensor) in before:
-                if not written:
-                    info = tensors[tensor]
-                    info.fits, info.zero_safe = (), zero_safe  # it was the same everywhere before that
-                self._written(tensor, before[id(tensor)])
+                if not written:  # it was the same everywhere before that
+                    tensors[tensor].fits, tensors[tensor].zero_safe = (), zero_safe
+                self._write_behind(tensor, before[id(tensor)])
         profile = self.state.profile
         profile.touched.update(info.name for info in known if info.name is not None)
         if profile.counting:
             self._count_elements(inputs, outputs)
         return out
 
-    def _written(self, tensor: torch.Tensor, before: Container[int]) -> None:
-        """After an operation in place. Through a view it wrote into the tensor behind, which does
+    def _write(
+        self, call: Call, tensor: torch.Tensor, outcome: Outcome, inputs_zero_safe: bool
+    ) -> None:
+        """Notes what an output carries. A single channel can't be removed, so it carries none."""
+        carried: Labels = {}
+        for dim, ids in outcome.labels.items():
+            if dim >= tensor.ndim or any(array.size != tensor.shape[dim] for array in ids):
+                call.lock(ids, LockKind.UNKNOWN_FORM)
+            elif tensor.shape[dim] == 1:
+                call.lock(ids, LockKind.ONLY_CHANNEL)
+            elif ids:
+                carried[dim] = ids
+        info = self.state.tensors.info(tensor)
+        info.labels, info.fits = carried, outcome.fits
+        as_inputs = outcome.zero is AS_INPUTS
+        info.zero_safe = inputs_zero_safe if as_inputs else outcome.zero is ZERO_STAYS
+        if outcome.is_constant_fill:
+            info.is_weight_view = info.is_constant_fill = True
+
+    def _write_behind(self, tensor: torch.Tensor, before: Container[int]) -> None:
+        """After an operation in place, which through a view wrote into the tensor behind. That does
         not learn of new labels: they are locked."""
         if not tensor._is_view():
             return
@@ -133,7 +151,7 @@ class Tracer(TorchDispatchMode):
                 function = f'{rule.function.__module__}.{rule.function.__qualname__}'
                 raise RuleError(f'{function}, the rule of {call.name}: {error}') from error
             for tensor, outcome in outcomes or ():
-                call.write(tensor, outcome, zero_safe)
+                self._write(call, tensor, outcome, zero_safe)
             return outcomes is not None
         outputs = tensors_in(call.out)
         if carried and outputs:

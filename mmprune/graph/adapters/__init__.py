@@ -3,7 +3,7 @@
 - *opaque operations*: compiled functions outside the dispatcher (mmcv's), by the name that
   ``mmcv::`` and the function make;
 - *stale attributes*: channel counts that a module keeps as Python numbers and that must follow a cut;
-- *wired widths*: code whose channel count can not change.
+- *hard-coded sizes*: code whose channel count can not change.
 
 All three are functions of a :class:`~mmprune.graph.call.Call`, registered with one decorator,
 :func:`adapter`. See ``docs/adapters.md``. None needs the library it is for: they name the classes that

@@ -1,4 +1,4 @@
-"""mmcv's compiled operations, which the dispatcher does not see, and widths its modules keep."""
+"""mmcv's compiled operations, which the dispatcher does not see."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""torch.nn: the widths that its modules keep as numbers, and those with hard-coded ones."""
+"""torch.nn: the channel counts that its modules keep as numbers, and those that are hard-coded."""
 
 import torch
 from torch import nn

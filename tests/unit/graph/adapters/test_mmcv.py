@@ -194,3 +194,14 @@ def test_cut_is_exact_or_locked(name, monkeypatch):
     plan = mmprune.prune(model, forward, keep_channels=0.5, score='random')
     assert model.a.weight.shape[0] == 4 and model.o.weight.shape[1] == 4
     assert_exact(original, model, plan, forward, 1e-5)
+
+
+def test_what_is_not_zero_before_a_compiled_function_is_not_zero_behind_it():
+    def between(m, y):
+        pooled = mmcv.ops.roi_align(y.sigmoid(), BOXES, 2)
+        return y + pooled.sum(1, keepdim=True).mean()
+
+    x = torch.rand(2, 3, 6, 6)
+    graph = mmprune.trace(Net(between), lambda m: m(x))
+    assert not graph.groups
+    assert any('would not be zero' in str(locked) for locked in graph.locked)
