@@ -15,7 +15,8 @@ from torch import nn
 
 from mmprune.budget.budget import Budget
 from mmprune.budget.choose import choose, uneven
-from mmprune.budget.latency import choose_measured
+from mmprune.budget.measured import choose_measured
+from mmprune.budget.runtimes import Prepare
 from mmprune.check.copies import copied
 from mmprune.check.lockstep import random_state, set_random_state
 from mmprune.check.verify import verify
@@ -204,11 +205,13 @@ def choose_for(
     scores: np.ndarray,
     budget: Budget,
     per: str = 'budget',
+    prepare: Prepare | None = None,
 ) -> tuple[np.ndarray, CutNotes]:
     """The choice for one cut; times are measured where the budget asks.
 
     Args:
         per: of the :class:`mmprune.Score` that made the scores.
+        prepare: makes a network ready to be timed in the budget's backend.
 
     Returns:
         Which units stay, (n_units,) bool, and what to note of it. Layers whose width could not be
@@ -225,8 +228,8 @@ def choose_for(
             scores,
             budget,
             original,
-            lambda keep: make_plan(graph, model, keep, budget.to_meta()),
             per,
+            prepare,
         )
     notes = uneven(graph, keep, budget)
     if notes:
@@ -243,6 +246,7 @@ def choose_step(
     target_at: Callable[[float], float],
     start: dict[str, float],
     per: str = 'budget',
+    prepare: Prepare | None = None,
 ) -> tuple[np.ndarray, CutNotes]:
     """The choice for one of several cuts: see :func:`choose_for`.
 
@@ -256,7 +260,7 @@ def choose_step(
         whole = start.get(name.removeprefix('keep_'), 1.0)
         return min(1.0, whole * target_at(min(1.0, final / whole)))
 
-    return choose_for(model, forward, graph, scores, budget.scheduled(along), per)
+    return choose_for(model, forward, graph, scores, budget.scheduled(along), per, prepare)
 
 
 def check_cut(model: nn.Module, plan: Plan, forward: Forward) -> None:

@@ -20,7 +20,7 @@ def _units_one_by_one(tmp_path_factory):
     before, nor leaves its own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(device.ENVIRONMENT, str(tmp_path_factory.mktemp('cache')))
-        patch.setattr(choose, 'divisor_of', lambda device, dtype: 1)
+        patch.setattr(choose, 'divisor_of', lambda device, dtype, backend: 1)
         patch.setattr(steps, 'LEAST', 1)
         yield
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+from mmprune.budget.runtimes import check_backend
 from mmprune.errors import PruneError
 
 FRACTIONS = ('keep_flops', 'keep_params', 'keep_channels', 'latency')
@@ -29,6 +30,8 @@ class Budget:
         keep_params: the same of its parameters.
         keep_channels: the fraction of its units that every group keeps.
         latency: the fraction that remains of its measured time.
+        backend: what times are measured in, those that ``divisor='auto'`` rests on too: ``'eager'``,
+            or the runtime that the model is deployed on, ``'onnxruntime'`` or ``'openvino'``.
         prune_num: how many units go in one cut.
         min_channels: channels that every group keeps at least.
         divisor: units go in blocks that leave widths that are multiples of it; ``'auto'``: of what
@@ -59,6 +62,7 @@ class Budget:
     keep_params: float | None = None
     keep_channels: float | None = None
     latency: float | None = None
+    backend: str = 'eager'
     prune_num: int | None = None
     min_channels: int = 1
     divisor: Divisor = 'auto'
@@ -79,6 +83,7 @@ class Budget:
                         else 'the fraction that remains; give e.g. 0.5'
                     )
                 )
+        check_backend(self.backend)
         for name in ('prune_num', 'min_channels', 'divisor'):
             value = getattr(self, name)
             if (name, value) in (('prune_num', None), ('divisor', 'auto')):
@@ -134,7 +139,8 @@ class Budget:
         """Plain numbers, strings, lists and dicts; what was left out is left out."""
         meta = {f.name: getattr(self, f.name) for f in fields(self)}
         meta |= {'lock': list(self.lock), 'parts': {k: dict(v) for k, v in self.parts.items()}}
-        return {k: v for k, v in meta.items() if v is not None and (k != 'parts' or v)}
+        usual = {'parts': {}, 'backend': 'eager'}
+        return {k: v for k, v in meta.items() if v is not None and v != usual.get(k)}
 
 
 @dataclass(frozen=True)

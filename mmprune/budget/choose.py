@@ -137,13 +137,13 @@ def unit_width(group: Group) -> int:
     return min(group.axes.values())
 
 
-def device_divisor(graph: ChannelGraph) -> int:
+def device_divisor(graph: ChannelGraph, backend: str = 'eager') -> int:
     """What the device that holds the model works in, for the type of most of its numbers."""
     tensors = [t for t in graph.slots.tensors.values() if t.is_floating_point() and t.ndim > 1]
     if not tensors:
         return 1
     largest = max(tensors, key=lambda tensor: tensor.numel())
-    return divisor_of(largest.device, largest.dtype)
+    return divisor_of(largest.device, largest.dtype, backend)
 
 
 def producer_name(graph: ChannelGraph, group: Group) -> str:
@@ -172,7 +172,7 @@ class _Choice:
         self.part, self.limits = limits_of(graph, budget)
         if auto is None:
             asked = any(limits.divisor == 'auto' for limits in self.limits)
-            auto = device_divisor(graph) if asked else 1
+            auto = device_divisor(graph, budget.backend) if asked else 1
         self.auto = math.lcm(steps.LEAST, auto)
         self.widths: list[list[steps.Width]] = [[] for _ in graph.groups]
         for width in steps.layer_widths(graph):

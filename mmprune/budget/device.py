@@ -14,6 +14,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from mmprune.budget.runtimes import loaded, onnx_model, versions
+
 DIVISORS = (1, 2, 4, 8, 16, 32)
 WIDTHS = range(33, 97)
 FILE = 'divisors.json'
@@ -75,15 +77,15 @@ def keep_cached(file: str, new: dict[str, Any]) -> None:
         log.warning(told)
 
 
-def divisor_of(device: torch.device, dtype: torch.dtype) -> int:
-    """The finest of ``DIVISORS`` that widths of convolutions should be multiples of on this device, so
-    that none costs as much as a wider one; 1 where nothing is gained. Measured at the first call, in
-    about a second, then kept."""
-    key = f'{device_name(device)}, torch {torch.__version__}, {str(dtype).removeprefix("torch.")}'
+def divisor_of(device: torch.device, dtype: torch.dtype, backend: str = 'eager') -> int:
+    """The finest of ``DIVISORS`` that widths of convolutions should be multiples of on this device and
+    in this runtime, so that none costs as much as a wider one; 1 where nothing is gained. Measured at
+    the first call, in about a second (in other runtimes than eager torch some more), then kept."""
+    key = f'{device_name(device)}, {versions(backend)}, {str(dtype).removeprefix("torch.")}'
     if key not in _divisors:
         known = cached(FILE).get(key)
         if known not in DIVISORS:
-            known = best_divisor(times_by_width(device, dtype))
+            known = best_divisor(times_by_width(device, dtype, backend))
             keep_cached(FILE, {key: known})
             log.info('%s: works in steps of %d channels (measured)', key, known)
         _divisors[key] = known
@@ -100,17 +102,30 @@ def know_divisors(divisors: dict[str, int]) -> None:
     _divisors.update(divisors)
 
 
-def times_by_width(device: torch.device, dtype: torch.dtype, rounds: int = 9) -> dict[int, float]:
+def times_by_width(
+    device: torch.device, dtype: torch.dtype, backend: str = 'eager', rounds: int = 9
+) -> dict[int, float]:
     """Seconds of a 3x3 and a 1x1 convolution of as many channels, {33 ... 96: seconds}."""
     side = 128 if device.type == 'cuda' else 28
     calls = {}
     for width in WIDTHS:
         x = torch.randn(1, width, side, side, device=device, dtype=dtype)
-        weights = [torch.randn(width, width, k, k, device=device, dtype=dtype) for k in (3, 1)]
-        calls[width] = lambda x=x, weights=weights: [
-            F.conv2d(x, weight, padding=weight.shape[-1] // 2) for weight in weights
-        ]
+        runs = [convolution(x, torch.randn(width, width, k, k).to(x), backend) for k in (3, 1)]
+        calls[width] = lambda runs=runs: [run() for run in runs]
     return least_of(calls, device, rounds)
+
+
+def convolution(x: torch.Tensor, weight: torch.Tensor, backend: str) -> Callable[[], Any]:
+    """A convolution of (N, C, H, W) that keeps height and width, ready to run in a backend."""
+    padding = [weight.shape[-1] // 2] * 2
+    if backend == 'eager':
+        return lambda: F.conv2d(x, weight, padding=padding)
+    values = dict(
+        input=x, weight=weight, bias=None, stride=[1, 1], padding=padding, dilation=[1, 1],
+        groups=1, transposed=False,
+    )  # fmt: skip
+    model, feed = onnx_model('aten::convolution', values)
+    return loaded(model.SerializeToString(), feed, backend)
 
 
 def best_divisor(times: dict[int, float]) -> int:

@@ -1,77 +1,102 @@
-"""Measured time as a budget: a table of op timings, taken on the machine that it is for.
+"""Measured time as a cost: a table of op timings, set right by runs of the whole network.
 
-Convolutions and matrix products of a traced run are timed at the steps that their widths go in
-(:mod:`mmprune.budget.op_times`); what else takes time (norms, activations, pooling) is the rest of the
-whole run, in proportion to the elements it writes. The result is checked against a real timing.
+Convolutions and matrix products of a traced run are timed one by one at the steps that their widths go
+in (:mod:`mmprune.budget.op_times`). In the network they run with other neighbours, other caches, fused
+with what follows; norms, activations and pooling go by the elements that are written; and starting
+operations takes time that no cut saves. How much each of the three weighs is fitted to timings of the
+whole network, unpruned and cut evenly to some widths.
 """
 
 import copy
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from rich.progress import track
+from scipy.optimize import nnls
 from torch import nn
 
 from mmprune.budget import steps
 from mmprune.budget.budget import Budget
 from mmprune.budget.choose import choose, device_divisor
 from mmprune.budget.device import cached, device_name, keep_cached, least_of
-from mmprune.budget.op_times import Lookup, Op, Scaled, Slot, check_backend, table_of, versions
+from mmprune.budget.op_times import Lookup, Op, Scaled, Slot, table_of
+from mmprune.budget.runtimes import Prepare, prepare_for, versions
 from mmprune.contexts import evaluating, tensors_in, unchanged
-from mmprune.errors import PruneError
 from mmprune.graph import cost
 from mmprune.graph.cost import Product, Term
 from mmprune.graph.coupling import ChannelGraph, components, slots_for
 from mmprune.graph.registry import is_contraction
 from mmprune.graph.tracer import Tracer, trace_runs
 from mmprune.surgery.apply import cut
-from mmprune.surgery.build import Baseline
-from mmprune.surgery.plan import Plan
-
-TRIES = 6
-ABOVE, BELOW = 1.02, 0.96
-"""How far from the time that was asked for a choice may end, without another try."""
+from mmprune.surgery.build import make_plan
 
 FILE = 'op_times.json'
+EVENLY = (0.85, 0.7, 0.5, 0.35)
+"""Fractions of every group's units at which the whole network is timed too."""
+
 Forward = Callable[[nn.Module], Any]
 
 
 class Latency:
-    """Seconds of a run when only the units in ``keep`` stay: ``latency(keep)``.
+    """Seconds of a run when only the units in ``keep`` (n_units, bool) stay: ``latency(keep)``.
 
-    ``table``: {key of an op: its :class:`Lookup`}; ``rest``: seconds of what is not in it at full
-    width; ``divisor``: the steps that it was taken at.
+    That is ``weights[0]`` times the seconds of the table, ``weights[1]`` times the fraction of elements
+    of activations that are still written, and ``weights[2]`` seconds whatever goes.
+
+    Args:
+        ops: the contractions of the run.
+        table: {key of an op: its :class:`Lookup`}.
+        divisor: the steps that the table was taken at.
+        weights: seconds a second of the table, a full set of activations, and a run.
     """
 
     def __init__(
-        self, trace: ChannelGraph, ops: list[Op], table: dict[tuple, Lookup], rest: float, divisor: int
+        self,
+        trace: ChannelGraph,
+        ops: list[Op],
+        table: dict[tuple, Lookup],
+        divisor: int,
+        weights: Sequence[float] = (1.0, 0.0, 0.0),
     ) -> None:
-        self.divisor, self.rest = divisor, rest
-        self.ops, self.table = ops, table
+        self.divisor, self.ops, self.table = divisor, ops, table
+        self.weights = tuple(weights)
         self._memory = cost.memory(trace)
-        self._all = self._memory(np.ones(trace.n_units, dtype=bool))
+        self._all = self._memory(np.ones(trace.n_units, dtype=bool)) or 1.0
+
+    def features(self, keep: np.ndarray) -> tuple[float, float, float]:
+        """(seconds by the table, fraction of elements written, 1)."""
+        stays = np.append(keep, True)  # unit -1, what is locked, is the last
+        seconds = sum(
+            op.calls * float(self.table[op.key]([stays[units].sum() for units in op.widths]))
+            for op in self.ops
+        )
+        return seconds, self._memory(keep) / self._all, 1.0
 
     def __call__(self, keep: np.ndarray) -> float:
-        stays = np.append(keep, True)  # unit -1, what is locked, is the last
-        total = self.rest * (self._memory(keep) / self._all if self._all else 1.0)
-        for op in self.ops:
-            total += op.calls * self.table[op.key]([stays[units].sum() for units in op.widths])
-        return float(total)
+        return float(np.dot(self.weights, self.features(keep)))
+
+    def fit(self, keeps: Sequence[np.ndarray], seconds: Sequence[float]) -> None:
+        """Sets the weights by timings of the whole network, by the least squares of relative errors;
+        none is below zero."""
+        rows = np.array([self.features(keep) for keep in keeps])
+        scale = rows.max(axis=0, initial=1e-12)
+        relative = rows / scale / np.array(seconds)[:, None]
+        self.weights = tuple((nnls(relative, np.ones(len(keeps)))[0] / scale).tolist())
 
     def terms(self) -> tuple[list[np.ndarray], list[Term]]:
         """(units at the positions of each axis, -1 where locked; the terms over these axes)."""
         axes, terms = self._memory.terms()
-        axes = list(axes)
-        share = self.rest / self._all if self._all else 0.0
-        found: list[Term] = [(Product(share * term.factor), numbers) for term, numbers in terms]
+        axes, (of_table, of_elements, of_run) = list(axes), self.weights
+        found: list[Term] = [(Product(of_run), ())]
+        found += [(Product(of_elements / self._all * term.factor), numbers) for term, numbers in terms]
         for op in self.ops:
             numbers = tuple(range(len(axes), len(axes) + len(op.widths)))
             axes += op.widths
-            found.append((Scaled(self.table[op.key], op.calls), numbers))
+            found.append((Scaled(self.table[op.key], of_table * op.calls), numbers))
         return axes, found
 
 
@@ -129,163 +154,101 @@ def measure(
     trace: ChannelGraph,
     backend: str = 'eager',
     *,
+    prepare: Prepare | None = None,
     divisor: int | None = None,
-    whole: float | None = None,
-    rounds: int = 5,
+    rounds: int = 7,
 ) -> Latency:
-    """The table for ``forward(model)``, in evaluation mode. Takes seconds to minutes, and is kept on
-    disk by operation and shape.
+    """What ``forward(model)`` takes in evaluation mode, by the units that stay. It takes seconds to
+    minutes; times of single operations are kept on disk.
 
     Args:
         backend: ``'eager'``; ``'onnxruntime'`` or ``'openvino'``, where each operation is a little ONNX
             model.
+        prepare: makes a whole network ready to be timed there; left out,
+            :func:`mmprune.budget.runtimes.prepare_for`.
         divisor: the steps that widths go in; left out, what the device works in, and 4 at least.
-        whole: seconds of the whole run in that backend; what the table does not hold of it is the rest.
-            In eager it is measured; in other runtimes, left out, there is no rest.
         rounds: runs of which the fastest counts.
 
     Raises:
-        PruneError: an unknown backend, or one that is not installed.
+        PruneError: an unknown backend, or one that is not installed; a network that can not be run
+            there.
     """
-    check_backend(backend)
+    prepare = prepare or prepare_for(forward, backend)
+    if divisor is None:
+        divisor = max(steps.LEAST, device_divisor(trace, backend))
+    keeps = [np.ones(trace.n_units, dtype=bool)]
+    for fraction in EVENLY:
+        budget = Budget(keep_channels=fraction, divisor=divisor)
+        keep = choose(trace, np.zeros(trace.n_units), budget)
+        if not any(np.array_equal(keep, known) for known in keeps):
+            keeps.append(keep)
+    networks = {}
+    with unchanged(model), evaluating(model):
+        ops = _contractions(model, forward, trace)
+        latency = Latency(trace, ops, _table(ops, trace, backend, divisor, rounds), divisor)
+        for number, keep in enumerate(track(keeps, f'Preparing networks ({backend})', transient=True)):
+            networks[number] = prepare(model if keep.all() else narrowed(model, trace, keep))
+        seconds = least_of(networks, device_of(trace), rounds)
+    latency.fit(keeps, list(seconds.values()))
+    return latency
+
+
+def _contractions(model: nn.Module, forward: Forward, trace: ChannelGraph) -> list[Op]:
+    """Those of a run; the same shape at the same widths is one with several calls."""
     recorder = _Recorder(model, trace)
-    with evaluating(model):
-        trace_runs(model, forward, tracer=recorder.tracer)
-    ops: dict[tuple, Op] = {}
+    trace_runs(model, forward, tracer=recorder.tracer)
     merged: list[Op] = []
     for op in recorder.ops:
-        # The same shapes are timed once; the same widths too are one term of the sum.
         same = next((o for o in merged if o.key == op.key and _equal(o.widths, op.widths)), None)
         if same is None:
             merged.append(op)
-            ops.setdefault(op.key, op)
         else:
             same.calls += 1
-    device = next(iter(trace.slots.tensors.values())).device
-    if divisor is None:
-        divisor = max(steps.LEAST, device_divisor(trace))
+    return merged
+
+
+def _table(
+    ops: list[Op], trace: ChannelGraph, backend: str, divisor: int, rounds: int
+) -> dict[tuple, Lookup]:
+    """The times of single operations, from the disk where they are known."""
+    device = device_of(trace)
     where = f'{device_name(device)}, {versions(backend)}'
     kept = cached(FILE)
     known = set(kept)
     table = {
         key: table_of(op, device, backend, divisor, rounds, kept, where)
-        for key, op in track(ops.items(), f'Timing operations ({backend})', transient=True)
+        for key, op in track(
+            {op.key: op for op in ops}.items(), f'Timing operations ({backend})', transient=True
+        )
     }
     new = {key: value for key, value in kept.items() if key not in known}
     if new:
         keep_cached(FILE, new)
-    if whole is None and backend == 'eager':
-        whole = seconds_of(model, forward, rounds)
-    latency = Latency(trace, merged, table, 0.0, divisor)
-    if whole is not None:
-        latency.rest = max(0.0, whole - latency(np.ones(trace.n_units, dtype=bool)))
-    return latency
+    return table
+
+
+def device_of(trace: ChannelGraph) -> torch.device:
+    return next(iter(trace.slots.tensors.values())).device
+
+
+def narrowed(model: nn.Module, trace: ChannelGraph, keep: np.ndarray) -> nn.Module:
+    """A copy of the model that is cut to the units in ``keep``."""
+    trial = copy.deepcopy(model)
+    cut(trial, make_plan(trace, model, keep, {}))
+    return trial
 
 
 def _equal(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
     return len(a) == len(b) and all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def seconds_of(model: nn.Module, forward: Forward, repeats: int = 5) -> float:
-    """Seconds of ``forward(model)`` in evaluation mode: the least of several."""
-    device = next(model.parameters()).device
-    with unchanged(model), evaluating(model):
-        return least_of({0: lambda: forward(model)}, device, repeats)[0]
-
-
-def ratio_of(pruned: nn.Module, original: nn.Module, forward: Forward, rounds: int = 15) -> float:
-    """Time of ``pruned`` over that of ``original``, timed in turns: the median of quotients, since a
-    busy machine slows both."""
-    device = next(original.parameters()).device
+def ratio_of(
+    pruned: Callable[[], Any], original: Callable[[], Any], device: torch.device, rounds: int = 21
+) -> float:
+    """Time of one prepared network over that of another, timed in turns: the median of quotients, since
+    a busy machine slows both."""
     pairs = []
-    with unchanged(pruned), unchanged(original), evaluating(pruned), evaluating(original):
-        for _ in range(rounds):
-            times = least_of({0: lambda: forward(pruned), 1: lambda: forward(original)}, device, 1)
-            pairs.append(times[0] / times[1])
+    for _ in range(rounds):
+        times = least_of({0: pruned, 1: original}, device, 1)
+        pairs.append(times[0] / times[1])
     return statistics.median(pairs)
-
-
-def choose_measured(
-    model: nn.Module,
-    forward: Forward,
-    trace: ChannelGraph,
-    scores: np.ndarray,
-    budget: Budget,
-    original: Baseline,
-    planned: Callable[[np.ndarray], Plan],
-    per: str = 'budget',
-) -> tuple[np.ndarray, float]:
-    """The choice for a budget with ``latency``.
-
-    The table says what to remove; a copy of the model is cut so and timed, and where that takes more
-    time than asked for, or clearly less, the aim is changed and all done again: of what fits, the
-    slowest counts. After earlier cuts the fraction is of the time before them, if they were measured.
-
-    Args:
-        original: of the unpruned model.
-        planned: gives the plan of a choice.
-
-    Returns:
-        Which units stay, (n_units,) bool, and the fraction of the time that really remains.
-
-    Raises:
-        PruneError: what was asked for is not reached.
-    """
-    wanted = budget.latency
-    assert wanted is not None
-    divisor = budget.divisor if isinstance(budget.divisor, int) and budget.divisor > 1 else None
-    table = measure(model, forward, trace, divisor=divisor)
-    everything = np.ones(trace.n_units, dtype=bool)
-    before = original.plan.cuts[-1].latency if original.plan and original.plan.cuts else None
-    left = 1.0 if before is None else before
-    original = replace(original, latency=table(everything) / left)
-    aim = wanted
-    tried: list[tuple[np.ndarray, float]] = []
-    points = [(left, left)]
-    for _ in range(TRIES):
-        keep = choose(
-            trace,
-            scores,
-            replace(budget, latency=min(1.0, aim)),
-            original,
-            latency=table,
-            per=per,
-            auto=table.divisor,
-        )
-        if keep.all():
-            tried.append((keep, left))
-            break
-        if any(np.array_equal(keep, before) for before, _ in tried):
-            break
-        trial = copy.deepcopy(model)
-        cut(trial, planned(keep))
-        tried.append((keep, left * ratio_of(trial, model, forward)))
-        found = tried[-1][1]
-        if budget.targets.keys() - {'latency'}:
-            return tried[-1]
-        if BELOW * wanted <= found <= ABOVE * wanted:
-            break
-        points.append((found, aim))
-        aim = next_aim(points, wanted)
-    fits = [each for each in tried if each[1] <= ABOVE * wanted]
-    if fits:
-        return max(fits, key=lambda each: each[1])
-    keep, found = min(tried, key=lambda each: each[1])
-    if found > 1.1 * wanted:
-        raise PruneError(
-            f'latency={wanted}: {found:.2f} of the time is left after {len(tried)} tries: the table of '
-            'timings does not hold here. Is the machine busy? Else take keep_flops'
-        )
-    return keep, found
-
-
-def next_aim(points: list[tuple[float, float]], wanted: float) -> float:
-    """What to ask the table for, from (measured, asked for) so far: between those around ``wanted``, or
-    lower in proportion where all were above."""
-    wanted = 0.995 * wanted
-    above = min(point for point in points if point[0] > wanted)
-    below = max((point for point in points if point[0] <= wanted), default=None)
-    if below is None:
-        found, aim = points[-1]
-        return 0.98 * aim * wanted / found
-    return below[1] + (wanted - below[0]) / (above[0] - below[0]) * (above[1] - below[1])

@@ -1,11 +1,8 @@
 """Seconds of single operations at the widths that a cut can leave, in the runtime that is deployed."""
 
-import contextlib
 import functools
 import hashlib
-import io
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,10 +10,9 @@ import numpy as np
 import torch
 
 from mmprune.budget.device import least_of
-from mmprune.errors import PruneError
+from mmprune.budget.runtimes import loaded, onnx_model
 from mmprune.graph.call import bind
 
-BACKENDS = ('eager', 'onnxruntime', 'openvino')
 POINTS = 8
 """Widths at most that an operation is timed at in each of its dimensions."""
 
@@ -186,105 +182,7 @@ def call_of(op: Op, counts: list[int], device: torch.device, backend: str) -> Ca
     return functools.partial(op.func, *positional, **keywords)
 
 
-# -- as little ONNX models ----------------------------------------------------------------------------
-
-
 def runtime_call(name: str, values: dict[str, Any], backend: str) -> Callable[[], Any]:
     """The same in ONNX Runtime or OpenVINO, with as many threads as torch has here."""
     model, feed = onnx_model(name, values)
-    threads = torch.get_num_threads()
-    if backend == 'onnxruntime':
-        runtime = needed('onnxruntime')
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        session = runtime.InferenceSession(
-            model.SerializeToString(), options, providers=['CPUExecutionProvider']
-        )
-        return lambda: session.run(None, feed)
-    openvino = needed('openvino')
-    core = openvino.Core()
-    settings = {'INFERENCE_NUM_THREADS': threads, 'INFERENCE_PRECISION_HINT': 'f32'}
-    read = core.read_model(io.BytesIO(model.SerializeToString()))
-    request = core.compile_model(read, 'CPU', settings).create_infer_request()
-    return lambda: request.infer(feed)
-
-
-def onnx_model(name: str, values: dict[str, Any]) -> tuple[Any, dict[str, np.ndarray]]:
-    """(a model of one convolution or matrix product, its inputs). Weights are constants of it."""
-    needed('onnx')
-    from onnx import TensorProto, helper, numpy_helper
-
-    array = lambda tensor: tensor.detach().float().cpu().numpy()  # noqa: E731
-    feed: dict[str, np.ndarray] = {}
-    constants: dict[str, np.ndarray] = {}
-    options: dict[str, Any] = {}
-    if name == 'aten::convolution':
-        feed['x'], constants['w'] = array(values['input']), array(values['weight'])
-        if values['bias'] is not None:
-            constants['b'] = array(values['bias'])
-        options = dict(
-            strides=values['stride'],
-            dilations=values['dilation'],
-            pads=[*values['padding']] * 2,
-            group=values['groups'],
-        )
-        kind = 'Conv'
-        if values['transposed']:
-            kind, options['output_padding'] = 'ConvTranspose', values['output_padding']
-    elif name == 'aten::addmm':
-        feed['x'], constants['w'] = array(values['mat1']), array(values['mat2'])
-        constants['b'], kind = array(values['self']), 'Gemm'
-    elif name in ('aten::mm', 'aten::bmm'):
-        feed['x'], kind = array(values['self']), 'MatMul'
-        (constants if name == 'aten::mm' else feed)['w'] = array(values['mat2'])
-    else:
-        raise PruneError(
-            f'{name} can not be timed in another runtime: there are convolutions, addmm, mm and bmm; '
-            "take backend='eager'"
-        )
-    names = [*dict.fromkeys([*feed, *constants])]
-    graph = helper.make_graph(
-        [helper.make_node(kind, sorted(names, key='xwb'.index), ['y'], **options)],
-        'one',
-        [helper.make_tensor_value_info(n, TensorProto.FLOAT, list(v.shape)) for n, v in feed.items()],
-        [helper.make_tensor_value_info('y', TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(value, n) for n, value in constants.items()],
-    )
-    made = helper.make_model(graph, opset_imports=[helper.make_opsetid('', 18)])
-    made.ir_version = 9
-    return made, feed
-
-
-def needed(package: str) -> Any:
-    """The package, imported; it is not among what mmprune always needs."""
-    try:
-        with _quiet():
-            return __import__(package)
-    except ImportError as error:
-        raise PruneError(
-            f'{package} can not be imported ({error}): pip install {package}, which times of that '
-            "runtime are taken with; or take backend='eager'"
-        ) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    before = logging.root.manager.disable
-    logging.disable(logging.INFO)
-    try:
-        yield
-    finally:
-        logging.disable(before)
-
-
-def versions(backend: str) -> str:
-    """What the times of a backend hang on, beside the machine."""
-    found = f'torch {torch.__version__}'
-    if backend != 'eager':
-        found += f', {backend} {needed(backend).__version__}'
-    return found
-
-
-def check_backend(backend: str) -> None:
-    if backend not in BACKENDS:
-        raise PruneError(f'backend={backend!r}: expected one of {", ".join(BACKENDS)}')
+    return loaded(model.SerializeToString(), feed, backend)

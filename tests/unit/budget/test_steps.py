@@ -105,7 +105,7 @@ def spread(model):
 @pytest.mark.parametrize('keep', [0.8, 0.5, 0.3, 0.12])
 @pytest.mark.parametrize('make', [Concat, Shuffled, normed])
 def test_no_layer_is_left_with_a_width_between_steps(monkeypatch, make, keep, measured):
-    monkeypatch.setattr(choose, 'divisor_of', lambda device, dtype: measured)
+    monkeypatch.setattr(choose, 'divisor_of', lambda device, dtype, backend: measured)
     before, after, plan = prune(spread(make()), keep_flops=keep)
     cut = [(was, is_) for was, is_ in zip(before, after, strict=True) if is_ < was]
     assert cut
@@ -123,7 +123,7 @@ ZOO = ['densenet121', 'shufflenet_v2_x1_0', 'mobilenet_v2', 'resnext50_32x4d']
 
 @pytest.mark.parametrize('name', ZOO)
 def test_networks_of_the_zoo(monkeypatch, name):
-    monkeypatch.setattr(choose, 'divisor_of', lambda device, dtype: 8)
+    monkeypatch.setattr(choose, 'divisor_of', lambda device, dtype, backend: 8)
     model = getattr(torchvision.models, name)(weights=None, num_classes=10).eval()
     before, after, plan = prune(spread(model), torch.randn(1, 3, 64, 64), keep_flops=0.5, check=False)
     told = ' '.join(plan.history[-1].get('uneven', []))
@@ -215,7 +215,7 @@ def test_what_stays_beside_a_group_is_filled_up_to_a_multiple():
 def test_auto_is_the_default_and_asks_the_device(monkeypatch):
     asked = []
 
-    def measured(device, dtype):
+    def measured(device, dtype, backend):
         asked.append((device, dtype))
         return 8
 
@@ -230,7 +230,7 @@ def test_auto_is_the_default_and_asks_the_device(monkeypatch):
 
 
 def test_a_part_has_its_own(monkeypatch):
-    monkeypatch.setattr(choose, 'divisor_of', lambda device, dtype: 16)
+    monkeypatch.setattr(choose, 'divisor_of', lambda device, dtype, backend: 16)
     model = spread(nn.Sequential(conv(3, 64), nn.ReLU(), conv(64, 48), nn.ReLU(), conv(48, 2)))
     traced = mmprune.trace(model, lambda m: m(X))
     scores = np.concatenate([np.linspace(1, 2, 64), np.linspace(3, 4, 48)])
@@ -242,14 +242,14 @@ def test_a_part_has_its_own(monkeypatch):
 
 
 def test_a_floor_says_what_auto_stands_for(monkeypatch):
-    monkeypatch.setattr(choose, 'divisor_of', lambda device, dtype: 32)
+    monkeypatch.setattr(choose, 'divisor_of', lambda device, dtype, backend: 32)
     with pytest.raises(mmprune.PruneError, match=r"min_channels=40 and divisor='auto' \(32\) leave"):
         prune(nn.Sequential(conv(3, 64), conv(64, 2)), keep_flops=0.5, min_channels=40)
 
 
 def test_what_the_device_works_in_is_asked_for_the_largest_weight(monkeypatch):
     assert choose.divisor_of is not devices.divisor_of  # no other test may measure
-    monkeypatch.setattr(choose, 'divisor_of', lambda device, dtype: (str(device), dtype))
+    monkeypatch.setattr(choose, 'divisor_of', lambda device, dtype, backend: (str(device), dtype))
     model = nn.Sequential(nn.Linear(3, 64).bfloat16(), nn.Linear(2, 2))
     traced = mmprune.trace(model, lambda m: m[1](m[0](torch.ones(1, 3).bfloat16()).float()[:, :2]))
     assert choose.device_divisor(traced) == ('cpu', torch.bfloat16)

@@ -1,0 +1,171 @@
+"""Choices by measured time. Where times are real, what is checked is what holds on any machine."""
+
+import copy
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import mmprune
+from mmprune import Budget, PruneError
+from mmprune.budget import device as devices
+from mmprune.budget import measured
+from mmprune.budget.choose import choose
+
+X = torch.randn(2, 3, 24, 24)
+
+
+class Net(nn.Sequential):
+    def __init__(self, width=64):
+        super().__init__(
+            nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, 5, 1),
+        )  # fmt: skip
+
+
+def forward(model):
+    return model(X)
+
+
+@pytest.fixture(scope='module')
+def model():
+    torch.manual_seed(0)
+    return Net()
+
+
+@pytest.fixture(scope='module')
+def traced(model):
+    return mmprune.trace(model, forward)
+
+
+@pytest.fixture(autouse=True)
+def _own_table(monkeypatch, tmp_path):
+    monkeypatch.setenv(devices.ENVIRONMENT, str(tmp_path / 'cache'))
+
+
+class Share:
+    """A table that says the share of units; on this machine widths go by 8."""
+
+    divisor = 8
+
+    def __call__(self, keep):
+        return keep.mean()
+
+
+def share(network):
+    """Of the channels that the network had."""
+    return sum(network[i].out_channels for i in (0, 3, 5)) / (3 * 64)
+
+
+def chosen(monkeypatch, model, traced, budget, real, original=None, scores=None):
+    """What ``choose_measured`` gives where ``real(share of channels)`` is the time that is measured;
+    with the budgets that it asks for and the networks that it times."""
+    asked, timed = [], []
+
+    def noting(trace, scores, budget, *args, **kwargs):
+        asked.append(budget)
+        return choose(trace, scores, budget, *args, **kwargs)
+
+    def prepare(network):
+        timed.append(network)
+        return network
+
+    # Times of a real machine would make any of this a matter of luck.
+    monkeypatch.setattr(measured, 'measure', lambda *a, **k: Share())
+    monkeypatch.setattr(measured, 'ratio_of', lambda pruned, *a: real(share(pruned)))
+    monkeypatch.setattr(measured, 'choose', noting)
+    if scores is None:
+        scores = np.arange(float(traced.n_units))
+    found = measured.choose_measured(
+        model, forward, traced, scores, budget, original or {}, prepare=prepare
+    )
+    assert mmprune.plan_of(model) is None and timed[0] is model
+    return *found, asked, timed[1:]
+
+
+@pytest.mark.parametrize('backend', ['eager', 'onnxruntime'])
+def test_the_result_was_timed_to_take_what_was_asked_for_or_it_is_an_error(model, backend):
+    """Real times: on a busy machine they may not be reached, and then nothing is cut."""
+    pytest.importorskip('onnxruntime')
+    pruned = copy.deepcopy(model)
+    try:
+        plan = mmprune.prune(pruned, forward, latency=0.6, backend=backend)
+    except PruneError as error:
+        assert 'Is the machine busy?' in str(error) or 'below the floor' in str(error)
+        assert mmprune.plan_of(pruned) is None
+    else:
+        assert plan.history[-1]['latency'] <= 1.1 * 0.6
+        assert mmprune.plan_of(pruned) is plan
+
+
+def test_a_table_that_is_wrong_is_set_right_by_the_real_timing(monkeypatch, model, traced):
+    """The table knows a constant part too little; the aim goes down until the real time fits."""
+    real = lambda left: 0.3 + 0.7 * left  # noqa: E731
+    scores = np.random.default_rng(0).random(traced.n_units)
+    budget = Budget(latency=0.7, divisor=1)
+    keep, left, _, timed = chosen(monkeypatch, model, traced, budget, real, scores=scores)
+    assert len(timed) > 1 and left <= 1.02 * 0.7 and left == pytest.approx(real(keep.mean()))
+    assert real(share(timed[0])) > 1.02 * 0.7
+
+    with pytest.raises(PruneError, match='latency=0.7: 0.95 of the time is left after . tries'):
+        chosen(monkeypatch, model, traced, budget, lambda left: 0.95)
+
+
+def test_the_steps_of_the_table_are_those_of_the_budget(monkeypatch, model, traced):
+    monkeypatch.setattr('mmprune.budget.choose.divisor_of', lambda *a: pytest.fail('measured'))
+    asked = []
+    monkeypatch.setattr(measured, 'ratio_of', lambda *a: 0.7)
+    for divisor in ('auto', 2, 8):
+
+        def table(*args, prepare, divisor):
+            asked.append(divisor)
+            return Share()
+
+        monkeypatch.setattr(measured, 'measure', table)
+        budget = Budget(latency=0.7, divisor=divisor)
+        scores = np.arange(float(traced.n_units))
+        keep, _ = measured.choose_measured(model, forward, traced, scores, budget, {})
+        if divisor != 2:  # 'auto' is what the table was taken at
+            assert all(keep[g.units].sum() % 8 == 0 or keep[g.units].sum() < 8 for g in traced.groups)
+    assert asked == [None, 2, 8]
+
+
+def test_a_choice_that_saves_too_much_is_tried_again_and_what_fits_best_is_taken(
+    monkeypatch, model, traced
+):
+    """The table promises less than there is."""
+    budget = Budget(latency=0.5, divisor=1)
+    keep, left, _, timed = chosen(monkeypatch, model, traced, budget, lambda left: left**2)
+    assert len(timed) > 1 and share(timed[0]) ** 2 < 0.3
+    assert 0.48 <= left <= 0.51 and left == pytest.approx(keep.mean() ** 2)
+
+
+def test_time_is_that_before_the_earlier_cuts_where_it_was_measured(monkeypatch, model, traced):
+    """80 % were left: 40 % of the original's are half of what is there now."""
+    original = {'plan': SimpleNamespace(history=[{'latency': 0.8}])}
+    budget = Budget(latency=0.4, divisor=2)
+    keep, left, *_ = chosen(monkeypatch, model, traced, budget, lambda left: 0.5, original)
+    assert left == pytest.approx(0.4) and 0.45 < keep.mean() <= 0.5
+
+
+def test_where_another_target_was_reached_first_it_is_tried_once(monkeypatch, model, traced):
+    budget = Budget(latency=0.3, keep_flops=0.9)
+    keep, left, asked, _ = chosen(monkeypatch, model, traced, budget, lambda left: 0.95)
+    assert left == 0.95 and len(asked) == 1 and not keep.all()
+
+
+def test_a_second_cut_is_of_the_original_time(monkeypatch, model):
+    seen = []
+
+    def fake(model, forward, trace, scores, budget, original, per, prepare):
+        seen.append(original['plan'] and original['plan'].history[-1]['latency'])
+        return choose(trace, scores, Budget(prune_num=10)), 0.8
+
+    monkeypatch.setattr(mmprune.session, 'choose_measured', fake)
+    pruned = copy.deepcopy(model)
+    mmprune.prune(pruned, forward, latency=0.8, check=False)
+    mmprune.prune(pruned, forward, latency=0.6, check=False)
+    assert seen == [None, 0.8]
