@@ -1,7 +1,8 @@
 """How far the table of op timings is from the time that a pruned network really takes.
 
     python benchmarks/latency_error.py CONFIG ... [--size 320] [--keep 0.7 0.5 0.3] [--threads 1]
-                                       [--latency 0.5] [--divisor 8]
+                                       [--latency 0.5] [--divisor 8] [--out latency.json]
+                                       [--backends eager onnxruntime openvino]
 
 Weights are random: times do not hang on them. For each network and fraction of FLOPs: the fraction of
 time that the table predicts, and the one that is measured in turns with the unpruned network (median of
@@ -9,8 +10,8 @@ quotients), and by how much they differ. With ``--latency`` also what a budget o
 """
 
 import argparse
-import copy
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -21,17 +22,17 @@ import mmprune
 from mmprune import Budget
 from mmprune.api import score_now
 from mmprune.budget.choose import choose
-from mmprune.budget.latency import choose_measured, measure, ratio_of, seconds_of
+from mmprune.budget.device import least_of
+from mmprune.budget.latency import device_of, measure, narrowed, ratio_of
+from mmprune.budget.measured import choose_measured
 from mmprune.mm import zoo as testing
-from mmprune.surgery.apply import cut
-from mmprune.surgery.build import make_plan
+from mmprune.mm.deploy.timing import prepare_raw
 
 
 def run_of(model: nn.Module, size: int) -> Callable[[nn.Module], Any]:
     """Inference without post-processing on one picture; of a two-stage detector backbone, neck, RPN and
-    box head on 100 fixed proposals."""
+    box head on as many fixed proposals as it takes."""
     picture = torch.randn(1, 3, size, size)
-    boxes = torch.tensor([[0.0, 10.0, 10.0, 60.0, 60.0]]).repeat(100, 1)
 
     def run(model: nn.Module) -> Any:
         if not hasattr(model, 'roi_head'):
@@ -39,6 +40,8 @@ def run_of(model: nn.Module, size: int) -> Callable[[nn.Module], Any]:
             head = getattr(model, 'bbox_head', None) or getattr(model, 'head', None)
             return head(features) if head is not None else features
         features = model.extract_feat(picture)
+        boxes = torch.tensor([[0.0, 10.0, 10.0, 60.0, 60.0]])
+        boxes = boxes.repeat(model.test_cfg['rpn']['max_per_img'], 1)
         roi = model.roi_head._bbox_forward(features, boxes)
         return model.rpn_head(features), roi['cls_score'], roi['bbox_pred']
 
@@ -53,49 +56,60 @@ def main() -> None:
     parser.add_argument('--latency', type=float, nargs='*', default=[])
     parser.add_argument('--divisor', type=int, default=None)
     parser.add_argument('--threads', type=int, default=1)
+    parser.add_argument('--backends', nargs='*', default=['eager', 'onnxruntime', 'openvino'])
+    parser.add_argument('--out', help='write the rows here, as JSON')
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    print('| network | asked for | FLOPs left | predicted | measured | error |\n' + '|---' * 6 + '|')
+    rows: list[dict[str, Any]] = []
+    print(
+        '| network | runtime | asked for | FLOPs | predicted | measured | error |\n' + '|---' * 7 + '|'
+    )
     for config in args.configs:
-        model = testing.build_model(testing.load(config)).eval()
-        name, forward = config.split('/')[-1].removesuffix('.py'), run_of(model, args.size)
-        traced = mmprune.trace(model, forward)
-        scores = score_now(traced, 'l2')
-        table = measure(model, forward, traced, divisor=args.divisor)
-        everything = np.ones(traced.n_units, dtype=bool)
-        whole, rest = table(everything), table.rest
+        for backend in args.backends:
+            for row in rows_of(config, backend, args):
+                rows.append(row)
+                print(
+                    f'| {row["network"]} | {row["backend"]} | {row["asked"]} | {row["flops"]:.3f} '
+                    f'| {row["predicted"]:.3f} | {row["measured"]:.3f} '
+                    f'| {row["predicted"] / row["measured"] - 1:+.1%} |',
+                    flush=True,
+                )
+                if args.out:
+                    with open(args.out, 'w') as file:
+                        json.dump(rows, file, indent=1)
 
-        def plan(keep, model=model, traced=traced):
-            return make_plan(traced, model, keep, {})
 
-        def report(asked, keep, real, traced=traced, name=name, table=table, whole=whole):
-            flops = mmprune.graph.cost.flops(traced)(keep) / traced.flops
-            predicted = table(keep) / whole
-            print(
-                f'| {name} | {asked} | {flops:.3f} | {predicted:.3f} | {real:.3f} '
-                f'| {predicted / real - 1:+.1%} |',
-                flush=True,
-            )
+def rows_of(config: str, backend: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Predicted and measured fractions of time of one network in one runtime; the first row is of the
+    unpruned network, in milliseconds."""
+    torch.manual_seed(0)
+    model = testing.build_model(testing.load(config)).eval()
+    name, forward = config.split('/')[-1].removesuffix('.py'), run_of(model, args.size)
+    prepare = prepare_raw((args.size, args.size), backend)
+    traced = mmprune.trace(model, forward)
+    scores = score_now(traced, 'l2')
+    table = measure(model, forward, traced, backend, prepare=prepare, divisor=args.divisor)
+    everything = np.ones(traced.n_units, dtype=bool)
+    whole, device = table(everything), device_of(traced)
+    unpruned = prepare(model)
+    about = dict(network=name, backend=backend, threads=args.threads, size=args.size)
+    again = least_of({0: unpruned}, device, 15)[0]
+    yield about | dict(asked='unpruned, ms', flops=1.0, predicted=whole * 1e3, measured=again * 1e3)
 
-        again = seconds_of(model, forward, 7)
-        print(
-            f'| {name} | unpruned, {again * 1e3:.1f} ms, {rest / whole:.0%} of it not in the table '
-            f'| 1 | {whole * 1e3:.1f} ms | {again * 1e3:.1f} ms '
-            f'| {whole / again - 1:+.1%} |'
+    def row(asked: str, keep: np.ndarray) -> dict[str, Any]:
+        flops = mmprune.graph.cost.flops(traced)(keep) / traced.flops
+        real = ratio_of(prepare(narrowed(model, traced, keep)), unpruned, device, 31)
+        return about | dict(asked=asked, flops=flops, predicted=table(keep) / whole, measured=real)
+
+    for fraction in args.keep:
+        budget = Budget(keep_flops=fraction, divisor=args.divisor or 'auto', backend=backend)
+        yield row(
+            f'keep_flops={fraction}', choose(traced, scores, budget, per='memory', auto=table.divisor)
         )
-        for fraction in args.keep:
-            budget = Budget(keep_flops=fraction, divisor=args.divisor or 'auto')
-            keep = choose(traced, scores, budget, per='memory', auto=table.divisor)
-            trial = copy.deepcopy(model)
-            cut(trial, plan(keep))
-            report(f'keep_flops={fraction}', keep, ratio_of(trial, model, forward, 21))
-        for fraction in args.latency:
-            budget = Budget(latency=fraction, divisor=args.divisor or 'auto')
-            keep, _ = choose_measured(model, forward, traced, scores, budget, {}, plan)
-            trial = copy.deepcopy(model)
-            cut(trial, plan(keep))
-            report(f'latency={fraction}', keep, ratio_of(trial, model, forward, 31))
+    for fraction in args.latency:
+        budget = Budget(latency=fraction, divisor=args.divisor or 'auto', backend=backend)
+        keep, _ = choose_measured(model, forward, traced, scores, budget, {}, prepare=prepare)
+        yield row(f'latency={fraction}', keep)
 
 
 if __name__ == '__main__':

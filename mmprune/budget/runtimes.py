@@ -1,4 +1,4 @@
-"""Where a network is run so that it can be timed: in eager torch, ONNX Runtime or OpenVINO, on the CPU."""
+"""Where a network is run so that it can be timed: eager torch, ONNX Runtime or OpenVINO, on the CPU."""
 
 import contextlib
 import io
