@@ -1,7 +1,6 @@
 """Choices by measured time. Where times are real, what is checked is what holds on any machine."""
 
 import copy
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +12,9 @@ from mmprune import Budget, PruneError
 from mmprune.budget import device as devices
 from mmprune.budget import measured
 from mmprune.budget.choose import choose
+from mmprune.surgery.build import Baseline
+from mmprune.surgery.history import CutRecord
+from mmprune.surgery.plan import Plan
 
 X = torch.randn(2, 3, 24, 24)
 
@@ -80,7 +82,7 @@ def chosen(monkeypatch, model, traced, budget, real, original=None, scores=None)
     if scores is None:
         scores = np.arange(float(traced.n_units))
     found = measured.choose_measured(
-        model, forward, traced, scores, budget, original or {}, prepare=prepare
+        model, forward, traced, scores, budget, original or Baseline(), prepare=prepare
     )
     assert mmprune.plan_of(model) is None and timed[0] is model
     return *found, asked, timed[1:]
@@ -97,7 +99,7 @@ def test_the_result_was_timed_to_take_what_was_asked_for_or_it_is_an_error(model
         assert 'Is the machine busy?' in str(error) or 'below the floor' in str(error)
         assert mmprune.plan_of(pruned) is None
     else:
-        assert plan.history[-1]['latency'] <= 1.1 * 0.6
+        assert plan.cuts[-1].latency <= 1.1 * 0.6
         assert mmprune.plan_of(pruned) is plan
 
 
@@ -127,7 +129,7 @@ def test_the_steps_of_the_table_are_those_of_the_budget(monkeypatch, model, trac
         monkeypatch.setattr(measured, 'measure', table)
         budget = Budget(latency=0.7, divisor=divisor)
         scores = np.arange(float(traced.n_units))
-        keep, _ = measured.choose_measured(model, forward, traced, scores, budget, {})
+        keep, _ = measured.choose_measured(model, forward, traced, scores, budget, Baseline())
         if divisor != 2:  # 'auto' is what the table was taken at
             assert all(keep[g.units].sum() % 8 == 0 or keep[g.units].sum() < 8 for g in traced.groups)
     assert asked == [None, 2, 8]
@@ -145,7 +147,8 @@ def test_a_choice_that_saves_too_much_is_tried_again_and_what_fits_best_is_taken
 
 def test_time_is_that_before_the_earlier_cuts_where_it_was_measured(monkeypatch, model, traced):
     """80 % were left: 40 % of the original's are half of what is there now."""
-    original = {'plan': SimpleNamespace(history=[{'latency': 0.8}])}
+    record = CutRecord(latency=0.8, flops_before=4, flops=2, params_before=4, params=2)
+    original = Baseline(plan=Plan({}, {}, {}, [record]))
     budget = Budget(latency=0.4, divisor=2)
     keep, left, *_ = chosen(monkeypatch, model, traced, budget, lambda left: 0.5, original)
     assert left == pytest.approx(0.4) and 0.45 < keep.mean() <= 0.5
@@ -161,7 +164,7 @@ def test_a_second_cut_is_of_the_original_time(monkeypatch, model):
     seen = []
 
     def fake(model, forward, trace, scores, budget, original, per, prepare):
-        seen.append(original['plan'] and original['plan'].history[-1]['latency'])
+        seen.append(original.plan and original.plan.cuts[-1].latency)
         return choose(trace, scores, Budget(prune_num=10)), 0.8
 
     monkeypatch.setattr(mmprune.session, 'choose_measured', fake)
