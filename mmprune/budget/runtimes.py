@@ -56,6 +56,7 @@ def prepare_for(forward: Forward, backend: str) -> Prepare:
                     f'backend={backend!r}: {type(model).__name__} can not be exported to be timed: '
                     f"{type(error).__name__}: {first_line(error)}; take backend='eager'"
                 ) from error
+        assert program is not None  # with dynamo=True it is a program
         content = program.model_proto
         names = [port.name for port in content.graph.input]
         feed = {n: t.detach().cpu().numpy() for n, t in zip(names, tensors, strict=True)}
