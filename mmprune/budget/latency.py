@@ -10,8 +10,7 @@ whole network, unpruned and cut evenly to some widths.
 import copy
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -100,6 +99,16 @@ class Latency:
         return axes, found
 
 
+class _Tensor(NamedTuple):
+    """What is kept of an argument while the run goes on: as :class:`Slot`, with what each dimension
+    carries in the place of the width that it follows."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    carries: tuple[np.ndarray | None, ...]
+    channels_last: bool
+
+
 class _Recorder:
     """Notes the calls of contractions in a traced run, with what their widths follow."""
 
@@ -114,13 +123,12 @@ class _Recorder:
             self._calls.append((func, args, {k: self._seen(v) for k, v in kwargs.items()}))
 
     def _seen(self, value: Any) -> Any:
-        """What is kept of an argument: of a tensor a slot, with ids in the place of numbers."""
         if not isinstance(value, torch.Tensor):
             return value
         labels = self.tracer.state.tensors.info(value).labels
-        follows = tuple(labels[d][0] if labels.get(d) else None for d in range(value.ndim))
+        carries = tuple(labels[d][0] if labels.get(d) else None for d in range(value.ndim))
         last = value.ndim == 4 and not value.is_contiguous()
-        return Slot(tuple(value.shape), value.dtype, follows, last)
+        return _Tensor(tuple(value.shape), value.dtype, carries, last)
 
     @property
     def ops(self) -> list[Op]:
@@ -139,9 +147,10 @@ class _Recorder:
             return widths.setdefault(units.tobytes(), (len(widths), unit_of[ids]))[0]
 
         def numbered(value: Any) -> Any:
-            if not isinstance(value, Slot):
+            if not isinstance(value, _Tensor):
                 return value
-            return replace(value, follows=tuple(map(width, value.follows)))
+            follows = tuple(map(width, value.carries))
+            return Slot(value.shape, value.dtype, follows, value.channels_last)
 
         arguments = tuple(map(numbered, args))
         keywords = {k: numbered(v) for k, v in kwargs.items()}
