@@ -186,7 +186,7 @@ class Noting(Hook):
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         if runner.iter == self.after - 1:
             pruning = next(hook for hook in runner.hooks if isinstance(hook, PruneHook))
-            self.scores = torch.from_numpy(pruning._collector.scores())
+            self.scores = torch.from_numpy(pruning.scoring.collector.scores())
 
 
 def test_scores_of_single_examples_are_those_of_all_ranks(tmp_path):

@@ -100,7 +100,10 @@ def test_the_shortest_training_has_one_cut():
 @pytest.mark.parametrize(
     'options, message',
     [
-        (dict(begin=True), r'begin=True must be an integer >= 0 \(iterations\), or a float in \[0, 1\]'),
+        (
+            dict(begin=True),
+            r'begin=True must be an integer >= 0 \(iterations\), or a float in \[0, 1\]',
+        ),
         (dict(begin=-1), r'begin=-1 must be an integer >= 0'),
         (dict(begin=1.5), r'begin=1.5 must be .* a float in \[0, 1\] \(a fraction of the training\)'),
         (dict(begin=float('nan')), 'begin=nan must be'),
@@ -127,7 +130,9 @@ def test_options_that_no_training_could_take_are_named(options, message):
 
 
 def test_an_end_before_the_beginning_is_told_in_iterations():
-    with pytest.raises(PruneError, match='end=0.25 is iteration 450 and begin=900 iteration 900 of 1800'):
+    with pytest.raises(
+        PruneError, match='end=0.25 is iteration 450 and begin=900 iteration 900 of 1800'
+    ):
         times(begin=900, end=0.25)
 
 

@@ -92,7 +92,7 @@ def test_accumulated_gradients_are_scored_once_a_step(tmp_path):
     runner = Runner.from_cfg(cfg)
     hook = runner.hooks[[type(h).__name__ for h in runner.hooks].index('PruneHook')]
     cut = hook.cut
-    hook.cut = lambda *a: (seen.append(hook._collector.iterations), cut(*a))
+    hook.cut = lambda *a: (seen.append(hook.scoring.collector.iterations), cut(*a))
     runner.train()
 
     assert cuts(runner) == [4, 8]
@@ -103,7 +103,7 @@ def test_a_cut_amid_an_accumulated_step_is_refused(tmp_path):
     cfg = config(tmp_path, hook=dict(HOOK, interval=5))
     cfg.optim_wrapper = optimizer(accumulative_counts=2)
     with pytest.raises(
-        mmprune.PruneError, match='interval=5 is no multiple of accumulative_counts=2: .*interval=6'
+        mmprune.PruneError, match='interval=5 is not a multiple of accumulative_counts=2: .*interval=6'
     ):
         train(cfg)
 

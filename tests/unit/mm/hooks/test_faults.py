@@ -56,7 +56,7 @@ def test_a_cut_that_fails_at_any_step_leaves_model_optimizer_and_average(
 
     def cut_failing(runner, batch):
         before = everything(runner, ema)
-        trace, collector = hook._trace, hook._collector
+        trace, collector = hook.scoring.trace, hook.scoring.collector
 
         def fails_at(number):
             def failing(changes):
@@ -80,8 +80,8 @@ def test_a_cut_that_fails_at_any_step_leaves_model_optimizer_and_average(
             with pytest.raises(torch.OutOfMemoryError):
                 PruneHook.cut(hook, runner, batch)
             assert_same(before, everything(runner, ema))
-            assert hook._trace is trace
-            assert hook._collector is collector
+            assert hook.scoring.trace is trace
+            assert hook.scoring.collector is collector
             assert hook.cuts == 0  # what failed does not count
             number += 7
         monkeypatch.setattr(cutting, 'commit', commit)
@@ -120,7 +120,7 @@ class Spoil(Hook):
             assert not np.isfinite(float(outputs['loss']))
             runner.model.load_state_dict(self.state)
             runner.optim_wrapper.optimizer.load_state_dict(self.momentum)
-            self.skipped = hook_of(runner)._collector.skipped
+            self.skipped = hook_of(runner).scoring.collector.skipped
 
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf')])
@@ -168,7 +168,7 @@ def test_missing_gradients_are_not_scored_but_told(tmp_path, monkeypatch):
     runner = Runner.from_cfg(config(tmp_path, epochs=1, hook=dict(HOOK, steps=1)))
     monkeypatch.setattr(type(runner.model), 'forward', empty_at_times)
     hook, seen = hook_of(runner), []
-    hook.cut = lambda *a: (seen.append(hook._collector.skipped), PruneHook.cut(hook, *a))
+    hook.cut = lambda *a: (seen.append(hook.scoring.collector.skipped), PruneHook.cut(hook, *a))
     runner.train()
     assert seen == [{'missing': 2, 'nonfinite': 0}]
     assert len(mmprune.plan_of(runner.model).history) == 1

@@ -1,0 +1,86 @@
+"""What is scored in a run of mmengine: a trace, of a batch that runs all layers, and its scores."""
+
+from typing import Any
+
+from mmengine.runner import Runner
+
+from mmprune.budget.budget import Budget
+from mmprune.distributed import all_gather, is_distributed, raise_together
+from mmprune.graph.coupling import ChannelGraph
+from mmprune.mm import report
+from mmprune.mm.forwards import Runs, first_trace, runs_of, test_size
+from mmprune.mm.hooks.prune_state import PruneState
+from mmprune.mm.hooks.running import unwrapped
+from mmprune.score import Score
+from mmprune.score.collector import Collector
+from mmprune.surgery.build import remaining
+
+PATIENCE = 20
+"""Iterations that the trace waits for a batch on which every layer runs (one with boxes, say)."""
+
+LOOKS = (0, 1, 2, 4, 8, 16, PATIENCE)
+"""How many iterations it has waited when it looks again."""
+
+
+class Scoring:
+    """From a trace to the scores of its units.
+
+    Args:
+        score: how units are scored.
+        budget: whose locks say which parameters need not be seen.
+        samples: images of a batch that the loss is traced on.
+    """
+
+    def __init__(self, score: Score, budget: Budget, samples: int) -> None:
+        self.score, self.budget, self.samples = score, budget, samples
+        self.trace: ChannelGraph | None = None
+        self.collector: Collector | None = None
+        self.scores_so_far: dict[str, Any] | None = None  # of a run that goes on, for the next trace
+        self._waited = 0
+
+    def runs(self, runner: Runner, batch: Any, modes: frozenset[str]) -> Runs:
+        """How the model is run on ``batch``."""
+        size = test_size(runner.cfg)
+        return runs_of(unwrapped(runner.model), batch, modes, self.samples, size)
+
+    def try_to_start(self, runner: Runner, batch: Any, state: PruneState) -> None:
+        """Traces the model on ``batch`` and scores from here on, unless trained layers took no part in
+        it and later batches may run them."""
+        if self._waited not in LOOKS:
+            self._waited += 1
+            return
+        model = unwrapped(runner.model)
+        runner.call_hook('before_scoring')
+        with raise_together('the trace'):
+            traced, runs = first_trace(model, self.runs(runner, batch, state.modes))
+        unseen = set().union(*all_gather(traced.idle))
+        unused = sorted(name for name in unseen if not self.budget.locks(name))
+        if unused and self._waited < PATIENCE:
+            self._waited += 1
+            return
+        if unused:
+            runner.logger.warning(
+                f'{len(unused)} unused trainable parameters in {PATIENCE} batches, so what they are '
+                f'tied to was not seen: {", ".join(unused[:5])}. Lock their inputs by name'
+            )
+        self.watch(runner, traced)
+        self._waited, state.modes = 0, runs.modes
+        if not state.start:
+            state.start, state.report = remaining(model), report.before(traced)
+        report.log_trace(runner.logger, traced, runs.counted_as)
+
+    def watch(self, runner: Runner, traced: ChannelGraph) -> None:
+        """Scores the units of ``traced`` from here on."""
+        with raise_together('scoring'):
+            collector = Collector(
+                traced, self.score, runner.optim_wrapper, unwrapped(runner.model), is_distributed()
+            )
+        if self.scores_so_far is not None:
+            collector.load_state_dict(self.scores_so_far)
+        self.trace, self.collector, self.scores_so_far = traced, collector, None
+
+    def close(self) -> None:
+        """Scores no more."""
+        if self.collector is not None:
+            self.collector.close()
+        self.trace = self.collector = None
