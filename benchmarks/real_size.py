@@ -184,7 +184,7 @@ def derive(path: str, work_dir: Path, args: argparse.Namespace) -> Config:
     if args.short:
         cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None
     when = dict(begin=0, interval=1) if args.short else dict(begin=1, interval=2)
-    shorten(cfg, epochs, dict(when, steps=2, validate_first=False) | args.hook)
+    shorten(cfg, epochs, dict(when, end=None, steps=2, validate_first=False) | args.hook)
     cfg.custom_imports.imports = [*cfg.custom_imports.imports, 'real_size']
     behind = get_priority(PruneHook.priority) + 1
     cfg.custom_hooks += [

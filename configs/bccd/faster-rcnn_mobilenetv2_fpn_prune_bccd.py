@@ -7,8 +7,9 @@ custom_hooks = [
         type='PruneHook',
         score=dict(name='taylor', per='flops'),
         keep_flops=0.5,
-        begin=73,
-        interval=18,
+        by_epoch=True,
+        begin=1,
+        end=3,
         steps=8,
         min_channels=4,
     )

@@ -1,18 +1,8 @@
 # AlexNet on crops of the embedded shapes, pruned to half its FLOPs in training:
 # python tools/train.py configs/classification/alexnet_prune.py
-_base_ = '../_base_/shapes_classification.py'
+_base_ = ['../_base_/shapes_classification.py', '../_base_/prune_shapes.py']
 
 model = dict(net=dict(name='alexnet'))
 # Without batch norm it learns at a lower rate.
 optim_wrapper = dict(optimizer=dict(lr=1e-4))
-custom_hooks = [
-    dict(
-        type='PruneHook',
-        score='taylor',
-        keep_flops=0.5,
-        begin=300,
-        interval=20,
-        steps=8,
-        min_channels=4,
-    )
-]
+custom_hooks = [_base_.prune_hook]

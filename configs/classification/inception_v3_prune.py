@@ -1,6 +1,6 @@
 # Inception V3 on crops of the embedded shapes, pruned to half its FLOPs in training:
 # python tools/train.py configs/classification/inception_v3_prune.py
-_base_ = '../_base_/shapes_classification.py'
+_base_ = ['../_base_/shapes_classification.py', '../_base_/prune_shapes.py']
 
 model = dict(net=dict(name='inception_v3'))
 # Its auxiliary head needs pictures of this size in training.
@@ -10,14 +10,4 @@ train_dataloader = dict(
 )
 val_dataloader = dict(dataset=dict(pipeline=[dict(type='LoadCrop', size=299), dict(type='PackLabel')]))
 test_dataloader = val_dataloader
-custom_hooks = [
-    dict(
-        type='PruneHook',
-        score='taylor',
-        keep_flops=0.5,
-        begin=300,
-        interval=20,
-        steps=8,
-        min_channels=4,
-    )
-]
+custom_hooks = [_base_.prune_hook]

@@ -1,16 +1,6 @@
 # ResNet-18 on crops of the embedded shapes, pruned to half its FLOPs in training:
 # python tools/train.py configs/classification/resnet18_prune.py
-_base_ = '../_base_/shapes_classification.py'
+_base_ = ['../_base_/shapes_classification.py', '../_base_/prune_shapes.py']
 
 model = dict(net=dict(name='resnet18'))
-custom_hooks = [
-    dict(
-        type='PruneHook',
-        score='taylor',
-        keep_flops=0.5,
-        begin=300,
-        interval=20,
-        steps=8,
-        min_channels=4,
-    )
-]
+custom_hooks = [_base_.prune_hook]

@@ -1,5 +1,5 @@
 # Faster R-CNN whose RoI head is the ResNet's last stage (C4), on COCO, pruned to half its FLOPs.
-_base_ = 'mmdet::faster_rcnn/faster-rcnn_r50-caffe_c4-1x_coco.py'
+_base_ = ['mmdet::faster_rcnn/faster-rcnn_r50-caffe_c4-1x_coco.py', '../_base_/prune_coco.py']
 
 custom_imports = dict(imports=['mmprune'])
 # mmdet freezes the stem and the first stage. Their maps are the largest of all, and what a frozen
@@ -7,15 +7,5 @@ custom_imports = dict(imports=['mmprune'])
 model = dict(
     backbone=dict(frozen_stages=-1, init_cfg=None), roi_head=dict(shared_head=dict(init_cfg=None))
 )
-custom_hooks = [
-    dict(
-        type='PruneHook',
-        score='taylor',
-        keep_flops=0.5,
-        begin=2000,
-        interval=500,
-        steps=20,
-        divisor=8,
-    )
-]
+custom_hooks = [_base_.prune_hook]
 load_from = 'https://download.openmmlab.com/mmdetection/v2.0/faster_rcnn/faster_rcnn_r50_caffe_c4_1x_coco/faster_rcnn_r50_caffe_c4_1x_coco_20220316_150152-3f885b85.pth'  # noqa: E501

@@ -1,19 +1,9 @@
 # RetinaNet with FPN on COCO, pruned to half its FLOPs.
-_base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
+_base_ = ['mmdet::retinanet/retinanet_r50_fpn_1x_coco.py', '../_base_/prune_coco.py']
 
 custom_imports = dict(imports=['mmprune'])
 # mmdet freezes the stem and the first stage. Their maps are the largest of all, and what a frozen
 # weight reads has no gradient, so no score, and would stay. Trained, they are pruned like the rest.
 model = dict(backbone=dict(frozen_stages=-1, init_cfg=None))
-custom_hooks = [
-    dict(
-        type='PruneHook',
-        score='taylor',
-        keep_flops=0.5,
-        begin=2000,
-        interval=500,
-        steps=20,
-        divisor=8,
-    )
-]
+custom_hooks = [_base_.prune_hook]
 load_from = 'https://download.openmmlab.com/mmdetection/v2.0/retinanet/retinanet_r50_fpn_1x_coco/retinanet_r50_fpn_1x_coco_20200130-c2398f9e.pth'  # noqa: E501

@@ -1,20 +1,10 @@
 # R-FCN on a dilated last stage, on COCO, pruned to half its FLOPs.
-_base_ = '../_base_/rfcn_r50_coco.py'
+_base_ = ['../_base_/rfcn_r50_coco.py', '../_base_/prune_coco.py']
 
 custom_imports = dict(imports=['mmprune', 'mmprune.mm.models.rfcn'])
 # mmdet freezes the stem and the first stage. Their maps are the largest of all, and what a frozen
 # weight reads has no gradient, so no score, and would stay. Trained, they are pruned like the rest.
 model = dict(backbone=dict(frozen_stages=-1, init_cfg=None))
-custom_hooks = [
-    dict(
-        type='PruneHook',
-        score='taylor',
-        keep_flops=0.5,
-        begin=2000,
-        interval=500,
-        steps=20,
-        divisor=8,
-    )
-]
+custom_hooks = [_base_.prune_hook]
 # No zoo has its weights: train configs/_base_/rfcn_r50_coco.py first.
 load_from = 'work_dirs/rfcn_r50_coco/epoch_12.pth'

@@ -1,19 +1,11 @@
 # HRNet on COCO, pruned to half its FLOPs.
-_base_ = 'mmpose::body_2d_keypoint/topdown_heatmap/coco/td-hm_hrnet-w32_8xb64-210e_coco-256x192.py'
+_base_ = [
+    'mmpose::body_2d_keypoint/topdown_heatmap/coco/td-hm_hrnet-w32_8xb64-210e_coco-256x192.py',
+    '../_base_/prune_coco.py',
+]
 
 custom_imports = dict(imports=['mmprune'])
 # None of its stages is frozen by default: all are trained, so all are pruned.
 model = dict(backbone=dict(init_cfg=None))  # all weights come from load_from
-custom_hooks = [
-    *_base_.custom_hooks,
-    dict(
-        type='PruneHook',
-        score='taylor',
-        keep_flops=0.5,
-        begin=2000,
-        interval=500,
-        steps=20,
-        divisor=8,
-    ),
-]
+custom_hooks = [*_base_.custom_hooks, _base_.prune_hook]
 load_from = 'https://download.openmmlab.com/mmpose/v1/body_2d_keypoint/topdown_heatmap/coco/td-hm_hrnet-w32_8xb64-210e_coco-256x192-81c58e40_20220909.pth'  # noqa: E501

@@ -1,17 +1,6 @@
 # Simple Baseline on the embedded shapes, pruned to half its FLOPs in training:
 # python tools/train.py configs/keypoint/simple_baseline_prune.py
-_base_ = '../_base_/simple_baseline_shapes.py'
+_base_ = ['../_base_/simple_baseline_shapes.py', '../_base_/prune_shapes.py']
 
 custom_imports = dict(imports=['mmprune'])
-custom_hooks = [
-    *_base_.custom_hooks,
-    dict(
-        type='PruneHook',
-        score='taylor',
-        keep_flops=0.5,
-        begin=300,
-        interval=15,
-        steps=8,
-        min_channels=4,
-    ),
-]
+custom_hooks = [*_base_.custom_hooks, _base_.prune_hook]

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from mmengine.config import Config
-from mmengine.registry import DATASETS, MODELS, init_default_scope
+from mmengine.registry import DATASETS, HOOKS, MODELS, init_default_scope
 
+from mmprune.budget.schedule import resolve
 from mmprune.mm import zoo as testing
 
 ROOT = Path(__file__).parents[2]
@@ -40,8 +41,48 @@ def use_data(tmp_path_factory):
     return lambda node: pictures.use_data(node, folder)
 
 
+ALL = sorted(
+    str(path.relative_to(CONFIGS))
+    for path in CONFIGS.rglob('*_prune*.py')
+    if path.parent.name != '_base_'
+)
+
+
 def prune_hook(config):
-    return next(hook for hook in config.custom_hooks if hook.type == 'PruneHook')
+    (options,) = [hook for hook in config.custom_hooks if hook.type == 'PruneHook']
+    return HOOKS.build(options)
+
+
+def cut_times(config, epoch_length):
+    iterations = int(epoch_length * config.train_cfg.max_epochs)
+    return resolve(*prune_hook(config).options, iterations, int(epoch_length)), iterations
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_a_config_keeps_its_base_hooks_and_has_no_numbers_of_iterations(name):
+    config = Config.fromfile(CONFIGS / name)
+    assert prune_hook(config).budget.keep_flops == 0.5
+    begin, end, interval, steps, by_epoch = prune_hook(config).options
+    assert interval is None and steps
+    assert by_epoch or isinstance(begin, float) and isinstance(end, float)
+    hooks = [hook.type for hook in config.custom_hooks]
+    assert hooks[:-1] == inherited_hooks(CONFIGS / name)  # a list replaces that of a base
+    assert Config.fromstring(config.pretty_text, '.py').custom_hooks == config.custom_hooks
+
+
+def inherited_hooks(path):
+    """Types in the ``custom_hooks`` of a config's first base."""
+    text = path.read_text()
+    first = re.search(r"_base_ = \[?\s*'([^']+)'", text)[1]
+    base = testing.load(first) if '::' in first else Config.fromfile(path.parent / first)
+    return [hook.type for hook in base.get('custom_hooks') or ()]
+
+
+def test_the_main_job_cuts_at_these_iterations(monkeypatch, shapes):
+    """Its figures are in the README."""
+    monkeypatch.setenv('MMPRUNE_SHAPES', str(shapes))
+    config = Config.fromfile(CONFIGS / 'faster_rcnn_prune.py')
+    assert cut_times(config, 150) == ((900, 37, 8), 1800)
 
 
 @pytest.mark.parametrize('name', EMBEDDED)
@@ -50,10 +91,10 @@ def test_the_last_cut_leaves_a_quarter_of_the_training(name, shapes, monkeypatch
     config = Config.fromfile(CONFIGS / name)
     init_default_scope(config.get('default_scope', 'mmengine'))
     loader = config.train_dataloader
-    iterations = math.ceil(len(DATASETS.build(loader.dataset)) / loader.batch_size)
-    hook = prune_hook(config)
-    last = hook.begin + hook.interval * hook.steps
-    assert last <= 0.75 * iterations * config.train_cfg.max_epochs
+    length = math.ceil(len(DATASETS.build(loader.dataset)) / loader.batch_size)
+    times, iterations = cut_times(config, length)
+    assert times.last <= 0.75 * iterations
+    assert times.interval >= 4  # iterations to score in
 
 
 @pytest.mark.parametrize('name', COCO)
@@ -78,9 +119,9 @@ def test_a_coco_config_trains_all_layers_from_trained_weights(name):
 @pytest.mark.parametrize('name', COCO)
 def test_a_coco_config_has_time_for_its_budget(name):
     config = Config.fromfile(CONFIGS / name)
-    hook = prune_hook(config)
-    iterations = COCO_PICTURES / (8 * config.train_dataloader.batch_size) * config.train_cfg.max_epochs
-    assert hook.get('begin', 0) + hook.interval * hook.steps <= 0.75 * iterations
+    times, iterations = cut_times(config, COCO_PICTURES / (8 * config.train_dataloader.batch_size))
+    assert times.last <= 0.75 * iterations
+    assert times.interval >= 50
 
 
 @pytest.mark.parametrize('name', COCO)

@@ -47,6 +47,8 @@ def quick(begin, interval, steps):
         'test_dataloader.num_workers=0',
         'test_dataloader.persistent_workers=False',
         f'custom_hooks.0.begin={begin}',
+        'custom_hooks.0.end=None',
+        'custom_hooks.0.by_epoch=False',
         f'custom_hooks.0.interval={interval}',
         f'custom_hooks.0.steps={steps}',
     )

@@ -105,7 +105,7 @@ def test_the_runner_trains_and_prunes_it(tmp_path, monkeypatch):
     config.train_cfg.max_epochs = 2
     config.train_dataloader.update(num_workers=0, persistent_workers=False)
     config.val_dataloader.update(num_workers=0, persistent_workers=False)
-    config.custom_hooks[0].update(begin=1, interval=1, steps=3)
+    config.custom_hooks[0].update(begin=1, end=None, interval=1, steps=3)
     runner = cli.build_runner(config)
     runner.train()
     report = json.loads((tmp_path / 'work' / 'prune_report.json').read_text())
