@@ -39,8 +39,7 @@ class PruneHook(Hook):
             loop (mmengine's count), or floats in [0, 1] for fractions of the training.
         end: no cut comes later. By default a fifth of the training after ``begin``.
         interval: between two cuts; follows from ``begin``, ``end`` and ``steps`` where it is not given.
-        steps: number of cuts in which the budget is reached: 30 by default, at most one for each
-            iteration; 10 where ``interval`` is given.
+        steps: number of cuts in which the budget is reached: 30, or 10 where ``interval`` is given.
         by_epoch: integers of ``begin``, ``end`` and ``interval`` are epochs.
         schedule: how the target comes down, ``'linear'`` or ``'cubic'``.
         samples: images of the batch that the loss is traced and checked on.
@@ -65,9 +64,12 @@ class PruneHook(Hook):
     def __init__(
         self,
         score: str | dict[str, Any] = 'taylor',
-        interval: int | float | None = None,
+        *,
         begin: int | float | None = None,
+        end: int | float | None = None,
+        interval: int | float | None = None,
         steps: int | None = None,
+        by_epoch: bool = False,
         schedule: str = 'linear',
         samples: int = 4,
         check: bool = True,
@@ -75,8 +77,6 @@ class PruneHook(Hook):
         recalibrate: int = 0,
         validate_first: bool = True,
         rebuild_only: bool = False,
-        end: int | float | None = None,
-        by_epoch: bool = False,
         **budget: Any,
     ) -> None:
         for name, value, least in (('samples', samples, 1), ('recalibrate', recalibrate, 0)):
@@ -142,8 +142,7 @@ class PruneHook(Hook):
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
     ) -> None:
         times, now = self.state.times, runner.iter + 1
-        done = now - times.begin
-        if self.scoring.trace is None or done <= 0 or done % times.interval:
+        if self.scoring.trace is None or now <= times.begin or (now - times.begin) % times.interval:
             return
         last = self.state.metrics.get('unpruned', {}).get('iteration')
         recent = last is not None and now - last <= times.interval
