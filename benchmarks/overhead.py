@@ -156,14 +156,14 @@ def one_cut(name, count, device):
     from mmprune.budget.budget import make_budget
     from mmprune.budget.choose import choose
     from mmprune.graph import carry as traces
-    from mmprune.mm import forwards
+    from mmprune.mm import model_modes
     from mmprune.mm import zoo as testing
     from mmprune.session import check_cut
     from mmprune.surgery.apply import cut
     from mmprune.surgery.build import baseline_of, make_plan
 
     config = testing.load(name)
-    size = forwards.test_size(config)
+    size = model_modes.test_size(config)
     model = testing.build_model(config).to(device)
     batch = batch_of(config, size, count)
     optimizer = build_optim_wrapper(model, config.optim_wrapper)
@@ -185,8 +185,8 @@ def one_cut(name, count, device):
     step()
     for _ in range(3):
         timed('step', step)
-    runs = timed('batch', lambda: forwards.runs_of(model, batch, size=size))
-    traced, runs = timed('trace', lambda: forwards.first_trace(model, runs))
+    runs = timed('batch', lambda: model_modes.runs_of(model, batch, size=size))
+    traced, runs = timed('trace', lambda: model_modes.first_trace(model, runs))
     scores = np.random.default_rng(0).random(traced.n_units)
     whole = baseline_of(model, traced)
     keep = timed('choose', lambda: choose(traced, scores, budget, whole))

@@ -57,7 +57,7 @@ def examine(config: str, how: dict, row: dict, done: Callable[[], None]) -> None
     import mmprune
     from mmprune.api import score_now
     from mmprune.budget.choose import Budget, choose
-    from mmprune.mm.forwards import both
+    from mmprune.mm.model_modes import both
     from mmprune.mm.zoo import build
     from mmprune.surgery.apply import cut
     from mmprune.surgery.build import make_plan
@@ -112,7 +112,7 @@ def examine(config: str, how: dict, row: dict, done: Callable[[], None]) -> None
 
 def in_mode(model, mode: str, forward):
     """One run in evaluation mode."""
-    from mmprune.mm.forwards import in_evaluation
+    from mmprune.mm.model_modes import in_evaluation
 
     with in_evaluation(model):
         return forward(model, mode=mode)

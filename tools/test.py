@@ -73,7 +73,7 @@ def use_checkpoint(cfg: Config, args: argparse.Namespace) -> None:
     """Load the weights of a checkpoint and, where it is pruned, its structure."""
     if args.backend:
         raise mmprune.PruneError(
-            f'--backend {args.backend}: {args.checkpoint} is no .onnx file; export it with '
+            f'--backend {args.backend}: {args.checkpoint} is not an .onnx file; export it with '
             'tools/export.py first, or leave the option out'
         )
     cfg.load_from = args.checkpoint

@@ -1,4 +1,4 @@
-# RTMDet-s on COCO, pruned to half its FLOPs; its averaged copy is cut too.
+# RTMDet-s on COCO, pruned to half its FLOPs; its EMA model is cut too.
 _base_ = ['mmdet::rtmdet/rtmdet_s_8xb32-300e_coco.py', '../_base_/prune_coco.py']
 
 custom_imports = dict(imports=['mmprune'])

@@ -1,4 +1,4 @@
-# YOLOX-s on COCO, pruned to half its FLOPs; its averaged copy is cut too.
+# YOLOX-s on COCO, pruned to half its FLOPs; its EMA model is cut too.
 _base_ = ['mmdet::yolox/yolox_s_8xb8-300e_coco.py', '../_base_/prune_coco.py']
 
 custom_imports = dict(imports=['mmprune'])

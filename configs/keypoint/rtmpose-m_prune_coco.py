@@ -1,4 +1,4 @@
-# RTMPose-m on COCO, pruned to half its FLOPs; its averaged copy is cut too.
+# RTMPose-m on COCO, pruned to half its FLOPs; its EMA model is cut too.
 _base_ = [
     'mmpose::body_2d_keypoint/rtmpose/coco/rtmpose-m_8xb256-420e_coco-256x192.py',
     '../_base_/prune_coco.py',

@@ -73,11 +73,13 @@ def sync_folder(folder: Path) -> None:
 def latest_readable(
     work_dir: str | Path, read: Callable[[str], dict], warn: Callable[[str], None]
 ) -> str | None:
-    """The checkpoint to resume from: the one that ``last_checkpoint`` names, or where that is torn
+    """The checkpoint to resume from: the one that ``last_checkpoint`` names, or where that is truncated
     or gone the newest beside it that has an optimizer's state. ``None`` if there never was one.
 
-    ``read``: reads a file, and raises a PruneError if it can't; ``warn``: is told what was passed
-    over.
+    Args:
+        work_dir: where the run wrote its files.
+        read: reads a file, and raises a PruneError if it cannot.
+        warn: gets what was passed over, as text.
 
     Raises:
         PruneError: there are checkpoints, and none can be read.
@@ -87,7 +89,7 @@ def latest_readable(
     named = note.read_text(errors='replace').strip() if note.is_file() else None
     if named and '://' in named:
         return named
-    # An empty note was torn; with none at all, a run may have ended before it wrote its first.
+    # An empty note was truncated; with none at all, a run may have ended before it wrote its first.
     folder = Path(named).parent if named and Path(named).parent.is_dir() else work_dir
     others = sorted(folder.glob('*.pth'), key=lambda path: path.stat().st_mtime, reverse=True)
     troubles: list[str] = []
@@ -106,6 +108,6 @@ def latest_readable(
         raise PruneError(
             f'{work_dir}: no checkpoint in it can be read: '
             + '; '.join(troubles)
-            + '. Start anew without --resume, or give an earlier one: --resume FILE'
+            + '. Start again without --resume, or give an earlier one: --resume FILE'
         )
     return None

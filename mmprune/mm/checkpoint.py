@@ -57,7 +57,10 @@ FORCE, FORCE_NOT = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_NO_WEIGHTS_ONLY
 
 
 def plan_from(path: str | Path) -> Plan:
-    """The plan in a checkpoint file.
+    """The plan in a checkpoint.
+
+    Args:
+        path: a file, or an address that mmengine fetches.
 
     Raises:
         PruneError: also where the checkpoint has none.
@@ -77,8 +80,14 @@ def load_pruned(
     """The pruned model, ready for inference, from its *unpruned* config and its checkpoint.
 
     It has ``.cfg`` and ``.dataset_meta``, as ``mmdet.apis.inference_detector`` and mmpose's
-    ``inference_topdown`` want them. ``fuse``: fold batch norms into convolutions
-    (:func:`mmprune.fuse`); it is faster, and its weights no longer fit a checkpoint.
+    ``inference_topdown`` want them.
+
+    Args:
+        config: a file, or what mmengine made of it.
+        checkpoint: a file, or an address that mmengine fetches.
+        device: where the model is put.
+        fuse: fold batch norms into convolutions (:func:`mmprune.fuse`): it is faster, and its weights
+            no longer fit a checkpoint.
 
     Raises:
         PruneError: the checkpoint has no plan, is damaged, or belongs to another architecture.

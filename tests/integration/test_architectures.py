@@ -18,7 +18,7 @@ from mmprune.check.verify import compare, compare_in_double, evaluating
 from mmprune.contexts import tensors_in
 from mmprune.graph import cost
 from mmprune.mm import zoo as testing
-from mmprune.mm.forwards import first_samples, forwards_of
+from mmprune.mm.model_modes import first_samples, forwards_of
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 TWO_STAGE = ('backbone', 'rpn_head', 'roi_head.bbox_head')

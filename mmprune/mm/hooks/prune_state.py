@@ -11,7 +11,7 @@ from mmprune.budget.budget import Budget
 from mmprune.budget.schedule import CutTimes
 from mmprune.graph import carry
 from mmprune.graph.coupling import ChannelGraph
-from mmprune.mm.forwards import MODES
+from mmprune.mm.model_modes import MODES
 from mmprune.score.collector import Collector
 from mmprune.surgery.build import remaining
 
@@ -31,7 +31,7 @@ class PruneState:
             the first cut of this run}.
         metrics: {'unpruned' or 'pruned': {'iteration': of the last validation, name: value}}.
         report: :func:`mmprune.mm.report.before`.
-        modes: of :class:`mmprune.mm.forwards.Runs`, those that work.
+        modes: of :class:`mmprune.mm.model_modes.Runs`, those that work.
         resumed: whether this came from a checkpoint.
     """
 

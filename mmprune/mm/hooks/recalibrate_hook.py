@@ -10,8 +10,8 @@ from torch import nn
 
 from mmprune.distributed import is_distributed
 from mmprune.errors import PruneError
-from mmprune.mm.forwards import loss_of
 from mmprune.mm.hooks.running import averaged_models, unwrapped
+from mmprune.mm.model_modes import loss_of
 from mmprune.recalibration import norms_in_training, recalibrate_norms
 
 

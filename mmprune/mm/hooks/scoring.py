@@ -8,9 +8,9 @@ from mmprune.budget.budget import Budget
 from mmprune.distributed import all_gather, is_distributed, raise_together
 from mmprune.graph.coupling import ChannelGraph
 from mmprune.mm import report
-from mmprune.mm.forwards import Runs, first_trace, runs_of, test_size
 from mmprune.mm.hooks.prune_state import PruneState
 from mmprune.mm.hooks.running import unwrapped
+from mmprune.mm.model_modes import Runs, first_trace, runs_of, test_size
 from mmprune.score import Score
 from mmprune.score.collector import Collector
 from mmprune.surgery.build import remaining

@@ -294,6 +294,6 @@ def test_the_tool(tmp_path, shapes, monkeypatch, tool, capsys):
     said = capsys.readouterr()
     assert 'coco/bbox_mAP' in said.out + said.err
     assert (tmp_path / 'found.pkl').stat().st_size > 1000
-    with pytest.raises(PruneError, match='--backend openvino: .*x.pth is no .onnx file'):
+    with pytest.raises(PruneError, match='--backend openvino: .*x.pth is not an .onnx file'):
         (tmp_path / 'x.pth').touch()
         tool(RETINANET, tmp_path / 'x.pth', '--backend', 'openvino')

@@ -12,8 +12,8 @@ from torch import nn
 
 import mmprune
 from mmprune.mm import zoo as testing
-from mmprune.mm.forwards import forwards_of
 from mmprune.mm.hooks import PruneHook
+from mmprune.mm.model_modes import forwards_of
 from mmprune.score.collector import Collector
 from mmprune.surgery import apply as cutting
 from tests.helpers.equality import assert_same

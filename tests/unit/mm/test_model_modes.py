@@ -8,9 +8,9 @@ from mmengine.model import BaseModel
 from torch import nn
 
 import mmprune
-from mmprune.mm import forwards
+from mmprune.mm import model_modes
 from mmprune.mm import zoo as testing
-from mmprune.mm.forwards import both, first_samples, first_trace, forwards_of, runs_of
+from mmprune.mm.model_modes import both, first_samples, first_trace, forwards_of, runs_of
 from tests.helpers.equality import assert_same
 
 
@@ -76,7 +76,7 @@ def test_flops_are_of_one_image_of_the_size_that_is_tested_at():
     ],
 )
 def test_the_size_that_a_config_tests_at(config, size):
-    assert forwards.test_size(testing.load(config)) == size
+    assert model_modes.test_size(testing.load(config)) == size
 
 
 def test_a_batch_is_looked_at_without_a_trace():
@@ -123,7 +123,7 @@ def test_a_number_that_only_predicting_reads_follows():
     ],
 )  # fmt: skip
 def test_modes_that_fail_are_left_out(works, modes, checked, counted):
-    logger = MMLogger.get_instance('test_forwards')  # the current one from now on
+    logger = MMLogger.get_instance('test_model_modes')  # the current one from now on
     told = []
     logger.addFilter(lambda record: told.append(record.getMessage()) or True)
     model = Model(**works)
@@ -158,7 +158,7 @@ def test_what_a_run_found_before_it_failed_does_not_count():
 
 
 def test_another_kind_of_model_is_refused():
-    with pytest.raises(mmprune.PruneError, match='Conv2d is no mmengine BaseModel'):
+    with pytest.raises(mmprune.PruneError, match='Conv2d is not an mmengine BaseModel'):
         forwards_of(nn.Conv2d(3, 4, 1), BATCH)
 
 

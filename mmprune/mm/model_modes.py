@@ -37,9 +37,16 @@ MODES = frozenset({'tensor', 'predict'})
 
 @dataclass(frozen=True)
 class Runs:
-    """How a model is run on one batch, each a function of the model: ``tensor`` and ``predict`` in
-    evaluation mode on one image, ``loss`` as in training on ``samples`` of the batch. ``modes``: those
-    beside the loss that work. ``image``: what the single one is, ``"one image of 800 x 1333"``."""
+    """How a model is run on one batch.
+
+    Args:
+        tensor: mmengine's ``mode='tensor'``, a function of the model, and
+        predict: ``mode='predict'``, both in evaluation mode on one image.
+        loss: ``mode='loss'`` as in training, on ``samples`` of the batch.
+        modes: those beside the loss that work.
+        image: what the single one is, ``"one image of 800 x 1333"``.
+        samples: how many the loss is of.
+    """
 
     tensor: Forward
     predict: Forward
@@ -84,7 +91,7 @@ def runs_of(
             it. By default it keeps its own.
 
     Raises:
-        PruneError: the model is no ``BaseModel``.
+        PruneError: the model is not a ``BaseModel``.
     """
     data = _preprocessed(model, batch, count)
     single = _resized(model, first_samples(data, 1), size)
@@ -155,7 +162,7 @@ def _preprocessed(model: nn.Module, batch: Any, count: int) -> Any:
     (which draws a size, and mixes images)."""
     if not isinstance(model, BaseModel):
         raise PruneError(
-            f'{type(model).__name__} is no mmengine BaseModel: use mmprune.Pruner in your own loop'
+            f'{type(model).__name__} is not an mmengine BaseModel: use mmprune.Pruner in your own loop'
         )
     preprocessor = model.data_preprocessor
     augments = getattr(preprocessor, 'batch_augments', None)
