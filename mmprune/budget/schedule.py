@@ -43,7 +43,7 @@ def target_at(step: int, steps: int, final: float, schedule: str = 'linear') -> 
     if schedule not in SCHEDULES:
         raise PruneError(f'schedule={schedule!r}: expected one of {", ".join(SCHEDULES)}')
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise PruneError(f'steps={steps!r} must be an integer >= 1')
+        raise PruneError(f'steps={steps!r}: must be an integer >= 1')
     if not 0 <= step <= steps:
         raise PruneError(f'step={step!r} is outside 0 ... steps={steps}')
     if not 0 < final <= 1:
@@ -60,18 +60,18 @@ def check_times(
 ) -> None:
     """Raises a PruneError for what :func:`resolve` could make nothing of, however long the training."""
     if not isinstance(by_epoch, bool):
-        raise PruneError(f'by_epoch={by_epoch!r} must be True or False')
+        raise PruneError(f'by_epoch={by_epoch!r}: must be True or False')
     unit = 'epochs' if by_epoch else 'iterations'
     for name, value, least in (('begin', begin, 0), ('end', end, 1), ('interval', interval, 1)):
         whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
         part = isinstance(value, float) and 0 <= value <= 1 and (value > 0 or least == 0)
         if not (value is None or whole or part):
             raise PruneError(
-                f'{name}={value!r} must be an integer >= {least} ({unit}), or a float in '
+                f'{name}={value!r}: must be an integer >= {least} ({unit}), or a float in '
                 f'{"[" if least == 0 else "("}0, 1] (a fraction of the training)'
             )
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-        raise PruneError(f'steps={steps!r} must be an integer >= 1')
+        raise PruneError(f'steps={steps!r}: must be an integer >= 1')
     if None not in (end, interval, steps):
         raise PruneError(
             f'end={end!r}, interval={interval!r} and steps={steps!r} contradict each other: two of '
@@ -79,7 +79,7 @@ def check_times(
         )
     comparable = isinstance(begin, int) == isinstance(end, int)
     if end is not None and (comparable or not begin) and end <= (begin or 0):
-        raise PruneError(f'end={end!r} must come after begin={begin or 0!r}')
+        raise PruneError(f'end={end!r}: must come after begin={begin or 0!r}')
 
 
 def resolve(

@@ -27,7 +27,7 @@ def options():
     found = {
         name: parameter.default
         for name, parameter in inspect.signature(PruneHook.__init__).parameters.items()
-        if name not in ('self', 'budget')
+        if name not in ('self', 'options')
     }
     for field in fields(Budget):
         made = field.default_factory is not MISSING
@@ -55,7 +55,7 @@ def test_the_examples_of_times(given, told):
     asked = eval(f'dict({given.strip("`")})')
     hook = PruneHook(keep_flops=0.5, **asked)
     steps, interval, begin = map(int, re.findall(r'\d+', told))
-    assert resolve(*hook.options, 1800, 150) == (begin, interval, steps)
+    assert resolve(*hook.requested_times, 1800, 150) == (begin, interval, steps)
 
 
 def test_the_config(tmp_path):

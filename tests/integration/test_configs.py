@@ -55,14 +55,14 @@ def prune_hook(config):
 
 def cut_times(config, epoch_length):
     iterations = int(epoch_length * config.train_cfg.max_epochs)
-    return resolve(*prune_hook(config).options, iterations, int(epoch_length)), iterations
+    return resolve(*prune_hook(config).requested_times, iterations, int(epoch_length)), iterations
 
 
 @pytest.mark.parametrize('name', ALL)
 def test_a_config_keeps_its_base_hooks_and_has_no_numbers_of_iterations(name):
     config = Config.fromfile(CONFIGS / name)
     assert prune_hook(config).budget.keep_flops == 0.5
-    begin, end, interval, steps, by_epoch = prune_hook(config).options
+    begin, end, interval, steps, by_epoch = prune_hook(config).requested_times
     assert interval is None and steps
     assert by_epoch or isinstance(begin, float) and isinstance(end, float)
     hooks = [hook.type for hook in config.custom_hooks]

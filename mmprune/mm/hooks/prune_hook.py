@@ -1,12 +1,13 @@
 """The mmengine hook that prunes: when to trace, to score and to cut."""
 
+from dataclasses import replace
 from typing import Any
 
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from mmprune.budget.choose import make_budget
+from mmprune.budget.budget import Budget, make_budget
 from mmprune.budget.schedule import CutTimes, check_times, resolve, target_at
 from mmprune.distributed import check_rebuildable, is_distributed, raise_together
 from mmprune.errors import PruneError
@@ -20,7 +21,7 @@ from mmprune.mm.hooks.report_hook import ReportHook
 from mmprune.mm.hooks.running import unwrapped
 from mmprune.mm.hooks.scoring import Scoring
 from mmprune.mm.hooks.state_hook import StateHook
-from mmprune.score.adjust import make_score
+from mmprune.score import Score, make_score
 from mmprune.session import choose_step, cut_once
 from mmprune.surgery.plan import plan_of
 
@@ -29,12 +30,11 @@ from mmprune.surgery.plan import plan_of
 class PruneHook(Hook):
     """Prunes the model while it is trained: traces it once, scores in each iteration, cuts in steps.
 
-    Brings along the hooks that it needs. Others may have methods ``before_scoring(runner)`` and
-    ``after_cut(runner)``. With several processes the first one chooses, from everyone's scores; all
-    compare their plans before they cut. All options in one table: ``docs/hook.md``.
+    Brings along the hooks that it needs. Others may have ``before_scoring(runner)`` and
+    ``after_cut(runner)``. With several processes the first one chooses, from everyone's scores.
 
     Args:
-        score: a criterion's name, or a dict of it and its options (:class:`mmprune.Score`).
+        score: a criterion's name, a :class:`mmprune.Score`, or a dict of its options.
         begin: when scoring begins. This, ``end`` and ``interval`` are integers for iterations of the
             loop (mmengine's count), or floats in [0, 1] for fractions of the training.
         end: no cut comes later. By default a fifth of the training after ``begin``.
@@ -51,8 +51,8 @@ class PruneHook(Hook):
         validate_first: validate right before the first cut, unless there was a validation within the
             last ``interval``.
         rebuild_only: no cutting: this is a :class:`RebuildHook`.
-        budget: ``keep_flops``, ``keep_params``, ``keep_channels``, ``prune_num`` and the other options
-            of :class:`mmprune.Budget`: when to stop.
+        budget: when to stop, a :class:`mmprune.Budget` or a dict of its options, in place of
+        options: ``keep_flops``, ``keep_params``, ``keep_channels`` and its others, one by one.
     """
 
     # Before EMAHook averages what was just cut.
@@ -63,7 +63,7 @@ class PruneHook(Hook):
 
     def __init__(
         self,
-        score: str | dict[str, Any] = 'taylor',
+        score: str | dict[str, Any] | Score = 'taylor',
         *,
         begin: int | float | None = None,
         end: int | float | None = None,
@@ -77,17 +77,18 @@ class PruneHook(Hook):
         recalibrate: int = 0,
         validate_first: bool = True,
         rebuild_only: bool = False,
-        **budget: Any,
+        budget: Budget | dict[str, Any] | None = None,
+        **options: Any,
     ) -> None:
         for name, value, least in (('samples', samples, 1), ('recalibrate', recalibrate, 0)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise PruneError(f'PruneHook: {name}={value!r} must be an integer >= {least}')
+                raise PruneError(f'PruneHook: {name}={value!r}: must be an integer >= {least}')
         check_times(begin, end, interval, steps, by_epoch)
         target_at(1, 1, 0.5, schedule)  # an unknown schedule is an error now, not at the first cut
-        self.options = [begin, end, interval, steps, by_epoch]
-        self.check, self.strict = check, strict
+        self.requested_times = [begin, end, interval, steps, by_epoch]
+        self.check, self.strict, self.schedule = check, strict, schedule
         self.recalibrate, self.validate_first = recalibrate, validate_first
-        self.score, self.schedule, self.budget = make_score(score), schedule, make_budget(budget)
+        self.score, self.budget = make_score(score), make_budget(budget, **options)
         self.state = PruneState()
         self.scoring = Scoring(self.score, self.budget, samples)
 
@@ -95,8 +96,6 @@ class PruneHook(Hook):
     def cuts(self) -> int:
         """How many were done."""
         return self.state.cuts
-
-    # -- when -------------------------------------------------------------------------------------
 
     def before_run(self, runner: Runner) -> None:
         own = [StateHook(self.state, self.scoring), ReportHook(self.state, self.budget)]
@@ -122,11 +121,11 @@ class PruneHook(Hook):
         """Those of the run that goes on, where the options are still the same: a training that was
         made longer does not move its cuts."""
         count, times = running.accumulation(runner), self.state.times
-        if times is None or self.state.options != self.options:
+        if times is None or self.state.requested_times != self.requested_times:
             length = running.epoch_length(runner)
-            times = resolve(*self.options, runner.max_iters, length, count)
+            times = resolve(*self.requested_times, runner.max_iters, length, count)
         running.check_accumulation(count, begin=times.begin, interval=times.interval)
-        self.state.options = list(self.options)
+        self.state.requested_times = list(self.requested_times)
         runner.logger.info(
             f'PruneHook: {times.steps} cuts, one every {times.interval} iterations from {times.begin} '
             f'on, the last after {times.last} of {runner.max_iters}'
@@ -152,8 +151,6 @@ class PruneHook(Hook):
             running.validate_apart(runner)
         self.cut(runner, data_batch)
 
-    # -- one cut ----------------------------------------------------------------------------------
-
     def cut(self, runner: Runner, batch: Any) -> None:
         """One cut towards the budget, by the scores so far; then scoring starts again."""
         model, state, number = unwrapped(runner.model), self.state, self.cuts + 1
@@ -166,11 +163,11 @@ class PruneHook(Hook):
         def target(final: float) -> float:
             return target_at(min(number, steps), steps, final, self.schedule)
 
-        def choose(traced: ChannelGraph, scores: Any) -> Any:
+        def choose(graph: ChannelGraph, scores: Any) -> Any:
             forward, per = runs.ordered[0], self.score.per
-            args = (traced, scores, self.budget, model, forward, target, state.start, per)
-            keep, noted = choose_step(*args)
-            return keep, {'iteration': runner.iter + 1, **noted}
+            args = (graph, scores, self.budget, model, forward, target, state.start, per)
+            keep, notes = choose_step(*args)
+            return keep, replace(notes, iteration=runner.iter + 1)
 
         outcome = cut_once(
             model,

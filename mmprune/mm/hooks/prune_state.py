@@ -25,7 +25,7 @@ class PruneState:
 
     Args:
         cuts: how many were done.
-        options: the schedule as it was asked for (``begin`` and so on), and
+        requested_times: begin, end, interval, steps and by_epoch as the user gave them, and
         times: when cuts come, resolved from that; ``None`` before training.
         start: {'flops', 'params', 'channels': the fraction of the original that the model had before
             the first cut of this run}.
@@ -36,7 +36,7 @@ class PruneState:
     """
 
     cuts: int = 0
-    options: list[Any] = field(default_factory=list)
+    requested_times: list[Any] = field(default_factory=list)
     times: CutTimes | None = None
     start: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -56,7 +56,7 @@ class PruneState:
         """
         return {
             'cuts': self.cuts,
-            'options': list(self.options),
+            'requested_times': list(self.requested_times),
             'times': list(self.times) if self.times is not None else None,
             'start': self.start,
             'metrics': self.metrics,
@@ -74,7 +74,7 @@ class PruneState:
         device.know_divisors(content.get('divisors', {}))
         times = content.get('times')
         self.cuts = content['cuts']
-        self.options = list(content.get('options', ()))
+        self.requested_times = list(content.get('requested_times', ()))
         self.times = CutTimes(*times) if times is not None else None
         self.start = dict(content['start'])
         self.metrics = {which: dict(values) for which, values in content['metrics'].items()}

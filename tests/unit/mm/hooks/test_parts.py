@@ -139,7 +139,7 @@ def test_states_of_earlier_versions_resume(tmp_path, version):
     assert {'cuts', 'start', 'metrics', 'report', 'collector', 'rng'} <= set(content[KEY])
     if version != 'now':
         content[KEY] |= {'due': False}
-        del content[KEY]['options'], content[KEY]['times']
+        del content[KEY]['requested_times'], content[KEY]['times']
     if version == '0.1.0':
         content[KEY] |= {'collector': None}
         del content[KEY]['modes'], content[KEY]['divisors'], content[KEY]['trace']

@@ -105,5 +105,5 @@ def test_what_can_not_be_done_is_an_error_before_any_cut(tmp_path):
 
 @pytest.mark.parametrize('value', [-1, True, 2.5, 'all', None])
 def test_nonsense_is_named(value):
-    with pytest.raises(mmprune.PruneError, match=f'recalibrate={value!r} must be an integer >= 0'):
+    with pytest.raises(mmprune.PruneError, match=f'recalibrate={value!r}: must be an integer >= 0'):
         PruneHook(keep_flops=0.5, recalibrate=value)

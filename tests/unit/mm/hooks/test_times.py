@@ -94,13 +94,24 @@ def prepared(runner):
 @pytest.mark.parametrize(
     'options, told',
     [
-        (dict(begin=1.5), r'begin=1.5 must be an integer >= 0 \(iterations\), or a float in \[0, 1\]'),
-        (dict(begin=9, end=5), 'end=5 must come after begin=9'),
+        (dict(begin=1.5), r'begin=1.5: must be an integer >= 0 \(iterations\), or a float in \[0, 1\]'),
+        (dict(begin=9, end=5), 'end=5: must come after begin=9'),
         (dict(end=5, interval=2, steps=2), 'end=5, interval=2 and steps=2 contradict each other'),
-        (dict(by_epoch='yes'), "by_epoch='yes' must be True or False"),
-        (dict(samples=0), 'samples=0 must be an integer >= 1'),
+        (dict(by_epoch='yes'), "by_epoch='yes': must be True or False"),
+        (dict(samples=0), 'samples=0: must be an integer >= 1'),
     ],
 )
 def test_bad_times_are_errors_at_once(options, told):
     with pytest.raises(mmprune.PruneError, match=told):
         PruneHook(keep_flops=0.5, **options)
+
+
+@pytest.mark.parametrize('budget', [mmprune.Budget(keep_flops=0.5, lock='a.*'), None])
+def test_a_budget_and_a_score_as_objects_or_dicts(budget):
+    options = dict(keep_flops=0.5, lock=['a.*'])
+    score = mmprune.Score(name='taylor', per='flops')
+    hook = PruneHook(score=score, budget=budget or options)
+    alike = PruneHook(score=dict(name='taylor', per='flops'), **options)
+    assert (hook.budget, hook.score) == (alike.budget, alike.score)
+    with pytest.raises(mmprune.PruneError, match='budget'):
+        PruneHook(budget=options, keep_flops=0.5)
