@@ -105,6 +105,7 @@ class PruneHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         check_rebuildable(runner.model)
+        self._prepare = running.prepare_for_timing(runner, self.budget)
         times = self.state.times = self._times(runner)
         if not self.state.resumed and times.begin + times.interval > runner.max_iters:
             raise PruneError(
@@ -165,7 +166,7 @@ class PruneHook(Hook):
 
         def choose(graph: ChannelGraph, scores: Any) -> Any:
             forward, per = runs.ordered[0], self.score.per
-            args = (graph, scores, self.budget, model, forward, target, state.start, per)
+            args = (graph, scores, self.budget, model, forward, target, state.start, per, self._prepare)
             keep, notes = choose_step(*args)
             return keep, replace(notes, iteration=runner.iter + 1)
 

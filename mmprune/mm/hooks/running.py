@@ -11,7 +11,10 @@ from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner
 from torch import nn
 
+from mmprune.budget.budget import Budget
+from mmprune.budget.runtimes import Prepare, needed
 from mmprune.errors import PruneError
+from mmprune.mm.model_modes import test_size
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -98,3 +101,24 @@ def forget_best(runner: Runner) -> None:
         if isinstance(hook, EarlyStoppingHook):
             hook.wait_count = 0
             hook.best_score = -float('inf') if hook.rule == 'greater' else float('inf')
+
+
+def prepare_for_timing(runner: Runner, budget: Budget) -> Prepare | None:
+    """What makes the model ready to be timed in the budget's runtime; ``None`` where eager torch is it,
+    or no time is asked for.
+
+    Raises:
+        PruneError: the runtime is not installed, or the config says no size to test at.
+    """
+    if budget.latency is None or budget.backend == 'eager':
+        return None
+    needed(budget.backend)
+    size = test_size(runner.cfg)
+    if size is None:
+        raise PruneError(
+            f'PruneHook: latency={budget.latency} with backend={budget.backend!r}: the test pipeline of '
+            "the config names no size of images, so there is none to time at; take backend='eager'"
+        )
+    from mmprune.mm.deploy.timing import prepare_raw  # late, because it takes mmdet along
+
+    return prepare_raw(size, budget.backend)
