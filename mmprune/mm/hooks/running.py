@@ -116,8 +116,8 @@ def prepare_for_timing(runner: Runner, budget: Budget) -> Prepare | None:
     size = test_size(runner.cfg)
     if size is None:
         raise PruneError(
-            f'PruneHook: latency={budget.latency} with backend={budget.backend!r}: the test pipeline of '
-            "the config names no size of images, so there is none to time at; take backend='eager'"
+            f'PruneHook: latency={budget.latency} with backend={budget.backend!r}: the test pipeline '
+            "of the config names no size of images to time at; take backend='eager'"
         )
     from mmprune.mm.deploy.timing import prepare_raw  # late, because it takes mmdet along
 

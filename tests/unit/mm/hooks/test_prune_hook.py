@@ -9,7 +9,7 @@ from mmengine.runner import Runner
 
 import mmprune
 from mmprune.mm.checkpoint import plan_from, read_checkpoint
-from mmprune.mm.hooks import PruneHook
+from mmprune.mm.hooks import PruneHook, running
 from mmprune.surgery.meta import META
 from tests.helpers.equality import assert_same
 from tests.helpers.hook_runs import config, train
@@ -176,6 +176,28 @@ def test_a_budget_of_measured_time(tmp_path):
     history = mmprune.plan_of(train(config(tmp_path, epochs=1, hook=hook)).model).history
     assert 0 < history[0]['latency'] < 3
     assert history[0]['flops'] < history[0]['flops_before']
+
+
+def test_a_budget_of_time_in_another_runtime(tmp_path, monkeypatch):
+    pytest.importorskip('onnxruntime')
+    hook = dict(latency=0.9, backend='onnxruntime', keep_flops=0.7, interval=5, steps=1)
+    cfg = config(tmp_path, epochs=1, hook=hook)
+    with pytest.raises(mmprune.PruneError, match="names no size .* take backend='eager'"):
+        train(cfg)
+
+    prepared = []
+    monkeypatch.setattr(running, 'test_size', lambda cfg: (12, 12))  # the data set has no pipeline
+    prepare = running.prepare_for_timing
+
+    def noting(*args):
+        network = prepare(*args)
+        return lambda model: prepared.append(model) or network(model)
+
+    monkeypatch.setattr(running, 'prepare_for_timing', noting)
+    model = train(cfg).model
+    (cut,) = mmprune.plan_of(model).cuts
+    assert 0 < cut.latency < 3 and cut.flops < cut.flops_before
+    assert len(prepared) > 4  # the whole network, evenly cut ones, and what was chosen
 
 
 def test_frozen_layers_stay_and_are_named(tmp_path):
