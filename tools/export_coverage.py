@@ -1,10 +1,12 @@
 """Which families of the zoos can be exported: whole, as raw outputs, or not, and why.
 
+    python tools/export_coverage.py                       # all of tools/coverage.txt, hours on one core
     python tools/export_coverage.py --only 'mmdet/*rcnn*' --jobs 2
+    python tools/export_coverage.py --resume              # only families without a row
 
-One model of each family of tools/coverage.txt, random weights, a fixed size, each in a process of its
-own; the file is compared with PyTorch in ONNX Runtime. Results are merged into
-docs/export_coverage.json, the source of the table in docs/deploy.md.
+One model of each family, random weights, a fixed size, each in a process of its own; the file is
+compared with PyTorch in ONNX Runtime. Results are merged into docs/deploy.json after each family, and
+the table in docs/deploy.md is written from that.
 """
 
 import argparse
@@ -21,7 +23,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from coverage import ROOT, families, warm_up  # noqa: E402
 
-RESULTS = ROOT / 'docs' / 'export_coverage.json'
+RESULTS = ROOT / 'docs' / 'deploy.json'
+PAGE = ROOT / 'docs' / 'deploy.md'
 FORK = multiprocessing.get_context('fork')
 
 
@@ -39,7 +42,7 @@ def examine(config: str, how: dict, pipe) -> None:
     except Exception as error:  # a fault of the zoo, whatever it is
         told = f'does not build: {error}'.splitlines()[0][:200]
         return pipe.send({'export': 'not', 'reason': told})
-    row: dict = {}
+    row: dict = {'reason': ''}
     side = -(-how.get('size', 128) // 64) * 64
     with tempfile.TemporaryDirectory() as folder:
         for kind in ('whole', 'raw'):
@@ -90,11 +93,15 @@ def main() -> None:
     parser.add_argument('--only', nargs='+', default=['mm*'], help='patterns, e.g. mmdet/*detr*')
     parser.add_argument('--jobs', type=int, default=1, help='processes at a time')
     parser.add_argument('--limit', type=int, default=300, help='seconds for one family')
+    parser.add_argument('--resume', action='store_true', help='leave families with a row alone')
     parser.add_argument('--out', type=Path, default=RESULTS)
     args = parser.parse_args()
     chosen = {n: f for n, f in families().items() if any(fnmatchcase(n, p) for p in args.only)}
     if not chosen:
         parser.error(f'--only {args.only}: no such family')
+    if args.resume and args.out.exists():
+        done = {row['name'] for row in json.loads(args.out.read_text())}
+        chosen = {name: family for name, family in chosen.items() if name not in done}
     warm_up()
     import mmprune.mm.deploy.export  # noqa: F401  (once, before the forks)
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmprune.errors import PruneError
+from mmprune.mm.deploy.decisions import settled
 from mmprune.mm.deploy.ops import NOT_A_CANDIDATE
 
 Size = tuple[int, int]
@@ -70,9 +71,49 @@ def best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     total = scores.shape[1]
     if isinstance(total, int):
-        return scores.topk(min(k, total), dim=1)
-    values, places = F.pad(scores, (0, k), value=NOT_A_CANDIDATE).topk(k, dim=1)
+        return ranked(scores, min(k, total))
+    values, places = ranked(F.pad(scores, (0, k), value=NOT_A_CANDIDATE), k)
     return values, torch.where(values > NOT_A_CANDIDATE, places, 0)
+
+
+def ranked(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """``topk`` of (N, M) scores, as one decision.
+
+    Of equal scores the first is first, as in mmdet's ``sort`` and in ONNX; torch's ``topk`` takes any.
+    """
+    if torch.compiler.is_exporting():
+        values, own = scores.topk(k, dim=1)
+    else:
+        values, own = (x[:, :k] for x in scores.sort(dim=1, descending=True, stable=True))
+    places = settled('the best', own, scores)
+    return (values, own) if places is own else (scores.gather(1, places), places)
+
+
+def highest(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The highest of the last dimension and its place, as one decision."""
+    values, own = scores.max(-1)
+    places = settled('the largest', own, scores)
+    return (values, own) if places is own else (scores.gather(-1, places[..., None])[..., 0], places)
+
+
+def above(
+    values: Tensor, threshold: float, size: Size | None = None, strictly: bool = True
+) -> Tensor:
+    """Which values are above a threshold (or at it), as one decision. ``size``: that of the picture,
+    where the values are pixels."""
+    found = values > threshold if strictly else values >= threshold
+    return settled('a threshold', found, values, threshold, size)
+
+
+def sigmoid(logits: Tensor) -> Tensor:
+    """The sigmoid, to a few units of its own last place.
+
+    ONNX Runtime's is exact to 1.7e-7 alone, and does not even rise everywhere: scores below 1e-3 come
+    in another order with it.
+    """
+    if not torch.compiler.is_exporting():
+        return logits.sigmoid()
+    return 1 / (1 + (-logits).exp())
 
 
 def rows_at(table: Tensor, places: Tensor) -> Tensor:
@@ -100,17 +141,17 @@ def joined(parts: list[Candidates]) -> Candidates:
     )
 
 
-def without_small(found: Candidates, cfg: dict[str, Any]) -> Candidates:
+def without_small(found: Candidates, cfg: dict[str, Any], size: Size) -> Candidates:
     """Drops boxes that are not larger than ``min_bbox_size``, where the ``test_cfg`` has one."""
     least = cfg.get('min_bbox_size', -1)
     if least < 0:
         return found
     sides = found.boxes[..., 2:] - found.boxes[..., :2]
-    large = (sides > least).all(-1)
+    large = above(sides, least, size).all(-1)
     return Candidates(found.boxes, torch.where(large, found.scores, NOT_A_CANDIDATE), found.labels)
 
 
-def suppressed(found: Candidates, nms: NMS, k: int) -> Candidates:
+def suppressed(found: Candidates, nms: NMS, k: int, size: Size) -> Candidates:
     """The ``k`` best after NMS, in descending order of score; less than ``k`` are filled up with rows
     of zeros, score ``NOT_A_CANDIDATE`` and label -1."""
     total = found.scores.shape[1]
@@ -121,11 +162,15 @@ def suppressed(found: Candidates, nms: NMS, k: int) -> Candidates:
             F.pad(found.labels, (0, k)),
         )
     if nms.iou_threshold is None:
-        values, rows = found.scores.topk(k, dim=1)
+        values, rows = ranked(found.scores, k)
         rows = torch.where(values > NOT_A_CANDIDATE, rows, -1)
     else:
         apart = found.boxes if nms.class_agnostic else apart_by_label(found)
-        rows = torch.ops.mmprune.nms(right_way_round(apart), found.scores, nms.iou_threshold, k)
+        boxes = right_way_round(apart)
+        rows = settled(
+            'NMS', torch.ops.mmprune.nms(boxes, found.scores, nms.iou_threshold, k),
+            boxes, found.scores, nms.iou_threshold, NOT_A_CANDIDATE / 2, size,
+        )  # fmt: skip
     there, rows = rows >= 0, rows.clamp(min=0)
     return Candidates(
         torch.where(there[..., None], rows_at(found.boxes, rows), 0.0),

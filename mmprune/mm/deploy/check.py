@@ -1,7 +1,9 @@
 """The file against PyTorch: the same pictures through both, and where the results part."""
 
+import contextlib
+import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,12 @@ from mmdet.structures import DetDataSample
 from mmengine.logging import print_log
 from torch import nn
 
+from mmprune.check.float64 import doubled, in_double
 from mmprune.contexts import tensors_in
 from mmprune.errors import PruneError
 from mmprune.mm.datasets.drawing import draw
-from mmprune.mm.deploy.runtime import open_model
-
-TOLERANCE = 1e-4
-"""Relative: of scores to themselves, of coordinates to the picture's longer side (or to the box where
-that is larger), of other outputs to the largest of them."""
+from mmprune.mm.deploy.decisions import TOLERANCE, allowed, replayed
+from mmprune.mm.deploy.runtime import Runtime, open_model
 
 MASK_PIXELS = 0.005
 """Share of an object's mask that may fall on the other side of its threshold."""
@@ -49,6 +49,7 @@ def check_file(
     pictures: Sequence[np.ndarray],
     with_preprocess: bool,
     backend: str = 'onnxruntime',
+    probe: Callable[[str], Runtime] | None = None,
 ) -> None:
     """Compares a file with the model that it was made of.
 
@@ -57,6 +58,8 @@ def check_file(
             other models with this.
         pictures: (N, H, W, 3) BGR uint8, for each size that is compared.
         with_preprocess: the file prepares its pictures itself.
+        probe: gives the same network with its decisions as further outputs, in a backend. With it,
+            results may differ where near ties explain it (:func:`by_rounding`); without, they may not.
 
     Raises:
         PruneError: the results part, or the backend can't run the file; it says where.
@@ -78,10 +81,16 @@ def check_file(
             ) from error
         where = f'{backend} at {batch.shape[1]} x {batch.shape[2]}'
         with torch.no_grad():
-            if run.metadata['task'] == 'detection':
-                compared += detections(model, inputs, samples, got, where)
-            else:
-                compared += tensors(network, inputs, got, where)
+            try:
+                if run.metadata['task'] == 'detection':
+                    compared += detections(model, inputs, samples, got, where)
+                else:
+                    compared += tensors(network, inputs, got, where)
+            except PruneError as parts:
+                if probe is None:
+                    raise
+                by_rounding(model, network, inputs, samples, got, probe(backend)(given), parts)
+                compared += int((got['labels'] >= 0).sum()) if 'labels' in got else 1
     kind = 'detections' if run.metadata['task'] == 'detection' else 'numbers'
     total = sum(map(len, pictures))
     print_log(f'{backend}: {compared} {kind} on {total} pictures are as in PyTorch', 'current')
@@ -107,6 +116,136 @@ def prepared(model: nn.Module, batch: np.ndarray) -> tuple[torch.Tensor, list[An
     return ready['inputs'], samples
 
 
+def by_rounding(
+    model: nn.Module,
+    network: nn.Module,
+    inputs: torch.Tensor,
+    samples: list[Any],
+    got: dict[str, np.ndarray],
+    probed: dict[str, np.ndarray],
+    parts: PruneError,
+) -> None:
+    """Finds out whether results part by rounding alone, and says so.
+
+    Three things have to hold, one after the other: the wrapper and ``predict`` find the same, in double
+    precision if they do not in single; each decision of the file is PyTorch's own, or a near tie; and with
+    the file's decisions PyTorch computes what the file does, row by row (see ``decisions.py``).
+
+    Args:
+        got: what the file gave. probed: the same, and its decisions.
+        parts: how results part.
+
+    Raises:
+        PruneError: one of them does not hold.
+    """
+    values, decisions = list(probed.values())[: len(got)], list(probed.values())[len(got) :]
+    for (name, ours), theirs in zip(got.items(), values, strict=True):
+        if ours.shape != theirs.shape or not np.allclose(ours, theirs, rtol=1e-5, atol=1e-5):
+            raise PruneError(f'{parts} ({name} changes where decisions are looked at)')
+    taken = [torch.from_numpy(decision) for decision in decisions]
+    try:
+        if 'dets' in got:
+            wrapper_as_predict(model, network, inputs, samples, list(got))
+        with replayed(taken) as exact:
+            wide = in_double_precision(network, inputs)
+        with replayed(taken, exact):
+            wanted = arrays(network(inputs))
+    except PruneError as error:
+        raise PruneError(f'{parts} (rounding does not explain it: {error})') from error
+    for (name, ours), theirs, best in zip(got.items(), wanted, wide, strict=True):
+        side = max(inputs.shape[-2:]) if name == 'dets' else None
+        error, own = apart(ours, theirs, side), apart(theirs, best, side)
+        if not error <= allowed(own):
+            raise PruneError(
+                f'{parts} (rounding does not explain it: with the decisions of the file, {name} parts by '
+                f'{error:.1e}, relative; PyTorch from itself in double precision by {own:.1e})'
+            )
+    print_log(
+        f'{str(parts).split(": ")[0]}: results differ by rounding alone. All {len(decisions)} decisions '
+        'of the file are near ties where they are not those of PyTorch, which computes the same with them',
+        'current',
+    )
+
+
+def wrapper_as_predict(
+    model: nn.Module, network: nn.Module, inputs: torch.Tensor, samples: list[Any], names: list[str]
+) -> None:
+    """Compares the wrapper with ``predict``, both in PyTorch: in single precision, or where they part in
+    that, in double.
+
+    Raises:
+        PruneError: they part in double precision too, or can't run in that.
+    """
+
+    def compare(found: list[np.ndarray], predicted: list[Any]) -> None:
+        own = dict(zip(names, found, strict=True))
+        compared_with(model, predicted, inputs, own, 'the wrapper in PyTorch')
+
+    try:
+        compare(arrays(network(inputs)), model.predict(inputs, copy.deepcopy(samples), rescale=False))
+    except PruneError:
+        with gentle_sigmoids():
+            predicted = in_double_precision(
+                model, inputs,
+                lambda model, images: model.predict(images, copy.deepcopy(samples), rescale=False),
+            )  # fmt: skip
+            found = in_double_precision(network, inputs)
+        compare(found, predicted)
+
+
+GENTLE = 1 / 16
+
+
+@contextlib.contextmanager
+def gentle_sigmoids() -> Iterator[None]:
+    """While it holds, sigmoids take a part of their inputs. Logits of 40 and more all give a score of
+    exactly one, and of equal scores ``sort`` takes any first; whether a wrapper decodes as ``predict``
+    does can be seen where scores differ."""
+    plain = torch.Tensor.sigmoid, torch.sigmoid
+
+    def gentle(logits: torch.Tensor) -> torch.Tensor:
+        return plain[1](logits * GENTLE)
+
+    torch.Tensor.sigmoid, torch.sigmoid = gentle, gentle
+    try:
+        yield
+    finally:
+        torch.Tensor.sigmoid, torch.sigmoid = plain
+
+
+def in_double_precision(
+    module: nn.Module, inputs: torch.Tensor, run: Callable[..., Any] | None = None
+) -> Any:
+    """Arrays of what a module gives in double precision, or what ``run(module, inputs)`` does.
+
+    Raises:
+        PruneError: it does not run in that.
+    """
+    wide, run = copy.deepcopy(module).double(), run or (lambda module, images: arrays(module(images)))
+    try:
+        with in_double():
+            return doubled(lambda module: run(module, inputs.double()))(wide)
+    except (RuntimeError, TypeError) as error:  # not all code does
+        raise PruneError(f'it does not run in double precision: {error}') from error
+
+
+def arrays(results: Any) -> list[np.ndarray]:
+    return [tensor.cpu().numpy() for tensor in tensors_in(results)]
+
+
+def apart(one: np.ndarray, other: np.ndarray, side: int | None) -> float:
+    """The largest difference, relative to the largest value; of ``dets``, where ``side`` is given, of
+    coordinates to that and of scores to themselves."""
+    exact = not np.issubdtype(other.dtype, np.floating)
+    if one.shape != other.shape or exact and (one != other).any():
+        return float('inf')
+    unit: Any = np.abs(other).max(initial=1e-12)
+    if side is not None:
+        longer = np.maximum(np.abs(other[..., :4]).max(-1, keepdims=True), side)
+        unit = np.concatenate([longer.repeat(4, -1), np.maximum(other[..., 4:], 1e-12)], -1)
+    return float((np.abs(one - other) / unit).max(initial=0.0))
+
+
 def tensors(network: nn.Module, inputs: torch.Tensor, got: dict[str, np.ndarray], where: str) -> int:
     """Compares outputs number by number; how many there were."""
     want = [tensor.cpu().numpy() for tensor in tensors_in(network(inputs))]
@@ -129,7 +268,12 @@ def detections(
     model: nn.Module, inputs: torch.Tensor, samples: list[Any], got: dict[str, np.ndarray], where: str
 ) -> int:
     """Compares detections with those of ``model.predict``; how many there were."""
-    predicted = model.predict(inputs, samples, rescale=False)
+    return compared_with(model, model.predict(inputs, samples, rescale=False), inputs, got, where)
+
+
+def compared_with(
+    model: nn.Module, predicted: list[Any], inputs: torch.Tensor, got: dict[str, np.ndarray], where: str
+) -> int:
     side = max(inputs.shape[-2:])
     total = 0
     for number, sample in enumerate(predicted):

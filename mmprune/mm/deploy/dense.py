@@ -21,12 +21,15 @@ from mmprune.errors import PruneError
 from mmprune.mm.deploy.candidates import (
     Candidates,
     Size,
+    above,
     best,
     clipped,
+    highest,
     joined,
     nms_of,
     outputs,
     rows_at,
+    sigmoid,
     suppressed,
     without_small,
 )
@@ -65,7 +68,7 @@ class DenseDetector(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         head = self.model.bbox_head
         found = self.kind(head, head(self.model.extract_feat(images)), images.shape[-2:])
-        return outputs(suppressed(found, self.nms, self.most))
+        return outputs(suppressed(found, self.nms, self.most, images.shape[-2:]))
 
 
 def overrides(thing: object, base: type, method: str) -> bool:
@@ -100,13 +103,13 @@ def by_scores(head: nn.Module, outs: tuple, size: Size) -> Candidates:
     for level, priors in enumerate(priors_of(head, cls_scores)):
         scores, labels, rows = best_of_level(head, cls_scores[level], cfg)
         if factors:
-            scores = scaled(scores, flat(factors[0][level], 1).sigmoid(), rows)
+            scores = scaled(scores, sigmoid(flat(factors[0][level], 1)), rows)
         offsets = flat(bbox_preds[level], head.bbox_coder.encode_size)
         boxes = decoded(
             head.bbox_coder, rows_at(priors, rows), rows_at(offsets, rows), size
         )  # fmt: skip
         parts.append(Candidates(boxes, scores, labels))
-    return without_small(joined(parts), cfg)
+    return without_small(joined(parts), cfg, size)
 
 
 def by_distribution(head: nn.Module, outs: tuple, size: Size) -> Candidates:
@@ -121,7 +124,7 @@ def by_distribution(head: nn.Module, outs: tuple, size: Size) -> Candidates:
         centres = rows_at(head.anchor_center(priors), rows)
         boxes = decoded(head.bbox_coder, centres, distances, size)
         parts.append(Candidates(boxes, scores, labels))
-    return without_small(joined(parts), head.test_cfg)
+    return without_small(joined(parts), head.test_cfg, size)
 
 
 def by_objectness(head: nn.Module, outs: tuple, size: Size) -> Candidates:
@@ -131,9 +134,10 @@ def by_objectness(head: nn.Module, outs: tuple, size: Size) -> Candidates:
         for levels, width in zip(outs, (head.cls_out_channels, 4, 1), strict=True)
     )
     priors = torch.cat(priors_of(head, outs[0], with_stride=True))
-    scores, labels = cls_scores.sigmoid().max(-1)
-    scores = scores * objectness[..., 0].sigmoid()
-    scores = torch.where(scores >= head.test_cfg.score_thr, scores, NOT_A_CANDIDATE)
+    scores, labels = highest(sigmoid(cls_scores))
+    scores = scores * sigmoid(objectness[..., 0])
+    good = above(scores, head.test_cfg.score_thr, strictly=False)
+    scores = torch.where(good, scores, NOT_A_CANDIDATE)
     return Candidates(head._bbox_decode(priors, bbox_preds), scores, labels)
 
 
@@ -158,7 +162,7 @@ def activated(head: nn.Module, logits: Tensor) -> Tensor:
     if getattr(head.loss_cls, 'custom_cls_channels', False):
         return head.loss_cls.get_activation(logits)
     if head.use_sigmoid_cls:
-        return logits.sigmoid()
+        return sigmoid(logits)
     return logits.softmax(-1)[..., :-1]
 
 
@@ -167,7 +171,7 @@ def best_of_level(head: nn.Module, level: Tensor, cfg: dict) -> tuple[Tensor, Te
     scores = activated(head, flat(level, head.cls_out_channels))
     classes = scores.shape[-1]
     values, places = best(scores.flatten(1), cfg['nms_pre'])
-    values = torch.where(values > cfg.get('score_thr', 0), values, NOT_A_CANDIDATE)
+    values = torch.where(above(values, cfg.get('score_thr', 0)), values, NOT_A_CANDIDATE)
     return values, places % classes, places // classes
 
 

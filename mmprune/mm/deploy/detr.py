@@ -8,7 +8,16 @@ from mmdet.models.detectors import DETR
 from mmdet.models.detectors.base_detr import DetectionTransformer
 from torch import Tensor, nn
 
-from mmprune.mm.deploy.candidates import Candidates, Size, clipped, outputs, rows_at
+from mmprune.mm.deploy.candidates import (
+    Candidates,
+    Size,
+    clipped,
+    highest,
+    outputs,
+    ranked,
+    rows_at,
+    sigmoid,
+)
 from mmprune.mm.deploy.dense import overrides
 
 
@@ -49,11 +58,11 @@ def best_queries(head: nn.Module, logits: Tensor, boxes: Tensor, size: Size) -> 
     ``max_per_img`` best."""
     most = (head.test_cfg or {}).get('max_per_img', logits.shape[1])
     if head.loss_cls.use_sigmoid:
-        scores, places = logits.sigmoid().flatten(1).topk(most, dim=1)
+        scores, places = ranked(sigmoid(logits).flatten(1), most)
         labels, rows = places % head.num_classes, places // head.num_classes
     else:
-        scores, labels = logits.softmax(-1)[..., :-1].max(-1)
-        scores, rows = scores.topk(most, dim=1)
+        scores, labels = highest(logits.softmax(-1)[..., :-1])
+        scores, rows = ranked(scores, most)
         labels = labels.gather(1, rows)
     centre, sides = rows_at(boxes, rows).split(2, -1)
     corners = torch.cat([centre - 0.5 * sides, centre + 0.5 * sides], -1)

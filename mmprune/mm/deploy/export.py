@@ -1,6 +1,9 @@
 """A checkpoint as one ONNX file: build the model, wrap it, trace it, check the file, then name it."""
 
+import copy
+import functools
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,16 +17,18 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import mmprune
+from mmprune.contexts import tensors_in
 from mmprune.errors import PruneError
 from mmprune.mm.atomic_files import sync_folder
 from mmprune.mm.checkpoint import load_pruned, read_checkpoint, without_pretrained
 from mmprune.mm.deploy import check as checks
 from mmprune.mm.deploy.dense import dense_wrapper
+from mmprune.mm.deploy.decisions import recorded
 from mmprune.mm.deploy.detr import detr_wrapper
 from mmprune.mm.deploy.graph import to_onnx
 from mmprune.mm.deploy.pose import keypoint_names, pose_wrapper
 from mmprune.mm.deploy.raw import RawNetwork
-from mmprune.mm.deploy.runtime import METADATA, load_package
+from mmprune.mm.deploy.runtime import METADATA, Runtime, load_package, open_model
 from mmprune.mm.deploy.two_stage import two_stage_wrapper
 from mmprune.surgery.build import remaining
 from mmprune.surgery.meta import load_weights, plan_in
@@ -111,19 +116,31 @@ def export_model(
     size = size_for(model, network, size, dynamic)
     batch = batch_for(network, batch, size, device_of(model))
     graph = Graph(network, model.data_preprocessor if with_preprocess else None).eval()
+    probing = copy.copy(graph)
+    probing.probing = True
     sides = {} if size else {2: divisor_of(model, size), 3: divisor_of(model, size)}
     # Sizes at which no two maps have equal sides, and none has a side of one. Nothing is computed.
     shape = size or (STRIDE * 20, STRIDE * 24)
     example = torch.zeros(batch or 2, 3, *shape, device=device_of(model))
-    program = to_onnx(graph, example, ({} if batch else {0: 1}) | sides, opset or OPSET)
+    free = ({} if batch else {0: 1}) | sides
+    program = to_onnx(graph, example, free, opset or OPSET)
     pictures = checks.pictures_for(size, divisor_of(model, size), batch or 2)
     about = metadata(model, network, size, with_preprocess, pictures[0].shape[1:3])
     program.model.metadata_props[METADATA] = json.dumps(about)
     part = out.with_name(f'{out.name}.part')
+
+    @functools.cache
+    def probe(backend: str) -> Runtime:
+        again = to_onnx(probing, example, free, opset or OPSET)
+        again.model.metadata_props[METADATA] = json.dumps(about)
+        with tempfile.TemporaryDirectory() as folder:
+            again.save(Path(folder) / 'probe.onnx')
+            return open_model(Path(folder) / 'probe.onnx', backend)
+
     try:
         program.save(part)
         for backend in check:
-            checks.check_file(part, model, network, pictures, with_preprocess, backend)
+            checks.check_file(part, model, network, pictures, with_preprocess, backend, probe)
         part.replace(out)
     finally:
         part.unlink(missing_ok=True)
@@ -150,13 +167,14 @@ def batch_for(
 
 class Graph(nn.Module):
     """What is exported: a network, and before it perhaps what its ``data_preprocessor`` does to the
-    values of a picture."""
+    values of a picture. ``probing``: its decisions come as further outputs."""
 
     def __init__(self, network: nn.Module, preprocessor: nn.Module | None) -> None:
         super().__init__()
         self.network = network
         self.preprocessor = preprocessor
         self.output_names = getattr(network, 'output_names', None)
+        self.probing = False
 
     def forward(self, images: Tensor) -> Any:
         prepared = self.preprocessor
@@ -165,7 +183,11 @@ class Graph(nn.Module):
                 images = torch.cat(images.split(1, 1)[::-1], 1)
             if prepared._enable_normalize:
                 images = (images - prepared.mean) / prepared.std
-        return self.network(images)
+        if not self.probing:
+            return self.network(images)
+        with recorded() as decisions:
+            out = self.network(images)
+        return *tensors_in(out), *decisions
 
 
 def checked_arguments(

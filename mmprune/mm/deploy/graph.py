@@ -34,7 +34,8 @@ def to_onnx(module: nn.Module, example: Tensor, free: dict[int, int], opset: int
     if opset not in OPSETS:
         raise PruneError(f'opset={opset}: must be {OPSETS[0]} to {OPSETS[-1]}')
     graph = traced(module, example, free)
-    names = list(getattr(module, 'output_names', None) or _numbered(graph))
+    names = list(getattr(module, 'output_names', None) or ())
+    names += _numbered(graph)[len(names) :]
     try:
         with quiet():
             program = torch.onnx.export(

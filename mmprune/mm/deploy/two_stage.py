@@ -29,8 +29,10 @@ from mmprune.errors import PruneError
 from mmprune.mm.deploy.candidates import (
     Candidates,
     Size,
+    above,
     best,
     clipped,
+    highest,
     joined,
     nms_of,
     outputs,
@@ -39,6 +41,7 @@ from mmprune.mm.deploy.candidates import (
     without_small,
 )
 from mmprune.mm.deploy.dense import CODERS, activated, decoded, flat, overrides, priors_of
+from mmprune.mm.deploy.decisions import settled
 from mmprune.mm.deploy.ops import NOT_A_CANDIDATE
 
 
@@ -123,15 +126,15 @@ class TwoStageNetwork(nn.Module):
         features = model.extract_feat(images)
         with traceable_rois(model.roi_head):
             found = proposals(model.rpn_head, features, size, self.rpn_nms)
-            rois, there = rois_of(found), found.scores > NOT_A_CANDIDATE
+            rois, there = rois_of(found, size), found.scores > NOT_A_CANDIDATE
             head = model.roi_head
             forward = refined if isinstance(head, CascadeRoIHead) else once
             box_head, rois, logits, offsets = forward(head, features, rois, size)
             found = boxes_of(box_head, rois, logits, offsets, there, size, head.test_cfg)
-            found = suppressed(found, self.nms, head.test_cfg.max_per_img)
+            found = suppressed(found, self.nms, head.test_cfg.max_per_img, size)
             if not head.with_mask:
                 return outputs(found)
-            return *outputs(found), masks_of(head, features, found)
+            return *outputs(found), masks_of(head, features, found, size)
 
     def before_nms(self, images: Tensor) -> tuple:
         """The heads' own outputs: the RPN's, then the RoIs, their logits and offsets."""
@@ -140,7 +143,7 @@ class TwoStageNetwork(nn.Module):
         with traceable_rois(model.roi_head):
             found = proposals(model.rpn_head, features, size, self.rpn_nms)
             forward = refined if isinstance(model.roi_head, CascadeRoIHead) else once
-            _, *stage = forward(model.roi_head, features, rois_of(found), size)
+            _, *stage = forward(model.roi_head, features, rois_of(found, size), size)
         return (*model.rpn_head(features), *stage)
 
 
@@ -155,15 +158,17 @@ def proposals(rpn: nn.Module, features: tuple[Tensor, ...], size: Size, nms) -> 
         offsets = flat(bbox_preds[level], rpn.bbox_coder.encode_size)
         boxes = decoded(rpn.bbox_coder, rows_at(priors, rows), rows_at(offsets, rows), size)
         parts.append(Candidates(boxes, scores, torch.full_like(rows, level)))
-    return suppressed(without_small(joined(parts), cfg), nms, cfg['max_per_img'])
+    found = without_small(joined(parts), cfg, size)
+    return suppressed(found, nms, cfg['max_per_img'], size)
 
 
-def rois_of(found: Candidates) -> Tensor:
+def rois_of(found: Candidates, size: Size) -> Tensor:
     """(N * k, 5): the number of its image, and each box."""
     n, k = found.scores.shape
     images = torch.arange(n, device=found.boxes.device, dtype=found.boxes.dtype)
     images = images[:, None, None].expand(n, k, 1)
-    return torch.cat([images, found.boxes], -1).reshape(n * k, 5)
+    rois = torch.cat([images, found.boxes], -1).reshape(n * k, 5)
+    return settled('RoIs', rois, size)
 
 
 Stage = tuple[nn.Module, Tensor, Tensor, Tensor | None]
@@ -188,11 +193,11 @@ def refined(head: nn.Module, features: tuple[Tensor, ...], rois: Tensor, size: S
         scores = found['cls_score']
         if box_head.custom_activation:
             scores = box_head.loss_cls.get_activation(scores)
-        labels = scores[:, :-1].argmax(1)
+        _, labels = highest(scores[:, :-1])
         moved = box_head.regress_by_class(rois[:, 1:], labels, offsets, {'img_shape': None})
         if box_head.bbox_coder.clip_border:
             moved = clipped(moved, size)
-        rois = torch.cat([rois[:, :1], moved], 1)
+        rois = settled('RoIs', torch.cat([rois[:, :1], moved], 1), size)
     return box_head, rois, sum(logits) / len(logits), offsets
 
 
@@ -212,7 +217,7 @@ def boxes_of(
     if offsets is None or head.bbox_coder.clip_border:
         boxes = clipped(boxes, size)
     boxes = boxes.expand(n, k, classes, 4)
-    out = ~(there[..., None] & (scores > cfg.score_thr))
+    out = ~(there[..., None] & above(scores, cfg.score_thr))
     labels = torch.arange(classes, device=rois.device).expand(n, k, classes)
     return Candidates(
         boxes.reshape(n, -1, 4),
@@ -221,10 +226,12 @@ def boxes_of(
     )
 
 
-def masks_of(head: nn.Module, features: tuple[Tensor, ...], found: Candidates) -> Tensor:
+def masks_of(
+    head: nn.Module, features: tuple[Tensor, ...], found: Candidates, size: Size
+) -> Tensor:
     """(N, K, h, w) probabilities of the mask of each detection's class."""
     n, k = found.labels.shape
-    rois, labels = rois_of(found), found.labels.clamp(min=0).reshape(-1)
+    rois, labels = rois_of(found, size), found.labels.clamp(min=0).reshape(-1)
     if isinstance(head, CascadeRoIHead):
         stages = [
             of_class(head._mask_forward(stage, features, rois)['mask_preds'], labels, mask_head)
@@ -298,6 +305,7 @@ def from_levels(
     # The logarithm of ``map_roi_levels`` as comparisons, which round alike everywhere.
     scale = area.sqrt() / extractor.finest_scale + 1e-6
     levels = sum((scale >= 2.0**level).long() for level in range(1, len(features)))
+    levels = settled('levels of RoIs', levels, scale)
     if roi_scale_factor is not None:
         rois = extractor.roi_rescale(rois, roi_scale_factor)
     total = 0.0
