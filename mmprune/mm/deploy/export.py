@@ -1,10 +1,11 @@
 """A checkpoint as one ONNX file: build the model, wrap it, trace it, check the file, then name it."""
 
+import contextlib
 import copy
 import functools
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,8 @@ def export_model(
     :func:`mmprune.load_pruned` gives it. ``batch``: images of one run, by default any number."""
     out = Path(out)
     checked_arguments(out, size, dynamic, check)
-    model = revert_sync_batchnorm(model).eval()
+    model = revert_sync_batchnorm(model)
+    model.eval()  # some detectors' own train() returns nothing
     network = RawNetwork(model) if raw else wrapper_for(model)
     size = size_for(model, network, size, dynamic)
     batch = batch_for(network, batch, size, device_of(model))
@@ -338,7 +340,7 @@ def metadata(
 def costs(model: nn.Module, network: nn.Module, size: tuple[int, int]) -> dict[str, dict[str, int]]:
     """FLOPs (multiply-adds) of one image and parameters, before and after pruning."""
     counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
+    with frozen(model), counter, torch.no_grad():
         network(torch.zeros(1, 3, *size, device=device_of(model)))
     flops = counter.get_total_flops() // 2
     params = sum(parameter.numel() for parameter in model.parameters())
@@ -349,3 +351,16 @@ def costs(model: nn.Module, network: nn.Module, size: tuple[int, int]) -> dict[s
         'flops': {'before': round(flops / left['flops']), 'after': flops},
         'params': {'before': before, 'after': params},
     }
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """torch's counter wants gradients of parameters that modules are called with (queries)."""
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)

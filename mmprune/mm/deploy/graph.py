@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmprune.errors import PruneError
+from mmprune.mm.deploy.compiled import plain_operators
 from mmprune.mm.deploy.ops import translations
 from mmprune.surgery.meta import first_line
 
@@ -56,11 +57,13 @@ def traced(module: nn.Module, example: Tensor, free: dict[int, int]) -> torch.ex
         dims[number] = divisor * dim if divisor > 1 else dim
     stack: list[str] = []
     try:
-        with quiet(), torch.no_grad(), entered_modules(module, stack), plain_attention():
-            return torch.export.export(
+        with quiet(), torch.no_grad(), entered_modules(module, stack), inference_path():
+            graph = torch.export.export(
                 module, (example,), dynamic_shapes=(dims or None,), strict=False,
                 prefer_deferred_runtime_asserts_over_guards=True,
             )  # fmt: skip
+            promote(graph)
+            return graph
     except PruneError:
         raise
     except Exception as error:  # whatever a model's code may raise on tensors without data
@@ -72,6 +75,27 @@ def traced(module: nn.Module, example: Tensor, free: dict[int, int]) -> torch.ex
         raise PruneError(
             f'{where}can not be traced for export: {type(error).__name__}: {first_line(error)}{remedy}'
         ) from error
+
+
+def promote(program: torch.export.ExportedProgram) -> None:
+    """Integers that meet fractions become fractions first: torch does so by itself, ONNX does not."""
+    aten = torch.ops.aten
+    for node in program.graph.nodes:
+        if node.target in (aten.arange.default, aten.arange.start, aten.arange.start_step):
+            if node.meta['val'].is_floating_point():
+                node.args = tuple(float(x) if isinstance(x, int) else x for x in node.args)
+            continue
+        if node.target not in (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor):
+            continue
+        kind = node.meta['val'].dtype
+        for given in node.all_input_nodes:
+            value = given.meta.get('val')
+            if kind.is_floating_point and isinstance(value, Tensor) and not value.is_floating_point():
+                with program.graph.inserting_before(node):
+                    cast = program.graph.call_function(aten._to_copy.default, (given,), {'dtype': kind})
+                cast.meta['val'] = value.to(kind)
+                node.replace_input_with(given, cast)
+    program.graph_module.recompile()
 
 
 @contextlib.contextmanager
@@ -92,12 +116,13 @@ def entered_modules(module: nn.Module, stack: list[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def plain_attention() -> Iterator[None]:
-    """torch's fused attention for inference has no translation; the plain one is the same."""
+def inference_path() -> Iterator[None]:
+    """Operators that can be translated: of torch's attention the plain one, and no compiled functions."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with plain_operators():
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
 

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from mmprune.contexts import tensors_in
+from mmprune.errors import PruneError
 from mmprune.mm.deploy.two_stage import TwoStageNetwork, two_stage_wrapper
+from mmprune.surgery.meta import first_line
 
 
 class RawNetwork(nn.Module):
@@ -24,29 +26,59 @@ class RawNetwork(nn.Module):
         self.model = model
         self.metadata = {'task': 'raw'}
         self.two_stage = two_stage_wrapper(model)
+        self.run = of_images
         self.needs_samples = False
 
     def try_out(self, images: Tensor) -> None:
-        """Finds out whether the model asks for data samples (DETR and its kin, for the sizes of their
-        pictures): then it is exported for as many images as it is traced with."""
-        with torch.no_grad():
+        """Finds out how the model can be run: on images alone, with data samples (DETR and its kin, for
+        the sizes of their pictures; then it is exported for as many images as it is traced with), or
+        the head alone where the rest asks for the objects of training (CondInst).
+
+        Raises:
+            PruneError: in none of these ways; with what the model says.
+        """
+        told = []
+        if isinstance(self.two_stage, TwoStageNetwork):
+            return
+        ways = (of_images, of_samples, of_features)
+        for run in (of_proposals, *ways) if hasattr(self.model, 'rpn_head') else ways:
+            self.run = run
             try:
-                self(images)
-            except (TypeError, AttributeError, AssertionError):
-                self.needs_samples = True
+                with torch.no_grad():
+                    self(images)
+            except Exception as error:  # of the model's own code
+                told.append(f'{type(error).__name__}: {first_line(error)}')
+            else:
+                self.needs_samples = run is of_samples
+                return
+        raise PruneError(
+            f'{type(self.model).__name__}: does not run on images alone ({told[0]}), nor with data samples '
+            f'({told[-2]}), nor does its head on features ({told[-1]})'
+        )
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         return tuple(tensors_in(self.outputs(images)))
 
     def outputs(self, images: Tensor) -> Any:
-        model = self.model
         if isinstance(self.two_stage, TwoStageNetwork):
             return self.two_stage.before_nms(images)
-        if hasattr(model, 'rpn_head'):
-            return model.rpn_head(model.extract_feat(images))
-        if self.needs_samples:
-            return model(images, samples_of(images), mode='tensor')
-        return model(images, None, mode='tensor')
+        return self.run(self.model, images)
+
+
+def of_proposals(model: nn.Module, images: Tensor) -> Any:
+    return model.rpn_head(model.extract_feat(images))
+
+
+def of_images(model: nn.Module, images: Tensor) -> Any:
+    return model(images, None, mode='tensor')
+
+
+def of_samples(model: nn.Module, images: Tensor) -> Any:
+    return model(images, samples_of(images), mode='tensor')
+
+
+def of_features(model: nn.Module, images: Tensor) -> Any:
+    return model.bbox_head(model.extract_feat(images))
 
 
 def samples_of(images: Tensor) -> list[Any]:

@@ -274,8 +274,8 @@ def traceable_rois(head: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module in changed:
-            del vars(module)['forward']
+        for module in changed:  # an extractor that boxes and masks share is met twice while tracing
+            vars(module).pop('forward', None)
 
 
 def pooled(layer: nn.Module, features: Tensor, rois: Tensor) -> Tensor:
