@@ -128,8 +128,8 @@ def by_rounding(
     """Finds out whether results part by rounding alone, and says so.
 
     Three things have to hold, one after the other: the wrapper and ``predict`` find the same, in double
-    precision if they do not in single; each decision of the file is PyTorch's own, or a near tie; and with
-    the file's decisions PyTorch computes what the file does, row by row (see ``decisions.py``).
+    precision if they do not in single; each decision of the file is PyTorch's own, or a near tie; and
+    with the file's decisions PyTorch computes what the file does, row by row (see ``decisions.py``).
 
     Args:
         got: what the file gave. probed: the same, and its decisions.
@@ -157,12 +157,12 @@ def by_rounding(
         error, own = apart(ours, theirs, side), apart(theirs, best, side)
         if not error <= allowed(own):
             raise PruneError(
-                f'{parts} (rounding does not explain it: with the decisions of the file, {name} parts by '
-                f'{error:.1e}, relative; PyTorch from itself in double precision by {own:.1e})'
+                f'{parts} (rounding does not explain it: with the decisions of the file, {name} parts '
+                f'by {error:.1e}, relative; PyTorch from itself in double precision by {own:.1e})'
             )
     print_log(
-        f'{str(parts).split(": ")[0]}: results differ by rounding alone. All {len(decisions)} decisions '
-        'of the file are near ties where they are not those of PyTorch, which computes the same with them',
+        f'{str(parts).split(": ")[0]}: results differ by rounding alone. Of {len(decisions)} decisions '
+        'of the file those that are not as in PyTorch are near ties; with them it computes the same',
         'current',
     )
 
@@ -170,8 +170,8 @@ def by_rounding(
 def wrapper_as_predict(
     model: nn.Module, network: nn.Module, inputs: torch.Tensor, samples: list[Any], names: list[str]
 ) -> None:
-    """Compares the wrapper with ``predict``, both in PyTorch: in single precision, or where they part in
-    that, in double.
+    """Compares the wrapper with ``predict``, both in PyTorch: in single precision, or where they
+    part in that, in double.
 
     Raises:
         PruneError: they part in double precision too, or can't run in that.

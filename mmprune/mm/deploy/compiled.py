@@ -51,7 +51,8 @@ def only_with_data(name: str, function: Callable, args: tuple, kwargs: dict) -> 
 
 def deform_conv(
     ctx: Any, x: Tensor, offset: Tensor, weight: Tensor, stride: Any = 1, padding: Any = 0,
-    dilation: Any = 1, groups: int = 1, deform_groups: int = 1, bias: bool = False, im2col_step: int = 32,
+    dilation: Any = 1, groups: int = 1, deform_groups: int = 1, bias: bool = False,
+    im2col_step: int = 32,
 ) -> Tensor:  # fmt: skip
     """Deformable convolution (arXiv:1703.06211), with the arguments of mmcv's ``forward``."""
     return sampled_conv(x, offset, None, weight, None, stride, padding, dilation, groups, deform_groups)

@@ -143,7 +143,9 @@ def _are_rows(rows: Tensor, total: int) -> bool:
     return inside and not bool((ordered[:, 1:] == ordered[:, :-1]).any())
 
 
-def above(theirs: Tensor, ours: Tensor, off: float, values: Tensor, threshold: float, size: Size | None) -> str:
+def above(
+    theirs: Tensor, ours: Tensor, off: float, values: Tensor, threshold: float, size: Size | None
+) -> str:
     """Which values are above a threshold. ``size``: that of the picture, where they are pixels."""
     differ = theirs != ours
     unit = max(abs(threshold), *(size or (0,)))

@@ -23,8 +23,8 @@ from mmprune.errors import PruneError
 from mmprune.mm.atomic_files import sync_folder
 from mmprune.mm.checkpoint import load_pruned, read_checkpoint, without_pretrained
 from mmprune.mm.deploy import check as checks
-from mmprune.mm.deploy.dense import dense_wrapper
 from mmprune.mm.deploy.decisions import recorded
+from mmprune.mm.deploy.dense import dense_wrapper
 from mmprune.mm.deploy.detr import detr_wrapper
 from mmprune.mm.deploy.graph import to_onnx
 from mmprune.mm.deploy.pose import keypoint_names, pose_wrapper
@@ -39,6 +39,9 @@ OPSET = 18
 STRIDE = 32
 """What sides are a multiple of where the size is open: pyramids add maps of neighbouring levels, which
 only fit together so."""
+
+BATCH_FIXED = 'Constraints violated (d0)'
+"""What torch says where a model makes a number of the batch's size (windows of Swin)."""
 
 KINDS = (
     'one-stage detectors with a dense head (RetinaNet, ATSS, FCOS, GFL, RTMDet, YOLOX, SSD and others '
@@ -125,7 +128,14 @@ def export_model(
     shape = size or (STRIDE * 20, STRIDE * 24)
     example = torch.zeros(batch or 2, 3, *shape, device=device_of(model))
     free = ({} if batch else {0: 1}) | sides
-    program = to_onnx(graph, example, free, opset or OPSET)
+    try:
+        program = to_onnx(graph, example, free, opset or OPSET)
+    except PruneError as error:
+        if batch or BATCH_FIXED not in str(error):
+            raise
+        print_log('The model computes with the number of images: exported for batches of 1', 'current')
+        batch, free, example = 1, sides, example[:1]
+        program = to_onnx(graph, example, free, opset or OPSET)
     pictures = checks.pictures_for(size, divisor_of(model, size), batch or 2)
     about = metadata(model, network, size, with_preprocess, pictures[0].shape[1:3])
     program.model.metadata_props[METADATA] = json.dumps(about)

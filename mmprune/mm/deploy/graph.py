@@ -117,7 +117,7 @@ def entered_modules(module: nn.Module, stack: list[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def inference_path() -> Iterator[None]:
-    """Operators that can be translated: of torch's attention the plain one, and no compiled functions."""
+    """Operators that can be translated: of torch's attention the plain one, no compiled functions."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

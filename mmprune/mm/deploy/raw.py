@@ -52,8 +52,8 @@ class RawNetwork(nn.Module):
                 self.needs_samples = run is of_samples
                 return
         raise PruneError(
-            f'{type(self.model).__name__}: does not run on images alone ({told[0]}), nor with data samples '
-            f'({told[-2]}), nor does its head on features ({told[-1]})'
+            f'{type(self.model).__name__}: does not run on images alone ({told[0]}), nor with data '
+            f'samples ({told[-2]}), nor does its head on features ({told[-1]})'
         )
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:

@@ -40,8 +40,8 @@ from mmprune.mm.deploy.candidates import (
     suppressed,
     without_small,
 )
-from mmprune.mm.deploy.dense import CODERS, activated, decoded, flat, overrides, priors_of
 from mmprune.mm.deploy.decisions import settled
+from mmprune.mm.deploy.dense import CODERS, activated, decoded, flat, overrides, priors_of
 from mmprune.mm.deploy.ops import NOT_A_CANDIDATE
 
 

@@ -5,7 +5,6 @@ import copy
 import numpy as np
 import pytest
 import torch
-from mmengine.config import Config
 
 import mmprune
 from mmprune.mm.deploy import check
@@ -32,7 +31,6 @@ MASK_RCNN = dict(
         bbox_roi_extractor=POOL, mask_roi_extractor=POOL, bbox_head=BOXES, mask_head=MASKS,
     ),
 )  # fmt: skip
-FIRST = dict(BOXES, _delete_=False)
 CASCADE = dict(
     backbone=SMALL, neck=NECK, rpn_head=RPN, test_cfg=BEST,
     roi_head=dict(bbox_roi_extractor=POOL, bbox_head={str(stage): BOXES for stage in range(3)}),
@@ -100,8 +98,8 @@ def test_a_pruned_detector_of_this_kind_equals_predict(family, tmp_path):
         if family == 'mask_rcnn':
             assert found['masks'].shape == (*real.shape, 28, 28)
             assert found['masks'][real].std() > 1e-3
-    # Where there is nothing: every row says so, in the same file with other weights.
-    if family in ('mask_rcnn', 'ssd'):
-        nothing = export_model(finds_nothing(model), tmp_path / 'none.onnx', size=size or (64, 96))
-        found = open_model(nothing)(np.zeros((2, 3, *(size or (64, 96))), np.float32))
+    # Where there is nothing, every row says so.
+    if family == 'mask_rcnn':
+        nothing = export_model(finds_nothing(model), tmp_path / 'none.onnx', size=(64, 96))
+        found = open_model(nothing)(np.zeros((2, 3, 64, 96), np.float32))
         assert (found['labels'] == -1).all() and not found['dets'].any()
