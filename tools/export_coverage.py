@@ -13,9 +13,11 @@ import argparse
 import json
 import multiprocessing
 import os
+import re
 import sys
 import tempfile
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -81,6 +83,35 @@ def fixed_side(model) -> tuple[int, int] | None:
     return int(height), int(width)
 
 
+def write_table(rows: list[dict]) -> None:
+    """Puts the table of all rows between its marks in docs/deploy.md."""
+    text = PAGE.read_text()
+    start, end = '<!-- families -->\n', '<!-- /families -->'
+    before, rest = text.split(start, 1)
+    lines = []
+    for zoo in ('mmdet', 'mmpose'):
+        own = [row for row in rows if row['name'].startswith(zoo)]
+        counts = Counter(row['export'] for row in own)
+        told = ', '.join(f'{counts[kind]} {kind}' for kind in ('whole', 'raw', 'not'))
+        lines += [f'### {zoo}: {told}', '', '| family | | why not whole, or not at all |', '|---|---|---|']
+        lines += [f'| {row["name"].split("/")[1]} | {row["export"]} | {why(row)} |' for row in own]
+        lines.append('')
+    PAGE.write_text(before + start + '\n'.join(lines) + end + rest.split(end, 1)[1])
+
+
+def why(row: dict) -> str:
+    """The reason of a row, as short as it says all."""
+    if row['export'] == 'whole':
+        return ''
+    told = row.get('raw_reason') if row['export'] == 'not' else None
+    told = (told or row['reason']).split(': has no wrapper')[0].split('. There are those')[0]
+    told = told.split(' the current sys.path')[0].split('; nothing was written')[0]
+    told = re.sub(r'\S*/(whole|raw)\.onnx\.part: ', '', told).replace('|', '/')
+    if ' has no wrapper' in row['reason'] and row['export'] == 'raw':
+        return f'no wrapper for {told}'
+    return told[:160].rstrip(', ')
+
+
 def run(name: str, config: str, how: dict, limit: int) -> dict:
     here, there = FORK.Pipe(duplex=False)
     how = {key: value for key, value in how.items() if key == 'size'}
@@ -112,7 +143,8 @@ def main() -> None:
     if args.resume and args.out.exists():
         done = {row['name'] for row in json.loads(args.out.read_text())}
         chosen = {name: family for name, family in chosen.items() if name not in done}
-    warm_up()
+    if chosen:
+        warm_up()
     import mmprune.mm.deploy.export  # noqa: F401  (once, before the forks)
 
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -123,6 +155,8 @@ def main() -> None:
             rows = {r['name']: r for r in known} | {row['name']: row}
             ordered = [rows[name] for name in families() if name in rows]
             args.out.write_text(json.dumps(ordered, indent=1) + '\n')
+    if args.out == RESULTS:
+        write_table(json.loads(RESULTS.read_text()))
 
 
 if __name__ == '__main__':

@@ -82,6 +82,7 @@ def made(family):
     return enliven(model.eval(), FIXED.get(family, (128, 160)))
 
 
+@pytest.mark.filterwarnings('ignore:To copy construct from a tensor')  # of mmdet's, in DETR's loss
 @pytest.mark.parametrize('family', FAMILIES)
 def test_a_pruned_detector_of_this_kind_equals_predict(family, tmp_path):
     model, size = made(family), FIXED.get(family)
