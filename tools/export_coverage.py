@@ -93,7 +93,8 @@ def write_table(rows: list[dict]) -> None:
         own = [row for row in rows if row['name'].startswith(zoo)]
         counts = Counter(row['export'] for row in own)
         told = ', '.join(f'{counts[kind]} {kind}' for kind in ('whole', 'raw', 'not'))
-        lines += [f'### {zoo}: {told}', '', '| family | | why not whole, or not at all |', '|---|---|---|']
+        lines += [f'### {zoo}: {told}', '', '| family | | why not whole, or not at all |']
+        lines.append('|---|---|---|')
         lines += [f'| {row["name"].split("/")[1]} | {row["export"]} | {why(row)} |' for row in own]
         lines.append('')
     PAGE.write_text(before + start + '\n'.join(lines) + end + rest.split(end, 1)[1])
