@@ -110,7 +110,7 @@ def why(row: dict) -> str:
     told = re.sub(r'\S*/(whole|raw)\.onnx\.part: ', '', told).replace('|', '/')
     if ' has no wrapper' in row['reason'] and row['export'] == 'raw':
         return f'no wrapper for {told}'
-    return told[:160].rstrip(', ')
+    return told[:160].rstrip(', ') + (' (an older run)' if row.get('older') else '')
 
 
 def run(name: str, config: str, how: dict, limit: int) -> dict:
