@@ -177,7 +177,8 @@ def test_what_has_no_wrapper_is_told_of_raw(retinanet, tmp_path):
 def test_an_operator_that_onnx_lacks_is_named_with_its_module(tmp_path):
     config = load('mmdet::carafe/faster-rcnn_r50_fpn-carafe_1x_coco.py')
     model = mmprune.mm.zoo.build_model(config)
-    with pytest.raises(PruneError, match=r'^neck\..*\(CARAFE.*\): can not be .* mmcv::carafe_forward is a compiled'):
+    told = r'^neck\..*\(CARAFE.*\): can not be .* mmcv::carafe_forward is a compiled'
+    with pytest.raises(PruneError, match=told):
         export_model(model, tmp_path / 'model.onnx', size=(64, 64))
     assert not list(tmp_path.iterdir())
 
