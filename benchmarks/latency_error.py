@@ -25,7 +25,7 @@ from mmprune.budget.choose import choose
 from mmprune.budget.device import least_of
 from mmprune.budget.latency import device_of, measure, narrowed, ratio_of
 from mmprune.budget.measured import choose_measured
-from mmprune.mm import zoo as testing
+from mmprune.mm import zoo
 from mmprune.mm.deploy.timing import prepare_raw
 
 
@@ -83,7 +83,7 @@ def rows_of(config: str, backend: str, args: argparse.Namespace) -> Iterator[dic
     """Predicted and measured fractions of time of one network in one runtime; the first row is of the
     unpruned network, in milliseconds."""
     torch.manual_seed(0)
-    model = testing.build_model(testing.load(config)).eval()
+    model = zoo.build_model(zoo.load(config)).eval()
     name, forward = config.split('/')[-1].removesuffix('.py'), run_of(model, args.size)
     prepare = prepare_raw((args.size, args.size), backend)
     traced = mmprune.trace(model, forward)

@@ -136,10 +136,10 @@ class Peak:
 
 def batch_of(config, size, count):
     """Random images of ``size`` with what the config's loss needs."""
-    from mmprune.mm import zoo as testing
+    from mmprune.mm import zoo
 
     if config.get('default_scope') == 'mmpose':
-        pairs = [testing.pose_batch(config, seed) for seed in range(-(-count // 2))]
+        pairs = [zoo.pose_batch(config, seed) for seed in range(-(-count // 2))]
         return {key: [sample for pair in pairs for sample in pair[key]][:count] for key in pairs[0]}
     from mmdet.testing import demo_mm_inputs
 
@@ -155,16 +155,15 @@ def one_cut(name, count, device):
 
     from mmprune.budget.budget import make_budget
     from mmprune.budget.choose import choose
-    from mmprune.graph import carry as traces
-    from mmprune.mm import model_modes
-    from mmprune.mm import zoo as testing
+    from mmprune.graph import carry
+    from mmprune.mm import model_modes, zoo
     from mmprune.session import check_cut
     from mmprune.surgery.apply import cut
     from mmprune.surgery.build import baseline_of, make_plan
 
-    config = testing.load(name)
+    config = zoo.load(name)
     size = model_modes.test_size(config)
-    model = testing.build_model(config).to(device)
+    model = zoo.build_model(config).to(device)
     batch = batch_of(config, size, count)
     optimizer = build_optim_wrapper(model, config.optim_wrapper)
     peak, found = Peak(device), {}
@@ -193,7 +192,7 @@ def one_cut(name, count, device):
     plan = timed('plan', lambda: make_plan(traced, model, keep, budget.to_meta()))
     timed('check', lambda: check_cut(model, plan, runs.checked))
     timed('cut', lambda: cut(model, plan, optimizer))
-    timed('carry', lambda: traces.after_cut(traced, model, keep))
+    timed('carry', lambda: carry.after_cut(traced, model, keep))
     for _ in range(2):
         timed('step', step)
     return {'config': name, 'size': size, 'units': traced.n_units, 'parts': found}

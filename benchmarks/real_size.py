@@ -43,7 +43,7 @@ from mmengine.runner.priority import get_priority
 from rich.console import Console
 from rich.table import Table
 
-from mmprune.mm import zoo as testing
+from mmprune.mm import zoo
 from mmprune.mm.checkpoint import without_pretrained
 from mmprune.mm.hooks import PruneHook
 
@@ -168,7 +168,7 @@ def derive(path: str, work_dir: Path, args: argparse.Namespace) -> Config:
     """The config at ``path`` on a handful of pictures, for two cuts, with stopwatches."""
     cfg = Config.fromfile(path)
     cfg.model = without_pretrained(cfg.model)
-    model, _ = testing.build(cfg)
+    model, _ = zoo.build(cfg)
     cfg.load_from = str(work_dir / 'weights.pth')
     torch.save({'state_dict': model.state_dict(), 'meta': {}}, cfg.load_from)
 

@@ -90,7 +90,7 @@ def cut_once(
         budget: what was asked for, for the record.
         forward: the run by which a cut is checked on a copy; ``None``: it is not.
         optimizer: see :func:`mmprune.surgery.apply.cut`.
-        ema_models: gives the averaged copies that are cut alike.
+        ema_models: gives the EMA models that are cut alike.
         wrapper: what holds ``model`` (DistributedDataParallel), whose reducers are rebuilt.
         distributed: all processes of the default group call this at once. The first one chooses; where
             the check fails in one of them, it failed in all.

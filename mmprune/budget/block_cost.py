@@ -119,7 +119,7 @@ class TermCost:
         return total
 
     def neighbours(self, upper: np.ndarray, lower: np.ndarray) -> Around:
-        # Only terms of ladders that moved are looked at anew.
+        # Only terms of ladders that moved are computed again.
         at = np.array(self._at)
         kind = (int((at - upper).max(initial=0)), int((lower - at).max(initial=0)))
         known = self._around.setdefault(kind, _Neighbours(len(at), len(self._terms)))

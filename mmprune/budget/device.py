@@ -58,7 +58,7 @@ def cached(file: str) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        told = f'{path} can not be read ({error}): it is measured anew'
+        told = f'{path} can not be read ({error}): it is measured again'
         log.warning(told)
         return {}
     return content if isinstance(content, dict) else {}
@@ -73,7 +73,7 @@ def keep_cached(file: str, new: dict[str, Any]) -> None:
         beside.write_text(json.dumps(cached(file) | new, indent=1, sort_keys=True) + '\n')
         os.replace(beside, path)
     except OSError as error:
-        told = f'{path} can not be written ({error}): the next run measures anew'
+        told = f'{path} can not be written ({error}): the next run measures again'
         log.warning(told)
 
 

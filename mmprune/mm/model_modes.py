@@ -117,10 +117,10 @@ def first_trace(model: nn.Module, runs: Runs) -> tuple[ChannelGraph, Runs]:
     reads."""
     first, *others = runs.ordered
     optional = [getattr(runs, mode) for mode in runs.modes]
-    traced = trace(model, first, also=tuple(others), may_fail=optional)
+    graph = trace(model, first, also=tuple(others), may_fail=optional)
     modes = set(runs.modes)
     for mode in sorted(runs.modes):
-        error = traced.failed.get(getattr(runs, mode))
+        error = graph.failed.get(getattr(runs, mode))
         if error is not None:
             modes.remove(mode)
             print_log(
@@ -128,7 +128,7 @@ def first_trace(model: nn.Module, runs: Runs) -> tuple[ChannelGraph, Runs]:
                 f'{type(error).__name__}: {error}',
                 'current',
             )
-    return traced, replace(runs, modes=frozenset(modes))
+    return graph, replace(runs, modes=frozenset(modes))
 
 
 def forwards_of(model: nn.Module, batch: Any, count: int = 4) -> tuple[Forward, tuple[Forward, ...]]:

@@ -19,11 +19,11 @@ from mmprune.surgery.plan import Plan
 FILE = 'prune_report.json'
 
 
-def before(traced: ChannelGraph) -> dict[str, Any]:
+def before(graph: ChannelGraph) -> dict[str, Any]:
     """What a trace says of the model before any cut of this run: channels by part (by tensor, so
     that the plan alone tells them later), what is locked and why. Plain data."""
     axes: dict[str, list[list[Any]]] = {}
-    for axis in cost.output_axes(traced):
+    for axis in cost.output_axes(graph):
         axes.setdefault(cost.part_of(axis.name), []).append([axis.name, axis.dim, axis.size])
     return {
         'axes': axes,
@@ -34,7 +34,7 @@ def before(traced: ChannelGraph) -> dict[str, Any]:
                 'units': each.count,
                 'why': list(map(str, each.reasons)),
             }
-            for each in traced.locked
+            for each in graph.locked
         ],
         'failed': {},
     }
@@ -53,44 +53,44 @@ def channels(axes: dict[str, list[list[Any]]], plan: Plan) -> dict[str, dict[str
     return found
 
 
-def log_trace(logger: logging.Logger, traced: ChannelGraph, counted_as: str) -> None:
+def log_trace(logger: logging.Logger, graph: ChannelGraph, counted_as: str) -> None:
     """One table of what may go; what can't be cut at level DEBUG, since it stands in the report too.
 
     ``counted_as``: what the FLOPs are those of.
     """
-    for name, where in traced.unknown_ops.items():
+    for name, where in graph.unknown_ops.items():
         logger.warning(f'No rule for {name}: locked what goes into it in {", ".join(where)}')
-    for each in traced.locked:
+    for each in graph.locked:
         logger.debug(f'Locked {each.count} of {each.name}[dim {each.dim}]: {each.reasons[0]}')
-    locked = sum(each.count for each in traced.locked)
+    locked = sum(each.count for each in graph.locked)
     logger.info(
-        f'{traced.n_units} units in {len(traced.groups)} groups may be cut, {locked} are locked '
-        f'(reasons: {FILE}); FLOPs are of {counted_as}\n{as_text(trace_table(traced))}'
+        f'{graph.n_units} units in {len(graph.groups)} groups may be cut, {locked} are locked '
+        f'(reasons: {FILE}); FLOPs are of {counted_as}\n{as_text(trace_table(graph))}'
     )
 
 
-def trace_table(traced: ChannelGraph) -> Table:
+def trace_table(graph: ChannelGraph) -> Table:
     """By part: output channels, how many of them may go, FLOPs and parameters."""
     out = Table()
     out.add_column('part')
     for name in ('channels', 'may go', 'FLOPs', 'parameters'):
         out.add_column(name, justify='right')
-    axes = cost.output_axes(traced)
+    axes = cost.output_axes(graph)
     rows: dict[str, tuple[int, ...]] = {}
-    everything = np.ones(traced.n_units, dtype=bool)
+    everything = np.ones(graph.n_units, dtype=bool)
     for part in dict.fromkeys(cost.part_of(axis.name) for axis in axes):
         own = [axis for axis in axes if cost.part_of(axis.name) == part]
         rows[part] = (
             sum(axis.size for axis in own),
-            sum(int((traced.unit_of[axis.ids] >= 0).sum()) for axis in own),
-            round(cost.flops(traced, part)(everything)),
-            round(cost.params(traced, part)(everything)),
+            sum(int((graph.unit_of[axis.ids] >= 0).sum()) for axis in own),
+            round(cost.flops(graph, part)(everything)),
+            round(cost.params(graph, part)(everything)),
         )
     for part, numbers in rows.items():
         out.add_row(part, *(f'{number:,}' for number in numbers))
     out.add_section()
     channels, free = (sum(row[i] for row in rows.values()) for i in (0, 1))
-    out.add_row('all', *(f'{n:,}' for n in (channels, free, traced.flops, traced.params)))
+    out.add_row('all', *(f'{n:,}' for n in (channels, free, graph.flops, graph.params)))
     return out
 
 

@@ -279,7 +279,7 @@ def _torchvision_model(name: str, seed: int) -> nn.Module:
 
 def _stand_in() -> None:
     """Where torchvision's compiled ops do not load, mmcv's take their places. (There is no NMS else;
-    RoIAlign would be compiled anew in each process, into something that takes gigabytes.)"""
+    RoIAlign would be compiled again in each process, into something that takes gigabytes.)"""
     import torchvision
 
     if torchvision.extension._has_ops():

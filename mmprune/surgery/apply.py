@@ -53,7 +53,7 @@ def cut(model: nn.Module, plan: P, optimizer: Any = None, ema_models: Iterable[n
     Args:
         optimizer: a torch optimizer, an mmengine ``OptimWrapper``, a scheduler, or a list of these;
             state of a parameter's shape is sliced with it.
-        ema_models: models of the same structure (averaged copies), which are cut alike.
+        ema_models: models of the same structure (averaged by EMA), which are cut alike.
 
     Returns:
         The plan against the original: this one after any earlier.

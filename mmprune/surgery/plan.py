@@ -87,7 +87,7 @@ class Plan:
             model: the plan's original, as it was before the first cut.
             optimizer: a torch optimizer, an mmengine ``OptimWrapper``, a scheduler, or a list of
                 these; state of a parameter's shape is sliced with it.
-            ema_models: averaged copies of the model, which are cut alike.
+            ema_models: EMA models, which are cut alike.
 
         Raises:
             PruneError: the model is not the plan's original; the first differences are listed.

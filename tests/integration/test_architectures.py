@@ -17,7 +17,7 @@ from mmprune import Plan
 from mmprune.check.verify import compare, compare_in_double, evaluating
 from mmprune.contexts import tensors_in
 from mmprune.graph import cost
-from mmprune.mm import zoo as testing
+from mmprune.mm import zoo
 from mmprune.mm.model_modes import first_samples, forwards_of
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
@@ -58,16 +58,16 @@ LIST = {
 
 def build(config, size=96):
     """(model in training mode, batch of its data loader) with weights at which errors show."""
-    config = testing.load(str(CONFIGS / config))
-    model = testing.build_model(config)
+    config = zoo.load(str(CONFIGS / config))
+    model = zoo.build_model(config)
     scope = config.default_scope
     if scope == 'mmdet':
-        batch = testing.detection_batch(config, size)
+        batch = zoo.detection_batch(config, size)
     elif scope == 'mmpose':
-        batch = first_samples(testing.pose_batch(config), 1)
+        batch = first_samples(zoo.pose_batch(config), 1)
     else:
         batch = classification_batch(config)
-    testing.shake(model, forwards_of(model, batch)[1][0])
+    zoo.shake(model, forwards_of(model, batch)[1][0])
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # it draws as many numbers as there are channels

@@ -10,7 +10,7 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, HOOKS, MODELS, init_default_scope
 
 from mmprune.budget.schedule import resolve
-from mmprune.mm import zoo as testing
+from mmprune.mm import zoo
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / 'configs'
@@ -74,7 +74,7 @@ def inherited_hooks(path):
     """Types in the ``custom_hooks`` of a config's first base."""
     text = path.read_text()
     first = re.search(r"_base_ = \[?\s*'([^']+)'", text)[1]
-    base = testing.load(first) if '::' in first else Config.fromfile(path.parent / first)
+    base = zoo.load(first) if '::' in first else Config.fromfile(path.parent / first)
     return [hook.type for hook in base.get('custom_hooks') or ()]
 
 
@@ -141,6 +141,6 @@ def test_every_transform_of_a_coco_config_runs(name, use_data):
 
 def test_boxinst_has_its_colour_space():
     """It compares colours in Lab, by scikit-image."""
-    config = testing.load('mmdet::boxinst/boxinst_r50_fpn_ms-90k_coco.py')
+    config = zoo.load('mmdet::boxinst/boxinst_r50_fpn_ms-90k_coco.py')
     init_default_scope('mmdet')
     MODELS.build(config.model.data_preprocessor)

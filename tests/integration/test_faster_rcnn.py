@@ -10,7 +10,7 @@ from mmdet.apis import inference_detector
 import mmprune
 from mmprune import Plan
 from mmprune.check.verify import verify
-from mmprune.mm import zoo as testing
+from mmprune.mm import zoo
 from mmprune.mm.hooks import PruneHook
 from tests.helpers.by_hand import assert_exact, narrowed
 from tests.helpers.equality import assert_same
@@ -22,7 +22,7 @@ BOXES = torch.tensor(
 
 
 def r18():
-    cfg = testing.load('mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py')
+    cfg = zoo.load('mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py')
     cfg.model.backbone.depth = 18
     cfg.model.neck.in_channels = [64, 128, 256, 512]
     return cfg
@@ -30,7 +30,7 @@ def r18():
 
 CONFIGS = {
     'r18': r18,
-    'r50': lambda: testing.load('mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'),
+    'r50': lambda: zoo.load('mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'),
 }
 
 
@@ -38,7 +38,7 @@ CONFIGS = {
 def cut_model(request):
     """(config, unpruned model, pruned model, plan, loss forward): 30 % of every group gone."""
     config = CONFIGS[request.param]()
-    original, forward = testing.build(config)
+    original, forward = zoo.build(config)
     pruned = copy.deepcopy(original)
     plan = mmprune.prune(pruned, forward, keep_channels=0.7, check=False)
     return config, original, pruned, plan, forward
@@ -88,7 +88,7 @@ def test_rebuilt_from_the_unpruned_config_it_is_the_same(cut_model):
     again = copy.deepcopy(pruned)
     second = mmprune.prune(again, forward, keep_flops=0.4, check=False)
     for model, made in ((pruned, plan), (again, second)):
-        fresh = testing.bare(config)
+        fresh = zoo.bare(config)
         Plan.from_meta(made.to_meta()).apply(fresh)
         fresh.load_state_dict(model.state_dict(), strict=True)
         assert_same(outputs(model), outputs(fresh))
@@ -105,7 +105,7 @@ def test_rebuilt_from_the_unpruned_config_it_is_the_same(cut_model):
     ],
 )
 def test_momentum_is_what_it_was_at_the_kept_indices(kind, options, keys):
-    model, forward = testing.build(r18())
+    model, forward = zoo.build(r18())
     optimizer = kind(model.parameters(), **options)
     loss, _ = model.parse_losses(forward(model))
     loss.backward()
@@ -133,7 +133,7 @@ def test_mmdet_defaults_freeze_the_stem_and_it_stays():
     config = r18()
     config.model.backbone.frozen_stages = 1
     config.model.backbone.norm_eval = True
-    model, forward = testing.build(config)
+    model, forward = zoo.build(config)
     model.train()
     loss, _ = model.parse_losses(forward(model))
     loss.backward()
@@ -144,10 +144,10 @@ def test_mmdet_defaults_freeze_the_stem_and_it_stays():
 
 
 def test_the_coco_config_builds_and_is_pruned_by_its_hook():
-    config = testing.load('configs/faster_rcnn/faster-rcnn_r50_fpn_prune_coco.py')
+    config = zoo.load('configs/faster_rcnn/faster-rcnn_r50_fpn_prune_coco.py')
     hook = next(hook for hook in config.custom_hooks if hook['type'] == 'PruneHook')
     budget = PruneHook(**{k: v for k, v in hook.items() if k != 'type'}).budget
-    model, forward = testing.build(config)
+    model, forward = zoo.build(config)
     plan = mmprune.prune(
         model, forward, check=False, **{k: v for k, v in budget.to_meta().items() if v}
     )

@@ -171,7 +171,7 @@ def _peak_memory(job: Job) -> int:
     before = _memory('VmRSS')
     run = ready(job)
     gc.collect()
-    Path('/proc/self/clear_refs').write_text('5')  # the peak starts anew: without that of loading
+    Path('/proc/self/clear_refs').write_text('5')  # the peak starts again: without that of loading
     for _ in range(WARM_UP):
         run()
     return _memory('VmHWM') - before

@@ -45,12 +45,12 @@ class PruneState:
     resumed: bool = False
 
     def to_checkpoint(
-        self, traced: ChannelGraph | None, collector: Collector | None, rng: dict[str, Any]
+        self, graph: ChannelGraph | None, collector: Collector | None, rng: dict[str, Any]
     ) -> dict[str, Any]:
         """Numbers, strings, lists, dicts and tensors: loads under ``weights_only=True``.
 
         Args:
-            traced: what is scored, and
+            graph: what is scored, and
             collector: its scores so far; ``None`` between the last cut and the end.
             rng: random states to go on with.
         """
@@ -63,7 +63,7 @@ class PruneState:
             'report': self.report,
             'modes': sorted(self.modes),
             'divisors': device.known_divisors(),
-            'trace': carry.to_state(traced) if traced is not None else None,
+            'trace': carry.to_state(graph) if graph is not None else None,
             'collector': collector.state_dict() if collector is not None else None,
             'rng': rng,
         }

@@ -52,8 +52,8 @@ class Scoring:
         model = unwrapped(runner.model)
         runner.call_hook('before_scoring')
         with raise_together('the trace'):
-            traced, runs = first_trace(model, self.runs(runner, batch, state.modes))
-        unseen = set().union(*all_gather(traced.idle))
+            graph, runs = first_trace(model, self.runs(runner, batch, state.modes))
+        unseen = set().union(*all_gather(graph.unused_parameters))
         unused = sorted(name for name in unseen if not self.budget.locks(name))
         if unused and self._waited < PATIENCE:
             self._waited += 1
@@ -63,21 +63,21 @@ class Scoring:
                 f'{len(unused)} unused trainable parameters in {PATIENCE} batches, so what they are '
                 f'tied to was not seen: {", ".join(unused[:5])}. Lock their inputs by name'
             )
-        self.watch(runner, traced)
+        self.watch(runner, graph)
         self._waited, state.modes = 0, runs.modes
         if not state.start:
-            state.start, state.report = remaining(model), report.before(traced)
-        report.log_trace(runner.logger, traced, runs.counted_as)
+            state.start, state.report = remaining(model), report.before(graph)
+        report.log_trace(runner.logger, graph, runs.counted_as)
 
-    def watch(self, runner: Runner, traced: ChannelGraph) -> None:
-        """Scores the units of ``traced`` from here on."""
+    def watch(self, runner: Runner, graph: ChannelGraph) -> None:
+        """Scores the units of ``graph`` from here on."""
         with raise_together('scoring'):
             collector = Collector(
-                traced, self.score, runner.optim_wrapper, unwrapped(runner.model), is_distributed()
+                graph, self.score, runner.optim_wrapper, unwrapped(runner.model), is_distributed()
             )
         if self.scores_so_far is not None:
             collector.load_state_dict(self.scores_so_far)
-        self.trace, self.collector, self.scores_so_far = traced, collector, None
+        self.trace, self.collector, self.scores_so_far = graph, collector, None
 
     def close(self) -> None:
         """Scores no more."""

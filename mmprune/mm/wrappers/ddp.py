@@ -1,4 +1,4 @@
-"""DistributedDataParallel that survives a cut: its reducer is built anew for the new shapes."""
+"""DistributedDataParallel that survives a cut: its reducer is rebuilt for the new shapes."""
 
 import atexit
 import gc

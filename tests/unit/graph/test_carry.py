@@ -8,10 +8,9 @@ import torch
 
 import mmprune
 from mmprune.budget.steps import layer_widths
-from mmprune.graph import carry as traces
-from mmprune.graph import cost
+from mmprune.graph import carry, cost
 from mmprune.graph.locks import LockKind
-from mmprune.mm import zoo as testing
+from mmprune.mm import zoo
 from mmprune.surgery.apply import cut
 from mmprune.surgery.build import make_plan
 from tests.helpers.by_hand import assert_exact, copied
@@ -35,7 +34,7 @@ def same(found, wanted):
     widths = [{(w.name, w.ids.tobytes()) for w in layer_widths(each)} for each in (found, wanted)]
     assert widths[0] == widths[1]
     assert [ids.tolist() for ids in found.scales] == [ids.tolist() for ids in wanted.scales]
-    assert found.idle == wanted.idle
+    assert found.unused_parameters == wanted.unused_parameters
 
 
 def follows(traced):
@@ -61,7 +60,7 @@ def cut_some(traced, model, share, seed):
     if keep.all():
         return None
     cut(model, make_plan(traced, model, keep, {}))
-    return traces.after_cut(traced, model, keep)
+    return carry.after_cut(traced, model, keep)
 
 
 def test_later_cuts_of_random_networks_are_exact():
@@ -94,11 +93,11 @@ def test_later_cuts_of_random_networks_are_exact():
     ],
 )
 def test_of_the_zoos(config):
-    model, forward = testing.build(config, 64, 'tensor')
+    model, forward = zoo.build(config, 64, 'tensor')
     model.eval()
     found = cut_some(mmprune.trace(model, forward), model, 0.7, 0)
     same(found, mmprune.trace(model, forward))
-    same(traces.from_state(reloaded(traces.to_state(found)), model), found)
+    same(carry.from_state(reloaded(carry.to_state(found)), model), found)
     same(cut_some(found, model, 0.8, 3), mmprune.trace(model, forward))
 
 
@@ -119,7 +118,7 @@ def net():
 def test_locked_groups_are_gone_with_their_reason():
     model, x = net(), torch.randn(1, 3, 5, 5)
     before = mmprune.trace(model, lambda m: m(x))
-    after, left = traces.without(before, [0], 'failed the check')
+    after, left = carry.without(before, [0], 'failed the check')
     assert [g.name for g in before.groups] == ['0.weight', '1.weight']
     assert [g.name for g in after.groups] == ['1.weight'] and left.sum() == after.n_units == 6
     assert str(after.locked[-1]) == '0.weight: failed the check'
@@ -135,7 +134,7 @@ def test_a_group_of_a_single_channel_is_locked():
     keep = np.ones(before.n_units, dtype=bool)
     keep[before.groups[0].units[1:]] = False
     cut(model, make_plan(before, model, keep, {}))
-    after = traces.after_cut(before, model, keep)
+    after = carry.after_cut(before, model, keep)
     same(after, mmprune.trace(model, lambda m: m(x)))
     assert any(str(each) == '0.weight: only channel left' for each in after.locked)
 
@@ -146,24 +145,24 @@ def test_a_model_that_was_cut_by_another_plan_is_refused():
     keep = np.ones(before.n_units, dtype=bool)
     keep[0] = False
     with pytest.raises(mmprune.PruneError, match='0.weight.*the model was cut by another'):
-        traces.after_cut(before, model, keep)
+        carry.after_cut(before, model, keep)
 
 
 def test_reasons_come_back_and_those_of_older_states_are_their_sentences():
     model, x = net(), torch.randn(1, 3, 5, 5)
     before = mmprune.trace(model, lambda m: m(x))
-    state = reloaded(traces.to_state(before))
-    assert traces.from_state(state, model).locked == before.locked
+    state = reloaded(carry.to_state(before))
+    assert carry.from_state(state, model).locked == before.locked
     for each, known in zip(state['locked'], before.locked, strict=True):
         each[3] = [str(reason) for reason in known.reasons]
-    after = traces.from_state(state, model)
+    after = carry.from_state(state, model)
     assert list(map(str, after.locked)) == list(map(str, before.locked))
     assert after.locked[0].reasons[0].kind is LockKind.STATED
 
 
 def test_a_trace_of_another_model_is_not_taken():
     model, x = net(), torch.randn(1, 3, 5, 5)
-    state = traces.to_state(mmprune.trace(model, lambda m: m(x)))
-    assert traces.from_state(state, model).n_units == 14
-    assert traces.from_state(state, torch.nn.Conv2d(3, 8, 3)) is None
-    assert traces.from_state(state | {'format': 0}, model) is None
+    state = carry.to_state(mmprune.trace(model, lambda m: m(x)))
+    assert carry.from_state(state, model).n_units == 14
+    assert carry.from_state(state, torch.nn.Conv2d(3, 8, 3)) is None
+    assert carry.from_state(state | {'format': 0}, model) is None

@@ -8,8 +8,7 @@ from mmengine.model import BaseModel
 from torch import nn
 
 import mmprune
-from mmprune.mm import model_modes
-from mmprune.mm import zoo as testing
+from mmprune.mm import model_modes, zoo
 from mmprune.mm.model_modes import both, first_samples, first_trace, forwards_of, runs_of
 from tests.helpers.equality import assert_same
 
@@ -53,7 +52,7 @@ def test_inference_is_counted_and_the_rest_seen():
     assert model.seen == [('tensor', False, 1), ('predict', False, 1), ('loss', True, 2)]
     assert model.training and BATCH['data_samples'] == []
     trace = mmprune.trace(model, counted, also=also)
-    assert trace.flops == 16 * (3 * 8 + 8 * 2) and trace.idle == []
+    assert trace.flops == 16 * (3 * 8 + 8 * 2) and trace.unused_parameters == []
 
 
 def test_flops_are_of_one_image_of_the_size_that_is_tested_at():
@@ -76,7 +75,7 @@ def test_flops_are_of_one_image_of_the_size_that_is_tested_at():
     ],
 )
 def test_the_size_that_a_config_tests_at(config, size):
-    assert model_modes.test_size(testing.load(config)) == size
+    assert model_modes.test_size(zoo.load(config)) == size
 
 
 def test_a_batch_is_looked_at_without_a_trace():
@@ -89,12 +88,12 @@ def test_a_batch_is_looked_at_without_a_trace():
             Augment.calls += 1
             return inputs.repeat(1, 1, 2, 2), data_samples
 
-    cfg = testing.load('mmdet::retinanet/retinanet_r18_fpn_1x_coco.py')
-    model = testing.build_model(cfg)
+    cfg = zoo.load('mmdet::retinanet/retinanet_r18_fpn_1x_coco.py')
+    model = zoo.build_model(cfg)
     model.data_preprocessor.batch_augments = nn.ModuleList([Augment()])
     before = copy.deepcopy(model.state_dict())
     states = torch.get_rng_state()
-    batch = testing.detection_batch(cfg, 64)
+    batch = zoo.detection_batch(cfg, 64)
     traced, runs = first_trace(model, runs_of(model, batch, size=(96, 64)))
     assert runs.modes == {'tensor', 'predict'} and traced.groups
     assert runs.counted_as == 'one image of 96 x 64' and Augment.calls == 0
@@ -139,7 +138,7 @@ def test_modes_that_fail_are_left_out(works, modes, checked, counted):
         assert any(f'mode={mode!r} of Model is left out' in text for text in told)
     again = mmprune.trace(model, runs.ordered[0], also=runs.ordered[1:])  # as if it had not been tried
     assert again.flops == traced.flops and np.array_equal(again.unit_of, traced.unit_of)
-    assert traced.idle == []
+    assert traced.unused_parameters == []
 
 
 def test_what_a_run_found_before_it_failed_does_not_count():

@@ -10,7 +10,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import mmprune
 from mmprune import PruneError
-from mmprune.mm import zoo as testing
+from mmprune.mm import zoo
 
 
 def shaken(model):
@@ -96,7 +96,7 @@ def test_a_norm_of_other_channels_or_none_is_named():
 
 
 def test_a_detector_has_no_norm_left_and_gives_the_same():
-    model, forward = testing.build('configs/faster_rcnn_prune.py', size=96, mode='tensor')
+    model, forward = zoo.build('configs/faster_rcnn_prune.py', size=96, mode='tensor')
     shaken(model)
     with torch.no_grad():
         before = model.extract_feat(torch.randn(1, 3, 64, 64, generator=torch.manual_seed(0)))

@@ -13,13 +13,13 @@ from mmpose.models.utils.transformer import GAUEncoder
 from torch import nn
 
 import mmprune
-from mmprune.mm import zoo as testing
+from mmprune.mm import zoo
 from tests.helpers.by_hand import assert_exact
 
 
 def pruned(model, forward, tolerance=1e-5):
     """(the model after a cut of 30 %, its plan), checked against the masked original."""
-    testing.shake(model, forward)
+    zoo.shake(model, forward)
     model.eval()
     original = copy.deepcopy(model)
     plan = mmprune.prune(model, forward, keep_channels=0.7, check=False)
@@ -128,10 +128,10 @@ def test_the_heads_of_a_window_are_as_wide_as_the_input():
 
 
 def test_rtmo_views_its_keypoints_by_their_declared_width():
-    config = testing.load('mmpose::body_2d_keypoint/rtmo/coco/rtmo-s_8xb32-600e_coco-640x640.py')
+    config = zoo.load('mmpose::body_2d_keypoint/rtmo/coco/rtmo-s_8xb32-600e_coco-640x640.py')
     head = config.model.head
     width = head.dcc_cfg.feat_channels
-    model = testing.build_model(config).double()  # exp and softmax follow: rounding would show
+    model = zoo.build_model(config).double()  # exp and softmax follow: rounding would show
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     model.eval()
 

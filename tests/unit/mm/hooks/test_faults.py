@@ -11,7 +11,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 import mmprune
-from mmprune.mm import zoo as testing
+from mmprune.mm import zoo
 from mmprune.mm.hooks import PruneHook
 from mmprune.mm.model_modes import forwards_of
 from mmprune.score.collector import Collector
@@ -179,7 +179,7 @@ def test_missing_gradients_are_not_scored_but_told(tmp_path, monkeypatch):
 
 
 def detector():
-    cfg = testing.load('mmdet::_base_/models/faster-rcnn_r50_fpn.py')
+    cfg = zoo.load('mmdet::_base_/models/faster-rcnn_r50_fpn.py')
     cfg.default_scope = 'mmdet'
     cfg.model.backbone.update(depth=18, base_channels=8, init_cfg=None, frozen_stages=-1)
     cfg.model.neck.update(in_channels=[8, 16, 32, 64], out_channels=16)
@@ -190,7 +190,7 @@ def detector():
 
 
 def batch_of(cfg, boxes):
-    batch = testing.detection_batch(cfg, 64)
+    batch = zoo.detection_batch(cfg, 64)
     for sample in batch['data_samples']:
         if not boxes:
             sample.gt_instances = sample.gt_instances[:0]
@@ -201,7 +201,7 @@ def test_batches_without_boxes_are_scored_and_cut():
     """mmdet's real Faster R-CNN: traced on a batch without boxes, scored on empty and full ones."""
     torch.manual_seed(0)
     cfg = detector()
-    model = testing.build_model(cfg)
+    model = zoo.build_model(cfg)
     model.train()
     empty, full = batch_of(cfg, False), batch_of(cfg, True)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-4)

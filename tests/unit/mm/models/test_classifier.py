@@ -10,8 +10,7 @@ from mmengine.structures import BaseDataElement
 
 import mmprune
 import mmprune.mm.datasets.shapes
-from mmprune.mm import cli
-from mmprune.mm import zoo as testing
+from mmprune.mm import cli, zoo
 from mmprune.mm.metrics import Accuracy
 from mmprune.mm.models.classifier import ImageClassifier
 from tests.helpers.by_hand import assert_exact
@@ -66,7 +65,7 @@ def test_the_auxiliary_head_is_weighed_and_cut_exactly():
         with torch.no_grad():
             return m(images)
 
-    testing.shake(model, loss)
+    zoo.shake(model, loss)
     losses = loss(model)
     ratio = torch.nn.functional.cross_entropy
     _, aux2, aux1 = with_aux(model)
@@ -100,7 +99,7 @@ def test_accuracy_counts_ranks():
 def test_the_runner_trains_and_prunes_it(tmp_path, monkeypatch):
     monkeypatch.setenv('MMPRUNE_SHAPES', str(tmp_path / 'shapes'))
     mmprune.mm.datasets.shapes.generate(tmp_path / 'shapes', train=40, val=12, size=64)
-    config = testing.load(str(CONFIGS / 'classification' / 'squeezenet_prune.py'))
+    config = zoo.load(str(CONFIGS / 'classification' / 'squeezenet_prune.py'))
     config.work_dir = str(tmp_path / 'work')
     config.train_cfg.max_epochs = 2
     config.train_dataloader.update(num_workers=0, persistent_workers=False)

@@ -7,7 +7,7 @@ import torch
 from mmcv.ops import RoIAlign
 
 import mmprune
-from mmprune.mm import zoo as testing
+from mmprune.mm import zoo
 from mmprune.mm.models.rfcn import cells, fold
 
 CONFIGS = Path(__file__).parents[4] / 'configs'
@@ -40,7 +40,7 @@ def test_scores_see_where_in_the_roi_things_are():
 
 
 def test_the_head_learns_and_detects():
-    model, loss = testing.build(str(CONFIGS / '_base_' / 'rfcn_shapes.py'))
+    model, loss = zoo.build(str(CONFIGS / '_base_' / 'rfcn_shapes.py'))
     assert type(model).__name__ == 'RFCN'
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     torch.manual_seed(0)
@@ -54,7 +54,7 @@ def test_the_head_learns_and_detects():
         optimizer.step()
     assert total.item() < 0.7 * first
 
-    _, predict = testing.build(str(CONFIGS / '_base_' / 'rfcn_shapes.py'), mode='predict')
+    _, predict = zoo.build(str(CONFIGS / '_base_' / 'rfcn_shapes.py'), mode='predict')
     model.eval()
     with torch.no_grad():
         found = predict(model)[0].pred_instances
@@ -63,7 +63,7 @@ def test_the_head_learns_and_detects():
 
 
 def test_a_wrong_number_of_maps_is_an_error():
-    config = testing.load(str(CONFIGS / '_base_' / 'rfcn_shapes.py'))
+    config = zoo.load(str(CONFIGS / '_base_' / 'rfcn_shapes.py'))
     config.model.roi_head.bbox_roi_extractor.out_channels = 64
     with pytest.raises(mmprune.PruneError, match='out_channels=64: R-FCN pools 11 maps'):
-        testing.build(config)
+        zoo.build(config)
