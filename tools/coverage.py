@@ -180,8 +180,8 @@ def rebuilds(config: str, trained, forward) -> bool:
     import torch
 
     import mmprune
-    from mmprune.check.verify import evaluating, relative_error
-    from mmprune.contexts import tensors_in, unchanged
+    from mmprune.check.compare import relative_error
+    from mmprune.contexts import evaluating, tensors_in, unchanged
     from mmprune.mm.zoo import bare
     from mmprune.surgery.meta import load_weights
 

@@ -4,7 +4,6 @@ import contextlib
 import math
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,24 +12,23 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._python_dispatch import _disable_current_modes
 
+from mmprune.check.compare import (
+    Comparison,
+    Key,
+    is_finite,
+)
 from mmprune.check.copies import copied
 from mmprune.check.float64 import doubled, in_double
 from mmprune.check.lockstep import RunAhead
+from mmprune.check.masked import masked_in_place
 from mmprune.check.replay import DecisionReplay, Taken
 from mmprune.contexts import evaluating, tensors_in, unchanged
 from mmprune.errors import InexactCut, PruneError
 from mmprune.graph.extensions import intercept
 from mmprune.surgery.plan import Plan, check_fingerprint
 
-TOLERANCE = 1e-4
-"""Largest relative error that rounding explains in single precision, over a deep network."""
-
 DOUBLE = 1e-5
 """The same in double precision: the worst conditioned networks of the zoos come to 1e-6."""
-
-MASK = 1e-18
-"""What stands for zero: a weight that is divided by its own norm (weight norm) would be NaN at zero.
-Its square is still a normal number in single precision; in half precision it is zero."""
 
 Forward = Callable[[nn.Module], Any]
 
@@ -195,9 +193,6 @@ class OriginalFailed(Exception):
         self.error = error
 
 
-Key = tuple[str, int, int]
-"""A module's name, its how many-th call, and the position of a tensor in what it returned."""
-
 Show = Callable[[Key, torch.Tensor], None]
 
 
@@ -279,156 +274,3 @@ def narrower_layers(model: nn.Module, plan: Plan) -> set[str]:
         and not isinstance(module, _ConvTransposeNd)
         and 0 in plan.keep.get(f'{name}.weight', {})
     }
-
-
-@dataclass
-class Comparison:
-    """Numbers of the outputs that were compared; the outputs themselves are gone by then."""
-
-    differences: dict[Key, tuple[float, float]] = field(default_factory=dict)
-    sizes: dict[tuple[str, int], float] = field(default_factory=dict)
-    narrower: set[str] = field(default_factory=set)
-    numbers: int = 0
-    coarsest: float = 0.0
-
-    def add(self, key: Key, wanted: torch.Tensor, found: torch.Tensor) -> None:
-        """One output of each model. One whose shape changed is that of a narrower layer."""
-        name, _, position = key
-        self.coarsest = max(self.coarsest, torch.finfo(wanted.dtype).eps)
-        if found.shape != wanted.shape:
-            self.narrower.add(name)
-            return
-        difference, size, count = deviation(wanted, found)
-        self.differences[key] = (difference, size)
-        self.numbers += count
-        # A head that runs on five levels may give next to nothing on one of them.
-        if name:
-            self.sizes[name, position] = max(self.sizes.get((name, position), 0.0), size)
-
-    def results(self, wanted: Any, found: Any) -> str:
-        """Adds what the models returned; a complaint where the shapes differ."""
-        made = tensors_in(found)
-        for position, tensor in enumerate(tensors_in(wanted)):
-            if not tensor.is_floating_point():
-                continue
-            other = made[position] if position < len(made) else None
-            if other is None or other.shape != tensor.shape:
-                shape = None if other is None else tuple(other.shape)
-                return (
-                    f'output {position} of the model has shape {shape}, the original '
-                    f'{tuple(tensor.shape)}'
-                )
-            self.add(('', position, 0), tensor, other)
-        return ''
-
-    def verdict(
-        self, decided: float, tolerance: float | None, modules: dict[str, nn.Module]
-    ) -> tuple[float, str]:
-        """The largest relative error, and a complaint where it is too large."""
-        if not self.numbers:
-            raise PruneError(
-                'nothing can be compared: forward returns no finite number, and no module gives one of '
-                'an unchanged shape; return the outputs, from a batch that makes them finite'
-            )
-        tolerance = max(TOLERANCE, 8 * self.coarsest) if tolerance is None else tolerance
-        worst, where = decided, 'a comparison or a choice'
-        for (name, _, position), (difference, size) in self.differences.items():
-            error = difference / max(size, self.sizes.get((name, position), 0.0), 1e-12)
-            if not error <= tolerance and worst <= tolerance:
-                worst, where = error, name
-            worst = max(worst, error)
-        if worst <= tolerance:
-            return worst, ''
-        kind = type(modules.get(where, modules[''])).__name__
-        return worst, (
-            f'the pruned model is not the masked original: relative error {worst:.2e} above '
-            f'{tolerance:.0e}, first in {where or "the result"} ({kind}): a rule or an adapter errs; '
-            'lock the channels that it reads by name'
-        )
-
-
-def deviation(wanted: torch.Tensor, found: torch.Tensor) -> tuple[float, float, int]:
-    """(max |a - b|, max |a|, how many numbers that is over): of finite positions; the first is
-    infinite where only one of the two is finite."""
-    difference, size, count = 0.0, 0.0, wanted.numel()
-    for a, b in zip(_pieces(wanted), _pieces(found), strict=True):
-        one, two = _largest(a), _largest(a - b)
-        if not math.isfinite(one + two):
-            finite = torch.isfinite(a)
-            count += int(finite.sum()) - a.numel()
-            alike = torch.equal(finite, torch.isfinite(b))
-            a, b = a.nan_to_num(0, 0, 0), b.nan_to_num(0, 0, 0)
-            one, two = _largest(a), _largest(a - b) if alike else math.inf
-        difference, size = max(difference, two), max(size, one)
-    return difference, size, count
-
-
-def largest(value: torch.Tensor) -> float:
-    """max |value| over finite positions."""
-    return max((_largest(piece.nan_to_num(0, 0, 0)) for piece in _pieces(value)), default=0.0)
-
-
-def relative_error(wanted: torch.Tensor, found: torch.Tensor) -> float:
-    """max |a - b| / max |a|, over finite positions; infinite where only one is finite."""
-    difference, size, _ = deviation(wanted, found)
-    return difference / max(size, 1e-12)
-
-
-def is_finite(value: torch.Tensor) -> bool:
-    return all(math.isfinite(_largest(piece)) for piece in _pieces(value))
-
-
-PIECE = 1 << 18
-"""Numbers that are compared at a time: few enough for a processor's cache."""
-
-
-def _pieces(value: torch.Tensor) -> Iterator[torch.Tensor]:
-    """``value`` in parts, in single precision where it is coarser."""
-    size = PIECE if value.device.type == 'cpu' else max(value.numel(), 1)
-    for piece in value.detach().reshape(-1).split(size) if value.numel() else ():
-        yield piece.float() if piece.element_size() < 4 else piece
-
-
-def _largest(value: torch.Tensor) -> float:
-    """max |value|; not finite where there is a number that is not. (A norm would be 30 times slower
-    on a CPU.)"""
-    low, high = torch.aminmax(value)
-    return float(torch.maximum(-low, high))
-
-
-# -- models to compare --------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def masked_in_place(model: nn.Module, plan: Plan) -> Iterator[None]:
-    """The parameters of every channel that ``plan`` removes are zero (``MASK``) meanwhile.
-
-    Through ``.data``, so that a graph that still waits for its backward pass is not told: the values
-    that it was made with come back to the bit.
-    """
-    put_back: list[Callable[[], Any]] = []
-    try:
-        for name, parameter in model.named_parameters():
-            value = parameter.data
-            for dim in plan.keep.get(name, {}):
-                gone = torch.tensor(plan.removed(name, dim), device=value.device)
-                old = value.index_select(dim, gone)
-                put_back.append(
-                    lambda value=value, dim=dim, gone=gone, old=old: value.index_copy_(dim, gone, old)
-                )
-                value.index_fill_(dim, gone, MASK)
-        yield
-    finally:
-        for back in reversed(put_back):
-            back()
-
-
-def masked(original: nn.Module, plan: Plan) -> nn.Module:
-    """A copy of ``original`` in which the parameters of every removed channel are zero (``MASK``)."""
-    check_fingerprint(plan.fingerprint, original, 'the plan', plan.aliases)
-    model = copied(original)
-    for name, parameter in model.named_parameters():
-        for dim in plan.keep.get(name, {}):
-            gone = torch.tensor(plan.removed(name, dim), device=parameter.device)
-            parameter.data.index_fill_(dim, gone, MASK)
-    return model

@@ -14,8 +14,8 @@ from torch import nn
 
 import mmprune
 from mmprune import Plan
-from mmprune.check.verify import compare, compare_in_double, evaluating
-from mmprune.contexts import tensors_in
+from mmprune.check.verify import compare, compare_in_double
+from mmprune.contexts import evaluating, tensors_in
 from mmprune.graph import cost
 from mmprune.mm import zoo
 from mmprune.mm.model_modes import first_samples, forwards_of

@@ -96,9 +96,7 @@ def highest(scores: Tensor) -> tuple[Tensor, Tensor]:
     return (values, own) if places is own else (scores.gather(-1, places[..., None])[..., 0], places)
 
 
-def above(
-    values: Tensor, threshold: float, size: Size | None = None, strictly: bool = True
-) -> Tensor:
+def above(values: Tensor, threshold: float, size: Size | None = None, strictly: bool = True) -> Tensor:
     """Which values are above a threshold (or at it), as one decision. ``size``: that of the picture,
     where the values are pixels."""
     found = values > threshold if strictly else values >= threshold

@@ -226,9 +226,7 @@ def boxes_of(
     )
 
 
-def masks_of(
-    head: nn.Module, features: tuple[Tensor, ...], found: Candidates, size: Size
-) -> Tensor:
+def masks_of(head: nn.Module, features: tuple[Tensor, ...], found: Candidates, size: Size) -> Tensor:
     """(N, K, h, w) probabilities of the mask of each detection's class."""
     n, k = found.labels.shape
     rois, labels = rois_of(found, size), found.labels.clamp(min=0).reshape(-1)
