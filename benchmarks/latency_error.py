@@ -23,7 +23,7 @@ from mmprune import Budget
 from mmprune.api import score_now
 from mmprune.budget.choose import choose
 from mmprune.budget.device import least_of
-from mmprune.budget.latency import device_of, measure, narrowed, ratio_of
+from mmprune.budget.latency import cut_copy, device_of, measure, ratio_of
 from mmprune.budget.measured import choose_measured
 from mmprune.mm import zoo
 from mmprune.mm.deploy.timing import prepare_raw
@@ -98,7 +98,7 @@ def rows_of(config: str, backend: str, args: argparse.Namespace) -> Iterator[dic
 
     def row(asked: str, keep: np.ndarray) -> dict[str, Any]:
         flops = mmprune.graph.cost.flops(traced)(keep) / traced.flops
-        real = ratio_of(prepare(narrowed(model, traced, keep)), unpruned, device, 31)
+        real = ratio_of(prepare(cut_copy(model, traced, keep)), unpruned, device, 31)
         return about | dict(asked=asked, flops=flops, predicted=table(keep) / whole, measured=real)
 
     for fraction in args.keep:

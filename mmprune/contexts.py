@@ -2,7 +2,7 @@
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from mmprune.errors import PruneError
+
+Forward = Callable[[nn.Module], Any]
+"""Runs the model that it is given, e.g. ``lambda model: model(x)``."""
 
 PLAIN = frozenset({
     int, float, bool, complex, str, bytes, type(None), torch.Size, torch.dtype, torch.device,

@@ -76,7 +76,7 @@ def agreed_plan(plan: Plan) -> Plan:
     Raises:
         PruneError: in all processes; names the ranks whose plan differs.
     """
-    sums = all_gather(checksum(plan))
+    sums = all_gather(digest(plan))
     differ = [rank for rank, value in enumerate(sums) if value != sums[0]]
     if differ:
         raise PruneError(
@@ -87,7 +87,7 @@ def agreed_plan(plan: Plan) -> Plan:
     return replace(plan, cuts=broadcast(plan.cuts))
 
 
-def checksum(plan: Plan) -> str:
+def digest(plan: Plan) -> str:
     """Of what a cut does: tensors' kept indices, attributes, and the model that it is for."""
     content = [plan.keep, plan.attributes, plan.fingerprint]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

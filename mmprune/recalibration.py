@@ -14,12 +14,14 @@ from mmprune.contexts import evaluating, unchanged
 from mmprune.distributed import raise_together
 from mmprune.errors import PruneError
 
-Forward = Callable[[nn.Module, Any], Any]
+BatchForward = Callable[[nn.Module, Any], Any]
 Statistics = tuple[torch.Tensor, torch.Tensor, float]
 """Mean, variance, and how many runs of the norm they are the average of."""
 
 
-def recalibrate(model: nn.Module, forward: Forward, batches: Iterable[Any], only: str = '*') -> int:
+def recalibrate(
+    model: nn.Module, forward: BatchForward, batches: Iterable[Any], only: str = '*'
+) -> int:
     """Takes batch norms' running means and variances again, as the plain average over ``batches``.
 
     What a channel's input is made of changes when others go, and with it its statistics. Weights,
@@ -58,7 +60,7 @@ def recalibrate(model: nn.Module, forward: Forward, batches: Iterable[Any], only
 def recalibrate_norms(
     model: nn.Module,
     names: list[str],
-    forward: Forward,
+    forward: BatchForward,
     batches: Iterable[Any],
     distributed: bool = False,
 ) -> int:
@@ -123,7 +125,7 @@ def _buffers(norm: _BatchNorm) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 
 
 def _taken(
-    model: nn.Module, norms: dict[str, _BatchNorm], forward: Forward, batches: Iterable[Any]
+    model: nn.Module, norms: dict[str, _BatchNorm], forward: BatchForward, batches: Iterable[Any]
 ) -> tuple[int, dict[str, Statistics]]:
     """(number of batches, statistics over them by name); the model is left as it was."""
     momenta = {name: norm.momentum for name, norm in norms.items()}

@@ -20,6 +20,7 @@ from mmprune.budget.runtimes import Prepare
 from mmprune.check.copies import copied
 from mmprune.check.lockstep import random_state, set_random_state
 from mmprune.check.verify import verify
+from mmprune.contexts import Forward
 from mmprune.distributed import (
     agreed_plan,
     all_gather,
@@ -38,7 +39,6 @@ from mmprune.surgery.plan import Plan
 
 log = logging.getLogger(__name__)
 
-Forward = Callable[[nn.Module], Any]
 
 Noted = CutNotes | Mapping[str, Any]
 """What to note of a choice, as an object or as its fields by name."""

@@ -22,9 +22,9 @@ from mmprune.budget import steps
 from mmprune.budget.budget import Budget
 from mmprune.budget.choose import choose, device_divisor
 from mmprune.budget.device import cached, device_name, keep_cached, least_of
-from mmprune.budget.op_times import Lookup, Op, Scaled, Slot, table_of
+from mmprune.budget.op_times import Lookup, Op, Scaled, TensorArgument, table_of
 from mmprune.budget.runtimes import Prepare, prepare_for, versions
-from mmprune.contexts import evaluating, tensors_in, unchanged
+from mmprune.contexts import Forward, evaluating, tensors_in, unchanged
 from mmprune.graph import cost
 from mmprune.graph.cost import Product, Term
 from mmprune.graph.coupling import ChannelGraph, components, slots_for
@@ -36,8 +36,6 @@ from mmprune.surgery.build import make_plan
 FILE = 'op_times.json'
 EVENLY = (0.85, 0.7, 0.5, 0.35)
 """Fractions of every group's units at which the whole network is timed too."""
-
-Forward = Callable[[nn.Module], Any]
 
 
 class Latency:
@@ -100,8 +98,8 @@ class Latency:
 
 
 class _Tensor(NamedTuple):
-    """What is kept of an argument while the run goes on: as :class:`Slot`, with what each dimension
-    carries in the place of the width that it follows."""
+    """What is kept of an argument while the run goes on: as :class:`TensorArgument`, with what each
+    dimension carries in the place of the width that it follows."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -150,7 +148,7 @@ class _Recorder:
             if not isinstance(value, _Tensor):
                 return value
             follows = tuple(map(width, value.carries))
-            return Slot(value.shape, value.dtype, follows, value.channels_last)
+            return TensorArgument(value.shape, value.dtype, follows, value.channels_last)
 
         arguments = tuple(map(numbered, args))
         keywords = {k: numbered(v) for k, v in kwargs.items()}
@@ -196,7 +194,7 @@ def measure(
         ops = _contractions(model, forward, trace)
         latency = Latency(trace, ops, _table(ops, trace, backend, divisor, rounds), divisor)
         for number, keep in enumerate(track(keeps, f'Preparing networks ({backend})', transient=True)):
-            networks[number] = prepare(model if keep.all() else narrowed(model, trace, keep))
+            networks[number] = prepare(model if keep.all() else cut_copy(model, trace, keep))
         seconds = least_of(networks, device_of(trace), rounds)
     latency.fit(keeps, list(seconds.values()))
     return latency
@@ -240,7 +238,7 @@ def device_of(trace: ChannelGraph) -> torch.device:
     return next(iter(trace.slots.tensors.values())).device
 
 
-def narrowed(model: nn.Module, trace: ChannelGraph, keep: np.ndarray) -> nn.Module:
+def cut_copy(model: nn.Module, trace: ChannelGraph, keep: np.ndarray) -> nn.Module:
     """A copy of the model that is cut to the units in ``keep``."""
     trial = copy.deepcopy(model)
     cut(trial, make_plan(trace, model, keep, {}))

@@ -7,7 +7,7 @@ from torch import nn
 
 from mmprune.budget.budget import Budget
 from mmprune.budget.choose import choose
-from mmprune.budget.latency import Forward, device_of, measure, narrowed, ratio_of
+from mmprune.budget.latency import Forward, cut_copy, device_of, measure, ratio_of
 from mmprune.budget.runtimes import Prepare, prepare_for
 from mmprune.contexts import evaluating, unchanged
 from mmprune.errors import PruneError
@@ -62,7 +62,7 @@ def choose_measured(
                 break
             if any(np.array_equal(keep, before) for before, _ in tried):
                 break
-            trial = prepare(narrowed(model, trace, keep))
+            trial = prepare(cut_copy(model, trace, keep))
             tried.append((keep, left * ratio_of(trial, unpruned, device_of(trace))))
             found = tried[-1][1]
             if budget.targets.keys() - {'latency'}:

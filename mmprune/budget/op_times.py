@@ -18,7 +18,7 @@ POINTS = 8
 
 
 @dataclass(frozen=True)
-class Slot:
+class TensorArgument:
     """A tensor among an operation's arguments: its shape, and for each dimension the number of the
     width that it follows (-1: none)."""
 
@@ -30,8 +30,9 @@ class Slot:
 
 @dataclass
 class Op:
-    """One operation of the run: ``arguments`` with :class:`Slot` in place of tensors; ``widths``: the
-    units (-1: locked) at the positions of each width that a cut changes; ``calls``: how often."""
+    """One operation of the run: ``arguments`` with :class:`TensorArgument` in place of tensors;
+    ``widths``: the units (-1: locked) at the positions of each width that a cut changes; ``calls``: how
+    often."""
 
     func: Any
     arguments: tuple
@@ -139,7 +140,7 @@ def arguments_at(op: Op, counts: list[int], device: torch.device) -> dict[str, A
     def made(value: Any) -> Any:
         if isinstance(value, list | tuple):
             return type(value)(made(each) for each in value)
-        if not isinstance(value, Slot):
+        if not isinstance(value, TensorArgument):
             return value
         shape = [
             size if follows < 0 else max(1, round(size * counts[follows] / op.widths[follows].size))

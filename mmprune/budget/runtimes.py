@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from mmprune.contexts import evaluating, unchanged
+from mmprune.contexts import Forward, evaluating, unchanged
 from mmprune.errors import PruneError
 from mmprune.surgery.meta import first_line
 
@@ -20,7 +20,6 @@ BACKENDS = ('eager', 'onnxruntime', 'openvino')
 
 OPSET = 18
 
-Forward = Callable[[nn.Module], Any]
 Prepare = Callable[[nn.Module], Callable[[], Any]]
 """Makes a network ready: what it returns runs it once whenever it is called."""
 

@@ -64,7 +64,7 @@ def widened(value: Any) -> Any:
     return torch.float64 if value is torch.float32 else value
 
 
-def narrowed(value: Any) -> Any:
+def in_single(value: Any) -> Any:
     return value.float() if isinstance(value, torch.Tensor) and value.dtype == torch.float64 else value
 
 
@@ -75,5 +75,5 @@ def compiled(name: str, function: Callable, args: tuple, kwargs: dict) -> Any:
         return function(*args, **kwargs)
     except RuntimeError:
         with _disable_current_modes():
-            args, kwargs = tree_map(narrowed, (args, kwargs))
+            args, kwargs = tree_map(in_single, (args, kwargs))
             return function(*args, **kwargs)

@@ -22,15 +22,13 @@ from mmprune.check.float64 import doubled, in_double
 from mmprune.check.lockstep import RunAhead
 from mmprune.check.masked import masked_in_place
 from mmprune.check.replay import DecisionReplay, Taken
-from mmprune.contexts import evaluating, tensors_in, unchanged
+from mmprune.contexts import Forward, evaluating, tensors_in, unchanged
 from mmprune.errors import InexactCut, PruneError
 from mmprune.graph.extensions import intercept
 from mmprune.surgery.plan import Plan, check_fingerprint
 
 DOUBLE = 1e-5
 """The same in double precision: the worst conditioned networks of the zoos come to 1e-6."""
-
-Forward = Callable[[nn.Module], Any]
 
 
 def verify(

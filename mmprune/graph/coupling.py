@@ -9,10 +9,11 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import nn
 
+from mmprune.contexts import Forward
 from mmprune.graph.constraints import Constraints, TrackedAttribute
 from mmprune.graph.locks import Lock, LockKind
 from mmprune.graph.profile import CostTerm, Profile
-from mmprune.graph.record import Run, TraceRecord
+from mmprune.graph.record import TraceRecord
 from mmprune.graph.slots import FIXED, Axis, Ids, SlotTable
 
 
@@ -74,7 +75,7 @@ class ChannelGraph:
     tracked: list[TrackedAttribute] = field(repr=False)
     weights_read: list[Ids] = field(repr=False)
     scales: list[Ids] = field(repr=False)
-    failed: Mapping[Run, Exception] = field(default_factory=dict)
+    failed: Mapping[Forward, Exception] = field(default_factory=dict)
 
     @property
     def n_units(self) -> int:

@@ -1,15 +1,10 @@
 """What traced runs leave."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
-from torch import nn
-
+from mmprune.contexts import Forward
 from mmprune.graph.constraints import Constraints
 from mmprune.graph.profile import Profile
-
-Run = Callable[[nn.Module], Any]
 
 
 @dataclass
@@ -19,4 +14,4 @@ class TraceRecord:
 
     constraints: Constraints
     profile: Profile
-    failed: dict[Run, Exception] = field(default_factory=dict)
+    failed: dict[Forward, Exception] = field(default_factory=dict)

@@ -68,6 +68,9 @@ def adapter(*keys: type[nn.Module] | str) -> Callable[[Adapter], Adapter]:
             module itself, and nothing is returned. Subclasses inherit an adapter until they have their
             own. Or names of operations (``mmcv::roi_align_forward``): as :func:`rule`.
 
+    Returns:
+        A decorator, which leaves the function as it is.
+
     Raises:
         PruneError: a key is of another type or registered before.
     """

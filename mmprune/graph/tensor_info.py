@@ -49,7 +49,7 @@ class TensorTable:
             labels = {dim: (axis.ids,) for dim, axis in axes.items() if axis is not None}
             own = isinstance(tensor, nn.Parameter)  # buffers are not masked
             self[tensor] = TensorInfo(labels, zero_safe=own, name=name, is_weight_view=True)
-            self._storages[memory(tensor)] = name
+            self._storages[address(tensor)] = name
 
     def info(self, tensor: torch.Tensor) -> TensorInfo:
         found = self._infos.get(id(tensor))
@@ -74,7 +74,7 @@ class TensorTable:
         """A tensor that no traced operation made: a constant, or another face of a parameter
         (``.data`` passes by the dispatcher)."""
         info = TensorInfo()
-        name = self._storages.get(memory(tensor)) if tensor.numel() else None
+        name = self._storages.get(address(tensor)) if tensor.numel() else None
         if name is not None:
             own = self._constraints.slots.tensors[name]
             if own.shape == tensor.shape and own.stride() == tensor.stride():
@@ -86,6 +86,6 @@ class TensorTable:
         return info
 
 
-def memory(tensor: torch.Tensor) -> int:
+def address(tensor: torch.Tensor) -> int:
     """The address of what a tensor shows; 0 for a sparse one."""
     return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from mmprune.contexts import tensors_in, unchanged
+from mmprune.contexts import Forward, tensors_in, unchanged
 from mmprune.graph import adapters  # noqa: F401, which fills the table
 from mmprune.graph.call import Call, State, bind
 from mmprune.graph.constraints import Constraints
@@ -28,13 +28,13 @@ from mmprune.graph.locks import LockKind
 from mmprune.graph.module_scope import ModuleScope, track_modules
 from mmprune.graph.outcome import AS_INPUTS, ZERO_STAYS, Outcome, RuleError, outcomes_of
 from mmprune.graph.profile import CostTerm, Profile
-from mmprune.graph.record import Run, TraceRecord
+from mmprune.graph.record import TraceRecord
 from mmprune.graph.registry import RULES, Rule, module_adapter
 from mmprune.graph.rules import rule_of
 from mmprune.graph.size_tracking import SizeTrackingMode
 from mmprune.graph.sizes import symbolic_attributes
 from mmprune.graph.slots import Labels, SlotTable
-from mmprune.graph.tensor_info import TensorInfo, TensorTable, memory
+from mmprune.graph.tensor_info import TensorInfo, TensorTable, address
 
 Observer = Callable[[Any, tuple, dict], None]
 """Is told of each operation after it ran: (function, positional arguments, keywords)."""
@@ -165,10 +165,10 @@ class Tracer(TorchDispatchMode):
 
     def _count_elements(self, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
         """Counts the elements of new memory: not of views, nor of what is written in place."""
-        old = {memory(tensor) for tensor in inputs}
+        old = {address(tensor) for tensor in inputs}
         for tensor in outputs:
             info = self.state.tensors[tensor]
-            if info.labels and not info.is_weight_view and memory(tensor) not in old:
+            if info.labels and not info.is_weight_view and address(tensor) not in old:
                 axes = [ids[0] for ids in info.labels.values()]
                 term = CostTerm(self.state.scope.name, tensor.numel(), axes)
                 self.state.profile.activations.append(term)
@@ -221,10 +221,10 @@ def tracing(tracer: Tracer, model: nn.Module) -> Iterator[None]:
 
 def trace_runs(
     model: nn.Module,
-    forward: Run,
-    also: tuple[Run, ...] = (),
+    forward: Forward,
+    also: tuple[Forward, ...] = (),
     tracer: Tracer | None = None,
-    may_fail: Container[Run] = (),
+    may_fail: Container[Forward] = (),
 ) -> TraceRecord:
     """Traces ``forward(model)`` and each of ``also``; FLOPs are counted in the first of them alone.
     Of ``may_fail`` it leaves out those that raise, and notes them in ``failed``."""

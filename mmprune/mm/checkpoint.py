@@ -89,6 +89,9 @@ def load_pruned(
         fuse: fold batch norms into convolutions (:func:`mmprune.fuse`): it is faster, and its weights
             no longer fit a checkpoint.
 
+    Returns:
+        The model in evaluation mode.
+
     Raises:
         PruneError: the checkpoint has no plan, is damaged, or belongs to another architecture.
     """

@@ -1,7 +1,7 @@
 """How a model of mmengine, mmdet or mmpose is run for a trace: its loss, and its plain forward."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,11 +12,9 @@ from mmengine.model import BaseModel
 from torch import nn
 
 from mmprune.api import trace
-from mmprune.contexts import unchanged
+from mmprune.contexts import Forward, unchanged
 from mmprune.errors import PruneError
 from mmprune.graph.coupling import ChannelGraph
-
-Forward = Callable[[nn.Module], Any]
 
 
 def first_samples(batch: Any, count: int) -> Any:
