@@ -86,29 +86,27 @@ def rows_of(config: str, backend: str, args: argparse.Namespace) -> Iterator[dic
     model = zoo.build_model(zoo.load(config)).eval()
     name, forward = config.split('/')[-1].removesuffix('.py'), run_of(model, args.size)
     prepare = prepare_raw((args.size, args.size), backend)
-    traced = mmprune.trace(model, forward)
-    scores = score_now(traced, 'l2')
-    table = measure(model, forward, traced, backend, prepare=prepare, divisor=args.divisor)
-    everything = np.ones(traced.n_units, dtype=bool)
-    whole, device = table(everything), device_of(traced)
+    graph = mmprune.trace(model, forward)
+    scores = score_now(graph, 'l2')
+    table = measure(model, forward, graph, backend, prepare=prepare, divisor=args.divisor)
+    everything = np.ones(graph.n_units, dtype=bool)
+    whole, device = table(everything), device_of(graph)
     unpruned = prepare(model)
     about = dict(network=name, backend=backend, threads=args.threads, size=args.size)
     again = least_of({0: unpruned}, device, 15)[0]
     yield about | dict(asked='unpruned, ms', flops=1.0, predicted=whole * 1e3, measured=again * 1e3)
 
     def row(asked: str, keep: np.ndarray) -> dict[str, Any]:
-        flops = mmprune.graph.cost.flops(traced)(keep) / traced.flops
-        real = ratio_of(prepare(cut_copy(model, traced, keep)), unpruned, device, 31)
+        flops = mmprune.graph.cost.flops(graph)(keep) / graph.flops
+        real = ratio_of(prepare(cut_copy(model, graph, keep)), unpruned, device, 31)
         return about | dict(asked=asked, flops=flops, predicted=table(keep) / whole, measured=real)
 
     for fraction in args.keep:
         budget = Budget(keep_flops=fraction, divisor=args.divisor or 'auto', backend=backend)
-        yield row(
-            f'keep_flops={fraction}', choose(traced, scores, budget, per='memory', auto=table.divisor)
-        )
+        yield row(f'keep_flops={fraction}', choose(graph, scores, budget, auto=table.divisor))
     for fraction in args.latency:
         budget = Budget(latency=fraction, divisor=args.divisor or 'auto', backend=backend)
-        keep, _ = choose_measured(model, forward, traced, scores, budget, {}, prepare=prepare)
+        keep, _ = choose_measured(model, forward, graph, scores, budget, {}, prepare=prepare)
         yield row(f'latency={fraction}', keep)
 
 
