@@ -27,6 +27,7 @@ from mmprune.budget.latency import cut_copy, device_of, measure, ratio_of
 from mmprune.budget.measured import choose_measured
 from mmprune.mm import zoo
 from mmprune.mm.deploy.timing import prepare_raw
+from mmprune.surgery.build import Baseline
 
 
 def run_of(model: nn.Module, size: int) -> Callable[[nn.Module], Any]:
@@ -106,7 +107,7 @@ def rows_of(config: str, backend: str, args: argparse.Namespace) -> Iterator[dic
         yield row(f'keep_flops={fraction}', choose(graph, scores, budget, auto=table.divisor))
     for fraction in args.latency:
         budget = Budget(latency=fraction, divisor=args.divisor or 'auto', backend=backend)
-        keep, _ = choose_measured(model, forward, graph, scores, budget, {}, prepare=prepare)
+        keep, _ = choose_measured(model, forward, graph, scores, budget, Baseline(), prepare=prepare)
         yield row(f'latency={fraction}', keep)
 
 
