@@ -1,12 +1,13 @@
 """What a device works in, measured once and kept on disk: the widths between are free."""
 
 import contextlib
+import ctypes
 import json
 import logging
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ ENVIRONMENT = 'MMPRUNE_CACHE'
 log = logging.getLogger(__name__)
 
 _divisors: dict[str, int] = {}
+
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+"""``M_TRIM_THRESHOLD`` and ``M_MMAP_THRESHOLD`` of malloc.h."""
 
 
 def device_name(device: torch.device) -> str:
@@ -146,18 +150,42 @@ def best_divisor(times: dict[int, float]) -> int:
     return next(divisor for divisor in DIVISORS if share[divisor] <= least + 0.02)
 
 
+@contextlib.contextmanager
+def steady_memory() -> Iterator[None]:
+    """While it holds, glibc keeps what is freed. Else large activations are taken from the system and
+    given
+    back in each run, or are not, by what the process allocated before: with that the same network is a
+    quarter slower in one process than in the next. Nothing on other systems."""
+    library = ctypes.CDLL(None) if platform.system() == 'Linux' else None
+    if library is None or not hasattr(library, 'mallopt'):
+        yield
+        return
+    library.mallopt(TRIM_THRESHOLD, 1 << 30)
+    library.mallopt(MMAP_THRESHOLD, 1 << 30)
+    try:
+        yield
+    finally:  # where glibc's own adjustment ends that is off from now on
+        library.mallopt(MMAP_THRESHOLD, 32 << 20)
+        library.mallopt(TRIM_THRESHOLD, 64 << 20)
+        library.malloc_trim(0)
+
+
 def least_of(
-    calls: dict[Any, Callable[[], Any]], device: torch.device, rounds: int
+    calls: dict[Any, Callable[[], Any]], device: torch.device, rounds: int, in_a_row: int = 2
 ) -> dict[Any, float]:
-    """Seconds of the fastest of ``rounds`` runs of each call, all in turns: what slows the machine for
-    a while slows all of them. The first run of each is left out."""
+    """Seconds of the fastest run of each call, by turns: what slows the machine for a while slows all.
+
+    Args:
+        rounds: how many turns.
+        in_a_row: runs of a turn, of which the first is left out: the call before has filled the caches
+            with its own, and a network that is deployed runs alone.
+    """
     found = dict.fromkeys(calls, float('inf'))
-    with torch.no_grad():
-        for number in range(rounds + 1):
+    with torch.no_grad(), steady_memory():
+        for _ in range(rounds):
             for key, call in calls.items():
-                seconds = seconds_of_call(call, device)
-                if number:
-                    found[key] = min(found[key], seconds)
+                times = [seconds_of_call(call, device) for _ in range(in_a_row)]
+                found[key] = min(found[key], *times[1:])
     return found
 
 

@@ -2,9 +2,10 @@
 
 Convolutions and matrix products of a traced run are timed one by one at the steps that their widths go
 in (:mod:`mmprune.budget.op_times`). In the network they run with other neighbours, other caches, fused
-with what follows; norms, activations and pooling go by the elements that are written; and starting
-operations takes time that no cut saves. How much each of the three weighs is fitted to timings of the
-whole network, unpruned and cut evenly to some widths.
+with what follows; their weights come from memory, where an operation that is timed alone finds them in
+the cache; norms, activations and pooling go by the elements that are written; and starting operations
+takes time that no cut saves. How much each of the four weighs is fitted to timings of the whole
+network, unpruned and cut evenly to some widths.
 """
 
 import copy
@@ -34,7 +35,7 @@ from mmprune.surgery.apply import cut
 from mmprune.surgery.build import make_plan
 
 FILE = 'op_times.json'
-EVENLY = (0.85, 0.7, 0.5, 0.35)
+EVENLY = (0.85, 0.75, 0.6, 0.5, 0.35, 0.2)
 """Fractions of every group's units at which the whole network is timed too."""
 
 
@@ -42,13 +43,14 @@ class Latency:
     """Seconds of a run when only the units in ``keep`` (n_units, bool) stay: ``latency(keep)``.
 
     That is ``weights[0]`` times the seconds of the table, ``weights[1]`` times the fraction of elements
-    of activations that are still written, and ``weights[2]`` seconds whatever goes.
+    of activations that are still written, ``weights[2]`` times the fraction of parameters that are
+    still read, and ``weights[3]`` seconds whatever goes.
 
     Args:
         ops: the contractions of the run.
         table: {key of an op: its :class:`Lookup`}.
         divisor: the steps that the table was taken at.
-        weights: seconds a second of the table, a full set of activations, and a run.
+        weights: seconds a second of the table, a full set of activations, one of parameters, and a run.
     """
 
     def __init__(
@@ -57,21 +59,22 @@ class Latency:
         ops: list[Op],
         table: dict[tuple, Lookup],
         divisor: int,
-        weights: Sequence[float] = (1.0, 0.0, 0.0),
+        weights: Sequence[float] = (1.0, 0.0, 0.0, 0.0),
     ) -> None:
         self.divisor, self.ops, self.table = divisor, ops, table
         self.weights = tuple(weights)
-        self._memory = cost.memory(trace)
-        self._all = self._memory(np.ones(trace.n_units, dtype=bool)) or 1.0
+        everything = np.ones(trace.n_units, dtype=bool)
+        sums = (cost.memory(trace), cost.params(trace))
+        self._sums = [(terms, terms(everything) or 1.0) for terms in sums]
 
-    def features(self, keep: np.ndarray) -> tuple[float, float, float]:
-        """(seconds by the table, fraction of elements written, 1)."""
+    def features(self, keep: np.ndarray) -> tuple[float, ...]:
+        """(seconds by the table, fraction of elements written, fraction of parameters, 1)."""
         stays = np.append(keep, True)  # unit -1, what is locked, is the last
         seconds = sum(
             op.calls * float(self.table[op.key]([stays[units].sum() for units in op.widths]))
             for op in self.ops
         )
-        return seconds, self._memory(keep) / self._all, 1.0
+        return seconds, *(terms(keep) / whole for terms, whole in self._sums), 1.0
 
     def __call__(self, keep: np.ndarray) -> float:
         return float(np.dot(self.weights, self.features(keep)))
@@ -86,10 +89,14 @@ class Latency:
 
     def terms(self) -> tuple[list[np.ndarray], list[Term]]:
         """(units at the positions of each axis, -1 where locked; the terms over these axes)."""
-        axes, terms = self._memory.terms()
-        axes, (of_table, of_elements, of_run) = list(axes), self.weights
+        axes: list[np.ndarray] = []
+        of_table, *of_sums, of_run = self.weights
         found: list[Term] = [(Product(of_run), ())]
-        found += [(Product(of_elements / self._all * term.factor), numbers) for term, numbers in terms]
+        for weight, (polynomial, whole) in zip(of_sums, self._sums, strict=True):
+            own, terms = polynomial.terms()
+            for term, numbers in terms:
+                found.append((Scaled(term, weight / whole), tuple(n + len(axes) for n in numbers)))
+            axes += own
         for op in self.ops:
             numbers = tuple(range(len(axes), len(axes) + len(op.widths)))
             axes += op.widths
@@ -189,13 +196,14 @@ def measure(
         keep = choose(trace, np.zeros(trace.n_units), budget)
         if not any(np.array_equal(keep, known) for known in keeps):
             keeps.append(keep)
-    networks = {}
+    networks = []
     with unchanged(model), evaluating(model):
         ops = _contractions(model, forward, trace)
         latency = Latency(trace, ops, _table(ops, trace, backend, divisor, rounds), divisor)
-        for number, keep in enumerate(track(keeps, f'Preparing networks ({backend})', transient=True)):
-            networks[number] = prepare(model if keep.all() else cut_copy(model, trace, keep))
-        seconds = least_of(networks, device_of(trace), rounds)
+        for keep in track(keeps, f'Preparing networks ({backend})', transient=True):
+            networks.append(prepare(model if keep.all() else cut_copy(model, trace, keep)))
+        runs = dict(enumerate(networks))
+        seconds = least_of(runs, device_of(trace), rounds, in_a_row=3)
     latency.fit(keeps, list(seconds.values()))
     return latency
 
@@ -256,6 +264,6 @@ def ratio_of(
     a busy machine slows both."""
     pairs = []
     for _ in range(rounds):
-        times = least_of({0: pruned, 1: original}, device, 1)
+        times = least_of({0: pruned, 1: original}, device, 1, in_a_row=2)
         pairs.append(times[0] / times[1])
     return statistics.median(pairs)

@@ -88,15 +88,16 @@ def test_all_units_take_the_time_of_a_whole_run_and_fewer_take_less(model, trace
 def test_a_runs_time_is_that_of_all_calls_and_of_the_rest_by_what_it_writes(traced):
     op = Op(None, (), {}, [np.arange(4), np.array([-1, -1, 4, 5])], calls=3)
     at = lambda counts: 1 + counts[0] / 4 + 10 * counts[1] / 4  # noqa: E731
-    latency = timing.Latency(traced, [op], {op.key: at}, 1, weights=(2.0, 3.0, 0.5))
+    latency = timing.Latency(traced, [op], {op.key: at}, 1, weights=(2.0, 3.0, 0.25, 0.5))
     keep = np.ones(traced.n_units, dtype=bool)
-    assert latency(keep) == 2 * 3 * (1 + 1 + 10) + 3 + 0.5
-    memory = mmprune.graph.cost.memory(traced)
-    whole = memory(keep)
+    assert latency(keep) == 2 * 3 * (1 + 1 + 10) + 3 + 0.25 + 0.5
+    memory, params = mmprune.graph.cost.memory(traced), mmprune.graph.cost.params(traced)
+    whole, weights = memory(keep), params(keep)
     keep[[0, 4]] = False
     assert memory(keep) < whole
     # Of the second width two positions are locked: they stay.
-    assert latency(keep) == pytest.approx(2 * 3 * (1 + 0.75 + 7.5) + 3 * memory(keep) / whole + 0.5)
+    left = 3 * memory(keep) / whole + 0.25 * params(keep) / weights + 0.5
+    assert latency(keep) == pytest.approx(2 * 3 * (1 + 0.75 + 7.5) + left)
     # The search is told the same.
     axes, terms = latency.terms()
     stays = np.append(keep, True)
@@ -105,15 +106,15 @@ def test_a_runs_time_is_that_of_all_calls_and_of_the_rest_by_what_it_writes(trac
 
 
 def test_weights_are_those_of_the_whole_networks_times(traced):
-    """0.7 of the table, 3 s of activations, 0.2 s that no cut saves: all found again."""
+    """0.7 of the table, 3 s of activations, 1 s of weights, 0.2 s that no cut saves: all are found."""
     op = Op(None, (), {}, [group.units for group in traced.groups[:2]])
     at = lambda counts: 1 + counts[0] * counts[1]  # noqa: E731
     latency = timing.Latency(traced, [op], {op.key: at}, divisor=1)
     rng = np.random.default_rng(0)
     keeps = [rng.random(traced.n_units) < part for part in (1, 0.8, 0.6, 0.4, 0.2)]
-    wanted = [float(np.dot((0.7, 3.0, 0.2), latency.features(keep))) for keep in keeps]
+    wanted = [float(np.dot((0.7, 3.0, 1.0, 0.2), latency.features(keep))) for keep in keeps]
     latency.fit(keeps, wanted)
-    assert latency.weights == pytest.approx((0.7, 3.0, 0.2), rel=1e-6)
+    assert latency.weights == pytest.approx((0.7, 3.0, 1.0, 0.2), rel=1e-6)
     assert [latency(keep) for keep in keeps] == pytest.approx(wanted)
     latency.fit(keeps, [seconds - 0.5 for seconds in wanted])  # none gives time back
     assert min(latency.weights) >= 0
