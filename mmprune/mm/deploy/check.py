@@ -366,10 +366,8 @@ def masks_apart(
     complaints = []
     height, width = want.shape[1:]
     for row, ours in pairs:
-        pasted, _ = _do_paste_mask(
-            torch.from_numpy(got[ours])[None, None], torch.from_numpy(boxes[ours])[None],
-            height, width, skip_empty=False,
-        )  # fmt: skip
+        mask, box = (torch.from_numpy(array[ours]).float() for array in (got, boxes))
+        pasted, _ = _do_paste_mask(mask[None, None], box[None], height, width, skip_empty=False)
         differ = int((pasted[0].numpy() >= 0.5).__ne__(want[row]).sum())
         area = int(want[row].sum())
         if differ > max(2, MASK_PIXELS * area):
