@@ -107,7 +107,7 @@ def why(row: dict) -> str:
     told = row.get('raw_reason') if row['export'] == 'not' else None
     told = (told or row['reason']).split(': has no wrapper')[0].split('. There are those')[0]
     told = told.split(' the current sys.path')[0].split('; nothing was written')[0]
-    told = re.sub(r'\S*/(whole|raw)\.onnx\.part: ', '', told).replace('|', '/')
+    told = re.sub(r'\S*/(whole|raw)\.onnx\.part', 'the file', told).replace('|', '/')
     if ' has no wrapper' in row['reason'] and row['export'] == 'raw':
         return f'no wrapper for {told}'
     return told[:160].rstrip(', ') + (' (an older run)' if row.get('older') else '')
