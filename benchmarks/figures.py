@@ -123,7 +123,8 @@ SOURCES = {
     'int8_openvino': Source(TEST, last_metrics),
     'overhead': Source('python benchmarks/overhead.py --configs', overhead),
     'latency': Source(
-        'python benchmarks/latency_error.py configs/_base_/*_shapes.py --size 320 --latency 0.5',
+        'python benchmarks/latency_error.py configs/_base_/faster_rcnn_shapes.py ... --size 320 '
+        '--latency 0.5',
         latency,
     ),
     'coverage': Source('python tools/coverage.py', coverage, 'docs/coverage.json'),
