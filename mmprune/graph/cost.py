@@ -98,7 +98,7 @@ class CostPolynomial:
         fractions = np.array([growth[ids].mean() for ids in self._ids] + [1.0])
         return float(self._counts @ fractions[self._terms].prod(axis=1))
 
-    def of_units(self, keep: np.ndarray) -> np.ndarray:
+    def unit_gradient(self, keep: np.ndarray) -> np.ndarray:
         """For each unit what it accounts for now: the first derivative of the sum, (n_units,)."""
         fractions = self._fractions(keep)
         values = fractions[self._terms]

@@ -115,5 +115,5 @@ def adjusted(graph: ChannelGraph, values: np.ndarray, score: Score) -> np.ndarra
                 values[group.units] /= norm
     everything = np.ones(graph.n_units, dtype=bool)
     if score.penalty:
-        values = values - score.penalty * cost.flops(graph).of_units(everything) / 1e6
+        values = values - score.penalty * cost.flops(graph).unit_gradient(everything) / 1e6
     return values

@@ -123,7 +123,7 @@ def test_what_a_unit_accounts_for_is_the_first_derivative():
     traced = mmprune.trace(Shared(), lambda m: m(X))
     everything = np.ones(traced.n_units, dtype=bool)
     for terms in (cost.flops(traced), cost.params(traced), cost.memory(traced)):
-        slopes = terms.of_units(everything)
+        slopes = terms.unit_gradient(everything)
         for unit in (0, traced.n_units - 1):
             less = everything.copy()
             less[unit] = False

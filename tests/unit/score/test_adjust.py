@@ -60,7 +60,7 @@ def test_a_criterion_of_the_old_word_too():
 
 
 def test_penalty_is_lambda_times_a_million_flops(traced):
-    flops = cost.flops(traced).of_units(np.ones(10, dtype=bool))
+    flops = cost.flops(traced).unit_gradient(np.ones(10, dtype=bool))
     found = adjusted(traced, np.ones(10), Score('l2', penalty=0.5))
     np.testing.assert_allclose(found, 1 - 0.5 * flops / 1e6)
     assert found[0] < 1
