@@ -26,10 +26,10 @@ def prepare_raw(size: tuple[int, int], backend: str) -> Prepare:
 
     def prepare(model: nn.Module) -> Callable[[], Any]:
         network = RawNetwork(model)
-        if backend == 'eager':
-            return lambda: network(images)
         with unchanged(model), evaluating(model), torch.no_grad():
             network.eval().try_out(images)
+            if backend == 'eager':
+                return lambda: network(images)
             program = to_onnx(network, images, {}, OPSETS[0])
         content = program.model_proto
         feed = {content.graph.input[0].name: images.numpy()}
