@@ -32,20 +32,11 @@ class AtomicBackend(LocalBackend):
     """
 
     def put(self, obj: bytes | memoryview, filepath: str | Path) -> None:
-        path, new = Path(filepath), Path(f'{filepath}.new')
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(new, 'wb') as file:
-                file.write(obj)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(new, path)
-            sync_folder(path.parent)
+            replace_file(filepath, obj)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                new.unlink(missing_ok=True)
             raise PruneError(
-                f'{path}: could not be written: {error.strerror}; the checkpoints of before stay: '
+                f'{filepath}: could not be written: {error.strerror}; the checkpoints of before stay: '
                 'make room, and go on with --resume'
             ) from error
         outdated = [old for old in _outdated if old != str(filepath)]
@@ -55,6 +46,28 @@ class AtomicBackend(LocalBackend):
 
     def remove(self, filepath: str | Path) -> None:
         _outdated.append(str(filepath))
+
+
+def replace_file(path: str | Path, content: bytes | memoryview) -> Path:
+    """Writes a file beside its name, and renames it when it is on the disk. Folders are made.
+
+    Raises:
+        OSError: nothing is left of the new file then, and the old one stays.
+    """
+    path, new = Path(path), Path(f'{path}.new')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(new, 'wb') as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+        sync_folder(path.parent)
+    except OSError:
+        with contextlib.suppress(OSError):
+            new.unlink(missing_ok=True)
+        raise
+    return path
 
 
 def sync_folder(folder: Path) -> None:
