@@ -3,8 +3,8 @@
 #   make train   make the environment and the data set, train and prune, evaluate the checkpoint
 #   make test    make the environment, run the tests
 #
-# Others: test-fast (the core's tests, in under a minute), lint, install (the environment alone), clean
-# (what the commands made), distclean (.venv too).
+# Others: test-fast (the core's tests, in under a minute), lint, docs (the pages as a site, in build/site),
+# install (the environment alone), clean (what the commands made), distclean (.venv too).
 
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
@@ -32,7 +32,7 @@ import _ext
 endef
 export LOAD_MMCV_OPS
 
-.PHONY: help install data train test test-fast lint clean distclean
+.PHONY: help install data train test test-fast lint docs clean distclean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -96,6 +96,11 @@ lint: install
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(BIN)/basedpyright --pythonpath $(PY)
+
+# Warnings are errors: a link that leads nowhere, a name that is not there, a page that no menu has.
+docs: install
+	$(PY) -m sphinx -q -W --keep-going -b html docs build/site
+	@echo "build/site/index.html"
 
 clean:
 	rm -rf $(DATA) work_dirs build dist *.egg-info .pytest_cache .ruff_cache

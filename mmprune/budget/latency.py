@@ -179,7 +179,7 @@ def measure(
         backend: ``'eager'``; ``'onnxruntime'`` or ``'openvino'``, where each operation is a little ONNX
             model.
         prepare: makes a whole network ready to be timed there; left out,
-            :func:`mmprune.budget.runtimes.prepare_for`.
+            ``mmprune.budget.runtimes.prepare_for``.
         divisor: the steps that widths go in; left out, what the device works in, and 4 at least.
         rounds: runs of which the fastest counts.
 

@@ -60,7 +60,7 @@ def verify(
             the results. Where it is given, double precision is not tried.
 
     Returns:
-        The largest relative error: the largest absolute difference over the largest absolute value.
+        The largest relative error, the largest absolute difference over the largest absolute value.
 
     Raises:
         InexactCut: above ``tolerance``, with the first module that differs; or ``forward`` fails for

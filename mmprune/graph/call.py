@@ -107,7 +107,7 @@ class Call:
 
     @property
     def requested_parts(self) -> Any:
-        """The same for a split: the sizes of its parts, or the one that all have, or ``None``."""
+        """For a split the same, the sizes of its parts, or the one that all have, or ``None``."""
         return self._requested
 
     # -- what is said -----------------------------------------------------------------------------

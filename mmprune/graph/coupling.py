@@ -102,7 +102,7 @@ class ChannelGraph:
 
     @property
     def unused_parameters(self) -> list[str]:
-        """Trained parameters that took no part in the run: what hangs on them was not seen."""
+        """Trained parameters that took no part in the run, so what hangs on them was not seen."""
         unused = [(name, self.slots.tensors[name]) for name in self.unused]
         return [name for name, t in unused if isinstance(t, nn.Parameter) and t.requires_grad]
 

@@ -210,7 +210,7 @@ class Collector:
 
     @property
     def skipped(self) -> dict[str, int]:
-        """Iterations left out: ``missing`` (no weight had a gradient), ``nonfinite``."""
+        """Iterations left out, ``missing`` (no weight had a gradient) and ``nonfinite``."""
         return {
             'missing': sum(running.missing for running in self.running),
             'nonfinite': sum(int(running.nonfinite) for running in self.running),

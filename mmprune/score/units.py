@@ -67,7 +67,7 @@ class Units:
 
     @cached_property
     def read(self) -> torch.Tensor:
-        """Units that a weight reads: (n,) bool. Others meet products of activations alone."""
+        """Units that a weight reads, (n,) bool. Others meet products of activations alone."""
         found = np.zeros(self.n + 1, dtype=bool)
         for axis in self.trace.consumers:
             found[self.trace.unit_of[axis.ids]] = True  # -1, the locked ones, falls on the last

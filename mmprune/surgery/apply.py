@@ -56,7 +56,7 @@ def cut(model: nn.Module, plan: P, optimizer: Any = None, ema_models: Iterable[n
         ema_models: models of the same structure (averaged by EMA), which are cut alike.
 
     Returns:
-        The plan against the original: this one after any earlier.
+        The plan against the original, this one after any earlier.
 
     Raises:
         PruneError: the model is another one, or state can't follow. Nothing has changed then.

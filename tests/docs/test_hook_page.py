@@ -6,7 +6,6 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
-from mmengine.config import Config
 
 from mmprune.budget.budget import Budget
 from mmprune.budget.schedule import resolve
@@ -56,11 +55,3 @@ def test_the_examples_of_times(given, told):
     hook = PruneHook(keep_flops=0.5, **asked)
     steps, interval, begin = map(int, re.findall(r'\d+', told))
     assert resolve(*hook.requested_times, 1800, 150) == (begin, interval, steps)
-
-
-def test_the_config(tmp_path):
-    (block,) = re.findall(r'```python\n(.*?)```', PAGE, re.S)
-    (tmp_path / 'config.py').write_text(block)
-    (hook,) = Config.fromfile(tmp_path / 'config.py').custom_hooks
-    assert hook.pop('type') == 'PruneHook'
-    assert PruneHook(**hook).budget.keep_flops == 0.5

@@ -51,7 +51,7 @@ class PruneHook(Hook):
         validate_first: validate right before the first cut, unless there was a validation within the
             last ``interval``.
         rebuild_only: no cutting: this is a :class:`RebuildHook`.
-        budget: when to stop, a :class:`mmprune.Budget` or a dict of its options, in place of
+        budget: when to stop, a :class:`mmprune.Budget` or a dict of its options, in place of options.
         options: ``keep_flops``, ``keep_params``, ``keep_channels`` and its others, one by one.
     """
 

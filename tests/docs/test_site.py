@@ -1,0 +1,54 @@
+"""The pages as a site: it builds without a warning, has all that is public, and fetches nothing."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+import mmprune
+from tests.helpers.pages import ROOT
+
+pytest.importorskip('sphinx', reason='the site needs the extra docs: make install has it')
+pytest.importorskip('myst_parser')
+pytest.importorskip('furo')
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope='module')
+def site(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('site')
+    command = [sys.executable, '-m', 'sphinx', '-q', '-W', '--keep-going', '-d', folder / 'doctrees']
+    done = subprocess.run(
+        [*command, '-b', 'html', 'docs', folder / 'html'], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    return folder / 'html'
+
+
+def test_every_page_is_there(site):
+    pages = {
+        page.relative_to(ROOT / 'docs').with_suffix('.html') for page in (ROOT / 'docs').rglob('*.md')
+    }
+    assert pages <= {page.relative_to(site) for page in site.rglob('*.html')}
+
+
+def test_every_public_name_is_explained(site):
+    text = (site / 'reference.html').read_text()
+    for name in set(mmprune.__all__) - {'__version__'}:
+        assert f'id="mmprune.{name}"' in text, f'docs/reference.md has no {name}'
+
+
+def test_nothing_is_fetched_from_elsewhere(site):
+    elsewhere = r'(?:https?:)?//'
+    fetched = re.compile(
+        rf"""<(?!a\b)[a-z]+\b[^>]*\b(?:src|href|srcset|data|action)=["']?{elsewhere}"""
+        rf"""|url\(\s*["']?{elsewhere}|@import\s+["']?{elsewhere}"""
+        rf"""|(?:fetch|import|importScripts|open)\(\s*["'`](?:GET["'], *["'])?{elsewhere}""",
+        re.IGNORECASE,
+    )
+    files = [file for file in site.rglob('*') if file.suffix in ('.html', '.css', '.js')]
+    assert len(files) > 20
+    found = {file.name: match[0][:120] for file in files if (match := fetched.search(file.read_text()))}
+    assert not found
