@@ -48,8 +48,12 @@ class AtomicBackend(LocalBackend):
         _outdated.append(str(filepath))
 
 
-def replace_file(path: str | Path, content: bytes | memoryview) -> Path:
+def replace_file(path: str | Path, content: bytes | memoryview, sync: bool = True) -> Path:
     """Writes a file beside its name, and renames it when it is on the disk. Folders are made.
+
+    Args:
+        sync: wait for the disk, so that the new file outlasts a loss of power too. It may take a
+            second; a kill alone loses nothing without it.
 
     Raises:
         OSError: nothing is left of the new file then, and the old one stays.
@@ -59,10 +63,12 @@ def replace_file(path: str | Path, content: bytes | memoryview) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(new, 'wb') as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(new, path)
-        sync_folder(path.parent)
+        if sync:
+            sync_folder(path.parent)
     except OSError:
         with contextlib.suppress(OSError):
             new.unlink(missing_ok=True)

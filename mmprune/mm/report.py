@@ -44,13 +44,17 @@ def channels(axes: dict[str, list[list[Any]]], plan: Plan) -> dict[str, dict[str
     """{part: {'before', 'after'}}: output channels of all layers with weights, against the original."""
     found = {}
     for part, entries in axes.items():
-        was = now = 0
-        for name, dim, size in entries:
-            original = plan.fingerprint[name][dim] if name in plan.fingerprint else size
-            was += original
-            now += len(plan.keep.get(name, {}).get(dim, range(original)))
-        found[part] = {'before': was, 'after': now}
+        pairs = [width(plan, *entry) for entry in entries]
+        found[part] = {'before': sum(p[0] for p in pairs), 'after': sum(p[1] for p in pairs)}
     return found
+
+
+def width(plan: Plan | None, name: str, dim: int, size: int) -> tuple[int, int]:
+    """A tensor's (original size, size now) along a dimension that had ``size`` before this run."""
+    if plan is None or name not in plan.fingerprint:
+        return size, size
+    original = plan.fingerprint[name][dim]
+    return original, len(plan.keep.get(name, {}).get(dim, range(original)))
 
 
 def log_trace(logger: logging.Logger, graph: ChannelGraph, counted_as: str) -> None:
@@ -118,17 +122,23 @@ def log_cut(logger: logging.Logger, number: int, entry: dict[str, Any]) -> None:
     )
 
 
+def figures(plan: Plan, axes: dict[str, list[list[Any]]]) -> dict[str, Any]:
+    """FLOPs, parameters and channels before and after a plan, and its history: plain data."""
+    last = plan.history[-1]
+    return {
+        'flops': {'before': last['flops_before'], 'after': last['flops']},
+        'params': {'before': last['params_before'], 'after': last['params']},
+        'channels': channels(axes, plan),
+        'history': plan.history,
+    }
+
+
 def finish(
     runner: Runner, started: dict[str, Any], plan: Plan, metrics: dict[str, dict[str, float]]
 ) -> None:
     """Writes ``prune_report.json`` into the work directory and prints the table."""
-    last = plan.history[-1]
-    content = {
-        'flops': {'before': last['flops_before'], 'after': last['flops']},
-        'params': {'before': last['params_before'], 'after': last['params']},
-        'channels': channels(started['axes'], plan),
+    content = figures(plan, started['axes']) | {
         'metrics': metrics,
-        'history': plan.history,
         'locked': started['locked'],
         'failed': started.get('failed', {}),
     }
@@ -154,7 +164,7 @@ def table(content: dict[str, Any]) -> Table:
         was, now = widths['before'], widths['after']
         out.add_row(f'channels: {part}', f'{was:,}', f'{now:,}', f'{now / was:.1%}')
     unpruned, pruned = (content['metrics'].get(k, {}) for k in ('unpruned', 'pruned'))
-    names = [n for n in {**unpruned, **pruned} if _is_headline(n)]
+    names = [n for n in {**unpruned, **pruned} if is_headline(n)]
     if names:
         out.add_section()
     for name in names:
@@ -162,7 +172,7 @@ def table(content: dict[str, Any]) -> Table:
     return out
 
 
-def _is_headline(name: str) -> bool:
+def is_headline(name: str) -> bool:
     """Metrics for the table: all are in the JSON; those by object size and recalls stay there."""
     return not name.endswith(('_s', '_m', '_l', '(M)', '(L)', 'data_time', '/time', 'time'))
 

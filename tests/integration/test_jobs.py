@@ -68,6 +68,12 @@ def test_the_main_job_prunes_resumes_and_is_scored_again(tmp_path):
     checkpoint = work_dir / 'epoch_2.pth'
     plan = mmprune.mm.checkpoint.plan_from(checkpoint)
     assert len(plan.history) == 2
+    record = json.loads((work_dir / 'prune_record' / 'record.json').read_text())
+    (metric,), drawn = record['classes']['pruned'], record['pictures']
+    assert metric['metric'] == 'bbox AP' and set(metric['values']) == set(drawn['meta']['classes'])
+    files = drawn['files']
+    assert all(set(drawn['found'][which]) == set(files) for which in ('unpruned', 'pruned'))
+    assert (work_dir / 'report.html').read_text().count('data:image/jpeg;base64,') == 2 * len(files)
 
     said = tool(
         'test.py', config, checkpoint, '--work-dir', tmp_path / 'test', *options, MMPRUNE_SHAPES=shapes

@@ -21,6 +21,7 @@ from mmprune.mm.hooks.report_hook import ReportHook
 from mmprune.mm.hooks.running import unwrapped
 from mmprune.mm.hooks.scoring import Scoring
 from mmprune.mm.hooks.state_hook import StateHook
+from mmprune.mm.recording.recorder import Recorder
 from mmprune.score import Score, make_score
 from mmprune.session import choose_step, cut_once
 from mmprune.surgery.plan import plan_of
@@ -90,6 +91,7 @@ class PruneHook(Hook):
         self.recalibrate, self.validate_first = recalibrate, validate_first
         self.score, self.budget = make_score(score), make_budget(budget, **options)
         self.state = PruneState()
+        self.recorder = Recorder(self.state)
         self.scoring = Scoring(self.score, self.budget, samples)
 
     @property
@@ -98,7 +100,8 @@ class PruneHook(Hook):
         return self.state.cuts
 
     def before_run(self, runner: Runner) -> None:
-        own = [StateHook(self.state, self.scoring), ReportHook(self.state, self.budget)]
+        own: list[Hook] = [StateHook(self.state, self.scoring)]
+        own.append(ReportHook(self.state, self.budget, self.recorder))
         own += [RecalibrateHook(self.recalibrate)] if self.recalibrate else []
         for hook in (RebuildHook(), *own):
             running.ensure_registered(runner, hook, self.priority)
@@ -168,6 +171,7 @@ class PruneHook(Hook):
             forward, per = runs.ordered[0], self.score.per
             args = (graph, scores, self.budget, model, forward, target, state.start, per, self._prepare)
             keep, notes = choose_step(*args)
+            self.recorder.note_scores(runner, graph, scores, keep, self.score, self.budget)
             return keep, replace(notes, iteration=runner.iter + 1)
 
         outcome = cut_once(

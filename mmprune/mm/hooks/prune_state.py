@@ -31,6 +31,7 @@ class PruneState:
             the first cut of this run}.
         metrics: {'unpruned' or 'pruned': {'iteration': of the last validation, name: value}}.
         report: :func:`mmprune.mm.report.before`.
+        record: what the run's page shows beside (:mod:`mmprune.mm.recording`).
         modes: of :class:`mmprune.mm.model_modes.Runs`, those that work.
         resumed: whether this came from a checkpoint.
     """
@@ -41,6 +42,7 @@ class PruneState:
     start: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
     modes: frozenset[str] = MODES
     resumed: bool = False
 
@@ -61,6 +63,7 @@ class PruneState:
             'start': self.start,
             'metrics': self.metrics,
             'report': self.report,
+            'record': self.record,
             'modes': sorted(self.modes),
             'divisors': device.known_divisors(),
             'trace': carry.to_state(graph) if graph is not None else None,
@@ -79,6 +82,7 @@ class PruneState:
         self.start = dict(content['start'])
         self.metrics = {which: dict(values) for which, values in content['metrics'].items()}
         self.report = dict(content['report'])
+        self.record = dict(content.get('record', {}))
         self.modes = frozenset(content.get('modes', MODES))
         self.resumed = True
 

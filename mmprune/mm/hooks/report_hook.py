@@ -1,4 +1,7 @@
-"""The mmengine hook that tells what became of a pruned run: log, curves, ``prune_report.json``."""
+"""The mmengine hook that tells what became of a pruned run: log, curves, JSON, a page."""
+
+import shlex
+from typing import Any
 
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
@@ -9,35 +12,52 @@ from mmprune.errors import PruneError
 from mmprune.mm import report
 from mmprune.mm.hooks.prune_state import PruneState
 from mmprune.mm.hooks.running import unwrapped, validate_apart
+from mmprune.mm.recording.recorder import Recorder
 from mmprune.surgery.plan import plan_of
 
 
 class ReportHook(Hook):
     """Registered by a ``PruneHook``, whose ``state`` and ``budget`` it reads: keeps the metrics of the
-    unpruned and the pruned model, and writes the report when training ends.
+    unpruned and the pruned model, and writes the report and its page when training ends.
 
     A training that ends without a cut is an error.
     """
 
     priority = 'ABOVE_NORMAL'
 
-    def __init__(self, state: PruneState, budget: Budget) -> None:
-        self.state, self.budget = state, budget
+    def __init__(self, state: PruneState, budget: Budget, recorder: Recorder) -> None:
+        self.state, self.budget, self.recorder = state, budget, recorder
+
+    def before_train(self, runner: Runner) -> None:
+        self.recorder.watch_evaluation(runner)
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        self.recorder.start_validation(runner)
+
+    def after_val_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
+        self.recorder.see(runner, outputs)
 
     def after_cut(self, runner: Runner) -> None:
-        entry = plan_of(unwrapped(runner.model)).history[-1]
+        plan = plan_of(unwrapped(runner.model))
+        entry = plan.history[-1]
         report.log_cut(runner.logger, self.state.cuts, entry)
         runner.visualizer.add_scalars(
             {f'prune/{name}': entry[name] for name in ('units_removed', 'flops', 'params')},
             step=runner.iter + 1,
         )
+        self.recorder.write(runner, plan)
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         if not metrics:
             return
         numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
-        which = 'unpruned' if plan_of(unwrapped(runner.model)) is None else 'pruned'
+        plan = plan_of(unwrapped(runner.model))
+        which = 'unpruned' if plan is None else 'pruned'
         self.state.metrics[which] = {'iteration': runner.iter} | numbers
+        self.recorder.end_validation(runner, which, numbers)
+        self.recorder.write(runner, plan)
 
     def after_train(self, runner: Runner) -> None:
         model, state = unwrapped(runner.model), self.state
@@ -57,3 +77,14 @@ class ReportHook(Hook):
             validate_apart(runner)  # a run that was ended in its last validation
         if is_main_process():
             report.finish(runner, state.report, plan, state.metrics)
+            self.recorder.write(runner, plan, finished=True)
+            self._write_page(runner)
+
+    def _write_page(self, runner: Runner) -> None:
+        again = f'Make it again: python tools/report.py {shlex.quote(str(runner.work_dir))}'
+        with self.recorder.unharmed(runner, 'The report page could not be made', again):
+            from mmprune.mm.recording.page import (
+                write_page,  # late: its texts and drawings wait till here
+            )
+
+            runner.logger.info(f'Wrote {write_page([runner.work_dir])}')

@@ -104,6 +104,7 @@ def curves(
     y_label: str,
     *,
     moments: Sequence[float] = (),
+    span: Point | None = None,
     height: int = 240,
     x_text: Callable[[float], str] = tick_text,
     y_text: Callable[[float], str] = tick_text,
@@ -113,12 +114,13 @@ def curves(
 
     Args:
         moments: places on the x axis with a line of their own (cuts).
+        span: where the x axis begins and ends; by default with the points.
         x_text, y_text: how numbers are written at the axes.
         from_zero: the y axis starts at 0.
     """
     points = [p for line in lines for p in line.points if all(map(math.isfinite, p))]
     xs, ys = [p[0] for p in points] or [0.0], [p[1] for p in points] or [0.0]
-    x_low, x_high = _room(min([*xs, *moments]), max([*xs, *moments]), 0.0)
+    x_low, x_high = _room(*(span or (min([*xs, *moments]), max([*xs, *moments]))), 0.0)
     y_low, y_high = _room(0.0 if from_zero else min(ys), max(ys), 0.06)
     if from_zero or y_low < 0 <= min(ys):
         y_low = 0.0
@@ -126,7 +128,7 @@ def curves(
     def draw(width: int) -> str:
         labelled = any(line.labels for line in lines)
         y_ticks = ticks(y_low, y_high, 4)
-        left = 10 + 7.2 * max(len(y_text(v)) for v in y_ticks)
+        left = 13 + 7.2 * max(len(y_text(v)) for v in y_ticks)
         right, top, bottom = width - (24 if labelled else 12), 26.0, height - 42.0
 
         def at(x: float, y: float) -> Point:
@@ -139,7 +141,7 @@ def curves(
         for value in y_ticks:
             y = at(x_low, value)[1]
             parts.append(tag('line', x1=left, x2=right, y1=y, y2=y, class_='grid'))
-            parts.append(tag('text', y_text(value), x=left - 6, y=y + 4, class_='tick end'))
+            parts.append(tag('text', y_text(value), x=left - 9, y=y + 4, class_='tick end'))
         for value in ticks(x_low, x_high, max(2, width // 84)):
             x = at(value, y_low)[0]
             parts.append(tag('text', x_text(value), x=x, y=bottom + 17, class_='tick middle'))
@@ -214,14 +216,15 @@ def paired_bars(bars: Sequence[Bar], height: int = 110) -> Draw:
     most = max((bar.before for bar in bars), default=1) or 1
 
     def draw(width: int) -> str:
-        left, top, bottom = 10 + 7.2 * len(tick_text(most)), 10.0, height - 8.0
+        left, top, bottom = 13 + 7.2 * len(tick_text(most)), 10.0, height - 8.0
         parts = []
+        step = min(28.0, (width - left) / max(1, len(bars)))
+        right = left + step * len(bars)
         for value in (0, most / 2, most):
             y = bottom - value / most * (bottom - top)
-            parts.append(tag('line', x1=left, x2=float(width), y1=y, y2=y, class_='grid'))
+            parts.append(tag('line', x1=left, x2=right, y1=y, y2=y, class_='grid'))
             if value != most / 2:
-                parts.append(tag('text', tick_text(value), x=left - 6, y=y + 4, class_='tick end'))
-        step = min(28.0, (width - left) / max(1, len(bars)))
+                parts.append(tag('text', tick_text(value), x=left - 9, y=y + 4, class_='tick end'))
         gap = min(3.0, step * 0.25)
         for number, bar in enumerate(bars):
             told = f'{bar.name}: {bar.before:,.0f} to {bar.after:,.0f}'
@@ -258,13 +261,13 @@ def histogram(
 
     def draw(width: int) -> str:
         y_ticks = [t for t in ticks(0, most, 4) if t == round(t)]
-        left = 10 + 7.2 * max(len(tick_text(v)) for v in y_ticks)
+        left = 13 + 7.2 * max(len(tick_text(v)) for v in y_ticks)
         right, top, bottom = width - 12.0, 26.0, height - 42.0
         parts = [tag('text', y_label, x=0.0, y=12.0, class_='label')]
         for value in y_ticks:
             y = bottom - value / most * (bottom - top)
             parts.append(tag('line', x1=left, x2=right, y1=y, y2=y, class_='grid'))
-            parts.append(tag('text', tick_text(value), x=left - 6, y=y + 4, class_='tick end'))
+            parts.append(tag('text', tick_text(value), x=left - 9, y=y + 4, class_='tick end'))
         step = (right - left) / len(totals)
         for number in range(len(totals)):
             base = bottom

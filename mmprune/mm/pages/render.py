@@ -23,12 +23,13 @@ def render(page: Page) -> str:
     environment.filters.update(marked=marked, kind=kind, cell=cell)
     template = environment.from_string((here / 'page.html.j2').read_text())
     style = Markup((here / 'page.css').read_text())
-    return template.render(page=page, style=style, wide=WIDE, narrow=NARROW, Markup=Markup)
+    text = template.render(page=page, style=style, wide=WIDE, narrow=NARROW, Markup=Markup)
+    return text.lstrip()  # macros leave empty lines
 
 
 def write(page: Page, path: str | Path) -> Path:
     """Writes the page's file, whole or not at all (an OSError then)."""
-    return replace_file(path, render(page).encode())
+    return replace_file(path, render(page).encode(), sync=False)
 
 
 def marked(text: str) -> Markup:

@@ -1,0 +1,133 @@
+"""Notes what a run's page shows, while the run goes on; never stops it."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mmengine.dist import get_world_size
+from mmengine.runner import Runner
+
+from mmprune.budget.budget import Budget
+from mmprune.distributed import is_main_process
+from mmprune.graph.coupling import ChannelGraph
+from mmprune.mm.atomic_files import replace_file
+from mmprune.mm.hooks.prune_state import PruneState
+from mmprune.mm.recording import classes, pictures, record, scores
+from mmprune.score import Score
+from mmprune.surgery.plan import Plan
+
+
+class Recorder:
+    """From a run's events to ``state.record`` and the files beside it.
+
+    Args:
+        state: goes through checkpoints; so does what is noted in its ``record``.
+    """
+
+    def __init__(self, state: PruneState) -> None:
+        self.state = state
+        self._found: dict[str, pictures.Found] = {}
+        self._by_class: list[classes.ByName] = []
+        self._complained: set[str] = set()
+
+    @contextmanager
+    def unharmed(self, runner: Runner, what: str, remedy: str = '') -> Iterator[None]:
+        """Whatever goes wrong within, training goes on: it is logged once, with the reason."""
+        try:
+            yield
+        except Exception as error:
+            if what not in self._complained:
+                text = f'{what}: {type(error).__name__}: {error}. Training goes on. {remedy}'
+                runner.logger.error(text.strip())
+                runner.logger.log(logging.DEBUG, 'Where it came from', exc_info=True)
+            self._complained.add(what)
+
+    def watch_evaluation(self, runner: Runner) -> None:
+        """Has metrics by class noted whenever the run's evaluator evaluates."""
+        evaluator = getattr(runner.val_loop, 'evaluator', None)
+        if evaluator is None:
+            return
+        evaluate = evaluator.evaluate
+
+        def noting(*args: Any, **kwargs: Any) -> Any:
+            with classes.watched(evaluator.dataset_meta) as self._by_class:
+                return evaluate(*args, **kwargs)
+
+        evaluator.evaluate = noting
+
+    def start_validation(self, runner: Runner) -> None:
+        self._found, self._by_class = {}, []
+        if self.state.record.get('pictures') is None and is_main_process():
+            with self.unharmed(runner, 'No pictures for the report could be chosen'):
+                dataset = runner.val_dataloader.dataset
+                self.state.record['pictures'] = {
+                    'files': pictures.choose_files(dataset, get_world_size()),
+                    'meta': pictures.meta_of(getattr(dataset, 'metainfo', None)),
+                    'scales': {},
+                    'found': {},
+                }
+
+    def see(self, runner: Runner, samples: Sequence[Any] | None) -> None:
+        """Notes the predictions for the chosen pictures from one batch of a validation."""
+        chosen = (self.state.record.get('pictures') or {}).get('files', ())
+        if not chosen or not samples:
+            return
+        with self.unharmed(runner, 'The detections for the report could not be noted'):
+            for sample in samples:
+                file = str(getattr(sample, 'metainfo', {}).get('img_path'))
+                found = pictures.found_in(sample) if file in chosen else None
+                if found is not None:
+                    self._found[file] = pictures.together(self._found.get(file), found)
+
+    def end_validation(self, runner: Runner, which: str, numbers: dict[str, float]) -> None:
+        """Takes over what a validation gave.
+
+        Args:
+            which: ``'unpruned'`` or ``'pruned'``.
+            numbers: its metrics.
+        """
+        noted = self.state.record
+        noted.setdefault('validations', []).append(
+            {'iteration': runner.iter, 'which': which, 'metrics': numbers}
+        )
+        if self._by_class:
+            noted.setdefault('classes', {})[which] = self._by_class
+        if self._found:
+            noted['pictures']['found'][which] = self._found
+            with self.unharmed(runner, 'The pictures for the report could not be copied'):
+                self._copy_pictures(Path(runner.work_dir))
+
+    def _copy_pictures(self, work_dir: Path) -> None:
+        noted = self.state.record['pictures']
+        for number, file in enumerate(noted['files']):
+            path = work_dir / record.FOLDER / f'{number}.jpg'
+            if file in noted['scales'] and path.is_file():
+                continue
+            copy = pictures.small_copy(file)
+            if copy is not None:
+                replace_file(path, copy[0], sync=False)
+                noted['scales'][file] = copy[1]
+
+    def note_scores(
+        self,
+        runner: Runner,
+        graph: ChannelGraph,
+        values: np.ndarray,
+        keep: np.ndarray,
+        score: Score,
+        budget: Budget,
+    ) -> None:
+        """Of a choice, which may still turn out to be none: the last one stays."""
+        with self.unharmed(runner, 'The scores could not be noted for the report'):
+            told = scores.summary(graph, values, keep, score, budget)
+            self.state.record['scores'] = {'iteration': runner.iter + 1} | told
+
+    def write(self, runner: Runner, plan: Plan | None, finished: bool = False) -> None:
+        if not is_main_process():
+            return
+        with self.unharmed(runner, f'{record.FOLDER}/{record.FILE} could not be written'):
+            content = record.content_of(runner, self.state, plan, finished)
+            record.write(runner.work_dir, content)
