@@ -4,7 +4,8 @@
 #   make test    make the environment, run the tests
 #
 # Others: test-fast (the core's tests, in under a minute), lint, docs (the pages as a site, in build/site),
-# install (the environment alone), clean (what the commands made), distclean (.venv too).
+# install (the environment alone), browser (Chromium for the tests of pages, which are skipped without it),
+# clean (what the commands made), distclean (.venv too).
 
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
@@ -32,7 +33,7 @@ import _ext
 endef
 export LOAD_MMCV_OPS
 
-.PHONY: help install data train test test-fast lint docs clean distclean
+.PHONY: help install data train test test-fast lint docs browser clean distclean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -91,6 +92,13 @@ test: install
 test-fast: install
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -q -m "not slow" tests/unit \
 		--ignore=tests/unit/mm --ignore=tests/unit/graph/adapters
+
+# Debian's, as root or through sudo; elsewhere set MMPRUNE_CHROMIUM to the program.
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+browser:
+	$(SUDO) apt-get update -qq
+	$(SUDO) apt-get install -y --no-install-recommends chromium chromium-driver
+	@chromium --version
 
 lint: install
 	$(PY) -m ruff check .
