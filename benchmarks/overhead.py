@@ -155,6 +155,7 @@ def one_cut(name, count, device):
 
     from mmprune.budget.budget import make_budget
     from mmprune.budget.choose import choose
+    from mmprune.compensation import Compensation
     from mmprune.graph import carry
     from mmprune.mm import model_modes, zoo
     from mmprune.session import check_cut
@@ -191,14 +192,17 @@ def one_cut(name, count, device):
     keep = timed('choose', lambda: choose(traced, scores, budget, whole))
     plan = timed('plan', lambda: make_plan(traced, model, keep, budget.to_meta()))
     timed('check', lambda: check_cut(model, plan, runs.checked))
+    made_up = timed('compensate', lambda: Compensation(model, traced, plan, runs.loss))
+    made_up.before([model])
     timed('cut', lambda: cut(model, plan, optimizer))
+    timed('compensate', lambda: made_up.apply([model]))
     timed('carry', lambda: carry.after_cut(traced, model, keep))
     for _ in range(2):
         timed('step', step)
     return {'config': name, 'size': size, 'units': traced.n_units, 'parts': found}
 
 
-PARTS = ('batch', 'trace', 'choose', 'plan', 'check', 'cut', 'carry')
+PARTS = ('batch', 'trace', 'choose', 'plan', 'check', 'compensate', 'cut', 'carry')
 
 
 def in_steps(found):
@@ -206,9 +210,9 @@ def in_steps(found):
     part, the ``first`` and a ``later`` cut in steps; the ``peak`` of a cut over that of a step."""
     step = statistics.median(taken for taken, _ in found['parts']['step'])
     memory = max(peak for _, peak in found['parts']['step'])
-    taken = {part: found['parts'][part][0][0] / step for part in PARTS}
+    taken = {part: sum(t for t, _ in found['parts'][part]) / step for part in PARTS}
     first = sum(taken.values())
-    peak = max(found['parts'][part][0][1] for part in PARTS) / memory
+    peak = max(read for part in PARTS for _, read in found['parts'][part]) / memory
     whole = dict(step=step, first=first, later=first - taken['trace'], memory=memory, peak=peak)
     return {name: round(value, 4) for name, value in (taken | whole).items()}
 

@@ -76,6 +76,7 @@ def prune(
     optimizer: Any = None,
     check: bool = True,
     strict: bool = False,
+    compensate: bool = False,
     **options: Any,
 ) -> Plan:
     """Cuts a model to the first budget that is reached: traces, scores, chooses, checks and cuts.
@@ -94,6 +95,8 @@ def prune(
         check: compare a copy that is cut with the masked model (:func:`verify`) before the cut is kept.
         strict: a cut that fails the check is an error; by default the groups of channels that are to
             blame are locked, with a warning, and the rest is cut.
+        compensate: weights that stay make up for those that go, by least squares over what ``forward``
+            runs on (:mod:`mmprune.compensation`).
         options: the others of :class:`Budget`: ``latency``, ``min_channels``, ``divisor``, ``max_cut``,
             ``lock``, ``parts``.
 
@@ -134,6 +137,7 @@ def prune(
         lambda graph, scores: choose_for(model, forward, graph, scores, wanted, per),
         wanted,
         forward=forward if check else None,
+        compensate=forward if compensate else None,
         optimizer=optimizer,
         strict=strict,
         warn=lambda text: warnings.warn(text, stacklevel=4),

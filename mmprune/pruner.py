@@ -87,6 +87,8 @@ class Pruner:
         check: compare each cut with the masked model before it is kept.
         strict: a cut that fails the check is an error; by default the groups of channels that are to
             blame are locked, with a warning, and the rest is cut.
+        compensate: weights that stay make up for those that go, by least squares over the batch of
+            each call (:mod:`mmprune.compensation`).
         options: those of :class:`Budget`, ``prune_num`` aside: limits such as ``min_channels``,
             ``divisor``, ``lock``, and targets such as ``keep_flops``, at which nothing more is removed.
 
@@ -119,6 +121,7 @@ class Pruner:
         score: str | Mapping[str, Any] | Score = 'taylor',
         check: bool = True,
         strict: bool = False,
+        compensate: bool = False,
         **options: Any,
     ) -> None:
         wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
@@ -132,7 +135,7 @@ class Pruner:
         self.wrapper, self.model = model, model.module if wrapped else model
         self.distributed = distributed and is_distributed()
         self.score, self.limits = make_score(score), limits
-        self.check, self.strict = check, strict
+        self.check, self.strict, self.compensate = check, strict, compensate
         self._of_loss = False  # whether what is scored was traced with the loss
         self._collector: Collector | None = None
         self._waiting = self.model.register_forward_pre_hook(
@@ -156,8 +159,8 @@ class Pruner:
         """Removes some units, those with the lowest scores since the last call.
 
         Scores come from the training steps before; where there were none, from one backward pass on
-        ``batch``. Weights that stay, optimizer state, gradients of other weights, running statistics
-        and random states are as before.
+        ``batch``. Weights that stay (without ``compensate``), optimizer state, gradients of other
+        weights, running statistics and random states are as before.
 
         Args:
             batch: what the model is run on here.
@@ -194,6 +197,7 @@ class Pruner:
             ),
             budget,
             forward=forward if self.check else None,
+            compensate=forward if self.compensate else None,
             optimizer=optimizer,
             wrapper=self.wrapper,
             distributed=self.distributed,

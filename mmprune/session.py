@@ -20,6 +20,7 @@ from mmprune.budget.runtimes import Prepare
 from mmprune.check.copies import copied
 from mmprune.check.lockstep import random_state, set_random_state
 from mmprune.check.verify import verify
+from mmprune.compensation import Compensation
 from mmprune.contexts import Forward
 from mmprune.distributed import (
     agreed_plan,
@@ -73,6 +74,7 @@ def cut_once(
     budget: Budget,
     *,
     forward: Callable[[nn.Module], Any] | None,
+    compensate: Forward | None = None,
     optimizer: Any = None,
     ema_models: Callable[[], list[nn.Module]] = list,
     wrapper: nn.Module | None = None,
@@ -89,6 +91,8 @@ def cut_once(
         choose: which units stay. Called again where groups had to be locked.
         budget: what was asked for, for the record.
         forward: the run by which a cut is checked on a copy; ``None``: it is not.
+        compensate: a run by which weights that stay make up for those that go
+            (:mod:`mmprune.compensation`); ``None``: they are left as they are.
         optimizer: see :func:`mmprune.surgery.apply.cut`.
         ema_models: gives the EMA models that are cut alike.
         wrapper: what holds ``model`` (DistributedDataParallel), whose reducers are rebuilt.
@@ -148,8 +152,18 @@ def cut_once(
         notes = noted if isinstance(noted, CutNotes) else CutNotes(**noted)
         step = make_plan(graph, model, keep, budget.to_meta(), notes)
     step = agreed_plan(step) if distributed else step
+    made_up = None
+    if compensate is not None:
+        with together('compensating'):
+            made_up = Compensation(model, graph, step, compensate, distributed)
     with together('the cut'):
-        cut(model, step, optimizer, ema_models())
+        averaged = ema_models()
+        if made_up is not None:
+            made_up.before([model, *averaged])
+        cut(model, step, optimizer, averaged)
+        if made_up is not None:
+            layers = made_up.apply([model, *averaged])
+            log.debug('%d layers make up for what was cut: %s', len(layers), ', '.join(layers))
         rebuild_reducers(wrapper if wrapper is not None else model)
         return Outcome(step, after_cut(graph, model, keep), failed)
 

@@ -16,7 +16,7 @@ LAYERS = [
     {'surgery'},
     {'distributed'},
     {'budget'},
-    {'score', 'check'},
+    {'score', 'check', 'compensation'},
     {'session'},
     {'api', 'recalibration'},
     {'pruner'},
