@@ -40,6 +40,9 @@ def distributed(folder: Path, batch_size: int = 4, **more: Any) -> Any:
 
 
 HOOK = dict(keep_flops=0.5, interval=4, steps=2)
+WHOLE = dict(HOOK, samples=8, validate_first=False)
+"""Each cut sees all of a batch, however many processes share it; norms are as ``Evaluating`` leaves
+them."""
 
 
 def evaluated(cfg: Any) -> Runner:
@@ -58,7 +61,7 @@ class Evaluating(Hook):
 
 def whole_run(folder: Path) -> dict[str, Any]:
     """28 iterations with cuts after the 4th and 8th: 20 steps are done after the last."""
-    cfg = distributed(folder, epochs=5, hook=HOOK)
+    cfg = distributed(folder, epochs=5, hook=WHOLE)
     cfg.train_dataloader.batch_size = 8 // dist.get_world_size()
     runner = evaluated(cfg)
     model = runner.model.module
@@ -81,7 +84,7 @@ def test_every_rank_cuts_alike_and_as_one_process_would(tmp_path, count):
     for other in found[1:]:
         for part in ('meta', 'state', 'momentum'):
             assert_same(first[part], other[part])
-    alone = evaluated(config(tmp_path / 'alone', epochs=5, hook=HOOK))
+    alone = evaluated(config(tmp_path / 'alone', epochs=5, hook=WHOLE))
     plan = mmprune.plan_of(alone.model).to_meta()
     assert plan['keep'] == first['meta']['keep']
     assert [e['units_removed'] for e in plan['history']] == [

@@ -1,0 +1,143 @@
+"""The unpruned network teaches the pruned one, in real runs of mmengine's Runner."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS, MODELS
+
+import mmprune
+from mmprune.mm.hooks import DistillHook
+from tests.helpers.equality import assert_same
+from tests.helpers.hook_runs import TwoBranch, config, train
+
+HOOK = dict(keep_flops=0.5, interval=5, steps=2, distill=True)
+"""Two cuts: after iterations 5 and 10."""
+
+
+@MODELS.register_module(force=True)
+class WithFeatures(TwoBranch):
+    """Its features can be asked for, as mmdet's and mmpose's models' can."""
+
+    def extract_feat(self, inputs):
+        x = self.stem(inputs).relu()
+        return self.neck((x + self.block(x)).relu())
+
+
+@HOOKS.register_module(force=True)
+class Watch(Hook):
+    """Notes the losses of each iteration, and the weights that each cut finds."""
+
+    priority = 'VERY_LOW'
+
+    def before_train(self, runner):
+        self.losses, self.scored = [], None
+
+    def before_scoring(self, runner):
+        self.scored = {k: v.clone() for k, v in runner.model.state_dict().items()}
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.losses.append({name: float(value) for name, value in outputs.items()})
+
+
+def run(work_dir, epochs=3, resume=False, hook=None, **more):
+    cfg = config(work_dir, epochs, HOOK | (hook or {}), **more)
+    cfg.model.type = 'WithFeatures'
+    cfg.custom_hooks.append(dict(type='Watch'))
+    return train(cfg, resume)
+
+
+def hook_of(runner, kind):
+    return next(hook for hook in runner.hooks if type(hook).__name__ == kind)
+
+
+def test_it_is_taught_from_the_first_cut_on_by_the_network_before_it(tmp_path):
+    runner = run(tmp_path)
+    watch, hook = hook_of(runner, 'Watch'), hook_of(runner, 'DistillHook')
+    taught = ['loss_distill_neck' in losses for losses in watch.losses]
+    assert taught == [False] * 5 + [True] * 13
+    assert all(losses['loss_distill_neck'] > 0 for losses in watch.losses[5:])
+    assert_same(watch.scored, dict(hook.teacher.state_dict()))
+    saved = torch.load(tmp_path / 'teacher.pth', weights_only=True)
+    assert_same(watch.scored, dict(saved['state_dict']))
+    assert not any(p.requires_grad for p in hook.teacher.parameters())
+    assert not hook.teacher.training and mmprune.plan_of(hook.teacher) is None
+    checkpoint = torch.load(tmp_path / 'epoch_3.pth', weights_only=False)
+    assert checkpoint['state_dict'].keys() == runner.model.state_dict().keys()
+    assert not runner.model._forward_hooks and not runner.model.neck._forward_hooks
+
+
+def test_its_losses_change_the_training(tmp_path):
+    taught, alone = run(tmp_path / 'a'), run(tmp_path / 'b', hook=dict(distill=False))
+    assert not torch.equal(taught.model.small.weight, alone.model.small.weight)
+    assert not (tmp_path / 'b' / 'teacher.pth').exists()
+
+
+def test_while_cutting_it_can_be_left_alone(tmp_path):
+    runner = run(tmp_path, hook=dict(distill=dict(while_cutting=False)))
+    taught = ['loss_distill_neck' in losses for losses in hook_of(runner, 'Watch').losses]
+    assert taught == [False] * 10 + [True] * 8
+
+
+def test_a_run_that_is_resumed_ends_as_one_that_was_not(tmp_path):
+    whole = run(tmp_path / 'whole', epochs=3)
+    first = run(tmp_path / 'two', epochs=3, train_cfg=dict(by_epoch=True, max_epochs=1))
+    assert mmprune.plan_of(first.model) is not None
+    second = run(tmp_path / 'two', epochs=3, resume=True)
+    assert_same(whole.model.state_dict(), second.model.state_dict())
+    assert hook_of(whole, 'Watch').losses[6:] == hook_of(second, 'Watch').losses
+
+
+def test_an_averaged_model_is_the_teacher(tmp_path):
+    more = [dict(type='EMAHook', momentum=0.5)]
+    cfg = config(tmp_path, 2, dict(HOOK, begin=3, interval=3))
+    cfg.model.type = 'WithFeatures'
+    cfg.custom_hooks += [*more, dict(type='Watch')]
+    runner = train(cfg)
+    scored, teacher = hook_of(runner, 'Watch').scored, hook_of(runner, 'DistillHook').teacher
+    assert not torch.equal(scored['small.weight'], teacher.state_dict()['small.weight'])
+
+
+def test_a_pruned_model_wants_a_teacher_by_name(tmp_path):
+    first = run(tmp_path / 'first')
+    path = str(tmp_path / 'first' / 'epoch_3.pth')
+    with pytest.raises(mmprune.PruneError, match=r'pruned already.*name a\s+checkpoint'):
+        run(tmp_path / 'second', load_from=path)
+    with pytest.raises(mmprune.PruneError, match='epoch_3.pth is pruned'):
+        run(tmp_path / 'third', load_from=path, hook=dict(distill=dict(teacher=path)))
+    teacher = str(tmp_path / 'first' / 'teacher.pth')
+    options = dict(distill=dict(teacher=teacher), keep_flops=0.3)
+    runner = run(tmp_path / 'fourth', load_from=path, hook=options)
+    assert all('loss_distill_neck' in losses for losses in hook_of(runner, 'Watch').losses)
+    assert_same(
+        hook_of(first, 'DistillHook').teacher.state_dict(),
+        hook_of(runner, 'DistillHook').teacher.state_dict(),
+    )
+
+
+def test_a_model_without_features_is_an_error_at_the_start(tmp_path):
+    cfg = config(tmp_path, 2, HOOK)
+    with pytest.raises(mmprune.PruneError, match='TwoBranch has no neck or backbone that extract_feat'):
+        train(cfg)
+
+
+def test_its_losses_are_in_the_log(tmp_path):
+    run(tmp_path, default_hooks=dict(logger=dict(type='LoggerHook', interval=1)))
+    lines = Path(next(tmp_path.glob('*/vis_data/scalars.json'))).read_text().splitlines()
+    assert sum('loss_distill_neck' in json.loads(line) for line in lines) == 13
+
+
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (dict(features=-1), 'features=-1'),
+        (dict(predictions=True), 'predictions=True'),
+        (dict(features=0, predictions=0), 'nothing would be taught'),
+        (dict(temperature=0), 'temperature=0'),
+    ],
+)
+def test_options_that_make_no_sense_are_errors(options, message):
+    with pytest.raises(mmprune.PruneError, match=message):
+        DistillHook(**options)
