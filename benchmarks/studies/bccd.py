@@ -1,0 +1,67 @@
+"""Blood cells: Faster R-CNN on an ImageNet MobileNetV2, what each part of the recipe is worth.
+
+    python benchmarks/studies/bccd.py --seeds 0 1 2 --jobs 2 [--rows dense default ...]
+
+Every row trains 16 epochs in all: eight dense ones, shared by all of a seed, and eight in which it is
+cut (or not, which is the baseline). AP is the mean over IoUs of .5 to .95, at the end of the training.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.study import Row, Study, main
+
+CONFIG = 'configs/bccd/faster-rcnn_mobilenetv2_fpn_bccd.py'
+IOUS = [round(0.5 + 0.05 * i, 2) for i in range(10)]
+START = {'val_evaluator.iou_thrs': IOUS, 'train_cfg.val_interval': 8}
+SECOND = START | {'optim_wrapper.optimizer.lr': 6e-4}
+"""The rate of the second half is twice that of the first: better for all, the dense one included."""
+LOW = {'optim_wrapper.optimizer.lr': 3e-4}
+
+
+def pruned(name: str, label: str, common: dict | None = None, **options) -> Row:
+    """A row that is cut from the first epoch of its second half on."""
+    hook = {'type': 'PruneHook', 'keep_flops': 0.5, 'validate_first': False} | options
+    put = {'custom_imports': dict(imports=['mmprune']), 'custom_hooks': [hook]}
+    return Row(name, label, CONFIG, SECOND | put | (common or {}), start='start')
+
+
+STUDY = Study(
+    'bccd',
+    rows=[
+        Row('start', 'the dense network that all others start from', CONFIG, START, shown=False),
+        Row('dense', 'not pruned', CONFIG, SECOND, start='start'),
+        pruned('default', "mmprune's default"),
+        pruned('distill', 'with distillation', distill=True),
+        pruned('features', 'with distillation of features alone', distill=dict(predictions=0)),
+        pruned('late', 'with distillation from the last cut on', distill=dict(while_cutting=False)),
+        pruned('plain', 'without compensation', compensate=False),
+        pruned('flops', 'scores by FLOPs', score=dict(name='taylor', per='flops')),
+        pruned('none', 'scores by nothing', score=dict(name='taylor', per='none')),
+        pruned('oneshot', 'one cut', steps=1),
+        pruned('longer', 'cuts in two fifths of the training', end=0.4),
+        pruned('l2', 'l2', score=dict(name='l2', per='memory')),
+        pruned('fisher', 'Fisher', score=dict(name='fisher', per='memory')),
+        pruned('random', 'random', score=dict(name='random', per='memory')),
+        Row('dense_low', 'not pruned, half the rate', CONFIG, SECOND | LOW, start='start'),
+        pruned('default_low', "mmprune's default, half the rate", common=LOW),
+        pruned('plain_low', 'without compensation, half the rate', common=LOW, compensate=False),
+        pruned('default_70', "mmprune's default, 70 % of the FLOPs", keep_flops=0.7),
+        pruned('default_30', "mmprune's default, 30 % of the FLOPs", keep_flops=0.3),
+        pruned('distill_30', 'with distillation, 30 %', keep_flops=0.3, distill=True),
+        pruned('plain_30', 'without compensation, 30 %', keep_flops=0.3, compensate=False),
+    ],
+    metric='pascal_voc/mAP',
+    unit='AP',
+    short={
+        'train_cfg.max_epochs': 1,
+        'train_cfg.val_interval': 1,
+        'train_dataloader.dataset.indices': 40,
+        'val_dataloader.dataset.indices': 4,
+    },
+)
+
+if __name__ == '__main__':
+    main(STUDY)

@@ -1,0 +1,200 @@
+"""COCO: AP of YOLOX-Nano right after it was cut, without any training.
+
+    OMP_NUM_THREADS=1 python benchmarks/studies/yolox_nano.py [--keep 0.95 0.9 0.8] [--ways one ...]
+
+Weights and pictures: ``../shared/weights/yolox_nano_coco_mmdet.pth`` and ``../shared/data/coco_subset``
+(``$MMPRUNE_WEIGHTS``, ``$MMPRUNE_COCO``). Scores come from 20 batches of 8 pictures, 416 x 416.
+Writes ``docs/studies/yolox_nano.json`` after each cut; what stands there already is not run again.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.runner import Runner
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import nn
+
+import mmprune
+from mmprune.check.copies import copied
+from mmprune.contexts import evaluating, unchanged
+from mmprune.mm.model_modes import loss_of, runs_of
+from mmprune.score.collector import Collector
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARED = ROOT.parent / 'shared'
+DATA = Path(os.environ.get('MMPRUNE_COCO', SHARED / 'data' / 'coco_subset'))
+WEIGHTS = Path(os.environ.get('MMPRUNE_WEIGHTS', SHARED / 'weights')) / 'yolox_nano_coco_mmdet.pth'
+SIZE, BATCHES = (416, 416), 20
+
+TAYLOR = dict(score=dict(name='taylor', per='none'), steps=1, compensate=False, recalibrate=False)
+FLOPS = TAYLOR | dict(score=dict(name='taylor', per='flops'))
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    'plain': ('taylor, not divided by cost', TAYLOR),
+    'flops': ('by FLOPs', FLOPS),
+    'memory': ('by memory', FLOPS | dict(score=dict(name='taylor', per='memory'))),
+    'recalibrated': ('by FLOPs, norms recalibrated', FLOPS | dict(recalibrate=True)),
+    'compensated': ('by FLOPs, compensated', FLOPS | dict(compensate=True)),
+    'both': ('by FLOPs, compensated, recalibrated', FLOPS | dict(compensate=True, recalibrate=True)),
+    'steps': ('the same in 10 cuts', FLOPS | dict(compensate=True, recalibrate=True, steps=10)),
+    'memory_steps': (
+        'by memory, compensated, recalibrated, 10 cuts',
+        dict(
+            score=dict(name='taylor', per='memory'), compensate=True, recalibrate=True, steps=10
+        ),
+    ),
+}  # fmt: skip
+
+
+def config() -> Config:
+    """YOLOX-Nano on the subset: plain BGR pictures, padded by 114."""
+    cfg = Config.fromfile(f'{package("mmdet")}/.mim/configs/yolox/yolox_nano_8xb8-300e_coco.py')
+    load = [
+        dict(type='LoadImageFromFile'),
+        dict(type='Resize', scale=SIZE, keep_ratio=True),
+        dict(type='Pad', size=SIZE, pad_val=dict(img=(114.0, 114.0, 114.0))),
+        dict(type='LoadAnnotations', with_bbox=True),
+    ]
+    keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')
+    pack = [*load, dict(type='PackDetInputs', meta_keys=keys)]
+
+    def loader(split: str, test: bool) -> dict[str, Any]:
+        return dict(
+            batch_size=8,
+            num_workers=0,
+            sampler=dict(type='DefaultSampler', shuffle=not test),
+            dataset=dict(
+                type='CocoDataset',
+                data_root=f'{DATA}/',
+                ann_file=f'annotations/instances_{split}2017.json',
+                data_prefix=dict(img=f'{split}2017/'),
+                test_mode=test,
+                filter_cfg=dict(filter_empty_gt=True, min_size=1),
+                pipeline=pack,
+            ),
+        )
+
+    cfg.model.data_preprocessor.pop('batch_augments', None)
+    cfg.train_dataloader, cfg.val_dataloader = loader('train', False), loader('val', True)
+    annotations = f'{DATA}/annotations/instances_val2017.json'
+    cfg.val_evaluator = dict(type='CocoMetric', ann_file=annotations, metric='bbox')
+    for key in ('test_dataloader', 'test_evaluator', 'test_cfg', 'optim_wrapper', 'train_cfg'):
+        cfg[key] = None
+    cfg.train_dataloader_config = cfg.train_dataloader
+    cfg.train_dataloader = cfg.param_scheduler = None
+    cfg.custom_hooks, cfg.load_from, cfg.log_level = [], str(WEIGHTS), 'ERROR'
+    cfg.work_dir = 'work_dirs/studies/yolox_nano'
+    return cfg
+
+
+def package(name: str) -> Path:
+    return Path(__import__(name).__file__).parent
+
+
+def prune(
+    model: nn.Module,
+    batches: list[Any],
+    keep: float,
+    score: dict[str, Any],
+    steps: int,
+    compensate: bool,
+    recalibrate: bool,
+) -> None:
+    """Cuts to ``keep`` of the FLOPs, ``steps`` times alike, scored anew before each."""
+    runs = runs_of(model, batches[0], size=SIZE, count=8)
+    for step in range(1, steps + 1):
+        graph = mmprune.trace(model, runs.tensor, also=(runs.loss,))
+        collector = Collector(graph, score, 'none', model)
+        with unchanged(model), evaluating(model):  # norms as they will be tested
+            for batch in batches:
+                model.zero_grad()
+                model.parse_losses(loss_of(model, batch))[0].backward()
+                collector.look()
+        collector.close()
+        model.zero_grad()
+        budget = mmprune.Budget(keep_flops=1 - (1 - keep) * step / steps, divisor=1)
+        cut(model, graph, collector.scores(), budget, runs, score['per'], compensate)
+    if recalibrate:
+        mmprune.recalibrate(model, loss_of, batches)
+
+
+def cut(model: nn.Module, graph: Any, scores: Any, budget: Any, runs: Any, per: str, compensate: bool):
+    from mmprune.session import choose_for, cut_once
+
+    def choose(graph: Any, scores: Any) -> Any:
+        return choose_for(model, runs.tensor, graph, scores, budget, per)
+
+    def as_tested(module: nn.Module) -> Any:
+        with evaluating(module):
+            return runs.loss(module)
+
+    made_up = as_tested if compensate else None
+    cut_once(model, graph, scores, choose, budget, forward=runs.loss, compensate=made_up)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--keep', type=float, nargs='+', default=[0.95, 0.9, 0.8])
+    parser.add_argument('--ways', nargs='+', choices=list(WAYS), default=list(WAYS))
+    parser.add_argument('--batches', type=int, default=BATCHES)
+    parser.add_argument('--pictures', type=int, help='for validation; all by default')
+    parser.add_argument('--out', type=Path, default=ROOT / 'docs' / 'studies' / 'yolox_nano.json')
+    args = parser.parse_args()
+    if not WEIGHTS.is_file() or not DATA.is_dir():
+        sys.exit(f'yolox_nano.py: error: {WEIGHTS} and {DATA} are needed')
+    cfg = config()
+    if args.pictures:
+        cfg.val_dataloader.dataset.indices = args.pictures
+    runner = Runner.from_cfg(cfg)
+    runner.load_or_resume()
+    torch.manual_seed(0)
+    loader = Runner.build_dataloader(runner.cfg.train_dataloader_config, seed=0)
+    batches = list(
+        itertools.islice(itertools.chain.from_iterable(itertools.repeat(loader)), args.batches)
+    )
+    found = json.loads(args.out.read_text()) if args.out.is_file() else {}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    found.setdefault('dense', average_precision(runner, runner.model))
+    wanted = [(way, keep) for way in args.ways for keep in args.keep]
+    for way, keep in track(wanted, 'cuts'):
+        if str(keep) in found.setdefault(way, {}):
+            continue
+        model = copied(runner.model).train()
+        prune(model, batches, keep, **WAYS[way][1])
+        found[way][str(keep)] = average_precision(runner, model)
+        args.out.write_text(json.dumps(found, indent=1) + '\n')
+    Console().print(table(found))
+
+
+def average_precision(runner: Runner, model: nn.Module) -> float:
+    original, runner.model = runner.model, model.eval()
+    try:
+        return runner.build_val_loop(dict(type='ValLoop')).run()['coco/bbox_mAP']
+    finally:
+        runner.model = original
+
+
+def table(found: dict[str, Any]) -> Table:
+    out = Table(title=f'AP right after the cut; before it {found["dense"]:.3f}', title_justify='left')
+    out.add_column('')
+    fractions = sorted({keep for way in WAYS for keep in found.get(way, {})}, reverse=True)
+    for keep in fractions:
+        out.add_column(f'{100 * float(keep):g} % of FLOPs', justify='right')
+    for way, (label, _) in WAYS.items():
+        if found.get(way):
+            told: Callable[[Any], str] = lambda value: '' if value is None else f'{value:.3f}'  # noqa: E731
+            out.add_row(label, *(told(found[way].get(keep)) for keep in fractions))
+    return out
+
+
+if __name__ == '__main__':
+    main()

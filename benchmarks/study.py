@@ -1,0 +1,290 @@
+"""Runs the rows of a study, some at once, and writes what came out: JSON, a curve, a table.
+
+A row is a training with ``tools/train.py`` by a config and some options put over it; a study is a list
+of rows, each run once for every seed. What is done is not run again, what was interrupted goes on from
+its last checkpoint, and a row that starts from another's weights waits for that. See
+``benchmarks/studies/`` for the studies.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from mmengine.config import Config
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / 'docs'
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training of a study.
+
+    Args:
+        name: of the row, and of its folder.
+        label: what the table calls it.
+        config: its path from the project's root.
+        options: what is put over the config, as ``--cfg-options`` does, but of any kind; a callable is
+            called with the seed.
+        start: the name of the row from whose last checkpoint it starts, of the same seed; ``None``: as
+            its config says.
+        shown: whether it stands in the table.
+    """
+
+    name: str
+    label: str
+    config: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    start: str | None = None
+    shown: bool = True
+
+
+@dataclass(frozen=True)
+class Study:
+    """Rows that differ in one thing each.
+
+    Args:
+        name: of its JSON and its pictures.
+        rows: the first one that is shown is the one that others are compared with.
+        metric: the name under which validation reports what counts.
+        unit: what ``metric`` is called in a table, and
+        scale: what it is multiplied by there.
+        short: options over those of every row, for the test of the study.
+    """
+
+    name: str
+    rows: Sequence[Row]
+    metric: str
+    unit: str
+    scale: float = 100.0
+    short: Mapping[str, Any] = field(default_factory=dict)
+
+    def row(self, name: str) -> Row:
+        return next(row for row in self.rows if row.name == name)
+
+
+def main(study: Study) -> None:
+    parser = argparse.ArgumentParser(description=study.__doc__)
+    parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/studies') / study.name)
+    parser.add_argument('--out', type=Path, default=DOCS / 'studies' / f'{study.name}.json')
+    parser.add_argument('--rows', nargs='+', choices=[row.name for row in study.rows])
+    parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
+    parser.add_argument('--jobs', type=int, default=1, help='trainings at once, of one thread each')
+    parser.add_argument('--short', action='store_true', help='a few iterations each: does it run?')
+    parser.add_argument('--show', action='store_true', help='run nothing, show what there is')
+    args = parser.parse_args()
+    wanted = [study.row(name) for name in args.rows] if args.rows else list(study.rows)
+    failed = [] if args.show else run(study, wanted, args)
+    content = collect(study, args.work_dir)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(content, indent=1) + '\n')
+    Console().print(table(content))
+    if args.out.resolve().parent == DOCS / 'studies':
+        draw(content, args.out.with_suffix('.png'))
+        page = DOCS / 'results.md'
+        page.write_text(with_table(page.read_text(), content))
+    if failed:
+        sys.exit(f'{Path(sys.argv[0]).name}: failed: ' + '; '.join(failed))
+
+
+def run(study: Study, wanted: Iterable[Row], args: argparse.Namespace) -> list[str]:
+    """Runs what is not done yet; returns what failed, with the end of its log."""
+    waiting: list[tuple[Row, int]] = []
+    for seed in args.seeds:
+        for row in wanted:
+            for each in with_starts(study, row):
+                done = result(study, args.work_dir / each.name / str(seed)) is not None
+                if not done and (each, seed) not in waiting:
+                    waiting.append((each, seed))
+    running: dict[subprocess.Popen, tuple[Row, int, Path]] = {}
+    failed: list[str] = []
+    with Progress(disable=not waiting) as progress:
+        bar = progress.add_task(study.name, total=len(waiting))
+        while waiting or running:
+            for process in [each for each in running if each.poll() is not None]:
+                row, seed, folder = running.pop(process)
+                progress.advance(bar)
+                if process.returncode or result(study, folder) is None:
+                    tail = (folder / 'log.txt').read_text().splitlines()[-1:]
+                    failed.append(f'{row.name}, seed {seed}: {" ".join(tail)} (see {folder}/log.txt)')
+            blocked = {(row.name, seed) for row, seed in waiting}
+            blocked |= {(row.name, seed) for row, seed, _ in running.values()}
+            for row, seed in list(waiting):
+                if len(running) >= args.jobs:
+                    break
+                if row.start is not None and (row.start, seed) in blocked:
+                    continue
+                waiting.remove((row, seed))
+                folder = args.work_dir / row.name / str(seed)
+                try:
+                    process = start(study, row, seed, args.work_dir, args.short)
+                except FileNotFoundError as error:
+                    failed.append(f'{row.name}, seed {seed}: {error}')
+                    progress.advance(bar)
+                else:
+                    running[process] = (row, seed, folder)
+                    progress.update(bar, description=f'{study.name}: {row.name}, seed {seed}')
+            time.sleep(1)
+    return failed
+
+
+def with_starts(study: Study, row: Row) -> list[Row]:
+    """A row behind all that it starts from."""
+    before = with_starts(study, study.row(row.start)) if row.start is not None else []
+    return [*before, row]
+
+
+def start(study: Study, row: Row, seed: int, work_dir: Path, short: bool) -> subprocess.Popen:
+    """Starts a training of one thread, which goes on where an earlier one was interrupted."""
+    folder = work_dir / row.name / str(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    cfg = Config.fromfile(ROOT / row.config)
+    options = {key: value(seed) if callable(value) else value for key, value in row.options.items()}
+    cfg.merge_from_dict({'randomness.seed': seed} | options | (dict(study.short) if short else {}))
+    if row.start is not None:
+        cfg.load_from = last_checkpoint(work_dir / row.start / str(seed))
+    path = folder / 'config.py'
+    cfg.dump(path)
+    command = [
+        sys.executable,
+        'tools/train.py',
+        str(path.resolve()),
+        '--work-dir',
+        str(folder.resolve()),
+    ]
+    command += ['--resume'] if (folder / 'last_checkpoint').is_file() else []
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=os.environ | {'OMP_NUM_THREADS': '1'},
+        stdout=(folder / 'log.txt').open('a'),
+        stderr=subprocess.STDOUT,
+    )
+
+
+def last_checkpoint(folder: Path) -> str:
+    return (folder / 'last_checkpoint').read_text().strip()
+
+
+def result(study: Study, folder: Path) -> dict[str, Any] | None:
+    """What a training left, once it has ended: its validations, and what is left of the network."""
+    if not (folder / 'last_checkpoint').is_file():
+        return None
+    curve = {}
+    for log in sorted(folder.glob('*/vis_data/scalars.json')):
+        for line in log.read_text().splitlines():
+            entry = json.loads(line)
+            if study.metric in entry:
+                curve[entry['step']] = entry[study.metric]
+    cfg = Config.fromfile(folder / 'config.py')
+    last = max(curve, default=None)
+    if last is None or last_checkpoint(folder).rsplit('_', 1)[-1] != f'{last}.pth':
+        return None
+    loop = cfg.train_cfg
+    if last != loop.get('max_epochs', loop.get('max_iters')):
+        return None
+    found: dict[str, Any] = {'metric': curve[last], 'curve': curve}
+    report = folder / 'prune_report.json'
+    if report.is_file():
+        content = json.loads(report.read_text())
+        for what in ('flops', 'params'):
+            found[what] = content[what]['after'] / content[what]['before']
+    return found
+
+
+def collect(study: Study, work_dir: Path) -> dict[str, Any]:
+    """Everything that is done, as plain data: what the tables and curves are made from."""
+    rows = []
+    for row in study.rows:
+        runs = {}
+        for folder in sorted((work_dir / row.name).glob('*')):
+            found = result(study, folder) if (folder / 'config.py').is_file() else None
+            if found is not None:
+                runs[folder.name] = found
+        if runs:
+            rows.append({'name': row.name, 'label': row.label, 'shown': row.shown, 'seeds': runs})
+    return {
+        'study': study.name, 'metric': study.metric, 'unit': study.unit, 'scale': study.scale,
+        'rows': rows,
+    }  # fmt: skip
+
+
+def summary(row: Mapping[str, Any], scale: float) -> dict[str, Any]:
+    """Mean and spread (standard deviation of a sample) over the seeds of a row."""
+    values = [scale * run['metric'] for run in row['seeds'].values()]
+    found = {'mean': mean(values), 'spread': stdev(values) if len(values) > 1 else None}
+    for what in ('flops', 'params'):
+        left = [run.get(what, 1.0) for run in row['seeds'].values()]
+        found[what] = 100 * mean(left)
+    return found | {'n': len(values)}
+
+
+HEAD = ('', 'seeds', 'FLOPs', 'parameters', '{unit}', 'spread')
+
+
+def cells(content: Mapping[str, Any]) -> list[list[str]]:
+    """The table of a study, the head first: a mean over seeds, and its standard deviation, in a row."""
+    rows = [[name.format(unit=content['unit']) for name in HEAD]]
+    for row in content['rows']:
+        if row['shown']:
+            told = summary(row, content['scale'])
+            spread = '' if told['spread'] is None else f'{told["spread"]:.1f}'
+            left = f'{told["flops"]:.1f} %', f'{told["params"]:.1f} %'
+            rows.append([row['label'], str(told['n']), *left, f'{told["mean"]:.1f}', spread])
+    return rows
+
+
+def table(content: Mapping[str, Any]) -> Table:
+    """For a terminal."""
+    head, *rows = cells(content)
+    out = Table(title=content['study'], title_justify='left')
+    for i, name in enumerate(head):
+        out.add_column(name, justify='right' if i else 'left')
+    for row in rows:
+        out.add_row(*row)
+    return out
+
+
+def markdown(content: Mapping[str, Any]) -> str:
+    """For a page."""
+    head, *rows = cells(content)
+    lines = [head, ['---'] * len(head), *rows]
+    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
+def with_table(page: str, content: Mapping[str, Any]) -> str:
+    """A page with the table of a study between its two comments, if it has them."""
+    begin, end = (f'<!-- {word} of the study {content["study"]} -->' for word in ('table', 'end'))
+    if begin not in page:
+        return page
+    before, rest = page.split(begin)
+    return f'{before}{begin}\n{markdown(content)}\n{end}{rest.split(end)[1]}'
+
+
+def draw(content: Mapping[str, Any], path: Path) -> None:
+    """Means over seeds against what is left of the FLOPs, with their spread."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout='constrained')
+    axes = figure.subplots()
+    for row in content['rows']:
+        if row['shown']:
+            told = summary(row, content['scale'])
+            at = told['flops'], told['mean']
+            axes.errorbar(*at, yerr=told['spread'] or 0, fmt='o', capsize=3)
+            axes.annotate(row['label'], at, xytext=(6, 0), textcoords='offset points', fontsize=7)
+    axes.set_xlabel('FLOPs left, %')
+    axes.set_ylabel(content['unit'])
+    axes.set_title(content['study'])
+    figure.savefig(path, dpi=110)
