@@ -3,7 +3,6 @@
 # custom_hooks, with what it wants otherwise: dict(_base_.prune_hook, keep_flops=0.3).
 prune_hook = dict(
     type='PruneHook',
-    score='taylor',
     keep_flops=0.5,
     begin=0.5,
     end=2 / 3,

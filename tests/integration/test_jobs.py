@@ -103,6 +103,7 @@ def test_blood_cells(tmp_path):
         '--work-dir',
         tmp_path,
         *quick(2, 2, 2),
+        'load_from=None',  # it is what the baseline leaves
         MMPRUNE_BCCD=str(BCCD),
         MMPRUNE_WEIGHTS=str(WEIGHTS),
     )
