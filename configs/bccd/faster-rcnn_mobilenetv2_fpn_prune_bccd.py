@@ -1,5 +1,5 @@
-# From the trained baseline: half the FLOPs go in the first fifth, while the rate warms up; then the full
-# schedule again, at twice the rate (docs/results.md).
+# From the trained baseline: half the FLOPs go in the first fifth, while the rate warms up; then the
+# full schedule again, at twice the rate (docs/results.md).
 _base_ = './faster-rcnn_mobilenetv2_fpn_bccd.py'
 
 custom_imports = dict(imports=['mmprune'])

@@ -55,7 +55,7 @@ class PruneHook(Hook):
         compensate: weights that stay make up for those that go, by least squares over the batch
             (:mod:`mmprune.compensation`).
         distill: losses by which the unpruned network teaches the pruned one: ``True``, or a dict of the
-            options of :class:`DistillHook`.
+            options of :class:`mmprune.mm.hooks.DistillHook`.
         validate_first: validate right before the first cut, unless there was a validation within the
             last ``interval``.
         rebuild_only: no cutting: this is a :class:`RebuildHook`.
