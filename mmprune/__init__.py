@@ -47,6 +47,8 @@ Five steps, of which :func:`prune` is all in one call::
     >>> mmprune.verify(original, model, plan, forward) < 1e-4
     True
 
+What can go, how far, and what each lock costs, before any cut: :func:`analyze`.
+
 In training the scores come from the loop's own steps: :class:`Pruner`, or mmengine's ``PruneHook``.
 """
 
@@ -65,6 +67,7 @@ else:
         raise PruneError('load_pruned builds a model of mmengine: pip install "mmprune[mm]"')
 
 
+from mmprune.analysis.analyze import analyze
 from mmprune.api import prune, trace
 from mmprune.budget.budget import Budget
 from mmprune.check.verify import verify
@@ -84,6 +87,7 @@ __all__ = [
     'Score',
     '__version__',
     'adapter',
+    'analyze',
     'criterion',
     'fuse',
     'load_model_def',

@@ -11,6 +11,7 @@ from torch import nn
 from mmprune.budget.budget import Budget, make_budget
 from mmprune.errors import PruneError
 from mmprune.graph.coupling import ChannelGraph, couple
+from mmprune.graph.record import TraceRecord
 from mmprune.graph.tracer import trace_runs
 from mmprune.score import Score, make_score
 from mmprune.score.collector import scores_now
@@ -53,8 +54,18 @@ def trace(
         >>> graph.n_units, graph.flops, graph.params
         (8, 2088, 242)
     """
+    return couple(trace_record(model, forward, also, may_fail))
+
+
+def trace_record(
+    model: nn.Module,
+    forward: Forward,
+    also: tuple[Forward, ...] = (),
+    may_fail: Container[Forward] = (),
+) -> TraceRecord:
+    """What :func:`trace` finds before it makes a graph of it: ties and locks one by one."""
     try:
-        return couple(trace_runs(model, forward, also, may_fail=may_fail))
+        return trace_runs(model, forward, also, may_fail=may_fail)
     except PruneError:
         raise
     except Exception as error:

@@ -255,7 +255,7 @@ class Pruner:
         if collector is None or (asked and not collector.iterations):
             if collector is not None:
                 collector.close()
-            collector = score_batch(self.model, graph, self.score, forward, self.distributed)
+            collector = score_batches(self.model, graph, self.score, [forward], self.distributed)
         return transferred(collector.scores(), collector.trace, graph), collector
 
 
@@ -271,30 +271,31 @@ def _limits(budget: Budget | Mapping[str, Any] | None, options: dict[str, Any]) 
     return replace(whole, prune_num=1)
 
 
-def score_batch(
+def score_batches(
     model: nn.Module,
     graph: ChannelGraph,
     score: Score,
-    forward: Callable[[nn.Module], Any],
+    forwards: Iterable[Callable[[nn.Module], Any]],
     distributed: bool = False,
 ) -> Collector:
-    """A collector that has seen one backward pass of its own, which leaves gradients, running
+    """A collector that has seen a backward pass of each of ``forwards``, which leave gradients, running
     statistics and random states as they were."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     collector = Collector(graph, score, 'none', model, distributed)
     gradients = [p.grad for p in parameters]
     try:
-        for parameter in parameters:
-            parameter.grad = None
-        with unchanged(model), torch.enable_grad():
-            outputs = [t for t in tensors_in(forward(model)) if t.requires_grad]
-            if not outputs:
-                raise PruneError(
-                    'to_loss_fn returns nothing that depends on trained weights: return the loss, or '
-                    'the outputs that it is made of'
-                )
-            torch.stack([t.float().sum() for t in outputs]).sum().backward()
-        collector.look()
+        for forward in forwards:
+            for parameter in parameters:
+                parameter.grad = None
+            with unchanged(model), torch.enable_grad():
+                outputs = [t for t in tensors_in(forward(model)) if t.requires_grad]
+                if not outputs:
+                    raise PruneError(
+                        'to_loss_fn returns nothing that depends on trained weights: return the loss, '
+                        'or the outputs that it is made of'
+                    )
+                torch.stack([t.float().sum() for t in outputs]).sum().backward()
+            collector.look()
     finally:
         collector.close()
         for parameter, gradient in zip(parameters, gradients, strict=True):

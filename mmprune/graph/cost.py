@@ -79,7 +79,8 @@ class CostPolynomial:
         self._terms = np.array(members or [[self._n_axes]], dtype=np.int64)
 
     def _fractions(self, keep: np.ndarray) -> np.ndarray:
-        return (self._fixed + self._members @ keep.astype(np.float64)) / self._sizes
+        held = keep.astype(np.float64) if keep.size else np.zeros(1)  # a matrix has a column at least
+        return (self._fixed + self._members @ held) / self._sizes
 
     def __call__(self, keep: np.ndarray) -> float:
         """The sum when only the units in ``keep`` (n_units, bool) stay."""

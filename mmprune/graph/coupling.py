@@ -124,7 +124,7 @@ def couple(record: TraceRecord) -> ChannelGraph:
     constraints, profile = record.constraints, record.profile
     slots = constraints.slots
     component = settled_components(constraints)
-    locked, reasons = _reasons(constraints, profile, component)
+    locked, reasons = reasons_of(constraints, profile, component)
     slot = slots_for(constraints, component)
 
     def settled(ids: Ids) -> Ids:
@@ -156,7 +156,7 @@ def couple(record: TraceRecord) -> ChannelGraph:
     )
 
 
-def _reasons(
+def reasons_of(
     constraints: Constraints, profile: Profile, component: np.ndarray
 ) -> tuple[np.ndarray, dict[int, dict[Lock, None]]]:
     """For each component whether it is locked, and why."""

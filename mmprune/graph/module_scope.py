@@ -29,17 +29,21 @@ class ModuleScope:
 
 @contextlib.contextmanager
 def track_modules(
-    scope: ModuleScope, model: nn.Module, leave: Callable[[Any, Any], None]
+    scope: ModuleScope,
+    model: nn.Module,
+    leave: Callable[[Any, Any], None],
+    enter: Callable[[], None] = lambda: None,
 ) -> Iterator[None]:
-    """Keeps ``scope`` up to date while ``model`` runs, and calls ``leave(args, out)`` after each call
-    of a module, which then is still the scope's. In the place of hooks, because those miss a
-    ``forward`` that is called as a plain method (mmpose's heads are)."""
+    """Keeps ``scope`` up to date while ``model`` runs, and calls ``enter()`` before and
+    ``leave(args, out)`` after each call of a module, which both times is the scope's. In the place of
+    hooks, because those miss a ``forward`` that is called as a plain method (mmpose's heads are)."""
 
     def tracked(module: nn.Module, forward: Callable) -> Callable:
         def run(*args: Any, **kwargs: Any) -> Any:
             depth = len(scope.stack)
             scope.stack.append(module)
             try:
+                enter()
                 out = forward(*args, **kwargs)
                 leave(args, out)
             finally:

@@ -35,6 +35,7 @@ from mmprune.graph.size_tracking import SizeTrackingMode
 from mmprune.graph.sizes import symbolic_attributes
 from mmprune.graph.slots import Labels, SlotTable
 from mmprune.graph.tensor_info import TensorInfo, TensorTable, address
+from mmprune.progress import bar
 
 Observer = Callable[[Any, tuple, dict], None]
 """Is told of each operation after it ran: (function, positional arguments, keywords)."""
@@ -55,6 +56,8 @@ class Tracer(TorchDispatchMode):
         self.state = State(TensorTable(constraints), constraints, Profile(), scope)
         self.sizes = SizeTrackingMode(self.state.tensors, constraints)
         self.observe = observe
+        self.run_modules: set[int] = set()  # those that the present run has left
+        self.tell_progress: Callable[[int], None] = lambda modules: None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         # What rules do themselves is none of the size tracking's business.
@@ -176,6 +179,8 @@ class Tracer(TorchDispatchMode):
     def leave_module(self, args: Any, out: Any) -> None:
         """Runs the adapter of the module that has just been called."""
         module = self.state.scope.module
+        self.run_modules.add(id(module))
+        self.tell_progress(len(self.run_modules))
         adapter = module_adapter(type(module))
         if adapter is not None:
             with _disable_current_modes(), torch._C.DisableTorchFunction():
@@ -230,10 +235,12 @@ def trace_runs(
     Of ``may_fail`` it leaves out those that raise, and notes them in ``failed``."""
     tracer = tracer or Tracer(model)
     state = tracer.state
-    counted, failed = False, {}
-    with unchanged(model):
-        for run in (forward, *also):
+    counted, failed, runs, modules = False, {}, (forward, *also), len(list(model.modules()))
+    with unchanged(model), bar('Tracing', len(runs) * modules) as tell:
+        for number, run in enumerate(runs):
             state.profile.counting, state.scope.stack = not counted, [model]
+            tracer.run_modules = set()
+            tracer.tell_progress = lambda done, before=number * modules: tell(before + done)
             before = snapshot(state.constraints), snapshot(state.profile)
             try:
                 with tracing(tracer, model):

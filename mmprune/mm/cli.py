@@ -43,11 +43,20 @@ def checkpoint_file(path: str) -> str:
 
 def make_parser(description: str) -> argparse.ArgumentParser:
     """A parser with the options that training and testing have in common."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument('config', type=existing_file, help='config file of mmdet, mmpose or mmengine')
+    parser = config_parser(description)
     parser.add_argument(
         '--work-dir', help="where logs and results go (default: work_dirs/CONFIG's name)"
     )
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
+    # torchrun sets the variable; older launchers pass one of these.
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+    return parser
+
+
+def config_parser(description: str) -> argparse.ArgumentParser:
+    """A parser for scripts that neither train nor test: a config, and values over it."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument('config', type=existing_file, help='config file of mmdet, mmpose or mmengine')
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -55,9 +64,6 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         metavar='KEY=VALUE',
         help='values to put over the config\'s, such as train_cfg.max_epochs=3 or key="[1,2]"',
     )
-    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
-    # torchrun sets the variable; older launchers pass one of these.
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
     return parser
 
 

@@ -11,7 +11,7 @@ PACKAGE = Path(mmprune.__file__).parent
 
 LAYERS = [
     {'errors', '_version'},
-    {'contexts'},
+    {'contexts', 'progress'},
     {'graph'},
     {'surgery'},
     {'distributed'},
@@ -20,6 +20,7 @@ LAYERS = [
     {'session'},
     {'api', 'recalibration'},
     {'pruner'},
+    {'analysis'},
     {'mm'},
 ]
 """From the lowest up. A layer imports itself and what is below it, never what is beside it."""

@@ -12,7 +12,7 @@ from torch import nn
 
 import mmprune
 from mmprune import PruneError
-from mmprune.pruner import score_batch, transferred
+from mmprune.pruner import score_batches, transferred
 from mmprune.score import make_score
 from mmprune.score.collector import scores_now
 
@@ -286,7 +286,7 @@ def test_a_loss_that_hangs_on_nothing_is_an_error():
     model = make()
     traced = mmprune.trace(model, lambda m: m(BATCHES[0]))
     with pytest.raises(PruneError, match='to_loss_fn returns nothing that depends on trained weights'):
-        score_batch(model, traced, make_score('taylor'), lambda m: m(BATCHES[0]).detach())
+        score_batches(model, traced, make_score('taylor'), [lambda m: m(BATCHES[0]).detach()])
 
 
 def test_scores_go_from_one_trace_to_another():

@@ -1,0 +1,1 @@
+"""What can go, how far, and what hurts, before anything is cut: :func:`mmprune.analyze`."""

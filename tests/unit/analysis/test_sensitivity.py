@@ -1,0 +1,185 @@
+"""Masked groups against channels that are zeroed by hand, and what is suggested from them."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import mmprune
+from mmprune.analysis.sensitivity import evaluations, sensitivity
+from mmprune.analysis.suggest import bears, suggest
+from mmprune.budget.budget import Budget
+from mmprune.surgery.build import Baseline
+
+torch.manual_seed(0)
+X, TARGET = torch.randn(4, 3, 5, 5), torch.randn(4, 2, 5, 5)
+
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, 10, 3, padding=1), nn.BatchNorm2d(10), nn.ReLU(),
+        nn.Conv2d(10, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 2, 1),
+    ).eval()  # fmt: skip
+
+
+def loss(model):
+    return float((model(X) - TARGET).square().mean())
+
+
+def traced(model):
+    return mmprune.trace(model, lambda m: m(X))
+
+
+def test_values_are_those_of_channels_set_to_zero_by_hand():
+    model = net()
+    graph = traced(model)
+    scores = np.arange(graph.n_units, dtype=float)
+    found = sensitivity(model, graph, scores, loss, fractions=(0.9, 0.5))
+    assert found.base == loss(model) and found.noise == 0
+
+    def by_hand(layer, count):
+        other = net()
+        with torch.no_grad():
+            other[layer].weight[:, :count] = 0
+        return loss(other)
+
+    first, second = found.groups
+    assert first.name == '0.weight' and first.units == 10
+    assert first.values[0.9] == pytest.approx(by_hand(3, 1), rel=1e-5)
+    assert first.values[0.5] == pytest.approx(by_hand(3, 5), rel=1e-5)
+    assert second.values[0.5] == pytest.approx(by_hand(5, 3), rel=1e-5)
+    assert second.values[0.9] is None, 'nothing of 6 goes'
+    assert first.changes[0.5] == pytest.approx((by_hand(3, 5) - found.base) / found.base, rel=1e-4)
+
+
+def test_the_model_is_left_as_it_was_and_progress_is_told():
+    model, told = net().train(), []
+    graph = traced(model)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    scores = np.arange(graph.n_units, dtype=float)
+    sensitivity(model, graph, scores, loss, tell=told.append)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert model.training and told == list(range(1, evaluations(graph)))  # one masks nothing
+
+
+def test_of_a_metric_less_is_worse():
+    model = net()
+    graph = traced(model)
+    found = sensitivity(
+        model, graph, np.arange(graph.n_units, dtype=float), lambda m: 10 - loss(m),
+        higher_is_better=True, seeds=1,
+    )  # fmt: skip
+    for group in found.groups:
+        for fraction, value in group.values.items():
+            if value is not None:
+                change = (found.base - value) / found.base
+                assert group.changes[fraction] == pytest.approx(change)
+
+
+def test_the_same_random_numbers_count_for_all_and_others_are_the_noise():
+    model = net()
+    graph = traced(model)
+
+    def noisy(model):
+        return 5 + float(torch.rand(())) + np.random.rand()
+
+    before = torch.random.get_rng_state()
+    found = sensitivity(model, graph, np.arange(graph.n_units, dtype=float), noisy)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert found.noise > 0
+    assert {v for group in found.groups for v in group.values.values() if v is not None} == {found.base}
+
+
+def test_units_without_a_score_stay():
+    model = net()
+    graph = traced(model)
+    scores = np.arange(graph.n_units, dtype=float)
+    scores[:10] = np.nan
+    found = sensitivity(model, graph, scores, loss)
+    assert found.groups[0].unscored and set(found.groups[0].values.values()) == {None}
+    assert bears(found.groups[0], 1e9) == 1
+    assert not found.groups[1].unscored
+
+
+@pytest.mark.parametrize('value', [0.0, float('nan')])
+def test_a_value_that_nothing_can_be_compared_with_is_an_error(value):
+    model = net()
+    graph = traced(model)
+    with pytest.raises(mmprune.PruneError, match='checkpoint that is trained'):
+        sensitivity(model, graph, np.ones(graph.n_units), lambda m: value)
+    with pytest.raises(mmprune.PruneError, match='outside'):
+        sensitivity(model, graph, np.ones(graph.n_units), loss, fractions=(1.5,))
+
+
+# -- suggestions -------------------------------------------------------------------------------------
+
+
+def worth_of(graph, model, changes):
+    """Sensitivities with a cost of its own for each group: ``changes[number]`` by fraction."""
+    calls = []
+
+    def evaluate(model):
+        calls.append(None)
+        return 1.0
+
+    found = sensitivity(model, graph, np.arange(graph.n_units, dtype=float), evaluate)
+    groups = []
+    for group, own in zip(found.groups, changes, strict=True):
+        groups.append(type(group)(**{**vars(group), 'changes': own}))
+    return type(found)(found.base, 0.0, tuple(groups))
+
+
+def suggested(changes, **options):
+    model = net()
+    graph = traced(model)
+    worth = worth_of(graph, model, changes)
+    scores = np.arange(graph.n_units, dtype=float)
+    base = Baseline(flops=graph.flops, params=graph.params)
+    return graph, suggest(model, graph, scores, worth, loss, base, **options)
+
+
+FREE = {0.9: 0.0, 0.7: 0.01, 0.5: 0.05}
+
+
+def test_what_bears_nothing_is_locked_and_the_rest_is_cut_as_far_as_it_bears():
+    graph, made = suggested([{0.9: 0.5, 0.7: 0.6, 0.5: 0.7}, FREE])
+    assert made.bears == (1, 0.5)
+    assert made.options['lock'] == ['0.weight']
+    assert 'parts' not in made.options
+    left = (225 * 3 * 10 + 225 * 10 * 3 + 25 * 3 * 2) / (225 * 3 * 10 + 225 * 10 * 6 + 25 * 6 * 2)
+    assert left <= made.options['keep_flops'] < left + 0.05 + 1e-9
+
+
+def test_what_bears_some_keeps_so_many_channels():
+    _, made = suggested([{0.9: 0.0, 0.7: 0.5, 0.5: 0.05}, FREE])
+    assert made.bears == (0.9, 0.5), 'past what is not borne nothing counts'
+    assert made.options['parts'] == {'0.weight': {'min_channels': 9}}
+    assert 'lock' not in made.options
+
+
+def test_a_suggestion_is_a_budget_that_is_met_and_spares_what_it_says():
+    for changes in ([{0.9: 0.5, 0.7: 0.6, 0.5: 0.7}, FREE], [{0.9: 0.0, 0.7: 0.5, 0.5: 1}, FREE]):
+        _, made = suggested(changes, base=Budget(latency=0.5, divisor=1, min_channels=2))
+        model = net()
+        plan = mmprune.prune(model, lambda m: m(X), **made.options, divisor=1, min_channels=2)
+        assert plan.cuts[-1].flops / plan.cuts[-1].flops_before <= made.options['keep_flops'] + 1e-6
+        assert model[0].out_channels >= (10 if made.bears[0] == 1 else 9)
+        assert made.floor <= made.options['keep_flops']
+
+
+def test_own_limits_are_kept():
+    base = Budget(
+        keep_params=0.3, divisor=2, lock=['5.bias'],
+        parts={'0': dict(keep_flops=0.7, max_cut=0.5), '5': dict(keep_flops=0.9)},
+    )  # fmt: skip
+    graph, made = suggested([FREE, {0.9: 0.5, 0.7: 1, 0.5: 1}], base=base)
+    assert made.options['lock'] == ['5.bias', '3.bias']
+    assert made.options['parts'] == {'0': {'max_cut': 0.5}}
+
+
+def test_where_no_group_bears_anything_that_is_told():
+    hurt = {0.9: 0.5, 0.7: 0.6, 0.5: 0.7}
+    with pytest.raises(mmprune.PruneError, match='no group bears a cut to 0.9'):
+        suggested([hurt, hurt])
+    assert suggested([hurt, hurt], tolerance=0.8)[1].bears == (0.5, 0.5)
