@@ -1,5 +1,7 @@
 """Masked groups against channels that are zeroed by hand, and what is suggested from them."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -77,12 +79,13 @@ def test_of_a_metric_less_is_worse():
                 assert group.changes[fraction] == pytest.approx(change)
 
 
-def test_the_same_random_numbers_count_for_all_and_others_are_the_noise():
+@pytest.mark.parametrize('draw', [lambda: float(torch.rand(())), np.random.rand, random.random])
+def test_the_same_random_numbers_count_for_all_and_others_are_the_noise(draw):
     model = net()
     graph = traced(model)
 
     def noisy(model):
-        return 5 + float(torch.rand(())) + np.random.rand()
+        return 5 + draw()
 
     before = torch.random.get_rng_state()
     found = sensitivity(model, graph, np.arange(graph.n_units, dtype=float), noisy)
