@@ -40,6 +40,7 @@ class ReportHook(Hook):
         self.recorder.see(runner, outputs)
 
     def after_cut(self, runner: Runner) -> None:
+        self.recorder.end_cut()
         plan = plan_of(unwrapped(runner.model))
         entry = plan.history[-1]
         report.log_cut(runner.logger, self.state.cuts, entry)

@@ -31,6 +31,7 @@ class Recorder:
         self.state = state
         self._found: dict[str, pictures.Found] = {}
         self._by_class: list[classes.ByName] = []
+        self._scores: dict[str, Any] | None = None
         self._complained: set[str] = set()
 
     @contextmanager
@@ -120,10 +121,15 @@ class Recorder:
         score: Score,
         budget: Budget,
     ) -> None:
-        """Of a choice, which may still turn out to be none: the last one stays."""
+        """Of a choice, which may still come to nothing: see :meth:`end_cut`."""
         with self.unharmed(runner, 'The scores could not be noted for the report'):
             told = scores.summary(graph, values, keep, score, budget)
-            self.state.record['scores'] = {'iteration': runner.iter + 1} | told
+            self._scores = {'iteration': runner.iter + 1} | told
+
+    def end_cut(self) -> None:
+        """The cut that was chosen last is done."""
+        if self._scores is not None:
+            self.state.record['scores'], self._scores = self._scores, None
 
     def write(self, runner: Runner, plan: Plan | None, finished: bool = False) -> None:
         if not is_main_process():
