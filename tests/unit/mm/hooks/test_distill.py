@@ -27,7 +27,7 @@ class WithFeatures(TwoBranch):
 
 
 @HOOKS.register_module(force=True)
-class Watch(Hook):
+class NotesLosses(Hook):
     """Notes the losses of each iteration, and the weights that each cut finds."""
 
     priority = 'VERY_LOW'
@@ -45,7 +45,7 @@ class Watch(Hook):
 def run(work_dir, epochs=3, resume=False, hook=None, **more):
     cfg = config(work_dir, epochs, HOOK | (hook or {}), **more)
     cfg.model.type = 'WithFeatures'
-    cfg.custom_hooks.append(dict(type='Watch'))
+    cfg.custom_hooks.append(dict(type='NotesLosses'))
     return train(cfg, resume)
 
 
@@ -55,7 +55,7 @@ def hook_of(runner, kind):
 
 def test_it_is_taught_from_the_first_cut_on_by_the_network_before_it(tmp_path):
     runner = run(tmp_path)
-    watch, hook = hook_of(runner, 'Watch'), hook_of(runner, 'DistillHook')
+    watch, hook = hook_of(runner, 'NotesLosses'), hook_of(runner, 'DistillHook')
     taught = ['loss_distill_neck' in losses for losses in watch.losses]
     assert taught == [False] * 5 + [True] * 13
     assert all(losses['loss_distill_neck'] > 0 for losses in watch.losses[5:])
@@ -77,7 +77,7 @@ def test_its_losses_change_the_training(tmp_path):
 
 def test_while_cutting_it_can_be_left_alone(tmp_path):
     runner = run(tmp_path, hook=dict(distill=dict(while_cutting=False)))
-    taught = ['loss_distill_neck' in losses for losses in hook_of(runner, 'Watch').losses]
+    taught = ['loss_distill_neck' in losses for losses in hook_of(runner, 'NotesLosses').losses]
     assert taught == [False] * 10 + [True] * 8
 
 
@@ -87,16 +87,16 @@ def test_a_run_that_is_resumed_ends_as_one_that_was_not(tmp_path):
     assert mmprune.plan_of(first.model) is not None
     second = run(tmp_path / 'two', epochs=3, resume=True)
     assert_same(whole.model.state_dict(), second.model.state_dict())
-    assert hook_of(whole, 'Watch').losses[6:] == hook_of(second, 'Watch').losses
+    assert hook_of(whole, 'NotesLosses').losses[6:] == hook_of(second, 'NotesLosses').losses
 
 
 def test_an_averaged_model_is_the_teacher(tmp_path):
     more = [dict(type='EMAHook', momentum=0.5)]
     cfg = config(tmp_path, 2, dict(HOOK, begin=3, interval=3))
     cfg.model.type = 'WithFeatures'
-    cfg.custom_hooks += [*more, dict(type='Watch')]
+    cfg.custom_hooks += [*more, dict(type='NotesLosses')]
     runner = train(cfg)
-    scored, teacher = hook_of(runner, 'Watch').scored, hook_of(runner, 'DistillHook').teacher
+    scored, teacher = hook_of(runner, 'NotesLosses').scored, hook_of(runner, 'DistillHook').teacher
     assert not torch.equal(scored['small.weight'], teacher.state_dict()['small.weight'])
 
 
@@ -110,7 +110,7 @@ def test_a_pruned_model_wants_a_teacher_by_name(tmp_path):
     teacher = str(tmp_path / 'first' / 'teacher.pth')
     options = dict(distill=dict(teacher=teacher), keep_flops=0.3)
     runner = run(tmp_path / 'fourth', load_from=path, hook=options)
-    assert all('loss_distill_neck' in losses for losses in hook_of(runner, 'Watch').losses)
+    assert all('loss_distill_neck' in losses for losses in hook_of(runner, 'NotesLosses').losses)
     assert_same(
         hook_of(first, 'DistillHook').teacher.state_dict(),
         hook_of(runner, 'DistillHook').teacher.state_dict(),
