@@ -193,9 +193,9 @@ def one_cut(name, count, device):
     plan = timed('plan', lambda: make_plan(traced, model, keep, budget.to_meta()))
     timed('check', lambda: check_cut(model, plan, runs.checked))
     made_up = timed('compensate', lambda: Compensation(model, traced, plan, runs.loss))
-    made_up.before([model])
+    timed('compensate', lambda: made_up.prepare([model]))
     timed('cut', lambda: cut(model, plan, optimizer))
-    timed('compensate', lambda: made_up.apply([model]))
+    timed('compensate', made_up.apply)
     timed('carry', lambda: carry.after_cut(traced, model, keep))
     for _ in range(2):
         timed('step', step)

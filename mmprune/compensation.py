@@ -78,7 +78,7 @@ class Compensation:
     ) -> None:
         self.plan = plan
         self.moments: dict[str, _Moments] = {}
-        self._old: list[dict[str, torch.Tensor]] = []
+        self._changes: list[tuple[torch.Tensor, torch.Tensor]] = []
         handles = []
         modules = dict(model.named_modules())
         for axis in graph.consumers:
@@ -108,40 +108,39 @@ class Compensation:
             for moments in self.moments.values():
                 _add_up(moments)
 
-    def before(self, models: Iterable[nn.Module]) -> None:
-        """Keeps the weights of these models, which are about to be cut."""
-        self._old = [
-            {name: model.get_parameter(f'{name}.weight').data for name in self.moments}
-            for model in models
-        ]
+    @torch.no_grad()
+    def prepare(self, models: Iterable[nn.Module]) -> None:
+        """Computes what is added to the weights of these models, which are about to be cut: the one that
+        was run, and its EMA models."""
+        self._changes = []
+        for model in models:
+            for name, moments in self.moments.items():
+                self._prepare(f'{name}.weight', model.get_submodule(name), moments)
+
+    def _prepare(self, name: str, module: nn.Module, moments: _Moments) -> None:
+        parameters = dict(module.named_parameters())
+        weight, bias, keep = parameters['weight'], parameters.get('bias'), self.plan.keep[name]
+        stays = np.zeros(moments.sums.numel(), dtype=bool)
+        stays[np.asarray(keep[1]) // moments.block] = True
+        kept, gone = (
+            torch.from_numpy(np.flatnonzero(which)).to(weight.device) for which in (stays, ~stays)
+        )
+        found = regression(moments, kept, gone, centred=bias is not None)
+        if found is None:
+            return
+        slope, rest = (each.to(weight.dtype) for each in found)
+        rows = weight if 0 not in keep else weight[torch.tensor(keep[0], device=weight.device)]
+        lost = rows.reshape(len(rows), stays.size, -1)[:, gone]
+        self._changes.append((weight, torch.einsum('ogp,gk->okp', lost, slope)))
+        if bias is not None:
+            self._changes.append((bias, torch.einsum('ogp,g->o', lost, rest)))
 
     @torch.no_grad()
-    def apply(self, models: Iterable[nn.Module]) -> list[str]:
-        """Changes the weights and biases that stay in the same models, which have been cut. Returns the
-        names of the layers."""
-        done = []
-        for name, moments in self.moments.items():
-            keep = self.plan.keep[f'{name}.weight']
-            stays = np.zeros(moments.sums.numel(), dtype=bool)
-            stays[np.asarray(keep[1]) // moments.block] = True
-            device = moments.sums.device
-            kept, gone = (torch.from_numpy(np.flatnonzero(w)).to(device) for w in (stays, ~stays))
-            for model, old in zip(models, self._old, strict=True):
-                parameters = dict(model.get_submodule(name).named_parameters())
-                weight, bias = parameters['weight'], parameters.get('bias')
-                found = regression(moments, kept, gone, centred=bias is not None)
-                if found is None:
-                    continue
-                slope, rest = (each.to(weight.dtype) for each in found)
-                rows = old[name]
-                if 0 in keep:
-                    rows = rows[torch.tensor(keep[0], device=device)]
-                lost = rows.reshape(len(rows), stays.size, -1)[:, gone]
-                weight.add_(torch.einsum('ogp,gk->okp', lost, slope).reshape(weight.shape))
-                if bias is not None:
-                    bias.add_(torch.einsum('ogp,g->o', lost, rest))
-                done.append(name)
-        return list(dict.fromkeys(done))
+    def apply(self) -> int:
+        """Changes the weights and biases that stay, once they have been cut. Returns their number."""
+        for parameter, change in self._changes:
+            parameter.add_(change.reshape(parameter.shape))
+        return len(self._changes)
 
 
 def regression(

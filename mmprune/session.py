@@ -159,11 +159,10 @@ def cut_once(
     with together('the cut'):
         averaged = ema_models()
         if made_up is not None:
-            made_up.before([model, *averaged])
+            made_up.prepare([model, *averaged])
         cut(model, step, optimizer, averaged)
         if made_up is not None:
-            layers = made_up.apply([model, *averaged])
-            log.debug('%d layers make up for what was cut: %s', len(layers), ', '.join(layers))
+            log.debug('%d weights and biases make up for what was cut', made_up.apply())
         rebuild_reducers(wrapper if wrapper is not None else model)
         return Outcome(step, after_cut(graph, model, keep), failed)
 
