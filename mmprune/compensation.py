@@ -110,8 +110,8 @@ class Compensation:
 
     @torch.no_grad()
     def prepare(self, models: Iterable[nn.Module]) -> None:
-        """Computes what is added to the weights of these models, which are about to be cut: the one that
-        was run, and its EMA models."""
+        """Computes what is added to the weights of these models, the one that was run and its EMA
+        models, which are about to be cut."""
         self._changes = []
         for model in models:
             for name, moments in self.moments.items():

@@ -37,8 +37,8 @@ class PruneHook(Hook):
 
     Args:
         score: a criterion's name, a :class:`mmprune.Score`, or a dict of its options. By default
-            ``'taylor'``, which with ``keep_flops`` is set against memory (``per='memory'``): that loses
-            less accuracy and saves more time.
+            ``'taylor'``, which with ``keep_flops`` is set against memory (``per='memory'``): that saves
+            more time than against FLOPs, at the same accuracy.
         begin: when scoring begins. This, ``end`` and ``interval`` are integers for iterations of the
             loop (mmengine's count), or floats in [0, 1] for fractions of the training.
         end: no cut comes later. By default a fifth of the training after ``begin``.
