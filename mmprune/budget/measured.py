@@ -56,7 +56,14 @@ def choose_measured(
         unpruned = prepare(model)
         for _ in range(TRIES):
             aimed = replace(budget, latency=min(1.0, aim))
-            keep = choose(trace, scores, aimed, original, latency=table, per=per, auto=table.divisor)
+            try:
+                keep = choose(
+                    trace, scores, aimed, original, latency=table, per=per, auto=table.divisor
+                )
+            except PruneError:
+                if not tried:
+                    raise
+                break  # by the table no less can be left, and so much was not asked for
             if keep.all():
                 tried.append((keep, left))
                 break

@@ -40,6 +40,7 @@ BEFORE = {
 def a_users_folder(tmp_path_factory):
     """The files that pages name: a config, its pruned checkpoint, an exported file, a picture."""
     folder = tmp_path_factory.mktemp('user')
+    (folder / 'configs').symlink_to(ROOT / 'configs')
     base = ROOT / 'configs/_base_/faster_rcnn_shapes.py'
     (folder / 'my_config.py').write_text(f'_base_ = {str(base)!r}\n')
     work_dir = folder / 'work_dirs' / 'my_config'
@@ -67,7 +68,7 @@ def test_python_runs(name, a_users_folder, tables_as_before, tmp_path, monkeypat
     todo = [block for block in blocks(ROOT / name) if block.language == 'python']
     if not todo:
         return
-    place = shutil.copytree(a_users_folder, tmp_path / 'user')
+    place = shutil.copytree(a_users_folder, tmp_path / 'user', symlinks=True)
     monkeypatch.chdir(place)
     scope = {'__name__': 'page'}
     section = ''
