@@ -7,6 +7,7 @@ import sys
 import pytest
 
 import mmprune
+from tests.helpers.browser import browsing
 from tests.helpers.pages import ROOT
 
 pytest.importorskip('sphinx', reason='the site needs the extra docs: make install has it')
@@ -52,3 +53,18 @@ def test_nothing_is_fetched_from_elsewhere(site):
     assert len(files) > 20
     found = {file.name: match[0][:120] for file in files if (match := fetched.search(file.read_text()))}
     assert not found
+
+
+def test_no_page_overflows_or_leaves_itself(site, tmp_path):
+    told = []
+    with browsing(tmp_path / 'profile') as context:
+        page = context.new_page()
+        page.on('console', lambda message: told.append(message.text))
+        page.on('request', lambda request: told.append(request.url))
+        for width in (390, 1280):
+            page.set_viewport_size({'width': width, 'height': 900})
+            for file in sorted(site.glob('*.html')):
+                page.goto(file.as_uri())
+                wide = page.evaluate('document.documentElement.scrollWidth')
+                assert wide <= width, f'{file.name} is {wide} wide at {width}'
+    assert [text for text in told if not text.startswith(('file:', 'data:'))] == []
