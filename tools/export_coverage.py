@@ -20,7 +20,10 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
+
+from mmengine.config import Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from coverage import ROOT, families, warm_up  # noqa: E402
@@ -39,20 +42,26 @@ def examine(config: str, how: dict, pipe) -> None:
     from mmprune.mm.zoo import build, load
 
     try:
-        model, _ = build(config, **how)
-        model.cfg = load(config)
-        with_small_offsets(model)
+        cfg = config_of(config) or load(config)
+        model, forward = build(cfg, **how)
+        model.cfg = cfg
+        side = how.get('size', 128)
+        if cfg.get('default_scope') == 'mmdet':  # what pyramids and windows need
+            side = -(-side // 64) * 64
+        pose = model.cfg.get('default_scope') == 'mmpose'
+        size = fixed_side(model) if pose else (side, side)
+        as_trained(model, forward, size)
+    except PruneError:
+        told = 'no config builds it: of torchvision ImageClassifier makes the classifiers'
+        return pipe.send({'export': 'not', 'reason': told})
     except Exception as error:  # a fault of the zoo, whatever it is
         told = f'does not build: {error}'.splitlines()[0][:200]
         return pipe.send({'export': 'not', 'reason': told})
     row: dict = {'reason': ''}
-    side = -(-how.get('size', 128) // 64) * 64
     with tempfile.TemporaryDirectory() as folder:
         for kind in ('whole', 'raw'):
             out, raw = Path(folder) / f'{kind}.onnx', kind == 'raw'
-            pose = model.cfg.get('default_scope') == 'mmpose'
             try:
-                size = fixed_side(model) if pose else (side, side)
                 export_model(model, out, raw=raw, size=size)
                 row['export'] = kind
                 break
@@ -66,13 +75,62 @@ def examine(config: str, how: dict, pipe) -> None:
     pipe.send(row)
 
 
-def with_small_offsets(model) -> None:
-    """Deformable convolutions sample near their place again, as trained ones do: where they jump over
-    maps, PyTorch in single precision is no nearer to itself in double than any other number."""
-    for name, layer in model.named_modules():
-        if name.rsplit('.', 1)[-1] in ('conv_offset', 'spatial_conv_offset', 'sampling_offsets'):
-            for parameter in layer.parameters():
-                parameter.data.mul_(0.02)
+SPREADS = {
+    'conv_offset': 0.05, 'spatial_conv_offset': 0.05, 'offset_s': 0.05, 'offset_l': 0.05,
+    'sampling_offsets': 0.05, 'conv2.fc2': 0.3, 'switch': 0.5, 'pre_context': 0.1, 'post_context': 0.1,
+}  # fmt: skip
+"""The largest standard deviation of what layers give, by the ends of their names."""
+
+
+def as_trained(model, forward, size: tuple[int, int]) -> None:
+    """Takes back what random weights do and no training leaves: deformable convolutions that jump over
+    maps of noise, split attention (ResNeSt) that takes one half alone, by the last bit, and contexts
+    that drown what they are added to (DetectoRS). In such a network PyTorch in single precision is no
+    nearer to itself in double than any other number."""
+    import torch
+
+    from mmprune.mm.deploy import check as checks
+    from mmprune.mm.zoo import shake
+
+    def limited(layer, _, out, spread):
+        factor = min(1.0, spread / float(out.std()))
+        for parameter in layer.parameters():
+            parameter.data.mul_(factor)
+        return out * factor
+
+    hooks = [
+        layer.register_forward_hook(partial(limited, spread=spread))
+        for name, layer in model.named_modules()
+        for end, spread in SPREADS.items()
+        if f'.{name}'.endswith(f'.{end}')
+    ]
+    if hooks:
+        shake(model, forward)  # which sets the statistics of batch norms anew
+        pictures = checks.pictures_for(size, 32, 2)[0]
+        with torch.no_grad():
+            model.eval()
+            model.extract_feat(checks.prepared(model, pictures)[0])
+    for hook in hooks:
+        hook.remove()
+    # mmdet's QueryInst predicts only where all of its boxes are detections.
+    queries = getattr(getattr(model, 'rpn_head', None), 'num_proposals', None)
+    if queries is not None:
+        model.roi_head.test_cfg.max_per_img = queries
+
+
+def config_of(config: str) -> Config | None:
+    """The config of one of torchvision's classifiers, in the model that they are trained in here.
+
+    Raises:
+        PruneError: it is no classifier.
+    """
+    if not config.startswith('torchvision::'):
+        return None
+    from mmprune.mm.models.classifier import make_net
+
+    name = config.removeprefix('torchvision::')
+    make_net(name)
+    return Config({'model': dict(type='ImageClassifier', net=dict(name=name), num_classes=1000)})
 
 
 def fixed_side(model) -> tuple[int, int] | None:
@@ -89,7 +147,7 @@ def write_table(rows: list[dict]) -> None:
     start, end = '<!-- families -->\n', '<!-- /families -->'
     before, rest = text.split(start, 1)
     lines = []
-    for zoo in ('mmdet', 'mmpose'):
+    for zoo in ('mmdet', 'mmpose', 'torchvision'):
         own = [row for row in rows if row['name'].startswith(zoo)]
         counts = Counter(row['export'] for row in own)
         told = ', '.join(f'{counts[kind]} {kind}' for kind in ('whole', 'raw', 'not'))
@@ -132,7 +190,7 @@ def run(name: str, config: str, how: dict, limit: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument('--only', nargs='+', default=['mm*'], help='patterns, e.g. mmdet/*detr*')
+    parser.add_argument('--only', nargs='+', default=['*'], help='patterns, e.g. mmdet/*detr*')
     parser.add_argument('--jobs', type=int, default=1, help='processes at a time')
     parser.add_argument('--limit', type=int, default=300, help='seconds for one family')
     parser.add_argument('--resume', action='store_true', help='leave families with a row alone')

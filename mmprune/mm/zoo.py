@@ -24,11 +24,13 @@ from mmengine.dataset import pseudo_collate
 from mmengine.logging import MessageHub
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import init_default_scope
+from mmengine.structures import BaseDataElement
 from mmengine.utils import get_installed_path
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from mmprune.errors import PruneError
+from mmprune.mm.models.classifier import ImageClassifier
 
 Forward = Callable[..., Any]
 
@@ -62,7 +64,12 @@ def build(
 
     @functools.cache
     def batch(training: bool) -> dict[str, Any]:
-        made = pose_batch(config, seed, training) if pose else detection_batch(config, size)
+        if pose:
+            made = pose_batch(config, seed, training)
+        elif isinstance(model, ImageClassifier):
+            made = classification_batch(model, size, seed)
+        else:
+            made = detection_batch(config, size)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return preprocess(made, training=training)
@@ -177,6 +184,16 @@ def detection_batch(config: Config, size: int = 96) -> dict[str, Any]:
         sample.gt_instances.labels %= classes
         sample.proposals = demo_mm_proposals([(3, size, size)], 50)[0]
     return batch
+
+
+def classification_batch(model: ImageClassifier, size: int = 96, seed: int = 0) -> dict[str, Any]:
+    """Two random images of (3, size, size), each with its class."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8, generator=generator)
+    samples = [BaseDataElement() for _ in images]
+    for number, sample in enumerate(samples):
+        sample.set_field(number % model.num_classes, 'gt_label')
+    return {'inputs': list(images), 'data_samples': samples}
 
 
 def _values(config: Any, key: str) -> list[int]:

@@ -17,6 +17,7 @@ from mmprune.check.float64 import doubled, in_double
 from mmprune.contexts import tensors_in
 from mmprune.errors import PruneError
 from mmprune.mm.datasets.drawing import draw
+from mmprune.mm.deploy.classify import ClassifierNetwork
 from mmprune.mm.deploy.decisions import TOLERANCE, allowed, replayed
 from mmprune.mm.deploy.runtime import Runtime, open_model
 
@@ -54,8 +55,8 @@ def check_file(
     """Compares a file with the model that it was made of.
 
     Args:
-        network: the wrapper in the file; detectors are compared with the model's own ``predict``,
-            other models with this.
+        network: the wrapper in the file; detectors and classifiers are compared with the model's own
+            ``predict``, other models with this.
         pictures: (N, H, W, 3) BGR uint8, for each size that is compared.
         with_preprocess: the file prepares its pictures itself.
         probe: gives the same network with its decisions as further outputs, in a backend. With it,
@@ -85,7 +86,7 @@ def check_file(
                 if run.metadata['task'] == 'detection':
                     compared += detections(model, inputs, samples, got, where)
                 else:
-                    compared += tensors(network, inputs, got, where)
+                    compared += tensors(wanted(model, network, inputs, samples), got, where)
             except PruneError as parts:
                 if probe is None:
                     raise
@@ -146,13 +147,16 @@ def by_rounding(
     try:
         if 'dets' in got:
             wrapper_as_predict(model, network, inputs, samples, list(got))
+        else:
+            own = dict(zip(got, arrays(network(inputs)), strict=True))
+            tensors(wanted(model, network, inputs, samples), own, 'the wrapper in PyTorch')
         with replayed(taken) as exact:
             wide = in_double_precision(network, inputs)
         with replayed(taken, exact):
-            wanted = arrays(network(inputs))
+            same = arrays(network(inputs))
     except PruneError as error:
         raise PruneError(f'{parts} (rounding does not explain it: {error})') from error
-    for (name, ours), theirs, best in zip(got.items(), wanted, wide, strict=True):
+    for (name, ours), theirs, best in zip(got.items(), same, wide, strict=True):
         side = max(inputs.shape[-2:]) if name == 'dets' else None
         error, own = apart(ours, theirs, side), apart(theirs, best, side)
         if not error <= allowed(own):
@@ -246,9 +250,19 @@ def apart(one: np.ndarray, other: np.ndarray, side: int | None) -> float:
     return float((np.abs(one - other) / unit).max(initial=0.0))
 
 
-def tensors(network: nn.Module, inputs: torch.Tensor, got: dict[str, np.ndarray], where: str) -> int:
+def wanted(
+    model: nn.Module, network: nn.Module, inputs: torch.Tensor, samples: list[Any]
+) -> list[np.ndarray]:
+    """What a file without detections should give: the scores that a classifier predicts, of other
+    models the network's own outputs."""
+    if isinstance(network, ClassifierNetwork):
+        predicted = model(inputs, samples, mode='predict')
+        return [torch.stack([sample.pred_score for sample in predicted]).cpu().numpy()]
+    return arrays(network(inputs))
+
+
+def tensors(want: list[np.ndarray], got: dict[str, np.ndarray], where: str) -> int:
     """Compares outputs number by number; how many there were."""
-    want = [tensor.cpu().numpy() for tensor in tensors_in(network(inputs))]
     for (name, ours), theirs in zip(got.items(), want, strict=True):
         if ours.shape != theirs.shape:
             raise PruneError(
@@ -268,7 +282,14 @@ def detections(
     model: nn.Module, inputs: torch.Tensor, samples: list[Any], got: dict[str, np.ndarray], where: str
 ) -> int:
     """Compares detections with those of ``model.predict``; how many there were."""
-    return compared_with(model, model.predict(inputs, samples, rescale=False), inputs, got, where)
+    try:
+        predicted = model.predict(inputs, samples, rescale=False)
+    except (RuntimeError, AssertionError) as error:  # of mmdet's own code
+        raise PruneError(
+            f"{where}: the model's own predict fails, so there is nothing to compare with ({error}); "
+            'export it with --raw'
+        ) from error
+    return compared_with(model, predicted, inputs, got, where)
 
 
 def compared_with(

@@ -164,6 +164,16 @@ def largest(theirs: Tensor, ours: Tensor, off: float, scores: Tensor) -> str:
     return _far(got, wanted, 2 * off, 'a score of {0:.7g} is taken for the largest, which is {1:.7g}')
 
 
+def equal(theirs: Tensor, ours: Tensor, off: float, one: Tensor, other: Tensor) -> str:
+    """Which numbers are equal to which."""
+    unit = torch.maximum(one.abs(), other.abs())
+    wrong = (theirs != ours) & ~((one - other).abs() <= 2 * off * unit)
+    if not wrong.any():
+        return ''
+    pair = (float(value.expand_as(wrong)[wrong][0]) for value in (one, other))
+    return 'whether {:.7g} and {:.7g} are equal is told otherwise'.format(*pair)
+
+
 def _inside(index: Tensor, total: int) -> bool:
     return bool(((index >= 0) & (index < total)).all())
 
@@ -259,6 +269,7 @@ MARGINS: dict[str, Callable[..., str]] = {
     'the best': best_rows,
     'a threshold': above,
     'the largest': largest,
+    'equal': equal,
     'levels of RoIs': levels,
     'RoIs': boxes,
     'NMS': kept,

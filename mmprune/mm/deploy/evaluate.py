@@ -9,7 +9,7 @@ The config's ``data_preprocessor`` prepares the images, the file computes, and w
 (rescaling to the picture; decoding and flips of a pose estimator) is done by mmdet's and mmpose's code.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from mmprune.errors import PruneError
 from mmprune.mm.checkpoint import without_pretrained
 from mmprune.mm.deploy.pose import OUTPUTS, codec_of, gives_stages, head_kind, keypoint_names
 from mmprune.mm.deploy.runtime import Runtime, open_model
+from mmprune.mm.models.classifier import ImageClassifier
 
 
 def use_file(cfg: Config, path: str | Path, backend: str = 'onnxruntime') -> list[str]:
@@ -66,14 +67,13 @@ def exported_model(path: str, backend: str, original: Any, data_preprocessor: An
     """
     run = open_model(path, backend)
     task = run.metadata['task']
-    if task not in ('detection', 'pose'):
+    if task not in MAKERS:
         raise PruneError(
-            f'{path}: exported with --raw, so it has no detections that could be scored; export it '
+            f'{path}: exported with --raw, so it has no results that could be scored; export it '
             'without --raw'
         )
     original = without_pretrained(original)
-    make = ExportedDetector if task == 'detection' else _pose_estimator
-    model = make(run, original)
+    model = MAKERS[task](run, original)
     _check_preparation(run, model.data_preprocessor)
     model.runtime = run
     return model.eval()
@@ -168,6 +168,38 @@ def _pose_estimator(run: Runtime, original: Any) -> BaseModel:
 
     head.forward = forward
     return model
+
+
+def _classifier(run: Runtime, original: Any) -> BaseModel:
+    """The config's classifier, of which the file computes the scores."""
+    model = MODELS.build(original)
+    names = [port.name for port in run.outputs]
+    if not isinstance(model, ImageClassifier) or names != ['scores']:
+        raise PruneError(
+            f'{run.path}: has the outputs {", ".join(names)}, and the model of the config is a '
+            f'{type(model).__name__}; give the config that the file was exported with'
+        )
+    network = Network(run, model.data_preprocessor)
+    # ``predict`` takes the softmax of what the network gives; that of logarithms are the scores.
+    model.net = Computed(lambda images: torch.from_numpy(network(images)['scores']).log())
+    return model
+
+
+class Computed(nn.Module):
+    """A function of images as a network."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.function(images)
+
+
+MAKERS: dict[str, Callable[[Runtime, Any], BaseModel]] = {
+    'detection': ExportedDetector, 'pose': _pose_estimator, 'classification': _classifier,
+}  # fmt: skip
+"""What predicts with a file, by its task."""
 
 
 class Network:

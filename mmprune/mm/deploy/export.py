@@ -23,6 +23,7 @@ from mmprune.errors import PruneError
 from mmprune.mm.atomic_files import sync_folder
 from mmprune.mm.checkpoint import load_pruned, read_checkpoint, without_pretrained
 from mmprune.mm.deploy import check as checks
+from mmprune.mm.deploy.classify import classifier_wrapper
 from mmprune.mm.deploy.decisions import recorded
 from mmprune.mm.deploy.dense import dense_wrapper
 from mmprune.mm.deploy.detr import detr_wrapper
@@ -30,7 +31,9 @@ from mmprune.mm.deploy.graph import to_onnx
 from mmprune.mm.deploy.pose import keypoint_names, pose_wrapper
 from mmprune.mm.deploy.raw import RawNetwork
 from mmprune.mm.deploy.runtime import METADATA, Runtime, load_package, open_model
+from mmprune.mm.deploy.sparse import sparse_wrapper
 from mmprune.mm.deploy.two_stage import two_stage_wrapper
+from mmprune.mm.models.classifier import ImageClassifier
 from mmprune.surgery.build import remaining
 from mmprune.surgery.meta import load_weights, plan_in
 from mmprune.surgery.plan import plan_of
@@ -40,15 +43,13 @@ STRIDE = 32
 """What sides are a multiple of where the size is open: pyramids add maps of neighbouring levels, which
 only fit together so."""
 
-BATCH_FIXED = 'Constraints violated (d0)'
-"""What torch says where a model makes a number of the batch's size (windows of Swin)."""
-
 KINDS = (
     'one-stage detectors with a dense head (RetinaNet, ATSS, FCOS, GFL, RTMDet, YOLOX, SSD and others '
     "that inherit mmdet's decoding)",
-    'two-stage detectors (Faster R-CNN, R-FCN, Cascade R-CNN, Mask R-CNN)',
+    'two-stage detectors (Faster R-CNN, R-FCN, Cascade R-CNN, Mask R-CNN, Sparse R-CNN, QueryInst)',
     'DETR',
     'top-down pose estimators with heatmaps or SimCC',
+    'classifiers (ImageClassifier)',
 )
 
 
@@ -131,11 +132,15 @@ def export_model(
     try:
         program = to_onnx(graph, example, free, opset or OPSET)
     except PruneError as error:
-        if batch or BATCH_FIXED not in str(error):
+        if batch:
             raise
-        print_log('The model computes with the number of images: exported for batches of 1', 'current')
+        # Some make a number of the batch's size (windows of Swin), or sizes as tensors meet it.
         batch, free, example = 1, sides, example[:1]
-        program = to_onnx(graph, example, free, opset or OPSET)
+        try:
+            program = to_onnx(graph, example, free, opset or OPSET)
+        except PruneError:
+            raise error from None
+        print_log('The model computes with the number of images: exported for batches of 1', 'current')
     pictures = checks.pictures_for(size, divisor_of(model, size), batch or 2)
     about = metadata(model, network, size, with_preprocess, pictures[0].shape[1:3])
     program.model.metadata_props[METADATA] = json.dumps(about)
@@ -242,7 +247,10 @@ def wrapper_for(model: nn.Module) -> nn.Module:
     Raises:
         PruneError: there is none for its kind.
     """
-    for wrapper in (pose_wrapper, two_stage_wrapper, detr_wrapper, dense_wrapper):
+    for wrapper in (
+        pose_wrapper, classifier_wrapper, two_stage_wrapper, sparse_wrapper, detr_wrapper,
+        dense_wrapper,
+    ):  # fmt: skip
         network = wrapper(model)
         if network is not None:
             return network
@@ -258,9 +266,10 @@ def wrapper_for(model: nn.Module) -> nn.Module:
 
 
 def divisor_of(model: nn.Module, size: Sequence[int] | None) -> int:
-    """What the sides of an input are multiples of."""
+    """What the sides of an input are multiples of. Classifiers have no pyramid, and padding would
+    change what they see."""
     own = getattr(model.data_preprocessor, 'pad_size_divisor', 1)
-    return own if size else max(own, STRIDE)
+    return own if size or isinstance(model, ImageClassifier) else max(own, STRIDE)
 
 
 def size_for(
@@ -304,6 +313,8 @@ def size_in(cfg: Config | None) -> tuple[int, int] | None:
             found = (scale[1], scale[0]) if isinstance(scale, list | tuple) else (scale, scale)
         elif kind == 'Resize':
             found = None
+        elif kind == 'LoadCrop':
+            found = (step['size'], step['size'])
         elif kind == 'Pad' and step.get('size'):
             found = (step['size'][1], step['size'][0])
         elif kind == 'Pad' and step.get('pad_to_square') and isinstance(scale, list | tuple):

@@ -71,7 +71,8 @@ def traced(module: nn.Module, example: Tensor, free: dict[int, int]) -> torch.ex
         if stack:
             name = stack[-1].removeprefix('network.').removeprefix('model.')
             where = f'{name} ({type(module.get_submodule(stack[-1])).__name__}): '
-        remedy = '; give a fixed --size, which more models can be exported at' if free else ''
+        open_sides = any(number in free for number in (2, 3))
+        remedy = '; give a fixed --size, which more models can be exported at' if open_sides else ''
         raise PruneError(
             f'{where}can not be traced for export: {type(error).__name__}: {first_line(error)}{remedy}'
         ) from error

@@ -99,7 +99,26 @@ def translations() -> dict[Callable, Callable]:
             coordinate_transformation_mode='half_pixel' if aligned else 'output_half_pixel',
         )  # fmt: skip
 
+    def onnx_clamp(x, min=None, max=None):
+        # The exporter's own is Max and Min, which its optimizer makes one Clip of; of two with the same
+        # bounds on the same value it leaves one without its bounds.
+        low, high = (
+            bound if bound is None else op.CastLike(op.Constant(value_float=float(bound)), x)
+            for bound in (min, max)
+        )
+        return op.Clip(x, low, high)
+
+    def onnx_clamp_by(x, min=None, max=None):
+        numbers = all(bound is None or not len(bound.shape) for bound in (min, max))
+        low, high = (bound if bound is None else op.CastLike(bound, x) for bound in (min, max))
+        if numbers:
+            return op.Clip(x, low, high)
+        x = x if low is None else op.Max(x, low)
+        return x if high is None else op.Min(x, high)
+
     return {
+        torch.ops.aten.clamp.default: onnx_clamp,
+        torch.ops.aten.clamp.Tensor: onnx_clamp_by,
         torch.ops.mmprune.nms.default: onnx_nms,
         torch.ops.mmprune.roi_align.default: onnx_roi_align,
     }

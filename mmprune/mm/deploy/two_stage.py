@@ -65,13 +65,18 @@ def two_stage_wrapper(model: nn.Module) -> nn.Module | None:
         return None
     if not known_roi_head(roi_head):
         return None
-    for name, layer in roi_layers(roi_head):
+    checked_rois(roi_head)
+    return TwoStageNetwork(model)
+
+
+def checked_rois(head: nn.Module) -> None:
+    """Raises a PruneError where a RoI head pools by something that ONNX lacks."""
+    for name, layer in roi_layers(head):
         if not isinstance(layer, RoIAlign) or layer.pool_mode != 'avg':
             raise PruneError(
                 f'roi_head.{name} ({layer}): RoIs can be exported where they are pooled by RoIAlign '
                 'with the average; write that into the config'
             )
-    return TwoStageNetwork(model)
 
 
 def known_roi_head(head: nn.Module | None) -> bool:
@@ -126,7 +131,7 @@ class TwoStageNetwork(nn.Module):
         features = model.extract_feat(images)
         with traceable_rois(model.roi_head):
             found = proposals(model.rpn_head, features, size, self.rpn_nms)
-            rois, there = rois_of(found, size), found.scores > NOT_A_CANDIDATE
+            rois, there = rois_of(found.boxes, size), found.scores > NOT_A_CANDIDATE
             head = model.roi_head
             forward = refined if isinstance(head, CascadeRoIHead) else once
             box_head, rois, logits, offsets = forward(head, features, rois, size)
@@ -143,7 +148,7 @@ class TwoStageNetwork(nn.Module):
         with traceable_rois(model.roi_head):
             found = proposals(model.rpn_head, features, size, self.rpn_nms)
             forward = refined if isinstance(model.roi_head, CascadeRoIHead) else once
-            _, *stage = forward(model.roi_head, features, rois_of(found, size), size)
+            _, *stage = forward(model.roi_head, features, rois_of(found.boxes, size), size)
         return (*model.rpn_head(features), *stage)
 
 
@@ -162,12 +167,12 @@ def proposals(rpn: nn.Module, features: tuple[Tensor, ...], size: Size, nms) -> 
     return suppressed(found, nms, cfg['max_per_img'], size)
 
 
-def rois_of(found: Candidates, size: Size) -> Tensor:
-    """(N * k, 5): the number of its image, and each box."""
-    n, k = found.scores.shape
-    images = torch.arange(n, device=found.boxes.device, dtype=found.boxes.dtype)
+def rois_of(boxes: Tensor, size: Size) -> Tensor:
+    """(N, k, 4) boxes -> (N * k, 5): the number of its image, and each box."""
+    n, k = boxes.shape[:2]
+    images = torch.arange(n, device=boxes.device, dtype=boxes.dtype)
     images = images[:, None, None].expand(n, k, 1)
-    rois = torch.cat([images, found.boxes], -1).reshape(n * k, 5)
+    rois = torch.cat([images, boxes], -1).reshape(n * k, 5)
     return settled('RoIs', rois, size)
 
 
@@ -229,7 +234,7 @@ def boxes_of(
 def masks_of(head: nn.Module, features: tuple[Tensor, ...], found: Candidates, size: Size) -> Tensor:
     """(N, K, h, w) probabilities of the mask of each detection's class."""
     n, k = found.labels.shape
-    rois, labels = rois_of(found, size), found.labels.clamp(min=0).reshape(-1)
+    rois, labels = rois_of(found.boxes, size), found.labels.clamp(min=0).reshape(-1)
     if isinstance(head, CascadeRoIHead):
         stages = [
             of_class(head._mask_forward(stage, features, rois)['mask_preds'], labels, mask_head)

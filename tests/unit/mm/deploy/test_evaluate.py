@@ -229,7 +229,7 @@ def test_metrics_of_a_pose_file_are_those_of_its_checkpoint(config, tmp_path):
 @pytest.mark.parametrize(
     'metadata, text',
     [
-        (dict(task='raw'), 'exported with --raw, so it has no detections that could be scored'),
+        (dict(task='raw'), 'exported with --raw, so it has no results that could be scored'),
         (dict(mean=[0, 0, 0]), r'was exported with mean \[0, 0, 0\], and the config has \[123.6'),
         (dict(std=None), 'was exported with std None, and the config has'),
         (dict(bgr_to_rgb=False), 'bgr_to_rgb False, and the config has True; give the config'),
