@@ -181,9 +181,9 @@ def wrapper_as_predict(
         PruneError: they part in double precision too, or can't run in that.
     """
 
-    def compare(found: list[np.ndarray], predicted: list[Any]) -> None:
+    def compare(found: list[np.ndarray], predicted: list[Any]) -> int:
         own = dict(zip(names, found, strict=True))
-        compared_with(model, predicted, inputs, own, 'the wrapper in PyTorch')
+        return compared_with(model, predicted, inputs, own, 'the wrapper in PyTorch')
 
     try:
         compare(arrays(network(inputs)), model.predict(inputs, copy.deepcopy(samples), rescale=False))
@@ -194,7 +194,8 @@ def wrapper_as_predict(
                 lambda model, images: model.predict(images, copy.deepcopy(samples), rescale=False),
             )  # fmt: skip
             found = in_double_precision(network, inputs)
-        compare(found, predicted)
+        if not compare(found, predicted):
+            raise PruneError('in double precision it finds nothing that could be compared') from None
 
 
 GENTLE = 1 / 16
@@ -311,7 +312,7 @@ def compared_with(
             'scores': got['dets'][number][real, 4],
             'labels': got['labels'][number][real],
         }
-        pairs, complaints = matched(want, ours, side, cut_off(model, want, most))
+        pairs, complaints = matched(want, ours, side)
         if not complaints and 'masks' in got:
             masks = got['masks'][number][real]
             complaints = masks_apart(found.masks.cpu().numpy(), masks, ours['boxes'], pairs)
@@ -325,25 +326,14 @@ def compared_with(
     return total
 
 
-def cut_off(model: nn.Module, want: dict[str, np.ndarray], most: int) -> float:
-    """The score below which there are no detections: that of the last where there are as many as may
-    be, else the threshold."""
-    if len(want['scores']) == most:
-        return float(want['scores'][-1])
-    head = getattr(model, 'roi_head', None) or model.bbox_head
-    return float((head.test_cfg or {}).get('score_thr', 0.0))
-
-
 def matched(
-    want: dict[str, np.ndarray], got: dict[str, np.ndarray], side: float, least: float = 0.0
+    want: dict[str, np.ndarray], got: dict[str, np.ndarray], side: float
 ) -> tuple[list[tuple[int, int]], list[str]]:
     """Pairs each wanted detection with the nearest of the same class and score; what is left over.
 
     Args:
         want, got: ``boxes`` (n, 4), ``scores`` (n,), ``labels`` (n,).
         side: the picture's longer side, in pixels.
-        least: a detection of this very score, to the tolerance, may be on one side alone: whether it
-            is the last that counts is a matter of rounding.
 
     Returns:
         (wanted, got) rows, and a line for each one that has no partner.
@@ -360,15 +350,12 @@ def matched(
         off[~close] = np.inf
         best = int(off.argmin()) if len(off) else -1
         if best < 0 or not off[best] <= TOLERANCE:
-            if score <= least * (1 + TOLERANCE):
-                continue
             nearest = f'; the nearest is {told(got, best)}' if best >= 0 and close.any() else ''
             complaints.append(f'{told(want, row)} is missing{nearest}')
             continue
         free[best] = False
         pairs.append((row, best))
-    extra = np.flatnonzero(free & (got['scores'] > least * (1 + TOLERANCE)))
-    complaints += [f'{told(got, int(row))} is not in PyTorch' for row in extra]
+    complaints += [f'{told(got, int(row))} is not in PyTorch' for row in np.flatnonzero(free)]
     return pairs, complaints
 
 

@@ -195,7 +195,6 @@ def test_matching_tells_what_is_missing_and_what_is_too_many():
         _, complaints = check.matched(want, want | change, 100)
         assert len(complaints) in (2, 4) and 'missing' in complaints[0]
         assert 'is not in PyTorch' in complaints[-1]
-    # The last that may be there, of two with the same score, is a matter of rounding.
+    # Nor is one let off because it is the last of those that may be there.
     other = want | {'labels': np.array([1, 3])}
-    assert check.matched(want, other, 100, least=0.4) == ([(0, 0)], [])
-    assert len(check.matched(want, other, 100, least=0.3)[1]) == 2
+    assert len(check.matched(want, other, 100)[1]) == 2
