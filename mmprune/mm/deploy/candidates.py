@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmprune.errors import PruneError
-from mmprune.mm.deploy.decisions import settled
+from mmprune.mm.deploy.decisions import awaited, settled
 from mmprune.mm.deploy.ops import NOT_A_CANDIDATE
 
 Size = tuple[int, int]
@@ -66,11 +66,13 @@ def nms_of(cfg: dict[str, Any], where: str) -> NMS:
 def best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The ``k`` highest of (N, M) scores in descending order, and their places.
 
-    Fewer where M is a number below ``k``. Where M depends on the size of the picture, there are
-    always ``k``: the last may be ``NOT_A_CANDIDATE`` at place 0.
+    Fewer where M is a number below ``k``. Where M depends on the size of the picture, and where the
+    decision of such a file is taken, there are always ``k``: the last may be ``NOT_A_CANDIDATE`` at
+    place 0.
     """
     total = scores.shape[1]
-    if isinstance(total, int):
+    shape = awaited()
+    if isinstance(total, int) and (total >= k or shape is None or shape[1] <= total):
         return ranked(scores, min(k, total))
     values, places = ranked(F.pad(scores, (0, k), value=NOT_A_CANDIDATE), k)
     return values, torch.where(values > NOT_A_CANDIDATE, places, 0)

@@ -42,6 +42,7 @@ Size = tuple[int, int]
 
 Settle = Callable[..., Tensor]
 _settle: list[Settle] = []
+_awaited: list[Callable[[], tuple[int, ...] | None]] = []
 
 
 def settled(kind: str, outcome: Tensor, *about: Any) -> Tensor:
@@ -50,6 +51,11 @@ def settled(kind: str, outcome: Tensor, *about: Any) -> Tensor:
     ``kind``: a key of ``MARGINS``. ``about``: what it was decided on, as the function there takes it.
     """
     return _settle[-1](kind, outcome, *about) if _settle else outcome
+
+
+def awaited() -> tuple[int, ...] | None:
+    """The shape of the decision that the file took next, where its decisions are taken."""
+    return _awaited[-1]() if _awaited else None
 
 
 @contextlib.contextmanager
@@ -95,8 +101,16 @@ def replayed(decisions: Sequence[Tensor], exact: Grounds | None = None) -> Itera
                 raise PruneError(f'{where}: {complaint}')
         return theirs.to(outcome.dtype)
 
-    with _settling(take):
-        yield grounds
+    def shape() -> tuple[int, ...] | None:
+        number = len(grounds)
+        return tuple(decisions[number].shape) if number < len(decisions) else None
+
+    _awaited.append(shape)
+    try:
+        with _settling(take):
+            yield grounds
+    finally:
+        _awaited.remove(shape)
 
 
 def rounding(kind: str, single: tuple, double: tuple) -> float:

@@ -5,6 +5,7 @@ import torch
 
 from mmprune import PruneError
 from mmprune.mm.deploy import decisions
+from mmprune.mm.deploy.candidates import best
 from mmprune.mm.deploy.decisions import TOLERANCE, allowed, recorded, replayed, settled
 
 OFF = TOLERANCE
@@ -92,6 +93,19 @@ def test_decisions_are_recorded_and_taken_in_their_order():
         with replayed(own[:1]):
             run()
     assert settled('the best', own[0], scores) is own[0]  # nothing holds any more
+
+
+def test_a_file_of_open_size_fills_up_its_rows():
+    scores = torch.tensor([[0.3, 0.30001, 0.2]])
+    filled = torch.tensor([[0, 1, 2, 4, 3]])  # of three scores the best five, as such a file has them
+    with replayed([filled]) as exact:
+        best(scores, 5)
+    with replayed([filled], exact):
+        values, places = best(scores, 5)
+    assert places.tolist() == [[0, 1, 2, 0, 0]] and values[0, 3] < 0
+    assert best(scores, 5)[0].shape == (1, 3)
+    with replayed([filled.flip(1)], exact), pytest.raises(PruneError, match='a score of -1 stands'):
+        best(scores, 5)
 
 
 def test_how_much_is_allowed():
