@@ -8,8 +8,15 @@ from torch.nn import functional
 
 import mmprune
 from mmprune.check.masked import masked
-from mmprune.mm.distillation import Lesson, dense_loss, feature_loss, points_of, softmax_loss
-from mmprune.mm.zoo import build, load
+from mmprune.mm.distillation import (
+    Lesson,
+    Points,
+    dense_loss,
+    feature_loss,
+    points_of,
+    softmax_loss,
+)
+from mmprune.mm.zoo import bare, build, load
 
 OWN, POSE = 'configs/_base_', 'mmpose::body_2d_keypoint'
 KINDS = {
@@ -22,7 +29,6 @@ KINDS = {
     'mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py': ('neck', {'cls'}),
     'mmdet::ssd/ssdlite_mobilenetv2-scratch_8xb24-600e_coco.py': ('neck', set()),
     'mmdet::cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py': ('neck', {'cls'}),
-    'mmdet::detr/detr_r50_8xb2-150e_coco.py': ('neck', set()),
     f'{POSE}/rtmpose/coco/rtmpose-t_8xb256-420e_coco-256x192.py': ('backbone', {'simcc'}),
 }  # fmt: skip
 
@@ -120,6 +126,11 @@ def test_scores_are_compared_by_divergences():
     cross = -(target * score.log() + (1 - target) * (1 - score).log())
     wanted = ((score - target) ** 2 * cross).sum() / target.sum()
     torch.testing.assert_close(dense_loss(student, teacher), wanted)
+
+
+def test_queries_are_taught_by_features_alone():
+    detr = bare('mmdet::detr/detr_r50_8xb2-150e_coco.py')
+    assert points_of(detr) == Points('neck')
 
 
 def test_a_model_without_features_can_not_be_taught():

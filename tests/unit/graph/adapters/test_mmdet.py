@@ -14,6 +14,7 @@ from mmdet.models.layers.se_layer import DyReLU
 from mmdet.models.layers.transformer.utils import ConditionalAttention
 from mmdet.models.roi_heads.bbox_heads import SABLHead
 from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
+from mmengine.registry import init_default_scope
 from torch import nn
 
 import mmprune
@@ -144,6 +145,7 @@ def test_res2net_splits_a_narrower_width():
 
 @pytest.mark.parametrize('fcs', [0, 1])
 def test_side_aware_head_views_by_its_regression_width(fcs):
+    init_default_scope('mmdet')  # it builds its coder by name
     head = SABLHead(
         3,
         cls_in_channels=8,
