@@ -75,9 +75,11 @@ class Study:
 
 
 def main(study: Study) -> None:
-    parser = argparse.ArgumentParser(description=study.__doc__)
+    parser = argparse.ArgumentParser(description=f'The study {study.name}: see the head of its file.')
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/studies') / study.name)
-    parser.add_argument('--out', type=Path, default=DOCS / 'studies' / f'{study.name}.json')
+    parser.add_argument(
+        '--out', type=Path, help='JSON (default: docs/studies/NAME.json, not with --short)'
+    )
     parser.add_argument('--rows', nargs='+', choices=[row.name for row in study.rows])
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
     parser.add_argument('--jobs', type=int, default=1, help='trainings at once, of one thread each')
@@ -86,12 +88,14 @@ def main(study: Study) -> None:
     args = parser.parse_args()
     wanted = [study.row(name) for name in args.rows] if args.rows else list(study.rows)
     failed = [] if args.show else run(study, wanted, args)
-    content = collect(study, args.work_dir)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(content, indent=1) + '\n')
+    out = args.out or (args.work_dir if args.short else DOCS / 'studies') / f'{study.name}.json'
+    known = json.loads(out.read_text())['rows'] if out.is_file() else []
+    content = collect(study, args.work_dir, known)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(content, indent=1) + '\n')
     Console().print(table(content))
-    if args.out.resolve().parent == DOCS / 'studies':
-        draw(content, args.out.with_suffix('.png'))
+    if out.resolve().parent == DOCS / 'studies':
+        draw(content, out.with_suffix('.png'))
         page = DOCS / 'results.md'
         page.write_text(with_table(page.read_text(), content))
     if failed:
@@ -203,16 +207,18 @@ def result(study: Study, folder: Path) -> dict[str, Any] | None:
     return found
 
 
-def collect(study: Study, work_dir: Path) -> dict[str, Any]:
-    """Everything that is done, as plain data: what the tables and curves are made from."""
-    rows = []
+def collect(study: Study, work_dir: Path, known: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """Everything that is done, as plain data: what the tables and curves are made from. ``known``: rows
+    of before, whose runs stay where the work directory has none of the same seed."""
+    rows, before = [], {row['name']: row['seeds'] for row in known}
     for row in study.rows:
-        runs = {}
+        runs = dict(before.get(row.name, {}))
         for folder in sorted((work_dir / row.name).glob('*')):
             found = result(study, folder) if (folder / 'config.py').is_file() else None
             if found is not None:
                 runs[folder.name] = found
         if runs:
+            runs = {seed: runs[seed] for seed in sorted(runs, key=int)}
             rows.append({'name': row.name, 'label': row.label, 'shown': row.shown, 'seeds': runs})
     return {
         'study': study.name, 'metric': study.metric, 'unit': study.unit, 'scale': study.scale,

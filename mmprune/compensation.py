@@ -65,7 +65,6 @@ class Compensation:
         graph: of it.
         plan: of the cut.
         forward: runs it on a batch; without gradients, and the model is left as it was.
-        distributed: add up over the processes of the default group.
     """
 
     def __init__(
@@ -74,7 +73,6 @@ class Compensation:
         graph: ChannelGraph,
         plan: Plan,
         forward: Forward,
-        distributed: bool = False,
     ) -> None:
         self.plan = plan
         self.moments: dict[str, _Moments] = {}
@@ -104,9 +102,14 @@ class Compensation:
         finally:
             for handle in handles:
                 handle.remove()
-        if distributed:
-            for moments in self.moments.values():
-                _add_up(moments)
+
+    def add_up(self) -> None:
+        """Adds up what the processes of the default group have seen; all of them call this at once."""
+        for moments in self.moments.values():
+            count = moments.sums.new_tensor([moments.count])
+            for each in (moments.squares, moments.sums, count):
+                dist.all_reduce(each)
+            moments.count = float(count)
 
     @torch.no_grad()
     def prepare(self, models: Iterable[nn.Module]) -> None:
@@ -178,10 +181,3 @@ def _is_plain(module: nn.Module) -> bool:
         and type(module).forward.__module__ in PLAIN_FORWARDS
         and getattr(module, 'groups', 1) == 1
     )
-
-
-def _add_up(moments: _Moments) -> None:
-    count = moments.sums.new_tensor([moments.count])
-    for each in (moments.squares, moments.sums, count):
-        dist.all_reduce(each)
-    moments.count = float(count)

@@ -155,7 +155,9 @@ def cut_once(
     made_up = None
     if compensate is not None:
         with together('compensating'):
-            made_up = Compensation(model, graph, step, compensate, distributed)
+            made_up = Compensation(model, graph, step, compensate)
+        if distributed:
+            made_up.add_up()
     with together('the cut'):
         averaged = ema_models()
         if made_up is not None:

@@ -51,9 +51,6 @@ def examine(config: str, how: dict, pipe) -> None:
         pose = model.cfg.get('default_scope') == 'mmpose'
         size = fixed_side(model) if pose else (side, side)
         as_trained(model, forward, size)
-    except PruneError:
-        told = 'no config builds it: of torchvision ImageClassifier makes the classifiers'
-        return pipe.send({'export': 'not', 'reason': told})
     except Exception as error:  # a fault of the zoo, whatever it is
         told = f'does not build: {error}'.splitlines()[0][:200]
         return pipe.send({'export': 'not', 'reason': told})

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.study import cells, markdown, summary, with_table
+from benchmarks.study import Row, Study, cells, collect, markdown, summary, with_table
 
 DOCS = Path(__file__).parents[2] / 'docs'
 RESULTS = (DOCS / 'results.md').read_text()
@@ -43,6 +43,16 @@ def test_a_row_is_the_mean_over_seeds_with_its_spread():
         ['not pruned', '1', '100.0 %', '100.0 %', '60.0', ''],
         ['half', '2', '50.0 %', '35.0 %', '52.0', '2.8'],
     ]
+
+
+def test_runs_of_before_stay_where_the_work_directory_has_none(tmp_path):
+    study = Study(
+        'cells', [Row('half', 'a half', 'config.py'), Row('new', 'new', 'config.py')], 'm', 'AP'
+    )
+    (tmp_path / 'half' / '7').mkdir(parents=True)  # not begun
+    content = collect(study, tmp_path, CONTENT['rows'])
+    assert [row['name'] for row in content['rows']] == ['half']
+    assert content['rows'][0]['seeds'] == RUNS and content['rows'][0]['label'] == 'a half'
 
 
 def test_a_table_is_put_between_its_comments():

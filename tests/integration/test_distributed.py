@@ -26,6 +26,7 @@ from mmprune.mm.wrappers import PrunableDistributedDataParallel
 from tests.helpers.equality import assert_same
 from tests.helpers.hook_runs import config, train
 from tests.helpers.processes import spawn
+from tests.unit.mm.hooks import test_distill  # noqa: F401  (registers WithFeatures and NotesLosses)
 
 ROOT = Path(__file__).parents[2]
 
@@ -129,11 +130,29 @@ def failing_run(folder: Path, where: str) -> None:
     train(distributed(folder, hook=HOOK))
 
 
-@pytest.mark.parametrize('where', ['make_plan', 'check_cut', 'cut'])
+@pytest.mark.parametrize('where', ['make_plan', 'check_cut', 'Compensation', 'cut'])
 def test_a_failure_on_one_rank_stops_all(tmp_path, where):
     first, second = spawn(partial(failing_run, where=where), 2, tmp_path)
     assert second == 'PruneError: out of luck'
     assert first.endswith('failed on rank 1 of 2, so it is not done on any: PruneError: out of luck')
+
+
+def taught_run(folder: Path) -> dict[str, Any]:
+    cfg = distributed(folder, epochs=2, hook=HOOK | dict(distill=True))
+    cfg.model.type = 'WithFeatures'
+    cfg.custom_hooks.append(dict(type='NotesLosses'))
+    runner = train(cfg)
+    watch = next(hook for hook in runner.hooks if type(hook).__name__ == 'NotesLosses')
+    return {
+        'weights': {name: p.detach() for name, p in runner.model.module.named_parameters()},
+        'taught': ['loss_distill_neck' in losses for losses in watch.losses],
+    }
+
+
+def test_every_rank_is_taught_and_has_the_same_weights(tmp_path):
+    first, second = spawn(taught_run, 2, tmp_path)
+    assert_same(first, second)
+    assert first['taught'] == [False] * 4 + [True] * 8
 
 
 def resumed_run(folder: Path) -> dict[str, Any]:

@@ -74,7 +74,13 @@ class DistillHook(Hook):
         points_of(model)  # an error now, not at the first cut
         if self.path is not None:
             self.teacher = self._built(runner, self.path)
-        elif plan_of(model) is not None:
+        elif plan_of(model) is None:
+            if not any(isinstance(getattr(hook, 'scoring', None), Scoring) for hook in runner.hooks):
+                raise PruneError(
+                    'DistillHook: the model is not pruned, and there is no PruneHook that will prune '
+                    'it: nothing would be taught; give PruneHook distill=dict(...)'
+                )
+        else:
             path = Path(runner.work_dir) / FILE
             if not path.is_file():
                 raise PruneError(
@@ -116,6 +122,16 @@ class DistillHook(Hook):
             told = ', '.join((points.features, *points.predictions))
             runner.logger.info(f'DistillHook: the unpruned network teaches {told}')
         self.lesson.armed = True
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
+    ) -> None:
+        if self.lesson is not None and self.lesson.armed:
+            name = type(unwrapped(runner.model)).__name__
+            raise PruneError(
+                f"distill: a step of {name} does not call the model with mode='loss' by its name, so "
+                'it was not taught; leave distill out'
+            )
 
     def after_train(self, runner: Runner) -> None:
         if self.lesson is not None:

@@ -99,9 +99,12 @@ class PruneHook(Hook):
         self.check, self.strict, self.schedule = check, strict, schedule
         self.recalibrate, self.validate_first = recalibrate, validate_first
         self.compensate = compensate
-        self.distill = None
-        if distill or isinstance(distill, dict):
-            self.distill = DistillHook(**(distill if isinstance(distill, dict) else {}))
+        if not isinstance(distill, bool | dict):
+            raise PruneError(
+                f'PruneHook: distill={distill!r}: expected True, False or a dict of options'
+            )
+        options_of_lesson = distill if isinstance(distill, dict) else {}
+        self.distill = None if distill is False else DistillHook(**options_of_lesson)
         self.budget = make_budget(budget, **options)
         per = 'memory' if self.budget.keep_flops is not None else 'budget'
         self.score = make_score(score if score is not None else Score('taylor', per=per))

@@ -17,7 +17,9 @@ ByName = dict[str, Any]
 
 
 @contextmanager
-def watched(meta: Mapping[str, Any] | None) -> Iterator[list[ByName]]:
+def watched(
+    meta: Mapping[str, Any] | None, failed: Callable[[Exception], None]
+) -> Iterator[list[ByName]]:
     """Yields a list that has, when the block ends, what metrics computed in it.
 
     Known are whatever evaluates with pycocotools (boxes and masks), mmdet's ``VOCMetric`` and mmpose's
@@ -25,6 +27,7 @@ def watched(meta: Mapping[str, Any] | None) -> Iterator[list[ByName]]:
 
     Args:
         meta: of the data set, which names classes and keypoints.
+        failed: is told why numbers could not be read; the evaluation goes on.
     """
     found: list[ByName] = []
     names = dict(meta or {})
@@ -46,7 +49,7 @@ def watched(meta: Mapping[str, Any] | None) -> Iterator[list[ByName]]:
         for owner, name, read in places:
             if owner is not None:
                 original = vars(owner)[name]
-                setattr(owner, name, _watching(original, read, found))
+                setattr(owner, name, _watching(original, read, found, failed))
                 replaced.append((owner, name, original))
         yield found
     finally:
@@ -58,10 +61,15 @@ def _watching(
     function: Callable[..., Any],
     read: Callable[[tuple, dict[str, Any], Any], ByName | None],
     found: list[ByName],
+    failed: Callable[[Exception], None],
 ) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         out = function(*args, **kwargs)
-        entry = read(args, kwargs, out)
+        try:
+            entry = read(args, kwargs, out)
+        except Exception as error:  # a metric that is another than was read here, whatever it lacks
+            failed(error)
+            return out
         if entry is not None:
             found.append(entry)
         return out

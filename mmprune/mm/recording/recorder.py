@@ -53,8 +53,12 @@ class Recorder:
             return
         evaluate = evaluator.evaluate
 
+        def failed(error: Exception) -> None:
+            with self.unharmed(runner, 'Metrics by class could not be noted for the report'):
+                raise error
+
         def noting(*args: Any, **kwargs: Any) -> Any:
-            with classes.watched(evaluator.dataset_meta) as self._by_class:
+            with classes.watched(evaluator.dataset_meta, failed) as self._by_class:
                 return evaluate(*args, **kwargs)
 
         evaluator.evaluate = noting

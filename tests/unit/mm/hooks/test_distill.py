@@ -9,7 +9,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, MODELS
 
 import mmprune
-from mmprune.mm.hooks import DistillHook
+from mmprune.mm.hooks import DistillHook, PruneHook
 from tests.helpers.equality import assert_same
 from tests.helpers.hook_runs import TwoBranch, config, train
 
@@ -121,6 +121,41 @@ def test_a_model_without_features_is_an_error_at_the_start(tmp_path):
     cfg = config(tmp_path, 2, HOOK)
     with pytest.raises(mmprune.PruneError, match='TwoBranch has no neck or backbone that extract_feat'):
         train(cfg)
+
+
+@MODELS.register_module(force=True)
+class ByPosition(WithFeatures):
+    def _run_forward(self, data, mode):
+        return self(data['inputs'], data['labels'], mode)
+
+
+def test_a_step_that_is_not_taught_is_an_error(tmp_path):
+    cfg = config(tmp_path, 2, HOOK)
+    cfg.model.type = 'ByPosition'
+    with pytest.raises(mmprune.PruneError, match="ByPosition does not call the model with mode='loss'"):
+        train(cfg)
+
+
+def test_alone_on_an_unpruned_model_it_would_do_nothing(tmp_path):
+    cfg = config(tmp_path, 2)
+    cfg.model.type = 'WithFeatures'
+    cfg.custom_hooks = [dict(type='DistillHook')]
+    with pytest.raises(mmprune.PruneError, match='no PruneHook that will prune it'):
+        train(cfg)
+
+
+def test_in_lower_precision_it_is_taught_too(tmp_path):
+    runner = run(tmp_path, optim_wrapper=dict(
+        type='CPUAmpOptimWrapper', optimizer=dict(type='SGD', lr=0.05, momentum=0.9)
+    ))  # fmt: skip
+    losses = hook_of(runner, 'NotesLosses').losses[5:]
+    assert all(0 < each['loss_distill_neck'] < 2 for each in losses)
+
+
+@pytest.mark.parametrize('value', ['yes', 1, None])
+def test_the_option_is_a_bool_or_a_dict(value):
+    with pytest.raises(mmprune.PruneError, match='distill=.*expected True, False or a dict'):
+        PruneHook(keep_flops=0.5, distill=value)
 
 
 def test_its_losses_are_in_the_log(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from mmdet.evaluation.metrics import CocoMetric, VOCMetric
 from mmpose.evaluation.metrics import PCKAccuracy
+from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from pytest import approx
 
@@ -50,13 +51,17 @@ def predictions(boxes, labels):
     }
 
 
+def refuse(error):
+    raise error
+
+
 def test_ap_of_coco_by_class_and_none_where_there_is_no_object(tmp_path):
     metric = CocoMetric(ann_file=str(coco_file(tmp_path)), metric='bbox')
     metric.dataset_meta = META
     # The square is found where it is, the circle half beside: IoU 1/3.
     metric.process({}, [predictions([[10, 10, 50, 50], [125, 100, 175, 150]], [0, 1])])
 
-    with watched(META) as found:
+    with watched(META, refuse) as found:
         numbers = metric.evaluate(1)
 
     assert found == [
@@ -74,7 +79,7 @@ def test_ap_of_voc_by_class():
     sample['ignored_instances'] = {'bboxes': torch.zeros(0, 4), 'labels': torch.zeros(0)}
     metric.process({}, [sample])
 
-    with watched(metric.dataset_meta) as found:
+    with watched(metric.dataset_meta, refuse) as found:
         metric.evaluate(1)
 
     assert found == [
@@ -98,15 +103,30 @@ def test_pck_by_keypoint():
     }
     metric.process({}, [sample])
 
-    with watched(meta) as found:
+    with watched(meta, refuse) as found:
         metric.evaluate(1)
 
     assert found == [{'metric': 'PCK at 0.1', 'values': {'head': 1.0, 'foot': 0.0}}]
 
 
+def test_numbers_that_can_not_be_read_stop_nothing(tmp_path, monkeypatch):
+    metric = CocoMetric(ann_file=str(coco_file(tmp_path)), metric='bbox')
+    metric.dataset_meta = META
+    metric.process({}, [predictions([[10, 10, 50, 50]], [0])])
+    load, told = COCO.loadCats, []
+    # Patched, since no data set that pycocotools reads lacks the names of its classes.
+    monkeypatch.setattr(COCO, 'loadCats', lambda self, ids=(): [{} for _ in load(self, ids)])
+
+    with watched(META, told.append) as found:
+        numbers = metric.evaluate(1)
+
+    assert numbers and not found
+    assert [type(error) for error in told] == [KeyError]
+
+
 def test_what_was_watched_is_left_as_it_was():
     before = COCOeval.accumulate
-    with pytest.raises(ZeroDivisionError), watched(META):
+    with pytest.raises(ZeroDivisionError), watched(META, refuse):
         assert COCOeval.accumulate is not before
         raise ZeroDivisionError
     assert COCOeval.accumulate is before
