@@ -1,5 +1,6 @@
 """docs/tutorial.md: its commands and its Python, given in their order, on a training of two epochs."""
 
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -9,7 +10,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import mmdet.apis  # noqa: F401  (once here, not once in each command)
 import pytest
 
 from tests.helpers.pages import ROOT, blocks, commands, is_config, run, words_of
@@ -48,18 +48,33 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+CONTEXT = multiprocessing.get_context('forkserver')
+"""Imports once, not once a command; a fork of this process would lack the threads that runtimes of
+earlier tests wait for."""
+CONTEXT.set_forkserver_preload(['mmdet.apis'])
+PATIENCE = 240
+"""Seconds for one command."""
+
+
 def give(command):
-    """Run a command in a process of its own that has everything imported already; it must end well."""
-    process = multiprocessing.get_context('fork').Process(target=_run, args=(words_of(command),))
+    """Run a command in a process of its own; it must end well, and soon."""
+    environment = {key: value for key, value in os.environ.items() if key != 'PYTEST_CURRENT_TEST'}
+    process = CONTEXT.Process(target=_run, args=(words_of(command), environment))
     process.start()
-    process.join()
-    assert process.exitcode == 0, f'{command}\n{Path("said.txt").read_text()[-3000:]}'
+    process.join(PATIENCE)
+    if process.exitcode != 0:
+        process.kill()
+        ended = f'no end within {PATIENCE} s' if process.exitcode is None else process.exitcode
+        pytest.fail(f'{command}: {ended}\n{Path("said.txt").read_text()[-3000:]}')
 
 
-def _run(words):
+def _run(words, environment):
+    os.environ.clear()
+    os.environ.update(environment)
     with open('said.txt', 'w') as said:
         os.dup2(said.fileno(), 1)
         os.dup2(said.fileno(), 2)
+    faulthandler.dump_traceback_later(PATIENCE - 20)  # says where it hangs
     python, *rest = words
     assert python == 'python'
     if rest[0] == '-m':
