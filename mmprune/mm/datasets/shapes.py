@@ -20,6 +20,7 @@ import numpy as np
 
 from mmprune.errors import PruneError
 from mmprune.mm.datasets.drawing import FIGURE, KEYPOINTS, SHAPES, box_of, draw
+from mmprune.progress import Tell, bar
 
 CLASSES = (*SHAPES, FIGURE)
 SPLITS = ('train', 'val')
@@ -80,8 +81,9 @@ def generate(out, **parameters):
     # Beside the target, so that the rename at the end stays on one file system.
     with tempfile.TemporaryDirectory(prefix=f'.{out.name}-', dir=out.parent.resolve()) as scratch:
         made = Path(scratch, 'set')
-        for split in SPLITS:
-            _write_split(made, split, parameters)
+        with bar(f'Drawing {out}', sum(parameters[split] for split in SPLITS)) as tell:
+            for split, before_it in zip(SPLITS, (0, parameters['train']), strict=True):
+                _write_split(made, split, parameters, lambda done, more=before_it: tell(more + done))
         (made / 'manifest.json').write_text(
             json.dumps({'version': VERSION, **parameters}, indent=1) + '\n'
         )
@@ -155,7 +157,7 @@ def _complete(out, manifest):
     return all(f.is_file() for f in files) and all(counts[split] == manifest[split] for split in SPLITS)
 
 
-def _write_split(root, split, parameters):
+def _write_split(root, split, parameters, tell: Tell):
     (root / split).mkdir(parents=True)
     (root / 'annotations').mkdir(exist_ok=True)
     images, instances, puppets = [], [], []
@@ -172,6 +174,7 @@ def _write_split(root, split, parameters):
             instances.append(_instance(item, len(instances) + 1, index))
             if item.keypoints is not None:
                 puppets.append(_puppet(item, len(puppets) + 1, index))
+        tell(index)
     categories = [dict(id=i + 1, name=name, supercategory='shape') for i, name in enumerate(CLASSES)]
     skeleton = [[KEYPOINTS.index(a) + 1, KEYPOINTS.index(b) + 1] for a, b in _LIMBS]
     figure = dict(

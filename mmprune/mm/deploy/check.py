@@ -19,7 +19,9 @@ from mmprune.errors import PruneError
 from mmprune.mm.datasets.drawing import draw
 from mmprune.mm.deploy.classify import ClassifierNetwork
 from mmprune.mm.deploy.decisions import TOLERANCE, allowed, replayed
+from mmprune.mm.deploy.pose import PoseNetwork, handed_to_codec
 from mmprune.mm.deploy.runtime import Runtime, open_model
+from mmprune.progress import bar
 
 MASK_PIXELS = 0.005
 """Share of an object's mask that may fall on the other side of its threshold."""
@@ -55,8 +57,8 @@ def check_file(
     """Compares a file with the model that it was made of.
 
     Args:
-        network: the wrapper in the file; detectors and classifiers are compared with the model's own
-            ``predict``, other models with this.
+        network: the wrapper in the file; compared with the model's own ``predict``; with ``--raw`` with
+            this.
         pictures: (N, H, W, 3) BGR uint8, for each size that is compared.
         with_preprocess: the file prepares its pictures itself.
         probe: gives the same network with its decisions as further outputs, in a backend. With it,
@@ -66,32 +68,11 @@ def check_file(
         PruneError: the results part, or the backend can't run the file; it says where.
     """
     run = open_model(path, backend)
-    compared = 0
-    for batch in pictures:
-        inputs, samples = prepared(model, batch)
-        given = inputs.cpu().numpy()
-        if with_preprocess:
-            given = batch.transpose(0, 3, 1, 2).astype(np.float32)
-        try:
-            got = run(given)
-        except PruneError:
-            raise
-        except Exception as error:  # each backend has its own
-            raise PruneError(
-                f'{backend} can not run the file at {batch.shape[1]} x {batch.shape[2]}: {error}'
-            ) from error
-        where = f'{backend} at {batch.shape[1]} x {batch.shape[2]}'
-        with torch.no_grad():
-            try:
-                if run.metadata['task'] == 'detection':
-                    compared += detections(model, inputs, samples, got, where)
-                else:
-                    compared += tensors(wanted(model, network, inputs, samples), got, where)
-            except PruneError as parts:
-                if probe is None:
-                    raise
-                by_rounding(model, network, inputs, samples, got, probe(backend)(given), parts)
-                compared += int((got['labels'] >= 0).sum()) if 'labels' in got else 1
+    with bar(f'Checking the file in {backend}', len(pictures)) as tell:
+        compared = 0
+        for number, batch in enumerate(pictures):
+            compared += check_batch(run, model, network, batch, with_preprocess, backend, probe)
+            tell(number + 1)
     kind = 'detections' if run.metadata['task'] == 'detection' else 'numbers'
     total = sum(map(len, pictures))
     print_log(f'{backend}: {compared} {kind} on {total} pictures are as in PyTorch', 'current')
@@ -100,6 +81,39 @@ def check_file(
             f'{backend}: the model finds nothing on the pictures of the check, which is all that was '
             'compared', 'current', logging.WARNING,
         )  # fmt: skip
+
+
+def check_batch(
+    run: Runtime,
+    model: nn.Module,
+    network: nn.Module,
+    batch: np.ndarray,
+    with_preprocess: bool,
+    backend: str,
+    probe: Callable[[str], Runtime] | None,
+) -> int:
+    """:func:`check_file` for pictures (N, H, W, 3) of one size; how much was compared."""
+    inputs, samples = prepared(model, batch)
+    given = inputs.cpu().numpy()
+    if with_preprocess:
+        given = batch.transpose(0, 3, 1, 2).astype(np.float32)
+    where = f'{backend} at {batch.shape[1]} x {batch.shape[2]}'
+    try:
+        got = run(given)
+    except PruneError:
+        raise
+    except Exception as error:  # each backend has its own
+        raise PruneError(f'{where}: the file does not run: {error}') from error
+    with torch.no_grad():
+        try:
+            if run.metadata['task'] == 'detection':
+                return detections(model, inputs, samples, got, where)
+            return tensors(wanted(model, network, inputs, samples), got, where)
+        except PruneError as parts:
+            if probe is None:
+                raise
+            by_rounding(model, network, inputs, samples, got, probe(backend)(given), parts)
+            return int((got['labels'] >= 0).sum()) if 'labels' in got else 1
 
 
 def prepared(model: nn.Module, batch: np.ndarray) -> tuple[torch.Tensor, list[Any]]:
@@ -254,11 +268,13 @@ def apart(one: np.ndarray, other: np.ndarray, side: int | None) -> float:
 def wanted(
     model: nn.Module, network: nn.Module, inputs: torch.Tensor, samples: list[Any]
 ) -> list[np.ndarray]:
-    """What a file without detections should give: the scores that a classifier predicts, of other
-    models the network's own outputs."""
+    """What a file without detections should give: the scores that a classifier predicts, what a pose
+    estimator's ``predict`` decodes, and of ``--raw`` the network's own outputs."""
     if isinstance(network, ClassifierNetwork):
         predicted = model(inputs, samples, mode='predict')
         return [torch.stack([sample.pred_score for sample in predicted]).cpu().numpy()]
+    if isinstance(network, PoseNetwork):
+        return arrays(handed_to_codec(model, inputs))
     return arrays(network(inputs))
 
 

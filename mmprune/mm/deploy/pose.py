@@ -6,6 +6,7 @@ every runtime has its own (``simcc_x``, ``simcc_y`` as rtmlib and mmdeploy's run
 
 import sys
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -63,6 +64,20 @@ def pose_wrapper(model: nn.Module) -> PoseNetwork | None:
             'config'
         )
     return PoseNetwork(model, kind).eval()
+
+
+def handed_to_codec(model: nn.Module, images: torch.Tensor) -> Any:
+    """What the model's own ``predict`` decodes, of (N, 3, H, W) images without flips: heatmaps, or a
+    pair of SimCC vectors."""
+    handed: list[Any] = []
+
+    def decode(found: Any, *_: Any) -> list[Any]:
+        handed.append(found)
+        return []
+
+    with mock.patch.object(model.head, 'decode', decode):
+        model.head.predict(model.extract_feat(images), [], test_cfg={})
+    return handed[0]
 
 
 def head_kind(head: nn.Module | None) -> str | None:

@@ -10,7 +10,8 @@ import torch
 
 import mmprune
 from mmprune import PruneError
-from mmprune.mm.deploy.pose import codec_of, keypoint_names, pose_wrapper
+from mmprune.mm.deploy import check
+from mmprune.mm.deploy.pose import PoseNetwork, codec_of, keypoint_names, pose_wrapper
 from mmprune.mm.deploy.runtime import BACKENDS, open_model
 from mmprune.mm.zoo import build, load
 
@@ -70,6 +71,33 @@ def test_the_file_computes_what_the_model_does(tmp_path, config, shapes):
                 np.testing.assert_allclose(
                     value, reference, rtol=0, atol=1e-4 * float(reference.abs().max())
                 )
+
+
+class FirstStage(PoseNetwork):
+    """A wrapper that takes the wrong one of two stages."""
+
+    def forward(self, input):
+        return self.model.head.forward(self.model.extract_feat(input))[0]
+
+
+class Swapped(PoseNetwork):
+    """A wrapper that swaps the vectors of x and y."""
+
+    def forward(self, input):
+        return super().forward(input)[::-1]
+
+
+@pytest.mark.parametrize('config, wrong', [(HOURGLASS, FirstStage), (RTMPOSE, Swapped)])
+def test_a_wrong_wrapper_does_not_pass_the_check(tmp_path, config, wrong):
+    """The file holds what the wrapper says, so that only the model's own ``predict`` can tell."""
+    model = pruned(config)
+    right = pose_wrapper(model)
+    (pictures,) = check.pictures_for(right.input_size, 1, 2)
+    check.check_file(written(right, tmp_path / 'right.onnx'), model, right, [pictures], False)
+    network = wrong(model, right.kind).eval()
+    path = written(network, tmp_path / 'wrong.onnx')
+    with pytest.raises(PruneError, match='nothing was written'):
+        check.check_file(path, model, network, [pictures], False)
 
 
 def test_the_metadata_tells_how_to_decode():
