@@ -29,7 +29,7 @@ x = torch.randn(2, 3, 12, 12)
 forward = lambda model: model(x)
 """
 BEFORE = {
-    ('README.md', 'Any network'): A_NETWORK,
+    ('docs/any_network.md', 'Cut at once'): A_NETWORK,
     ('docs/criteria.md', 'Criteria'): A_NETWORK,
     ('docs/deploy.md', 'The file'): 'import numpy as np; images = np.zeros((2, 3, 64, 64), np.float32)',
 }
@@ -102,7 +102,7 @@ def a_criterion_of_ones_own(scope):
 
 
 AFTERWARDS = {
-    'README.md': the_rebuilt_network_is_the_pruned_one,
+    'docs/any_network.md': the_rebuilt_network_is_the_pruned_one,
     'docs/criteria.md': a_criterion_of_ones_own,
 }
 """What holds when a page is through, beside what its blocks assert."""
