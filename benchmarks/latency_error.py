@@ -3,6 +3,7 @@
     python benchmarks/latency_error.py CONFIG ... [--size 320] [--keep 0.7 0.5 0.3] [--threads 1]
                                        [--latency 0.5] [--divisor 8] [--out latency.json]
                                        [--backends eager onnxruntime openvino]
+                                       [--per memory] [--scores random]
 
 Weights are random: times do not hang on them. For each network and fraction of FLOPs: the fraction of
 time that the table predicts, and the one that is measured in turns with the unpruned network (median of
@@ -56,6 +57,8 @@ def main() -> None:
     parser.add_argument('--keep', type=float, nargs='*', default=[0.7, 0.5, 0.3])
     parser.add_argument('--latency', type=float, nargs='*', default=[])
     parser.add_argument('--divisor', type=int, default=None)
+    parser.add_argument('--per', default='budget', help='what scores are set against')
+    parser.add_argument('--scores', choices=['l2', 'random'], default='l2')
     parser.add_argument('--threads', type=int, default=1)
     parser.add_argument('--backends', nargs='*', default=['eager', 'onnxruntime', 'openvino'])
     parser.add_argument('--out', help='write the rows here, as JSON')
@@ -89,11 +92,23 @@ def rows_of(config: str, backend: str, args: argparse.Namespace) -> Iterator[dic
     prepare = prepare_raw((args.size, args.size), backend)
     graph = mmprune.trace(model, forward)
     scores = score_now(graph, 'l2')
-    table = measure(model, forward, graph, backend, prepare=prepare, divisor=args.divisor)
+    if args.scores == 'random':
+        scores = np.random.default_rng(0).random(graph.n_units)
+    table = measure(
+        model, forward, graph, backend,
+        prepare=prepare, divisor=args.divisor, scores=scores, per=args.per,
+    )  # fmt: skip
     everything = np.ones(graph.n_units, dtype=bool)
     whole, device = table(everything), device_of(graph)
     unpruned = prepare(model)
-    about = dict(network=name, backend=backend, threads=args.threads, size=args.size)
+    about = dict(
+        network=name,
+        per=args.per,
+        scores=args.scores,
+        backend=backend,
+        threads=args.threads,
+        size=args.size,
+    )
     again = least_of({0: unpruned}, device, 15)[0]
     yield about | dict(asked='unpruned, ms', flops=1.0, predicted=whole * 1e3, measured=again * 1e3)
 
@@ -104,10 +119,13 @@ def rows_of(config: str, backend: str, args: argparse.Namespace) -> Iterator[dic
 
     for fraction in args.keep:
         budget = Budget(keep_flops=fraction, divisor=args.divisor or 'auto', backend=backend)
-        yield row(f'keep_flops={fraction}', choose(graph, scores, budget, auto=table.divisor))
+        keep = choose(graph, scores, budget, per=args.per, auto=table.divisor)
+        yield row(f'keep_flops={fraction}', keep)
     for fraction in args.latency:
         budget = Budget(latency=fraction, divisor=args.divisor or 'auto', backend=backend)
-        keep, _ = choose_measured(model, forward, graph, scores, budget, Baseline(), prepare=prepare)
+        keep, _ = choose_measured(
+            model, forward, graph, scores, budget, Baseline(), per=args.per, prepare=prepare
+        )
         yield row(f'latency={fraction}', keep)
 
 

@@ -8,9 +8,10 @@ takes time that no cut saves. How much each of the four weighs is fitted to timi
 network, unpruned and cut evenly to some widths.
 """
 
+import contextlib
 import copy
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ from mmprune.budget.device import cached, device_name, keep_cached, least_of
 from mmprune.budget.op_times import Lookup, Op, Scaled, TensorArgument, table_of
 from mmprune.budget.runtimes import Prepare, prepare_for, versions
 from mmprune.contexts import Forward, evaluating, tensors_in, unchanged
+from mmprune.errors import PruneError
 from mmprune.graph import cost
 from mmprune.graph.cost import Product, Term
 from mmprune.graph.coupling import ChannelGraph, components, slots_for
@@ -36,7 +38,11 @@ from mmprune.surgery.build import make_plan
 
 FILE = 'op_times.json'
 EVENLY = (0.85, 0.75, 0.6, 0.5, 0.35, 0.2)
-"""Fractions of every group's units at which the whole network is timed too."""
+"""Fractions of every group's units at which the whole network is timed too; where scores are at hand
+every other one, and"""
+
+BY_SCORE = (0.85, 0.6, 0.4, 0.25)
+"""fractions of its FLOPs, cut as the scores at hand say: what they leave is far from even."""
 
 
 class Latency:
@@ -171,6 +177,8 @@ def measure(
     prepare: Prepare | None = None,
     divisor: int | None = None,
     rounds: int = 7,
+    scores: np.ndarray | None = None,
+    per: str = 'budget',
 ) -> Latency:
     """What ``forward(model)`` takes in evaluation mode, by the units that stay. It takes seconds to
     minutes; times of single operations are kept on disk.
@@ -182,6 +190,9 @@ def measure(
             ``mmprune.budget.runtimes.prepare_for``.
         divisor: the steps that widths go in; left out, what the device works in, and 4 at least.
         rounds: runs of which the fastest counts.
+        scores: (n_units,), and
+        per: what they are set against (see :func:`mmprune.budget.choose.choose`), of the choices that
+            the times are wanted for; left out, nothing is known of them.
 
     Raises:
         PruneError: an unknown backend, or one that is not installed; a network that can not be run
@@ -191,9 +202,7 @@ def measure(
     if divisor is None:
         divisor = max(steps.LEAST, device_divisor(trace, backend))
     keeps = [np.ones(trace.n_units, dtype=bool)]
-    for fraction in EVENLY:
-        budget = Budget(keep_channels=fraction, divisor=divisor)
-        keep = choose(trace, np.zeros(trace.n_units), budget)
+    for keep in samples(trace, divisor, scores, 'flops' if per == 'budget' else per):
         if not any(np.array_equal(keep, known) for known in keeps):
             keeps.append(keep)
     networks = []
@@ -206,6 +215,19 @@ def measure(
         seconds = least_of(runs, device_of(trace), rounds, in_a_row=3)
     latency.fit(keeps, list(seconds.values()))
     return latency
+
+
+def samples(
+    trace: ChannelGraph, divisor: int, scores: np.ndarray | None, per: str
+) -> Iterator[np.ndarray]:
+    """(n_units,) bool each: the cuts that are timed for the fit."""
+    nothing = np.zeros(trace.n_units)
+    for fraction in EVENLY if scores is None else EVENLY[::2]:
+        yield choose(trace, nothing, Budget(keep_channels=fraction, divisor=divisor))
+    if scores is not None:
+        for fraction in BY_SCORE:
+            with contextlib.suppress(PruneError):  # below the floor
+                yield choose(trace, scores, Budget(keep_flops=fraction, divisor=divisor), per=per)
 
 
 def _contractions(model: nn.Module, forward: Forward, trace: ChannelGraph) -> list[Op]:

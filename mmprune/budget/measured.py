@@ -43,7 +43,10 @@ def choose_measured(
     """
     prepare = prepare or prepare_for(forward, budget.backend)
     divisor = budget.divisor if isinstance(budget.divisor, int) and budget.divisor > 1 else None
-    table = measure(model, forward, trace, budget.backend, prepare=prepare, divisor=divisor)
+    table = measure(
+        model, forward, trace, budget.backend,
+        prepare=prepare, divisor=divisor, scores=scores, per=per,
+    )  # fmt: skip
     everything = np.ones(trace.n_units, dtype=bool)
     before = original.plan.cuts[-1].latency if original.plan and original.plan.cuts else None
     left = 1.0 if before is None else before

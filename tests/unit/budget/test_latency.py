@@ -208,6 +208,21 @@ def test_in_another_runtime_whole_networks_are_timed_too(model, traced):
     assert 0 < found(half) < found(everything) < 1
 
 
+def test_networks_are_timed_as_the_scores_would_cut_them(model, traced):
+    """The even cuts narrow all layers alike; these take all from the one with the low scores."""
+    ready = []
+
+    def prepare(network):
+        ready.append((network.twice.out_channels, network.depthwise.out_channels))
+        return lambda: None
+
+    low = next(group for group in traced.groups if group.name == 'stem.0.weight')
+    scores = np.ones(traced.n_units)
+    scores[low.units] = 1e-3
+    timing.measure(model, forward, traced, prepare=prepare, divisor=8, rounds=1, scores=scores)
+    assert any(twice <= 32 and depthwise == 64 for twice, depthwise in ready)
+
+
 @pytest.mark.parametrize(
     'size, divisor, wanted',
     [
