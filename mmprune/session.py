@@ -221,12 +221,14 @@ def choose_for(
     budget: Budget,
     per: str = 'budget',
     prepare: Prepare | None = None,
+    final: Budget | None = None,
 ) -> tuple[np.ndarray, CutNotes]:
     """The choice for one cut; times are measured where the budget asks.
 
     Args:
         per: of the :class:`mmprune.Score` that made the scores.
         prepare: makes a network ready to be timed in the budget's backend.
+        final: what is asked of the last of several cuts, where this is one of them.
 
     Returns:
         Which units stay, (n_units,) bool, and what to note of it. Layers whose width could not be
@@ -234,7 +236,7 @@ def choose_for(
     """
     original, latency = baseline_of(model, graph), None
     if budget.latency is None:
-        keep = choose(graph, scores, budget, original, per=per)
+        keep = choose(graph, scores, budget, original, per=per, final=final)
     else:
         keep, latency = choose_measured(
             model,
@@ -245,6 +247,7 @@ def choose_for(
             original,
             per,
             prepare,
+            final,
         )
     notes = uneven(graph, keep, budget)
     if notes:
@@ -275,7 +278,8 @@ def choose_step(
         whole = start.get(name.removeprefix('keep_'), 1.0)
         return min(1.0, whole * target_at(min(1.0, final / whole)))
 
-    return choose_for(model, forward, graph, scores, budget.scheduled(along), per, prepare)
+    now = budget.scheduled(along)
+    return choose_for(model, forward, graph, scores, now, per, prepare, final=budget)
 
 
 def check_cut(model: nn.Module, plan: Plan, forward: Forward) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from mmprune.budget import steps
 from mmprune.budget.block_cost import CalledCost, Cost, Ladder, TermCost, kept_at
-from mmprune.budget.budget import Budget, Divisor, Limits, make_budget  # noqa: F401  (mm/hooks)
+from mmprune.budget.budget import FRACTIONS, Budget, Divisor, Limits, make_budget  # noqa: F401  (mm/hooks)
 from mmprune.budget.device import divisor_of
 from mmprune.budget.solver import TOLERANCE, solve
 from mmprune.errors import PruneError
@@ -33,6 +33,7 @@ def choose(
     *,
     per: str = 'budget',
     auto: int | None = None,
+    final: Budget | None = None,
 ) -> np.ndarray:
     """Which units stay. In each group the lowest scores go first, in blocks that make
     a step of its width; among groups the blocks that lose least score for the cost that they save.
@@ -50,6 +51,7 @@ def choose(
             ``'memory'`` or ``'params'``; ``'none'``, the number of units. See
             :class:`mmprune.Score`.
         auto: what ``divisor='auto'`` stands for; left out, what this device was measured to work in.
+        final: what is asked of the last of several cuts, where this is one of them.
 
     Returns:
         (n_units,) bool: which stay.
@@ -69,8 +71,9 @@ def choose(
     if stay is not None:
         protected = protected | stay
     choice = _Choice(
-        graph, finite(scores), budget, original or Baseline(), protected, latency, per, auto
-    )
+        graph, finite(scores), budget, original or Baseline(), protected, latency, per, auto,
+        final or budget,
+    )  # fmt: skip
     keep = np.ones(graph.n_units, dtype=bool)
     for part in budget.parts:
         keep = choice.solve(part, keep)
@@ -165,8 +168,9 @@ class _Choice:
         latency: Seconds | None,
         per: str,
         auto: int | None,
+        final: Budget,
     ) -> None:
-        self.graph, self.scores, self.budget = graph, scores, budget
+        self.graph, self.scores, self.budget, self.final = graph, scores, budget, final
         self.original, self.protected, self.latency = original, protected, latency
         self.per = per
         self.part, self.limits = limits_of(graph, budget)
@@ -200,11 +204,16 @@ class _Choice:
                 + (f' in {part}' if part else '')
             )
         least = kept_at(ladders, keep, [ladder.gone.size - 1 for ladder in ladders])
+        last = self.final.whole if part is None else self.final.of_part(part)
         found = []
         for name, (value, target) in targets.items():
             if _met(value(least), target):
                 levels = solve(
-                    ladders, self._cost(value, ladders, keep), target, self._other(name, ladders, keep)
+                    ladders,
+                    self._cost(value, ladders, keep),
+                    target,
+                    self._other(name, ladders, keep),
+                    target / limits.targets[name] * last.targets[name] if name in FRACTIONS else target,
                 )
                 found.append(levels)
         if found:  # the first that is reached: the one that takes least

@@ -28,6 +28,7 @@ def choose_measured(
     original: Baseline,
     per: str = 'budget',
     prepare: Prepare | None = None,
+    final: Budget | None = None,
 ) -> tuple[np.ndarray, float]:
     """(which units stay, the fraction of time that really remains) for a budget with ``latency``.
 
@@ -37,6 +38,7 @@ def choose_measured(
 
     Args:
         prepare: makes a network ready to be timed in ``budget.backend``.
+        final: what is asked of the last of several cuts, where this is one of them.
 
     Raises:
         PruneError: the time can not be reached.
@@ -61,8 +63,9 @@ def choose_measured(
             aimed = replace(budget, latency=min(1.0, aim))
             try:
                 keep = choose(
-                    trace, scores, aimed, original, latency=table, per=per, auto=table.divisor
-                )
+                    trace, scores, aimed, original,
+                    latency=table, per=per, auto=table.divisor, final=final,
+                )  # fmt: skip
             except PruneError:
                 if not tried:
                     raise

@@ -1,7 +1,7 @@
 """A knapsack: which levels to take on each group's ladder, so that a cost is met at the least score.
 
 Greedy by score lost for cost saved (HALP, NeurIPS 2022), then improved by exchanges: one block goes
-back where another goes in its place, as long as that lowers the lost score.
+back where another, or several smaller ones, go in its place, as long as that lowers the lost score.
 """
 
 from collections.abc import Sequence
@@ -17,18 +17,39 @@ SHARE = 0.7
 """Of what is still too much, the part that one round of the greedy search takes away."""
 
 
-def solve(ladders: Sequence[Ladder], cost: Cost, target: float, other: Cost | None = None) -> list[int]:
+def solve(
+    ladders: Sequence[Ladder],
+    cost: Cost,
+    target: float,
+    other: Cost | None = None,
+    final: float | None = None,
+) -> list[int]:
     """The levels at which ``cost`` is at most ``target`` and little score is lost.
 
     ``other``: what the score is set against in place of ``cost`` (which still says when to stop): the
-    greedy search divides by it, and no exchange may take more of it. Both start at level 0. The
-    target must be within reach.
+    greedy search divides by it, and no exchange may take more of it. Both start at level 0. The target
+    must be within reach. ``final``: the target of the last of several cuts, this one's if it is left
+    out. What a large block saves beyond it is of no use, so there it is compared with smaller ones
+    (which may take as much more of ``other``, in relation); before that later cuts save so much less.
     """
     levels = np.zeros(len(ladders), dtype=np.int64)
+    whole = cost.value
     search = _Search(ladders, cost, target, other, levels)
     search.greedy()
     search.exchange()
+    for _ in ladders:  # what is lost falls: it ends long before
+        wasted = ((target if final is None else final) - cost.value) / whole
+        if wasted <= WASTE or not search.split_block(wasted):
+            break
+        search.exchange()
     return levels.tolist()
+
+
+WASTE = 0.005
+"""Of the whole cost, what may be saved beyond the final target without another look."""
+
+LARGE = 4
+"""Blocks, those that lose most, that :meth:`_Search.split_block` tries."""
 
 
 class _Search:
@@ -94,6 +115,60 @@ class _Search:
                 strict=True,
             )
         return sorted(found, key=lambda step: step[0])
+
+    def split_block(self, wasted: float) -> bool:
+        """Puts the last block of a ladder back and takes the best of those that are no larger than what
+        is missing then; where that does not lose less in all, or takes more of the other cost by a
+        larger part than ``wasted``, everything is as before."""
+        before, lost = self.levels.copy(), self._total()
+        most = np.inf if self.other is None else self.other.value * (1 + wasted)
+        blocks = sorted(
+            (float(ladder.lost[at] - ladder.lost[at - 1]), number)
+            for number, (ladder, at) in enumerate(zip(self.ladders, before.tolist(), strict=True))
+            if at
+        )
+        for _, number in blocks[: -LARGE - 1 : -1]:
+            self.move(number, int(before[number]) - 1)
+            filled = self._fill(number, lost - TOLERANCE * abs(lost))
+            if filled and (self.other is None or self.other.value <= most):
+                return True
+            for ladder, level in enumerate(before.tolist()):
+                if self.levels[ladder] != level:
+                    self.move(ladder, level)
+        return False
+
+    def _fill(self, without: int, below: float) -> bool:
+        """Takes steps down to the target, none of ``without`` and none that is larger than what is
+        missing, but for the last. Whether it was reached with less lost than ``below``."""
+        while self.cost.value > self.limit:
+            if self._total() >= below:
+                return False
+            gap = self.cost.value - self.limit
+            steps = [
+                step
+                for step in self._all_steps(self.other or self.cost)
+                if step[2] != without and step[1] > 0 and np.isfinite(step[0])
+            ]
+            if not steps:
+                return False
+            last = [step for step in steps if step[1] >= gap]
+            small = [step for step in steps if step[1] < gap]
+            if small:
+                _, _, ladder, level = small[0]
+            else:
+                _, _, ladder, level = min(last, key=lambda step: self._loses(step[2], step[3]))
+            self.move(ladder, level)
+        return self._total() < below
+
+    def _loses(self, ladder: int, level: int) -> float:
+        lost = self.ladders[ladder].lost
+        return float(lost[level] - lost[self.levels[ladder]])
+
+    def _total(self) -> float:
+        return sum(
+            float(ladder.lost[at])
+            for ladder, at in zip(self.ladders, self.levels.tolist(), strict=True)
+        )
 
     # -- exchanges --------------------------------------------------------------------------------
 

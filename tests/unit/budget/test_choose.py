@@ -1,6 +1,7 @@
 """Which units stay: every option of a budget, and the errors that name nonsense."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -81,6 +82,16 @@ def test_the_target_is_reached_and_not_by_more_than_it_takes(traced, name, terms
 def test_lowest_scores_go_first(traced):
     keep = run(traced, prune_num=10)
     assert set(SCORES[~keep]) == set(range(10))
+
+
+def test_an_early_cut_may_go_beyond_its_target_but_not_beyond_the_last_ones(traced):
+    """The 24 channels of the second layer lose least for their size, and go in blocks of eight."""
+    scores = np.ones(60)
+    scores[traced.groups[1].units] = 0.5
+    scores[traced.groups[2].units] = 0.2
+    early = Budget(keep_flops=0.93, divisor=4, parts={'backbone.2': dict(divisor=8)})
+    of = lambda final: choose(traced, scores, early, final=replace(early, keep_flops=final))  # noqa: E731
+    assert widths(traced, of(0.5)) == [16, 16, 20] and widths(traced, of(0.93)) == [16, 24, 8]
 
 
 def test_keep_channels_is_for_every_group(traced):
@@ -273,7 +284,7 @@ def test_by_default_they_are_set_against_what_the_budget_counts(strided):
 
 
 def test_a_criterions_option_says_so():
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 2, 1))
+    model = nn.Sequential(nn.Conv2d(3, 40, 3), nn.ReLU(), nn.Conv2d(40, 40, 3), nn.Conv2d(40, 2, 1))
     found = {}
     for per in ('budget', 'memory', 'none'):
         pruned = copy.deepcopy(model)

@@ -162,6 +162,41 @@ def test_what_saves_none_of_the_other_cost_goes_last_but_goes():
     assert solve(ladders, flops, 0.0, memory) == [1, 1]
 
 
+def coarse_and_fine():
+    """One ladder whose blocks are worth most of all for what they save, 16 each, and twenty of one small
+    block, 1.6 each."""
+    rng = np.random.default_rng(0)
+    ladders = [Ladder(np.arange(160), np.array([0, 16, 32]), np.array([0.0, 3.0, 7.0]))]
+    ladders += [
+        Ladder(
+            np.arange(16 * n, 16 * n + 16), np.array([0, 16]), np.array([0.0, 0.35 + rng.random() / 10])
+        )
+        for n in range(10, 30)
+    ]
+    axes = [ladder.order for ladder in ladders]
+    terms = [(Product(1.0 if n == 0 else 0.1), (n,)) for n in range(21)]
+    return ladders, TermCost(ladders, np.ones(480, dtype=bool), axes, terms, smooth=True)
+
+
+@pytest.mark.parametrize('gap, small', [(4, 3), (10, 7)])
+def test_a_block_that_overshoots_gives_way_to_several_small_ones(gap, small):
+    ladders, cost = coarse_and_fine()
+    levels = solve(ladders, cost, cost.value - gap)
+    assert levels[0] == 0 and sum(levels) == small and lost(ladders, levels) < 3
+
+
+def test_but_not_where_a_later_cut_needs_what_it_saves():
+    ladders, cost = coarse_and_fine()
+    levels = solve(ladders, cost, cost.value - 4, final=cost.value - 40)
+    assert levels[0] == 1 and sum(levels) == 1
+
+
+def test_nor_where_small_ones_lose_more():
+    ladders, cost = coarse_and_fine()
+    levels = solve(ladders, cost, cost.value - 14)
+    assert levels[0] == 1 and sum(levels) == 1
+
+
 def test_gains_go_first_and_stay_away():
     """A score below zero: the loss falls without the unit."""
     ladders = [Ladder(np.array([n]), np.array([0, 1]), np.array([0.0, (-3.0, 1.0)[n]])) for n in (0, 1)]
