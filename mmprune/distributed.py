@@ -71,7 +71,7 @@ def raise_together(what: str) -> Iterator[None]:
 
 def agreed_plan(plan: Plan) -> Plan:
     """``plan``, after all processes were found to have the same; its records of cuts are the first
-    one's (FLOPs are those of a batch, and each process has its own).
+    one's.
 
     Raises:
         PruneError: in all processes; names the ranks whose plan differs.

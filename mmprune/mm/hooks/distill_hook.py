@@ -28,8 +28,8 @@ FILE = 'teacher.pth'
 
 @HOOKS.register_module()
 class DistillHook(Hook):
-    """Adds to the losses of a pruned model how far it is from the network before its first cut, on the
-    same images: registered by a ``PruneHook`` that has ``distill``.
+    """Adds to the losses of a pruned model how far it is from the unpruned network, as that was when
+    scoring began, on the same images: registered by a ``PruneHook`` that has ``distill``.
 
     From the first cut on, each step runs the teacher once, without gradients, in evaluation mode. It is
     kept in memory, and in ``teacher.pth`` in the work directory for ``--resume``; it is no part of the
@@ -74,23 +74,28 @@ class DistillHook(Hook):
         points_of(model)  # an error now, not at the first cut
         if self.path is not None:
             self.teacher = self._built(runner, self.path)
-        elif plan_of(model) is None:
-            if not any(isinstance(getattr(hook, 'scoring', None), Scoring) for hook in runner.hooks):
+            return
+        scorings = [
+            hook.scoring for hook in runner.hooks if isinstance(getattr(hook, 'scoring', None), Scoring)
+        ]
+        begun = any(scoring.trace is not None for scoring in scorings)  # before it was resumed
+        if plan_of(model) is None and not begun:
+            if not scorings:
                 raise PruneError(
                     'DistillHook: the model is not pruned, and there is no PruneHook that will prune '
                     'it: nothing would be taught; give PruneHook distill=dict(...)'
                 )
-        else:
-            path = Path(runner.work_dir) / FILE
-            if not path.is_file():
-                raise PruneError(
-                    f'distill: the model is pruned already, and {path} does not exist: name a '
-                    "checkpoint of the unpruned model, distill=dict(teacher='...')"
-                )
-            self.teacher = self._built(runner, path)
+            return
+        path = Path(runner.work_dir) / FILE
+        if not path.is_file():
+            raise PruneError(
+                f'distill: the model is {"scored" if begun else "pruned"} already, and {path} does not '
+                "exist: name a checkpoint of the unpruned model, distill=dict(teacher='...')"
+            )
+        self.teacher = self._built(runner, path)
 
     def before_scoring(self, runner: Runner) -> None:
-        """Keeps the network as it is before its first cut."""
+        """Keeps the network as it is before it is scored."""
         model = unwrapped(runner.model)
         if self.path is not None or plan_of(model) is not None:
             return

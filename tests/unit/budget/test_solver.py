@@ -163,8 +163,8 @@ def test_what_saves_none_of_the_other_cost_goes_last_but_goes():
 
 
 def coarse_and_fine():
-    """One ladder whose blocks are worth most of all for what they save, 16 each, and twenty of one small
-    block, 1.6 each."""
+    """One ladder whose blocks are worth most of all for what they save, 16 each, and twenty of one
+    small block, 1.6 each."""
     rng = np.random.default_rng(0)
     ladders = [Ladder(np.arange(160), np.array([0, 16, 32]), np.array([0.0, 3.0, 7.0]))]
     ladders += [

@@ -10,6 +10,7 @@ from mmengine.registry import HOOKS, MODELS
 
 import mmprune
 from mmprune.mm.hooks import DistillHook, PruneHook
+from mmprune.surgery.meta import plan_in
 from tests.helpers.equality import assert_same
 from tests.helpers.hook_runs import TwoBranch, config, train
 
@@ -42,9 +43,18 @@ class NotesLosses(Hook):
         self.losses.append({name: float(value) for name, value in outputs.items()})
 
 
-def run(work_dir, epochs=3, resume=False, hook=None, **more):
+@HOOKS.register_module(force=True)
+class EndsAfterAnEpoch(Hook):
+    def before_train_epoch(self, runner):
+        if runner.epoch == 1:
+            raise KeyboardInterrupt
+
+
+def run(work_dir, epochs=3, resume=False, hook=None, interrupted=False, **more):
     cfg = config(work_dir, epochs, HOOK | (hook or {}), **more)
     cfg.model.type = 'WithFeatures'
+    if interrupted:
+        cfg.custom_hooks.append(dict(type='EndsAfterAnEpoch'))
     cfg.custom_hooks.append(dict(type='NotesLosses'))
     return train(cfg, resume)
 
@@ -81,11 +91,18 @@ def test_while_cutting_it_can_be_left_alone(tmp_path):
     assert taught == [False] * 10 + [True] * 8
 
 
-def test_a_run_that_is_resumed_ends_as_one_that_was_not(tmp_path):
-    whole = run(tmp_path / 'whole', epochs=3)
-    first = run(tmp_path / 'two', epochs=3, train_cfg=dict(by_epoch=True, max_epochs=1))
-    assert mmprune.plan_of(first.model) is not None
-    second = run(tmp_path / 'two', epochs=3, resume=True)
+@pytest.mark.parametrize('begin', [0, 3, 7], ids=['cut', 'scored', 'neither'])
+def test_a_run_that_is_resumed_ends_as_one_that_was_not(tmp_path, begin):
+    """After six iterations: behind its first cut, behind its first scores, or before them."""
+    hook = dict(begin=begin)
+    whole = run(tmp_path / 'whole', epochs=3, hook=hook)
+    assert any('loss_distill_neck' in losses for losses in hook_of(whole, 'NotesLosses').losses)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / 'two', epochs=3, hook=hook, interrupted=True)
+    found = torch.load(tmp_path / 'two' / 'epoch_1.pth', weights_only=False)
+    assert (plan_in(found) is not None) == (begin == 0)
+    assert (tmp_path / 'two' / 'teacher.pth').exists() == (begin < 6)
+    second = run(tmp_path / 'two', epochs=3, hook=hook, resume=True)
     assert_same(whole.model.state_dict(), second.model.state_dict())
     assert hook_of(whole, 'NotesLosses').losses[6:] == hook_of(second, 'NotesLosses').losses
 
