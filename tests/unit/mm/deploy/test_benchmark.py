@@ -57,6 +57,18 @@ def test_both_find_the_same(tmp_path, config, task, side):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4 * float(y.abs().max()))
 
 
+def test_what_is_timed_has_its_norms_folded_and_computes_the_same(job):
+    model = benchmark.load(job)
+    deployed = benchmark.folded(benchmark.load(job))
+    kinds = [{type(m) for m in network.modules()} for network in (model, deployed)]
+    assert [torch.nn.BatchNorm2d in each for each in kinds] == [True, False]
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, *job.size)
+    with torch.no_grad():
+        found, wanted = (benchmark.network_of(each, job.raw)(images) for each in (deployed, model))
+    assert float((found - wanted).abs().max()) < 1e-4 * float(wanted.abs().max())
+
+
 def test_every_round_has_both():
     calls = []
     times = benchmark.in_turns([lambda: calls.append('a'), lambda: calls.append('b')], 4)
