@@ -52,8 +52,8 @@ def examine(config: str, how: dict, pipe) -> None:
         size = fixed_side(model) if pose else (side, side)
         as_trained(model, forward, size)
     except Exception as error:  # a fault of the zoo, whatever it is
-        told = f'does not build: {error}'.splitlines()[0][:200]
-        return pipe.send({'export': 'not', 'reason': told})
+        told = '' if isinstance(error, PruneError) else 'does not build: '
+        return pipe.send({'export': 'not', 'reason': f'{told}{error}'.splitlines()[0][:200]})
     row: dict = {'reason': ''}
     with tempfile.TemporaryDirectory() as folder:
         for kind in ('whole', 'raw'):
@@ -113,6 +113,12 @@ def as_trained(model, forward, size: tuple[int, int]) -> None:
     queries = getattr(getattr(model, 'rpn_head', None), 'num_proposals', None)
     if queries is not None:
         model.roi_head.test_cfg.max_per_img = queries
+    if queries is not None and hasattr(model.roi_head, 'mask_head'):  # it pastes no mask without pixels
+        for head in model.roi_head.bbox_head:
+            head.fc_reg.weight.data.mul_(0.01)
+            head.fc_reg.bias.data.zero_()
+        boxes = model.rpn_head.init_proposal_bboxes.weight.data
+        boxes.copy_(torch.rand_like(boxes) * 0.3 + 0.3)
 
 
 def config_of(config: str) -> Config | None:
@@ -123,10 +129,16 @@ def config_of(config: str) -> Config | None:
     """
     if not config.startswith('torchvision::'):
         return None
+    from mmprune.errors import PruneError
     from mmprune.mm.models.classifier import make_net
 
     name = config.removeprefix('torchvision::')
-    make_net(name)
+    try:
+        make_net(name)
+    except PruneError:
+        raise PruneError(
+            "a detector or segmenter of torchvision's own: no config of the stack has it"
+        ) from None
     return Config({'model': dict(type='ImageClassifier', net=dict(name=name), num_classes=1000)})
 
 

@@ -61,7 +61,7 @@ class RawNetwork(nn.Module):
         for run in (of_proposals, of_predict, *ways) if hasattr(model, 'rpn_head') else ways:
             self.run = run
             try:
-                with torch.no_grad():
+                with torch.no_grad(), without_losses(model):
                     self(images)
             except Exception as error:  # of the model's own code
                 told.append(f'{type(error).__name__}: {first_line(error)}')
@@ -114,7 +114,7 @@ def settled_choices() -> Iterator[None]:
         if running:
             return plain_topk(input, k, dim, largest, sorted)
         found = once(plain_topk, input, k, dim, largest, sorted)
-        scores, own = (x.movedim(dim, -1).flatten(0, -2) for x in (input, found.indices))
+        scores, own = (x.movedim(dim, -1).reshape(-1, x.shape[dim]) for x in (input, found.indices))
         places = settled('the best', own, scores if largest else -scores)
         if places is own:
             return found
@@ -127,6 +127,20 @@ def settled_choices() -> Iterator[None]:
         mock.patch.object(Tensor, 'topk', topk),
         mock.patch.object(torch, 'topk', topk),
     ):
+        yield
+
+
+@contextlib.contextmanager
+def without_losses(model: nn.Module) -> Iterator[None]:
+    """While it holds, a head that computes losses fails: what asks for these is no inference."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise PruneError(f'{type(model).__name__}: computes losses in this mode')
+
+    with contextlib.ExitStack() as stack:
+        for head in model.modules():
+            if hasattr(head, 'loss_by_feat'):
+                stack.enter_context(mock.patch.object(head, 'loss_by_feat', refuse))
         yield
 
 

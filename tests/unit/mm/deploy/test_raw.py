@@ -116,6 +116,31 @@ def test_choices_inside_of_a_model_are_decisions():
             run()
 
 
+def test_the_best_of_one_row_are_a_decision_too():
+    with recorded() as own, raw.settled_choices():
+        found = torch.tensor([0.1, 0.9, 0.5]).topk(2)
+    assert found.indices.tolist() == [1, 2] and [tuple(outcome.shape) for outcome in own] == [(1, 2)]
+
+
+class OnlyTrains(nn.Module):
+    """As CondInst: with data samples it goes on to its losses, and its head alone is what is wanted."""
+
+    def __init__(self):
+        super().__init__()
+        self.bbox_head = nn.Conv2d(3, 2, 1)
+        self.bbox_head.loss_by_feat = lambda outs: outs
+        self.extract_feat = nn.Identity()
+
+    def forward(self, images, samples, mode):
+        return self.bbox_head.loss_by_feat(samples and self.bbox_head(images))
+
+
+def test_a_run_that_computes_losses_is_none():
+    network = raw.RawNetwork(OnlyTrains())
+    network.try_out(torch.zeros(1, 3, 8, 8))
+    assert network.run is raw.of_features and not network.needs_samples
+
+
 class Clamped(nn.Module):
     """Two clamps of one value, as in Deformable DETR: torch's exporter loses the bounds of one."""
 
