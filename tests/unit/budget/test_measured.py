@@ -120,16 +120,19 @@ def test_the_steps_of_the_table_are_those_of_the_budget(monkeypatch, model, trac
     monkeypatch.setattr('mmprune.budget.choose.divisor_of', lambda *a: pytest.fail('measured'))
     asked = []
     monkeypatch.setattr(measured, 'ratio_of', lambda *a: 0.7)
+    numbers = np.arange(float(traced.n_units))
     for divisor in ('auto', 2, 8):
 
-        def table(*args, prepare, divisor):
+        def table(*args, prepare, divisor, scores, per):
+            assert scores is numbers and per == 'memory'  # those that the choice is made by
             asked.append(divisor)
             return Share()
 
         monkeypatch.setattr(measured, 'measure', table)
         budget = Budget(latency=0.7, divisor=divisor)
-        scores = np.arange(float(traced.n_units))
-        keep, _ = measured.choose_measured(model, forward, traced, scores, budget, Baseline())
+        keep, _ = measured.choose_measured(
+            model, forward, traced, numbers, budget, Baseline(), per='memory'
+        )
         if divisor != 2:  # 'auto' is what the table was taken at
             assert all(keep[g.units].sum() % 8 == 0 or keep[g.units].sum() < 8 for g in traced.groups)
     assert asked == [None, 2, 8]
@@ -163,7 +166,7 @@ def test_where_another_target_was_reached_first_it_is_tried_once(monkeypatch, mo
 def test_a_second_cut_is_of_the_original_time(monkeypatch, model):
     seen = []
 
-    def fake(model, forward, trace, scores, budget, original, per, prepare):
+    def fake(model, forward, trace, scores, budget, original, *_):
         seen.append(original.plan and original.plan.cuts[-1].latency)
         return choose(trace, scores, Budget(prune_num=10)), 0.8
 
