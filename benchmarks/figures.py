@@ -29,7 +29,7 @@ def report(work_dir: Path) -> dict[str, Any]:
     """What a run with a ``PruneHook`` left, from its ``prune_report.json``."""
     content = json.loads((work_dir / 'prune_report.json').read_text())
     for each in (content['flops'], content['params'], *content['channels'].values()):
-        each['left'] = round(100 * each['after'] / each['before'], 2)
+        each['left'] = round(100 * each['after'] / each['before'], 4)
     parts = {name.replace('.', '_'): widths for name, widths in content['channels'].items()}
     metrics = {which: plain(found) for which, found in content['metrics'].items()}
     return {'flops': content['flops'], 'params': content['params'], 'channels': parts} | metrics
