@@ -35,6 +35,12 @@ STUDY = Study(
         Row('dense', 'not pruned', CONFIG, SECOND, start='start'),
         pruned('default', "mmprune's default"),
         pruned('distill', 'with distillation', distill=True),
+        pruned(
+            'distill_longer',
+            'with distillation, cuts in two fifths of the training',
+            distill=True,
+            end=0.4,
+        ),
         pruned('features', 'with distillation of features alone', distill=dict(predictions=0)),
         pruned('late', 'with distillation from the last cut on', distill=dict(while_cutting=False)),
         pruned('plain', 'without compensation', compensate=False),

@@ -5,7 +5,7 @@ in (:mod:`mmprune.budget.op_times`). In the network they run with other neighbou
 with what follows; their weights come from memory, where an operation that is timed alone finds them in
 the cache; norms, activations and pooling go by the elements that are written; and starting operations
 takes time that no cut saves. How much each of the four weighs is fitted to timings of the whole
-network, unpruned and cut evenly to some widths.
+network, unpruned, cut evenly, and cut as the scores at hand would.
 """
 
 import contextlib
