@@ -3,15 +3,17 @@
     python benchmarks/latency_error.py CONFIG ... [--size 320] [--keep 0.7 0.5 0.3] [--threads 1]
                                        [--latency 0.5] [--divisor 8] [--out latency.json]
                                        [--backends eager onnxruntime openvino]
-                                       [--per memory] [--scores random]
+                                       [--per memory] [--scores random] [--no-table]
 
 Weights are random: times do not hang on them. For each network and fraction of FLOPs: the fraction of
 time that the table predicts, and the one that is measured in turns with the unpruned network (median of
-quotients), and by how much they differ. With ``--latency`` also what a budget of so much time gives.
+quotients), and by how much they differ. With ``--latency`` also what a budget of so much time gives;
+with ``--no-table`` nothing is predicted, only measured.
 """
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,7 +24,7 @@ from torch import nn
 import mmprune
 from mmprune import Budget
 from mmprune.api import score_now
-from mmprune.budget.choose import choose
+from mmprune.budget.choose import choose, device_divisor
 from mmprune.budget.device import least_of
 from mmprune.budget.latency import cut_copy, device_of, measure, ratio_of
 from mmprune.budget.measured import choose_measured
@@ -61,6 +63,7 @@ def main() -> None:
     parser.add_argument('--scores', choices=['l2', 'random'], default='l2')
     parser.add_argument('--threads', type=int, default=1)
     parser.add_argument('--backends', nargs='*', default=['eager', 'onnxruntime', 'openvino'])
+    parser.add_argument('--no-table', action='store_true', help='predict nothing')
     parser.add_argument('--out', help='write the rows here, as JSON')
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -74,8 +77,8 @@ def main() -> None:
                 rows.append(row)
                 print(
                     f'| {row["network"]} | {row["backend"]} | {row["asked"]} | {row["flops"]:.3f} '
-                    f'| {row["predicted"]:.3f} | {row["measured"]:.3f} '
-                    f'| {row["predicted"] / row["measured"] - 1:+.1%} |',
+                    f'| {row.get("predicted", math.nan):.3f} | {row["measured"]:.3f} '
+                    f'| {row.get("predicted", math.nan) / row["measured"] - 1:+.1%} |',
                     flush=True,
                 )
                 if args.out:
@@ -94,13 +97,17 @@ def rows_of(config: str, backend: str, args: argparse.Namespace) -> Iterator[dic
     scores = score_now(graph, 'l2')
     if args.scores == 'random':
         scores = np.random.default_rng(0).random(graph.n_units)
-    table = measure(
-        model, forward, graph, backend,
-        prepare=prepare, divisor=args.divisor, scores=scores, per=args.per,
-    )  # fmt: skip
-    everything = np.ones(graph.n_units, dtype=bool)
-    whole, device = table(everything), device_of(graph)
+    everything, device, table = np.ones(graph.n_units, dtype=bool), device_of(graph), None
+    if not args.no_table:
+        table = measure(
+            model, forward, graph, backend,
+            prepare=prepare, divisor=args.divisor, scores=scores, per=args.per,
+        )  # fmt: skip
     unpruned = prepare(model)
+
+    def predicted(keep: np.ndarray, unit: float) -> dict[str, float]:
+        return {'predicted': table(keep) / unit} if table is not None else {}
+
     about = dict(
         network=name,
         per=args.per,
@@ -110,16 +117,22 @@ def rows_of(config: str, backend: str, args: argparse.Namespace) -> Iterator[dic
         size=args.size,
     )
     again = least_of({0: unpruned}, device, 15)[0]
-    yield about | dict(asked='unpruned, ms', flops=1.0, predicted=whole * 1e3, measured=again * 1e3)
+    yield (
+        about
+        | dict(asked='unpruned, ms', flops=1.0, measured=again * 1e3)
+        | predicted(everything, 1e-3)
+    )
+    whole = table(everything) if table is not None else 1.0
 
     def row(asked: str, keep: np.ndarray) -> dict[str, Any]:
         flops = mmprune.graph.cost.flops(graph)(keep) / graph.flops
         real = ratio_of(prepare(cut_copy(model, graph, keep)), unpruned, device, 31)
-        return about | dict(asked=asked, flops=flops, predicted=table(keep) / whole, measured=real)
+        return about | dict(asked=asked, flops=flops, measured=real) | predicted(keep, whole)
 
     for fraction in args.keep:
         budget = Budget(keep_flops=fraction, divisor=args.divisor or 'auto', backend=backend)
-        keep = choose(graph, scores, budget, per=args.per, auto=table.divisor)
+        auto = device_divisor(graph, backend) if table is None else table.divisor
+        keep = choose(graph, scores, budget, per=args.per, auto=auto)
         yield row(f'keep_flops={fraction}', keep)
     for fraction in args.latency:
         budget = Budget(latency=fraction, divisor=args.divisor or 'auto', backend=backend)

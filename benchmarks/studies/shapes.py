@@ -1,0 +1,58 @@
+"""The embedded shapes: Faster R-CNN R18-FPN trained, then pruned in a training as long again.
+
+    python benchmarks/studies/shapes.py --seeds 0 1 2 --jobs 2 [--rows dense default ...]
+
+Every row trains 24 epochs in all: twelve dense ones, shared by all of a seed, and twelve in which it is
+cut (or not, which is the baseline). A latency budget is measured while it trains: leave it a core.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.study import Row, Study, main
+
+CONFIG = 'configs/_base_/faster_rcnn_shapes.py'
+SECOND = {'optim_wrapper.optimizer.lr': 3e-4}
+"""The rate of the second half, as in docs/tutorial.md."""
+FULL = {'optim_wrapper.optimizer.lr': 1e-3}
+"""That of the first half again."""
+
+
+def pruned(name: str, label: str, common: dict | None = None, **options) -> Row:
+    """A row that is cut from the first epoch of its second half on, in steps of 8 channels."""
+    hook = {'type': 'PruneHook', 'divisor': 8, 'validate_first': False} | options
+    hook = hook if 'latency' in hook else {'keep_flops': 0.5} | hook
+    put = {'custom_imports': dict(imports=['mmprune']), 'custom_hooks': [hook]}
+    return Row(name, label, CONFIG, SECOND | put | (common or {}), start='start')
+
+
+STUDY = Study(
+    'shapes',
+    rows=[
+        Row('start', 'the dense network that all others start from', CONFIG, shown=False),
+        Row('dense', 'not pruned', CONFIG, SECOND, start='start'),
+        pruned('default', 'widths in steps of 8'),
+        pruned('unrounded', 'widths not rounded', divisor=1),
+        pruned('coarse', 'widths in steps of 16', divisor=16),
+        pruned('distill', 'with distillation', distill=True),
+        pruned('plain', 'without compensation', compensate=False),
+        pruned('flops', 'scores by FLOPs', score=dict(name='taylor', per='flops')),
+        pruned('floor', 'no group below half of its units', keep_channels=0.5),
+        pruned('latency', 'half the time in ONNX Runtime', latency=0.5, backend='onnxruntime'),
+        Row('dense_full', 'not pruned, full rate', CONFIG, FULL, start='start'),
+        pruned('default_full', 'widths in steps of 8, full rate', common=FULL),
+    ],
+    metric='coco/bbox_mAP',
+    unit='AP',
+    short={
+        'train_cfg.max_epochs': 1,
+        'train_cfg.val_interval': 1,
+        'train_dataloader.dataset.indices': 40,
+        'val_dataloader.dataset.indices': 4,
+    },
+)
+
+if __name__ == '__main__':
+    main(STUDY)
