@@ -39,6 +39,8 @@ class Row:
             called with the seed.
         start: the name of the row from whose last checkpoint it starts, of the same seed; ``None``: as
             its config says.
+        teacher: the name of the row whose last checkpoint, of the same seed, teaches it by the
+            ``distill`` of its last hook; ``None``: the network that it starts from, if any.
         shown: whether it stands in the table.
     """
 
@@ -47,7 +49,13 @@ class Row:
     config: str
     options: Mapping[str, Any] = field(default_factory=dict)
     start: str | None = None
+    teacher: str | None = None
     shown: bool = True
+
+    @property
+    def waits_for(self) -> list[str]:
+        """The names of rows that have to end before it."""
+        return [name for name in (self.start, self.teacher) if name is not None]
 
 
 @dataclass(frozen=True)
@@ -127,7 +135,7 @@ def run(study: Study, wanted: Iterable[Row], args: argparse.Namespace) -> list[s
             for row, seed in list(waiting):
                 if len(running) >= args.jobs:
                     break
-                if row.start is not None and (row.start, seed) in blocked:
+                if any((name, seed) in blocked for name in row.waits_for):
                     continue
                 waiting.remove((row, seed))
                 folder = args.work_dir / row.name / str(seed)
@@ -144,8 +152,8 @@ def run(study: Study, wanted: Iterable[Row], args: argparse.Namespace) -> list[s
 
 
 def with_starts(study: Study, row: Row) -> list[Row]:
-    """A row behind all that it starts from."""
-    before = with_starts(study, study.row(row.start)) if row.start is not None else []
+    """A row behind all that it waits for."""
+    before = [each for name in row.waits_for for each in with_starts(study, study.row(name))]
     return [*before, row]
 
 
@@ -158,6 +166,9 @@ def start(study: Study, row: Row, seed: int, work_dir: Path, short: bool) -> sub
     cfg.merge_from_dict({'randomness.seed': seed} | options | (dict(study.short) if short else {}))
     if row.start is not None:
         cfg.load_from = last_checkpoint(work_dir / row.start / str(seed))
+    if row.teacher is not None:
+        taught_by = last_checkpoint(work_dir / row.teacher / str(seed))
+        cfg.custom_hooks[-1]['distill'] = dict(teacher=taught_by)
     path = folder / 'config.py'
     cfg.dump(path)
     command = [

@@ -11,6 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from dataclasses import replace
+
 from benchmarks.study import Row, Study, main
 
 CONFIG = 'configs/bccd/faster-rcnn_mobilenetv2_fpn_bccd.py'
@@ -19,6 +21,33 @@ START = {'val_evaluator.iou_thrs': IOUS, 'train_cfg.val_interval': 8}
 SECOND = START | {'optim_wrapper.optimizer.lr': 6e-4}
 """The rate of the second half is twice that of the first: better for all, the dense one included."""
 LOW = {'optim_wrapper.optimizer.lr': 3e-4}
+
+
+def narrow(name: str, label: str, width: int, hidden: int) -> Row:
+    """The same detector, narrower behind its backbone, trained from ImageNet for as long: 20 channels
+    in place of 64 make 49 % of the FLOPs."""
+    options = {
+        'neck.out_channels': width,
+        'rpn_head.in_channels': width,
+        'rpn_head.feat_channels': width,
+        'roi_head.bbox_roi_extractor.out_channels': width,
+        'roi_head.bbox_head.in_channels': width,
+        'roi_head.bbox_head.fc_out_channels': hidden,
+    }
+    return Row(
+        name,
+        label,
+        CONFIG,
+        START
+        | {f'model.{key}': value for key, value in options.items()}
+        | {
+            'train_cfg.max_epochs': 16,
+            'train_cfg.val_interval': 16,
+            'optim_wrapper.optimizer.lr': 6e-4,
+            'param_scheduler.1.end': 16,
+            'param_scheduler.1.T_max': 16,
+        },
+    )
 
 
 def pruned(name: str, label: str, common: dict | None = None, **options) -> Row:
@@ -41,6 +70,7 @@ STUDY = Study(
             distill=True,
             end=0.4,
         ),
+        replace(pruned('taught', 'with distillation from "not pruned"', distill=True), teacher='dense'),
         pruned('features', 'with distillation of features alone', distill=dict(predictions=0)),
         pruned('late', 'with distillation from the last cut on', distill=dict(while_cutting=False)),
         pruned('plain', 'without compensation', compensate=False),
@@ -57,7 +87,13 @@ STUDY = Study(
         pruned('default_70', "mmprune's default, 70 % of the FLOPs", keep_flops=0.7),
         pruned('default_30', "mmprune's default, 30 % of the FLOPs", keep_flops=0.3),
         pruned('distill_30', 'with distillation, 30 %', keep_flops=0.3, distill=True),
+        replace(
+            pruned('taught_30', 'with distillation from "not pruned", 30 %', keep_flops=0.3),
+            teacher='dense',
+        ),
         pruned('plain_30', 'without compensation, 30 %', keep_flops=0.3, compensate=False),
+        pruned('floor', 'no group below half of its units', keep_channels=0.5),
+        narrow('narrow', 'narrower behind the backbone, trained from ImageNet', 20, 80),
     ],
     metric='pascal_voc/mAP',
     unit='AP',

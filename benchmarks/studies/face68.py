@@ -1,0 +1,51 @@
+"""68 points on faces: Simple Baseline on an ImageNet MobileNetV2, what pruning costs a pose network.
+
+    python benchmarks/studies/face68.py --seeds 0 1 2 --jobs 2 [--rows dense default ...]
+
+Every row trains 12 epochs in all: six dense ones, shared by all of a seed, and six in which it is cut
+(or not, which is the baseline). NME is the mean distance of a point from where it is, over that between
+the outer corners of the eyes, on faces of people who are not in the training: lower is better.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.study import Row, Study, main
+
+CONFIG = 'configs/face68/td-hm_mobilenetv2_face68-96x96.py'
+IMPORTS = {'custom_imports': dict(imports=['mmprune'])}
+START = {'train_cfg.val_interval': 6}
+
+
+def pruned(name: str, label: str, **options) -> Row:
+    """A row that is cut from the first epoch of its second half on."""
+    hook = {'type': 'PruneHook', 'keep_flops': 0.5, 'validate_first': False} | options
+    hooks = {'custom_hooks': [dict(type='SyncBuffersHook'), hook]}
+    return Row(name, label, CONFIG, START | IMPORTS | hooks, start='start')
+
+
+STUDY = Study(
+    'face68',
+    rows=[
+        Row('start', 'the dense network that all others start from', CONFIG, START, shown=False),
+        Row('dense', 'not pruned', CONFIG, START, start='start'),
+        pruned('default', "mmprune's default"),
+        pruned('distill', 'with distillation', distill=True),
+        pruned('plain', 'without compensation', compensate=False),
+        pruned('default_30', "mmprune's default, 30 % of the FLOPs", keep_flops=0.3),
+        pruned('distill_30', 'with distillation, 30 % of the FLOPs', keep_flops=0.3, distill=True),
+    ],
+    metric='NME',
+    unit='NME, %',
+    short={
+        'train_cfg.max_epochs': 1,
+        'train_cfg.val_interval': 1,
+        'train_dataloader.dataset.indices': 64,
+        'val_dataloader.dataset.indices': 8,
+    },
+)
+
+if __name__ == '__main__':
+    main(STUDY)
