@@ -41,6 +41,8 @@ class Row:
             its config says.
         teacher: the name of the row whose last checkpoint, of the same seed, teaches it by the
             ``distill`` of its last hook; ``None``: the network that it starts from, if any.
+        left: {``flops``, ``params``: the fraction that is left}, where its config is narrower and
+            nothing is pruned.
         shown: whether it stands in the table.
     """
 
@@ -50,6 +52,7 @@ class Row:
     options: Mapping[str, Any] = field(default_factory=dict)
     start: str | None = None
     teacher: str | None = None
+    left: Mapping[str, float] = field(default_factory=dict)
     shown: bool = True
 
     @property
@@ -227,7 +230,7 @@ def collect(study: Study, work_dir: Path, known: Sequence[Mapping[str, Any]] = (
         for folder in sorted((work_dir / row.name).glob('*')):
             found = result(study, folder) if (folder / 'config.py').is_file() else None
             if found is not None:
-                runs[folder.name] = found
+                runs[folder.name] = found | dict(row.left)
         if runs:
             runs = {seed: runs[seed] for seed in sorted(runs, key=int)}
             rows.append({'name': row.name, 'label': row.label, 'shown': row.shown, 'seeds': runs})

@@ -11,23 +11,25 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / 'shared'
 DATA = {
-    'MMPRUNE_BCCD': os.environ.get('MMPRUNE_BCCD', str(SHARED / 'data' / 'bccd')),
-    'MMPRUNE_COCO': os.environ.get('MMPRUNE_COCO', str(SHARED / 'data' / 'coco_subset')),
-    'MMPRUNE_WEIGHTS': os.environ.get('MMPRUNE_WEIGHTS', str(SHARED / 'weights')),
+    'MMPRUNE_BCCD': SHARED / 'data' / 'bccd',
+    'MMPRUNE_COCO': SHARED / 'data' / 'coco_subset',
+    'MMPRUNE_FACE68': SHARED / 'data' / 'face68',
+    'MMPRUNE_WEIGHTS': SHARED / 'weights',
 }
 
 pytestmark = pytest.mark.slow
 
 
-def study(name, *options):
-    """Runs a study of the project where its data are; returns what it says."""
-    for variable, path in DATA.items():
+def study(name, *options, needs=()):
+    """Runs a study of the project where the data that it needs are; returns what it says."""
+    paths = {variable: os.environ.get(variable, str(DATA[variable])) for variable in needs}
+    for variable, path in paths.items():
         if not Path(path).exists():
             pytest.skip(f'{path} does not exist: set {variable}')
     done = subprocess.run(
         [sys.executable, f'benchmarks/studies/{name}.py', *map(str, options)],
         cwd=ROOT,
-        env=os.environ | DATA | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'},
+        env=os.environ | paths | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -36,22 +38,34 @@ def study(name, *options):
     return done.stdout
 
 
-def test_blood_cells(tmp_path):
-    out, work_dir = tmp_path / 'bccd.json', tmp_path / 'runs'
-    options = '--short', '--seeds', 0, '--work-dir', work_dir, '--out', out
-    study('bccd', '--rows', 'default', *options)
+@pytest.mark.parametrize(
+    ('name', 'needs'),
+    [
+        ('bccd', ('MMPRUNE_BCCD', 'MMPRUNE_WEIGHTS')),
+        ('face68', ('MMPRUNE_FACE68', 'MMPRUNE_WEIGHTS')),
+        ('shapes', ()),
+    ],
+)
+def test_trainings(name, needs, tmp_path, monkeypatch):
+    monkeypatch.setenv('MMPRUNE_SHAPES', str(tmp_path / 'shapes'))
+    out, work_dir = tmp_path / f'{name}.json', tmp_path / 'runs'
+    options = '--rows', 'default', '--short', '--seeds', 0, '--work-dir', work_dir, '--out', out
+    study(name, *options, needs=needs)
     rows = {row['name']: row['seeds']['0'] for row in json.loads(out.read_text())['rows']}
     assert set(rows) == {'start', 'default'}
     assert rows['default']['flops'] <= 0.5 and 'flops' not in rows['start']
     logs = [path.stat().st_mtime_ns for path in work_dir.glob('*/0/log.txt')]
-    said = study('bccd', '--rows', 'default', *options)  # it is done already
+    said = study(name, *options, needs=needs)  # it is done already
     assert logs == [path.stat().st_mtime_ns for path in work_dir.glob('*/0/log.txt')]
-    assert "mmprune's default" in said
+    label = json.loads(out.read_text())['rows'][1]['label']
+    assert label in said
 
 
 def test_yolox_nano(tmp_path):
     out = tmp_path / 'yolox.json'
     options = '--keep', 0.9, '--ways', 'compensated', '--batches', 1, '--pictures', 4, '--out', out
-    assert 'by FLOPs, compensated' in study('yolox_nano', *options)
+    assert 'by FLOPs, compensated' in study(
+        'yolox_nano', *options, needs=('MMPRUNE_COCO', 'MMPRUNE_WEIGHTS')
+    )
     found = json.loads(out.read_text())
     assert 0 <= found['compensated']['0.9'] <= 1 and found['dense'] > 0
