@@ -3,8 +3,8 @@
 Convolutions and matrix products of a traced run are timed one by one at the steps that their widths go
 in (:mod:`mmprune.budget.op_times`). In the network they run with other neighbours, other caches, fused
 with what follows; their weights come from memory, where an operation that is timed alone finds them in
-the cache; norms, activations and pooling go by the elements that are written; and starting operations
-takes time that no cut saves. How much each of the four weighs is fitted to timings of the whole
+the cache; norms, activations and pooling go by the elements that are written; and some time no cut saves,
+or was paid too often by operations alone. How much each of the four weighs is fitted to timings of the whole
 network, unpruned, cut evenly, and cut as the scores at hand would.
 """
 
@@ -44,13 +44,16 @@ every other one, and"""
 BY_SCORE = (0.85, 0.6, 0.4, 0.25)
 """fractions of its FLOPs, cut as the scores at hand say: what they leave is far from even."""
 
+STARTING = 0.9
+"""The part of an operation's time at its narrowest that may be what it costs to start it alone."""
+
 
 class Latency:
     """Seconds of a run when only the units in ``keep`` (n_units, bool) stay: ``latency(keep)``.
 
     That is ``weights[0]`` times the seconds of the table, ``weights[1]`` times the fraction of elements
     of activations that are still written, ``weights[2]`` times the fraction of parameters that are
-    still read, and ``weights[3]`` seconds whatever goes.
+    still read, and ``weights[3]`` seconds whatever goes (below zero where operations take longer alone).
 
     Args:
         ops: the contractions of the run.
@@ -86,12 +89,18 @@ class Latency:
         return float(np.dot(self.weights, self.features(keep)))
 
     def fit(self, keeps: Sequence[np.ndarray], seconds: Sequence[float]) -> None:
-        """Sets the weights by timings of the whole network, by the least squares of relative errors;
-        none is below zero."""
+        """Sets the weights by timings of the whole network, by the least squares of relative errors.
+        None is below zero but the last: an operation that is timed alone also takes what it costs to
+        start a runtime, which the network pays once. That is ``STARTING`` of the time at the narrowest
+        widths at most, so that no run takes less than nothing."""
+        narrowest = sum(op.calls * float(self.table[op.key].values.min()) for op in self.ops)
+        least = STARTING * narrowest
         rows = np.array([self.features(keep) for keep in keeps])
+        rows[:, 0] -= least
         scale = rows.max(axis=0, initial=1e-12)
         relative = rows / scale / np.array(seconds)[:, None]
-        self.weights = tuple((nnls(relative, np.ones(len(keeps)))[0] / scale).tolist())
+        *others, constant = nnls(relative, np.ones(len(keeps)))[0] / scale
+        self.weights = (*map(float, others), float(constant - others[0] * least))
 
     def terms(self) -> tuple[list[np.ndarray], list[Term]]:
         """(units at the positions of each axis, -1 where locked; the terms over these axes)."""

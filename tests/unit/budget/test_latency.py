@@ -107,17 +107,24 @@ def test_a_runs_time_is_that_of_all_calls_and_of_the_rest_by_what_it_writes(trac
 
 def test_weights_are_those_of_the_whole_networks_times(traced):
     """0.7 of the table, 3 s of activations, 1 s of weights, 0.2 s that no cut saves: all are found."""
-    op = Op(None, (), {}, [group.units for group in traced.groups[:2]])
-    at = lambda counts: 1 + counts[0] * counts[1]  # noqa: E731
-    latency = timing.Latency(traced, [op], {op.key: at}, divisor=1)
+    first, second = (group.units for group in traced.groups[:2])
+    op = Op(None, (), {}, [first, second], calls=2)
+    points = [list(range(1, len(units) + 1)) for units in (first, second)]
+    values = 1 + np.outer(*map(np.array, points))  # 2 s at the narrowest
+    table = {op.key: Lookup(points, values, [first.size, second.size], 1)}
+    latency = timing.Latency(traced, [op], table, divisor=1)
     rng = np.random.default_rng(0)
     keeps = [rng.random(traced.n_units) < part for part in (1, 0.8, 0.6, 0.4, 0.2)]
     wanted = [float(np.dot((0.7, 3.0, 1.0, 0.2), latency.features(keep))) for keep in keeps]
     latency.fit(keeps, wanted)
     assert latency.weights == pytest.approx((0.7, 3.0, 1.0, 0.2), rel=1e-6)
     assert [latency(keep) for keep in keeps] == pytest.approx(wanted)
-    latency.fit(keeps, [seconds - 0.5 for seconds in wanted])  # none gives time back
-    assert min(latency.weights) >= 0
+    # Operations alone took 2 s more than in the network, of 4 s that the narrowest take there.
+    latency.fit(keeps, [seconds - 2 for seconds in wanted])
+    assert latency.weights == pytest.approx((0.7, 3.0, 1.0, -1.8), rel=1e-6)
+    latency.fit(keeps, [seconds - 10 for seconds in wanted])
+    assert latency.weights[3] >= -4 * latency.weights[0] and min(latency.weights[:3]) >= 0
+    assert latency(np.zeros(traced.n_units, dtype=bool)) > 0
 
 
 def test_a_model_is_timed_in_evaluation_and_left_as_it_was(model, traced):
