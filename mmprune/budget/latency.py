@@ -3,9 +3,9 @@
 Convolutions and matrix products of a traced run are timed one by one at the steps that their widths go
 in (:mod:`mmprune.budget.op_times`). In the network they run with other neighbours, other caches, fused
 with what follows; their weights come from memory, where an operation that is timed alone finds them in
-the cache; norms, activations and pooling go by the elements that are written; and some time no cut saves,
-or was paid too often by operations alone. How much each of the four weighs is fitted to timings of the whole
-network, unpruned, cut evenly, and cut as the scores at hand would.
+the cache; norms, activations and pooling go by the elements that are written; and some time no cut
+saves, or was paid too often by operations alone. How much each of the four weighs is fitted to timings
+of the whole network, unpruned, cut evenly, and cut as the scores at hand would.
 """
 
 import contextlib
@@ -53,7 +53,8 @@ class Latency:
 
     That is ``weights[0]`` times the seconds of the table, ``weights[1]`` times the fraction of elements
     of activations that are still written, ``weights[2]`` times the fraction of parameters that are
-    still read, and ``weights[3]`` seconds whatever goes (below zero where operations take longer alone).
+    still read, and ``weights[3]`` seconds whatever goes (below zero where operations take longer
+    alone).
 
     Args:
         ops: the contractions of the run.

@@ -1,0 +1,7 @@
+# From the trained baseline: half the FLOPs go in the first fifth, while the rate warms up; then the
+# full schedule again (docs/results.md).
+_base_ = './td-hm_mobilenetv2_face68-96x96.py'
+
+custom_imports = dict(imports=['mmprune'])
+custom_hooks = [*_base_.custom_hooks, dict(type='PruneHook', keep_flops=0.5)]
+load_from = 'work_dirs/td-hm_mobilenetv2_face68-96x96/epoch_6.pth'
