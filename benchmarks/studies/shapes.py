@@ -7,6 +7,7 @@ cut (or not, which is the baseline). A latency budget is measured while it train
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -28,6 +29,14 @@ def pruned(name: str, label: str, common: dict | None = None, **options) -> Row:
     return Row(name, label, CONFIG, SECOND | put | (common or {}), start='start')
 
 
+def sparse(strength: float) -> Row:
+    """``later``, with a group lasso that grows until its cuts begin."""
+    row = pruned('sparse', 'the same behind sparse training', begin=0.2, end=0.4)
+    imports = dict(imports=['mmprune', 'benchmarks.studies.sparse_hook'])
+    hooks = [dict(type='SparseHook', strength=strength, end=0.2), *row.options['custom_hooks']]
+    return replace(row, options={**row.options, 'custom_imports': imports, 'custom_hooks': hooks})
+
+
 STUDY = Study(
     'shapes',
     rows=[
@@ -40,6 +49,8 @@ STUDY = Study(
         pruned('plain', 'without compensation', compensate=False),
         pruned('flops', 'scores by FLOPs', score=dict(name='taylor', per='flops')),
         pruned('floor', 'no group below half of its units', keep_channels=0.5),
+        pruned('later', 'cuts in the second fifth', begin=0.2, end=0.4),
+        sparse(10),
         pruned('latency', 'half the time in ONNX Runtime', latency=0.5, backend='onnxruntime'),
         Row('dense_full', 'not pruned, full rate', CONFIG, FULL, start='start'),
         pruned('default_full', 'widths in steps of 8, full rate', common=FULL),

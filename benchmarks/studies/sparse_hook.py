@@ -20,7 +20,7 @@ from mmprune.mm.model_modes import first_trace, runs_of
 @HOOKS.register_module()
 class SparseHook(Hook):
     """Args:
-    strength: lambda at the end, in norm lost for a unit of learning rate.
+    strength: lambda at the end, in mean norms of the unit's group that are lost for a unit of rate.
     end: the fraction of the training at which it ends.
     """
 
@@ -48,7 +48,11 @@ class SparseHook(Hook):
         for axis, unit in zip(read, units, strict=True):
             each = tensors[axis.name].square().transpose(0, axis.dim).flatten(1).sum(1)
             squares.index_add_(0, unit % squares.numel(), each)  # -1, what is locked, is the last
-        factors = (1 - rate * self.strength * share / squares.sqrt().clamp(min=1e-12)).clamp(min=0)
+        norms = squares.sqrt()
+        mean = torch.ones_like(norms)
+        for group in self.graph.groups:
+            mean[group.units] = norms[group.units].mean()
+        factors = (1 - rate * self.strength * share * mean / norms.clamp(min=1e-12)).clamp(min=0)
         factors[-1] = 1
         for axis, unit in zip(read, units, strict=True):
             weight = tensors[axis.name]
