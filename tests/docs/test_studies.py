@@ -5,8 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
+from mmengine.config import Config
 
-from benchmarks.study import Row, Study, cells, collect, markdown, summary, with_table
+from benchmarks import study as studies
+from benchmarks.study import Row, Study, cells, collect, markdown, summary, with_starts, with_table
 
 DOCS = Path(__file__).parents[2] / 'docs'
 RESULTS = (DOCS / 'results.md').read_text()
@@ -53,6 +55,35 @@ def test_runs_of_before_stay_where_the_work_directory_has_none(tmp_path):
     content = collect(study, tmp_path, CONTENT['rows'])
     assert [row['name'] for row in content['rows']] == ['half']
     assert content['rows'][0]['seeds'] == RUNS and content['rows'][0]['label'] == 'a half'
+
+
+def test_a_row_waits_for_its_start_and_its_teacher_and_is_told_of_both(tmp_path, monkeypatch):
+    hooks = {'custom_hooks': [dict(type='PruneHook', keep_flops=0.5)]}
+    rows = [
+        Row('start', '', 'configs/_base_/faster_rcnn_shapes.py'),
+        Row('dense', '', 'configs/_base_/faster_rcnn_shapes.py', start='start'),
+        Row('taught', '', 'configs/_base_/faster_rcnn_shapes.py', hooks, 'start', 'dense'),
+    ]
+    study = Study('cells', rows, 'm', 'AP')
+    assert [row.name for row in with_starts(study, rows[2])] == ['start', 'start', 'dense', 'taught']
+    for name in ('start', 'dense'):
+        (tmp_path / name / '3').mkdir(parents=True)
+        (tmp_path / name / '3' / 'last_checkpoint').write_text(f'{name}.pth\n')
+    started = []
+    monkeypatch.setattr(studies.subprocess, 'Popen', lambda command, **_: started.append(command))
+    studies.start(study, rows[2], 3, tmp_path, short=False)
+    cfg = Config.fromfile(started[0][2])
+    assert cfg.load_from == 'start.pth' and cfg.randomness.seed == 3
+    assert cfg.custom_hooks[-1].distill == dict(teacher='dense.pth')
+
+
+def test_a_narrower_config_says_what_is_left_of_it(tmp_path, monkeypatch):
+    study = Study('cells', [Row('half', 'a half', 'config.py', left={'flops': 0.4})], 'm', 'AP')
+    (tmp_path / 'half' / '0').mkdir(parents=True)
+    (tmp_path / 'half' / '0' / 'config.py').write_text('')
+    monkeypatch.setattr(studies, 'result', lambda study, folder: {'metric': 0.5, 'curve': {}})
+    (row,) = collect(study, tmp_path)['rows']
+    assert summary(row, 100.0)['flops'] == 40 and summary(row, 100.0)['params'] == 100
 
 
 def test_a_table_is_put_between_its_comments():
