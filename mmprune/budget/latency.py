@@ -199,7 +199,8 @@ def measure(
         prepare: makes a whole network ready to be timed there; left out,
             ``mmprune.budget.runtimes.prepare_for``.
         divisor: the steps that widths go in; left out, what the device works in, and 4 at least.
-        rounds: runs of which the fastest counts.
+        rounds: runs of an operation, of which the fastest counts, and of a network in turns with the
+            unpruned one, of which the median of quotients counts.
         scores: (n_units,), and
         per: what they are set against (see :func:`mmprune.budget.choose.choose`), of the choices that
             the times are wanted for; left out, nothing is known of them.
@@ -215,15 +216,16 @@ def measure(
     for keep in samples(trace, divisor, scores, 'flops' if per == 'budget' else per):
         if not any(np.array_equal(keep, known) for known in keeps):
             keeps.append(keep)
-    networks = []
+    device, ratios = device_of(trace), []
     with unchanged(model), evaluating(model):
         ops = _contractions(model, forward, trace)
         latency = Latency(trace, ops, _table(ops, trace, backend, divisor, rounds), divisor)
-        for keep in track(keeps, f'Preparing networks ({backend})', transient=True):
-            networks.append(prepare(model if keep.all() else cut_copy(model, trace, keep)))
-        runs = dict(enumerate(networks))
-        seconds = least_of(runs, device_of(trace), rounds, in_a_row=3)
-    latency.fit(keeps, list(seconds.values()))
+        unpruned = prepare(model)
+        whole = least_of({0: unpruned}, device, rounds)[0]
+        for keep in track(keeps[1:], f'Timing networks ({backend})', transient=True):
+            # In turns with the unpruned network, as a choice is timed in the end.
+            ratios.append(ratio_of(prepare(cut_copy(model, trace, keep)), unpruned, device, rounds))
+    latency.fit(keeps, [whole, *(whole * ratio for ratio in ratios)])
     return latency
 
 
