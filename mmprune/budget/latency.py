@@ -44,6 +44,9 @@ every other one, and"""
 BY_SCORE = (0.85, 0.6, 0.4, 0.25)
 """fractions of its FLOPs, cut as the scores at hand say: what they leave is far from even."""
 
+SECONDS, MOST_TURNS = 1.0, 31
+"""What the runs of the unpruned network may take while another is timed, and in how many turns."""
+
 STARTING = 0.9
 """The part of an operation's time at its narrowest that may be what it costs to start it alone."""
 
@@ -199,8 +202,8 @@ def measure(
         prepare: makes a whole network ready to be timed there; left out,
             ``mmprune.budget.runtimes.prepare_for``.
         divisor: the steps that widths go in; left out, what the device works in, and 4 at least.
-        rounds: runs of an operation, of which the fastest counts, and of a network in turns with the
-            unpruned one, of which the median of quotients counts.
+        rounds: runs of an operation, of which the fastest counts; networks have more turns with the
+            unpruned one where these are short, and the median of quotients counts.
         scores: (n_units,), and
         per: what they are set against (see :func:`mmprune.budget.choose.choose`), of the choices that
             the times are wanted for; left out, nothing is known of them.
@@ -222,9 +225,10 @@ def measure(
         latency = Latency(trace, ops, _table(ops, trace, backend, divisor, rounds), divisor)
         unpruned = prepare(model)
         whole = least_of({0: unpruned}, device, rounds)[0]
+        turns = int(np.clip(SECONDS / whole, rounds, MOST_TURNS))
         for keep in track(keeps[1:], f'Timing networks ({backend})', transient=True):
             # In turns with the unpruned network, as a choice is timed in the end.
-            ratios.append(ratio_of(prepare(cut_copy(model, trace, keep)), unpruned, device, rounds))
+            ratios.append(ratio_of(prepare(cut_copy(model, trace, keep)), unpruned, device, turns))
     latency.fit(keeps, [whole, *(whole * ratio for ratio in ratios)])
     return latency
 
