@@ -66,29 +66,77 @@ def recalibrate_norms(
 ) -> int:
     """:func:`recalibrate` for the norms of these names. ``distributed``: each process has batches of
     its own, and all get the average over all of them, or none changes any."""
+    count, taken = statistics_of(model, names, forward, batches, distributed)
+    norms = _norms(model)
+    for name, (mean, variance, calls) in taken.items():
+        own_mean, own_variance, own_calls = _buffers(norms[name])
+        own_mean.copy_(mean)
+        own_variance.copy_(variance)
+        own_calls.fill_(calls)
+    return count
+
+
+def statistics_of(
+    model: nn.Module,
+    names: list[str],
+    forward: BatchForward,
+    batches: Iterable[Any],
+    distributed: bool = False,
+) -> tuple[int, dict[str, Statistics]]:
+    """(number of batches, what goes into the norms of these names, by name), of those that were run;
+    the model is left as it was. ``distributed``: over the batches of all processes."""
     known = _norms(model)
     norms = {name: known[name] for name in names}
     together = raise_together('the recalibration') if distributed else contextlib.nullcontext()
     with together:
         count, taken = _taken(model, norms, forward, batches)
-    for name, statistics in taken.items():
-        mean, variance, calls = _over_all_ranks(*statistics) if distributed else statistics
-        if calls:
-            own_mean, own_variance, own_calls = _buffers(norms[name])
-            own_mean.copy_(mean)
-            own_variance.copy_(variance)
-            own_calls.fill_(calls)
-    return count
+    if distributed:
+        taken = {name: _over_all_ranks(*statistics) for name, statistics in taken.items()}
+    return count, {name: statistics for name, statistics in taken.items() if statistics[2]}
+
+
+def move_frozen(
+    model: nn.Module,
+    before: Mapping[str, Statistics],
+    after: Mapping[str, Statistics],
+    kept: Mapping[str, torch.Tensor],
+) -> None:
+    """Moves the statistics of frozen norms as a cut has moved what goes into them, so that inputs that
+    it has shifted and scaled come out as before. What was learned counts on these statistics, which are
+    not those of the training data: so they are not replaced.
+
+    Args:
+        before: statistics of a run before the cut, and
+        after: of the same batches after it.
+        kept: the channels that each norm of ``after`` has left of those in ``before``.
+    """
+    norms = _norms(model)
+    for name, (mean, variance, _) in after.items():
+        if name in before:
+            old_mean, old_variance = (each[kept[name]] for each in before[name][:2])
+            own_mean, own_variance, _ = _buffers(norms[name])
+            grown = (variance + norms[name].eps) / (old_variance + norms[name].eps)
+            own_mean.copy_(mean - grown.sqrt() * (old_mean - own_mean))
+            own_variance *= grown
+
+
+def norms_of(model: nn.Module) -> tuple[list[str], list[str]]:
+    """Names of batch norms that keep statistics: (those that training moves, those that are frozen, in
+    evaluation mode: ``norm_eval``, ``frozen_stages``)."""
+    norms = _norms(model)
+    return (
+        [name for name, norm in norms.items() if norm.training],
+        [name for name, norm in norms.items() if not norm.training],
+    )
 
 
 def norms_in_training(model: nn.Module) -> list[str]:
-    """Names of the batch norms whose statistics training moves. Those in evaluation mode are frozen
-    (``norm_eval``, ``frozen_stages``): what was learned counts on theirs.
+    """Those that training moves.
 
     Raises:
         PruneError: there are none, so that a recalibration would do nothing.
     """
-    names = [name for name, norm in _norms(model).items() if norm.training]
+    names = norms_of(model)[0]
     if not names:
         raise PruneError(
             'recalibrate: the model has no batch norm in training mode, so there are no statistics to '

@@ -51,7 +51,7 @@ class PruneHook(Hook):
         strict: a cut that fails the check ends the training; by default the groups of channels that
             are to blame are locked, with a warning, and the rest is cut.
         recalibrate: batches of the training data over which batch norms' statistics are measured again
-            after each cut (0: training alone sets them right); frozen ones stay.
+            after each cut (0: training alone sets them right); frozen ones move with their inputs.
         compensate: weights that stay make up for those that go, by least squares over the batch
             (:mod:`mmprune.compensation`).
         distill: losses by which the unpruned network teaches the pruned one: ``True``, or a dict of the
@@ -194,6 +194,7 @@ class PruneHook(Hook):
             self.recorder.note_scores(runner, graph, scores, keep, self.score, self.budget)
             return keep, replace(notes, iteration=runner.iter + 1)
 
+        runner.call_hook('before_cut')
         outcome = cut_once(
             model,
             self.scoring.trace,

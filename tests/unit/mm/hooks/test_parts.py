@@ -34,6 +34,9 @@ class Told(Hook):
     def before_scoring(self, runner):
         self.calls.append(('before_scoring', runner.iter, mmprune.plan_of(runner.model) is None))
 
+    def before_cut(self, runner):
+        self.calls.append(('before_cut', runner.iter + 1))
+
     def after_cut(self, runner):
         history = mmprune.plan_of(runner.model).history
         self.calls.append(('after_cut', runner.iter + 1, len(history)))
@@ -92,7 +95,11 @@ def test_hooks_of_the_users_own_are_told(tmp_path):
     cfg = config(tmp_path, epochs=1, hook=dict(keep_flops=0.6, interval=2, begin=1, steps=2))
     cfg.custom_hooks.append(dict(type='Told'))
     (told,) = of(train(cfg), Told)
-    assert told.calls == [('before_scoring', 1, True), ('after_cut', 3, 1), ('after_cut', 5, 2)]
+    assert told.calls == [
+        ('before_scoring', 1, True),
+        *(('before_cut', 3), ('after_cut', 3, 1)),
+        *(('before_cut', 5), ('after_cut', 5, 2)),
+    ]
 
 
 # -- state ----------------------------------------------------------------------------------------

@@ -85,18 +85,35 @@ def test_a_resumed_run_takes_the_same_statistics(tmp_path):
     assert_same(whole.model.state_dict(), resumed.model.state_dict())
 
 
-def test_frozen_norms_stay(tmp_path):
+def test_frozen_norms_move_with_what_goes_into_them(tmp_path):
+    """Of the stem nothing is cut in front of the norm; of the block the stem's channels are."""
+    frozen = dict(type='Frozen', norms=('stem.1', 'block.1'))
+    hook = dict(keep_channels=0.6, steps=2, interval=3, recalibrate=100, compensate=False)
+    runner = train(config(tmp_path, epochs=1, hook=hook, model=frozen))
+    stem, block = runner.model.stem[1], runner.model.block[1]
+    torch.testing.assert_close(stem.running_mean, torch.zeros(stem.num_features))
+    torch.testing.assert_close(stem.running_var, torch.ones(stem.num_features))
+    cuts = mmprune.plan_of(runner.model).cuts
+    assert len(cuts) == 2 and block.num_features < 24 and stem.num_features < 16
+    assert block.running_mean.abs().max() > 1e-3 and block.num_batches_tracked == 0
+    assert block.running_var.min() > 0.2 and block.running_var.max() < 2
+    assert not block.training
+
+
+def test_norms_in_training_are_taken_again_beside_frozen_ones(tmp_path):
     runner = train(config(tmp_path, epochs=1, hook=HOOK, model=dict(type='Frozen')))
-    assert runner.model.stem[1].running_mean.eq(0).all()
     assert runner.model.block[1].num_batches_tracked == 6
+    assert runner.model.stem[1].num_batches_tracked == 0
 
 
 def test_what_can_not_be_done_is_an_error_before_any_cut(tmp_path):
-    frozen = dict(type='Frozen', norms=('stem.1', 'block.1'))
-    with pytest.raises(mmprune.PruneError, match='recalibrate: the model has no batch norm in train'):
-        train(config(tmp_path, epochs=1, hook=HOOK, model=frozen))
     cfg = config(tmp_path, epochs=1, hook=HOOK)
     runner = Runner.from_cfg(cfg)
+    for norm in (runner.model.stem[1], runner.model.block[1]):
+        norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
+    with pytest.raises(mmprune.PruneError, match='recalibrate=100: the model has no batch norm that'):
+        runner.train()
+    runner = Runner.from_cfg(config(tmp_path, epochs=1, hook=HOOK))
     runner._train_dataloader = Runner.build_dataloader(cfg.train_dataloader)
     with pytest.raises(mmprune.PruneError, match='recalibrate=100: train_dataloader is a DataLoader'):
         runner.train()
