@@ -57,6 +57,37 @@ def pruned(name: str, label: str, common: dict | None = None, **options) -> Row:
     return Row(name, label, CONFIG, SECOND | put | (common or {}), start='start')
 
 
+PER = {'name': 'taylor', 'per': 'memory'}
+
+
+def by_memory(name: str, label: str, **options) -> Row:
+    row = pruned(name, label, **({'score': PER} | options))
+    return replace(row, start='memory_start')
+
+
+BY_MEMORY = [
+    Row('memory_start', 'the start of those below', CONFIG, START, shown=False),
+    Row('memory_dense', 'not pruned (start of before)', CONFIG, SECOND, start='memory_start'),
+    by_memory('memory', 'scores by memory'),
+    by_memory('memory_distill', 'by memory, with distillation', distill=True),
+    by_memory('memory_plain', 'by memory, without compensation', compensate=False),
+    by_memory('memory_flops', 'by FLOPs (start of before)', score=dict(PER, per='flops')),
+    by_memory('memory_oneshot', 'by memory, one cut', steps=1),
+    by_memory('l2', 'l2, by memory', score=dict(name='l2', per='memory')),
+    by_memory('random', 'random, by memory', score=dict(name='random', per='memory')),
+    Row('memory_dense_low', 'not pruned, half the rate', CONFIG, SECOND | LOW, start='memory_start'),
+    by_memory('memory_low', 'by memory, half the rate', common=LOW),
+    by_memory(
+        'memory_plain_low',
+        'by memory, without compensation, half the rate',
+        common=LOW,
+        compensate=False,
+    ),
+    by_memory('memory_30', 'by memory, 30 % of the FLOPs', keep_flops=0.3),
+]
+"""What was run when memory was what the hook set scores against, from weights of another processor, on
+which the same seeds end elsewhere."""
+
 STUDY = Study(
     'bccd',
     rows=[
@@ -74,16 +105,11 @@ STUDY = Study(
         pruned('features', 'with distillation of features alone', distill=dict(predictions=0)),
         pruned('late', 'with distillation from the last cut on', distill=dict(while_cutting=False)),
         pruned('plain', 'without compensation', compensate=False),
+        pruned('recalibrated', 'with norms recalibrated', recalibrate=20),
         pruned('flops', 'scores by FLOPs', score=dict(name='taylor', per='flops')),
         pruned('none', 'scores by nothing', score=dict(name='taylor', per='none')),
-        pruned('oneshot', 'one cut', steps=1),
         pruned('longer', 'cuts in two fifths of the training', end=0.4),
-        pruned('l2', 'l2, against memory', score=dict(name='l2', per='memory')),
-        pruned('fisher', 'Fisher, against memory', score=dict(name='fisher', per='memory')),
-        pruned('random', 'random, against memory', score=dict(name='random', per='memory')),
-        Row('dense_low', 'not pruned, half the rate', CONFIG, SECOND | LOW, start='start'),
-        pruned('default_low', "mmprune's default, half the rate", common=LOW),
-        pruned('plain_low', 'without compensation, half the rate', common=LOW, compensate=False),
+        pruned('fisher', 'Fisher', score=dict(name='fisher', per='work')),
         pruned('default_70', "mmprune's default, 70 % of the FLOPs", keep_flops=0.7),
         pruned('default_30', "mmprune's default, 30 % of the FLOPs", keep_flops=0.3),
         pruned('distill_30', 'with distillation, 30 %', keep_flops=0.3, distill=True),
@@ -101,6 +127,7 @@ STUDY = Study(
             flops=0.488,
             params=0.706,
         ),
+        *BY_MEMORY,
     ],
     metric='pascal_voc/mAP',
     unit='AP',

@@ -47,8 +47,14 @@ STUDY = Study(
         pruned('coarse', 'widths in steps of 16', divisor=16),
         pruned('distill', 'with distillation', distill=True),
         pruned('plain', 'without compensation', compensate=False),
+        pruned('memory', 'scores by memory', score=dict(name='taylor', per='memory')),
         pruned('flops', 'scores by FLOPs', score=dict(name='taylor', per='flops')),
-        pruned('floor', 'no group below half of its units', keep_channels=0.5),
+        pruned(
+            'floor',
+            'scores by memory, no group below half of its units',
+            score=dict(name='taylor', per='memory'),
+            keep_channels=0.5,
+        ),
         pruned('later', 'cuts in the second fifth', begin=0.2, end=0.4),
         sparse(10),
         pruned(

@@ -48,7 +48,7 @@ def choose(
         latency: what a budget of measured time is reckoned with
             (:func:`mmprune.budget.latency.measure`).
         per: the cost that scores are set against: ``'budget'``, the target's own; ``'flops'``,
-            ``'memory'`` or ``'params'``; ``'none'``, the number of units. See
+            ``'memory'``, ``'work'`` or ``'params'``; ``'none'``, the number of units. See
             :class:`mmprune.Score`.
         auto: what ``divisor='auto'`` stands for; left out, what this device was measured to work in.
         final: what is asked of the last of several cuts, where this is one of them.

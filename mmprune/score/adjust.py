@@ -21,10 +21,10 @@ class Score:
     Args:
         name: of a registered criterion (``'taylor'``, ``'l2'`` ...; see ``docs/criteria.md``).
         per: the cost that a score is set against where units of several layers are compared:
-            ``'budget'``, what the budget counts; ``'flops'``, ``'memory'`` (elements of activations)
-            or ``'params'``, whatever the budget counts; ``'none'``, nothing, so that the lowest scores
-            go first. It is the choice that divides (:func:`mmprune.budget.choose.choose`): the numbers
-            of a criterion are what is lost.
+            ``'budget'``, what the budget counts; ``'flops'``, ``'memory'`` (elements of activations),
+            ``'work'`` (both, as time goes) or ``'params'``, whatever the budget counts; ``'none'``,
+            nothing, so that the lowest scores go first. It is the choice that divides
+            (:func:`mmprune.budget.choose.choose`): the numbers of a criterion are what is lost.
         normalize: ``'group'`` divides by the l2 norm of the group's scores (Molchanov et al., ICLR
             2017, eq. 10); ``'none'`` does not; left out, what the criterion declares.
         penalty: lambda of ``- lambda * FLOPs``, for a million multiply-adds of a unit (ICLR 2017,

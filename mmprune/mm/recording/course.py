@@ -113,7 +113,8 @@ def scores(run: Run) -> Blocks:
         ]
     per = told['per']
     unit = {'flops': ' for each multiply-add', 'params': ' for each parameter',
-            'memory': ' for each element of activations'}.get(per, '')  # fmt: skip
+            'memory': ' for each element of activations',
+            'work': ' for the work of a multiply-add'}.get(per, '')  # fmt: skip
     stay, gone = sum(told['stay']), sum(told['gone'])
 
     def power(value: float) -> str:

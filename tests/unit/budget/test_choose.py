@@ -308,7 +308,7 @@ def test_infinite_scores_go_last(traced):
 
 def test_an_unknown_cost_is_named(traced):
     with pytest.raises(
-        PruneError, match="per='joules': expected one of 'budget', 'flops', 'memory', 'par"
+        PruneError, match="per='joules': expected one of 'budget', 'flops', 'memory', 'work', 'par"
     ):
         run(traced, per='joules', prune_num=1)
 

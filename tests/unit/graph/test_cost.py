@@ -119,6 +119,25 @@ def test_parts_add_up():
         assert sum(parts) == terms(traced)(everything) and all(parts)
 
 
+def test_work_is_multiply_adds_and_32_of_them_for_each_element_that_is_written():
+    """What is written is most of a depthwise layer's work, and little of a dense one's."""
+    depthwise, dense = (
+        nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 64, 3, padding=1, groups=groups))
+        for groups in (8, 1)
+    )
+    shares = []
+    for model in (depthwise, dense):
+        traced = mmprune.trace(model, lambda m: m(torch.randn(2, 3, 8, 8)))
+        keep = np.ones(traced.n_units, dtype=bool)
+        written = 32.0 * 2 * 64 * (8 + 64)  # images, positions, channels
+        assert cost.memory(traced)(keep) * 32 == written
+        work = cost.work(traced)(keep)
+        assert work == cost.flops(traced)(keep) + written
+        shares.append(written / work)
+    assert shares[0] > 0.7 and shares[1] < 0.4
+    assert cost.BY_NAME['work'] is cost.work
+
+
 def test_what_a_unit_accounts_for_is_the_first_derivative():
     traced = mmprune.trace(Shared(), lambda m: m(X))
     everything = np.ones(traced.n_units, dtype=bool)
