@@ -126,7 +126,7 @@ SOURCES = {
     'overhead': Source('python benchmarks/overhead.py --configs', overhead),
     'latency': Source(
         'python benchmarks/latency_error.py configs/_base_/faster_rcnn_shapes.py ... --size 320 '
-        '--latency 0.5 --per memory --scores random',
+        '--latency 0.5',
         latency,
     ),
     'coverage': Source('python tools/coverage.py', coverage, 'docs/coverage.json'),
@@ -167,7 +167,6 @@ TIMED = {
     'R-FCN': 'rfcn',
     'Simple Baseline': 'simple_baseline',
     'FPN keypoints': 'pose_fpn',
-    'Hourglass (192 px)': 'hourglass',
 }
 
 

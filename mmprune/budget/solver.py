@@ -31,22 +31,34 @@ def solve(
     must be within reach. ``final``: the target of the last of several cuts, this one's if it is left
     out. What a large block saves beyond it is of no use, so there it is compared with smaller ones
     (which may take as much more of ``other``, in relation); before that later cuts save so much less.
+    Where it is given and missed by more than ``MISSED``, these may lose more than the block, by as much
+    as it saves more than was wanted: scores say what single units lose, and little of what a large part
+    of a layer does.
     """
     levels = np.zeros(len(ladders), dtype=np.int64)
     whole = cost.value
     search = _Search(ladders, cost, target, other, levels)
     search.greedy()
     search.exchange()
+
+    def wasted() -> float:
+        return ((target if final is None else final) - cost.value) / whole
+
     for _ in ladders:  # what is lost falls: it ends long before
-        wasted = ((target if final is None else final) - cost.value) / whole
-        if wasted <= WASTE or not search.split_block(wasted):
+        if wasted() <= WASTE or not search.split_block(wasted()):
             break
         search.exchange()
+    for _ in ladders:
+        if final is None or wasted() <= MISSED or not search.split_block(wasted(), at_a_price=True):
+            break
     return levels.tolist()
 
 
 WASTE = 0.005
 """Of the whole cost, what may be saved beyond the final target without another look."""
+
+MISSED = 0.01
+"""And without another look at what loses more."""
 
 LARGE = 4
 """Blocks, those that lose most, that :meth:`_Search.split_block` tries."""
@@ -116,20 +128,27 @@ class _Search:
             )
         return sorted(found, key=lambda step: step[0])
 
-    def split_block(self, wasted: float) -> bool:
+    def split_block(self, wasted: float, at_a_price: bool = False) -> bool:
         """Puts the last block of a ladder back and takes the best of those that are no larger than what
         is missing then; where that does not lose less in all, or takes more of the other cost by a
-        larger part than ``wasted``, everything is as before."""
-        before, lost = self.levels.copy(), self._total()
+        larger part than ``wasted``, everything is as before. ``at_a_price``: they may lose as many
+        times more than the block as it saves more than what is missing without it, if it is more than
+        a unit."""
+        before, lost, value = self.levels.copy(), self._total(), self.cost.value
         most = np.inf if self.other is None else self.other.value * (1 + wasted)
         blocks = sorted(
             (float(ladder.lost[at] - ladder.lost[at - 1]), number)
             for number, (ladder, at) in enumerate(zip(self.ladders, before.tolist(), strict=True))
-            if at
+            if at and (not at_a_price or ladder.gone[at] - ladder.gone[at - 1] > 1)
         )
-        for _, number in blocks[: -LARGE - 1 : -1]:
+        for alone, number in blocks[: -LARGE - 1 : -1]:
             self.move(number, int(before[number]) - 1)
-            filled = self._fill(number, lost - TOLERANCE * abs(lost))
+            most_lost = lost - TOLERANCE * abs(lost)
+            if at_a_price and self.cost.value > self.limit:
+                times = (self.cost.value - value) / (self.cost.value - self.limit)
+                most_lost = lost + (times - 1) * max(alone, 0.0)
+            filled = self._fill(number, most_lost)
+            filled = filled and (not at_a_price or self.cost.value > value)
             if filled and (self.other is None or self.other.value <= most):
                 return True
             for ladder, level in enumerate(before.tolist()):

@@ -197,6 +197,17 @@ def test_nor_where_small_ones_lose_more():
     assert levels[0] == 1 and sum(levels) == 1
 
 
+@pytest.mark.parametrize('gap, split', [(13, True), (14.2, False)])
+def test_small_ones_that_lose_more_go_where_the_last_target_would_be_missed(gap, split):
+    """Nine small ones, 14.4, lose 3.4. Beyond 14.2 the large one saves less than a hundredth."""
+    ladders, cost = coarse_and_fine()
+    levels = solve(ladders, cost, cost.value - gap)
+    assert levels[0] == 1
+    ladders, cost = coarse_and_fine()
+    levels = solve(ladders, cost, cost.value - gap, final=cost.value - gap)
+    assert (levels[0] == 0) == split and (not split or 3 < lost(ladders, levels) < 3 * 16 / 13)
+
+
 def test_gains_go_first_and_stay_away():
     """A score below zero: the loss falls without the unit."""
     ladders = [Ladder(np.array([n]), np.array([0, 1]), np.array([0.0, (-3.0, 1.0)[n]])) for n in (0, 1)]
