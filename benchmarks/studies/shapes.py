@@ -42,7 +42,7 @@ STUDY = Study(
     rows=[
         Row('start', 'the dense network that all others start from', CONFIG, shown=False),
         Row('dense', 'not pruned', CONFIG, SECOND, start='start'),
-        pruned('default', 'widths in steps of 8'),
+        pruned('default', "mmprune's default"),
         pruned('unrounded', 'widths not rounded', divisor=1),
         pruned('coarse', 'widths in steps of 16', divisor=16),
         pruned('distill', 'with distillation', distill=True),
@@ -65,7 +65,7 @@ STUDY = Study(
             steps=10,
         ),
         Row('dense_full', 'not pruned, full rate', CONFIG, FULL, start='start'),
-        pruned('default_full', 'widths in steps of 8, full rate', common=FULL),
+        pruned('default_full', "mmprune's default, full rate", common=FULL),
     ],
     metric='coco/bbox_mAP',
     unit='AP',
