@@ -233,7 +233,8 @@ def collect(study: Study, work_dir: Path, known: Sequence[Mapping[str, Any]] = (
                 runs[folder.name] = found | dict(row.left)
         if runs:
             runs = {seed: runs[seed] for seed in sorted(runs, key=int)}
-            rows.append({'name': row.name, 'label': row.label, 'shown': row.shown, 'seeds': runs})
+            about = {'name': row.name, 'label': row.label, 'shown': row.shown, 'start': row.start}
+            rows.append(about | {'seeds': runs})
     return {
         'study': study.name, 'metric': study.metric, 'unit': study.unit, 'scale': study.scale,
         'rows': rows,
@@ -250,18 +251,34 @@ def summary(row: Mapping[str, Any], scale: float) -> dict[str, Any]:
     return found | {'n': len(values)}
 
 
-HEAD = ('', 'seeds', 'FLOPs', 'parameters', '{unit}', 'spread')
+def against(content: Mapping[str, Any], row: Mapping[str, Any]) -> list[float] | None:
+    """What a row has more than the first one that is shown and starts from the same weights, for each
+    seed that both have; ``None`` for that first one."""
+    alike = [each for each in content['rows'] if each['shown'] and each['start'] == row['start']]
+    if not alike or alike[0] is row:
+        return None
+    first = alike[0]['seeds']
+    return [
+        content['scale'] * (run['metric'] - first[seed]['metric'])
+        for seed, run in row['seeds'].items()
+        if seed in first
+    ]
+
+
+HEAD = ('', 'seeds', 'FLOPs', 'parameters', '{unit}', 'spread', 'by seed, against the first')
 
 
 def cells(content: Mapping[str, Any]) -> list[list[str]]:
-    """The table of a study, the head first: a mean over seeds, and its standard deviation, in a row."""
+    """The table of a study, the head first: a mean over seeds and its standard deviation in a row, and
+    each seed's difference (:func:`against`)."""
     rows = [[name.format(unit=content['unit']) for name in HEAD]]
     for row in content['rows']:
         if row['shown']:
             told = summary(row, content['scale'])
             spread = '' if told['spread'] is None else f'{told["spread"]:.1f}'
             left = f'{told["flops"]:.1f} %', f'{told["params"]:.1f} %'
-            rows.append([row['label'], str(told['n']), *left, f'{told["mean"]:.1f}', spread])
+            apart = ' '.join(f'{each:+.1f}' for each in against(content, row) or ())
+            rows.append([row['label'], str(told['n']), *left, f'{told["mean"]:.1f}', spread, apart])
     return rows
 
 
@@ -292,19 +309,32 @@ def with_table(page: str, content: Mapping[str, Any]) -> str:
     return f'{before}{begin}\n{markdown(content)}\n{end}{rest.split(end)[1]}'
 
 
+NEAR = 0.15
+"""Of the first row's mean: what loses more stands at the edge of the picture, with its number."""
+
+
 def draw(content: Mapping[str, Any], path: Path) -> None:
-    """Means over seeds against what is left of the FLOPs, with their spread."""
+    """Each row's differences to the first one of the same start, seed by seed, and their mean."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout='constrained')
+    shown = [row for row in content['rows'] if row['shown']]
+    far = -NEAR * summary(shown[0], content['scale'])['mean']
+    rows = [(row, apart) for row in shown if (apart := against(content, row))]
+    edge = min((min(apart) for _, apart in rows if min(apart) > far), default=far) - 0.5
+    figure = Figure(figsize=(8, 0.9 + 0.28 * len(rows)), layout='constrained')
     axes = figure.subplots()
-    for row in content['rows']:
-        if row['shown']:
-            told = summary(row, content['scale'])
-            at = told['flops'], told['mean']
-            axes.errorbar(*at, yerr=told['spread'] or 0, fmt='o', capsize=3)
-            axes.annotate(row['label'], at, xytext=(6, 0), textcoords='offset points', fontsize=7)
-    axes.set_xlabel('FLOPs left, %')
-    axes.set_ylabel(content['unit'])
-    axes.set_title(content['study'])
+    for at, (_, apart) in enumerate(rows):
+        if mean(apart) > far:
+            axes.plot(apart, [at] * len(apart), '.', color='C0', alpha=0.5)
+            axes.plot(mean(apart), at, 'o', color='C0')
+        else:
+            axes.annotate(f'\u2190 {mean(apart):.1f}', (edge, at), va='center', fontsize=8)
+    axes.axvline(0, color='gray', linewidth=0.8)
+    left = [summary(row, content['scale'])['flops'] for row, _ in rows]
+    names = [f'{row["label"]} ({each:.0f} %)' for (row, _), each in zip(rows, left, strict=True)]
+    axes.set_yticks(range(len(rows)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(left=edge)
+    axes.set_xlabel(f'{content["unit"]} against the first row, seeds and mean (left of the FLOPs)')
+    axes.grid(axis='x', linewidth=0.3)
     figure.savefig(path, dpi=110)

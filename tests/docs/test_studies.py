@@ -30,9 +30,21 @@ CONTENT = {
     'unit': 'AP',
     'scale': 100.0,
     'rows': [
-        {'name': 'start', 'label': 'the start', 'shown': False, 'seeds': {'0': {'metric': 0.4}}},
-        {'name': 'dense', 'label': 'not pruned', 'shown': True, 'seeds': {'0': {'metric': 0.6}}},
-        {'name': 'half', 'label': 'half', 'shown': True, 'seeds': RUNS},
+        {
+            'name': 'start',
+            'label': 'the start',
+            'shown': False,
+            'start': None,
+            'seeds': {'0': {'metric': 0.4}},
+        },
+        {
+            'name': 'dense',
+            'label': 'not pruned',
+            'shown': True,
+            'start': 'start',
+            'seeds': {'0': {'metric': 0.6}},
+        },
+        {'name': 'half', 'label': 'half', 'shown': True, 'start': 'start', 'seeds': RUNS},
     ],
 }
 
@@ -42,9 +54,17 @@ def test_a_row_is_the_mean_over_seeds_with_its_spread():
     assert told['mean'] == pytest.approx(52) and told['spread'] == pytest.approx(8**0.5)
     assert (told['flops'], told['params'], told['n']) == (50, pytest.approx(35), 2)
     assert cells(CONTENT)[1:] == [
-        ['not pruned', '1', '100.0 %', '100.0 %', '60.0', ''],
-        ['half', '2', '50.0 %', '35.0 %', '52.0', '2.8'],
+        ['not pruned', '1', '100.0 %', '100.0 %', '60.0', '', ''],
+        ['half', '2', '50.0 %', '35.0 %', '52.0', '2.8', '-10.0'],  # of the seed that both have
     ]
+
+
+def test_a_row_is_set_against_the_first_of_its_own_start():
+    other = {'name': 'other', 'label': 'other', 'shown': True, 'start': 'elsewhere', 'seeds': RUNS}
+    content = CONTENT | {'rows': [*CONTENT['rows'], other, other | {'name': 'more'}]}
+    found = [studies.against(content, row) for row in content['rows'][1:]]
+    assert found[0] is None and found[1] == [pytest.approx(-10)]
+    assert found[2] is None and found[3] == [0, 0]
 
 
 def test_runs_of_before_stay_where_the_work_directory_has_none(tmp_path):
