@@ -7,11 +7,10 @@ cut (or not, which is the baseline). AP is the mean over IoUs of .5 to .95, at t
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from dataclasses import replace
 
 from benchmarks.study import Row, Study, main
 

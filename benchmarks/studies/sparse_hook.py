@@ -1,4 +1,4 @@
-"""Sparse training before the cuts, for a row of a study: it did not pay, so it is no part of mmprune.
+"""Sparse training before the cuts, for a row of a study: no part of mmprune unless that pays.
 
 A group lasso on what reads each unit (Wen et al., *Learning Structured Sparsity*, NeurIPS 2016), as a
 proximal step behind each step of the optimizer, that grows from nothing over the first ``end`` of the

@@ -1,5 +1,5 @@
 # From the trained baseline: half the FLOPs go in the first fifth, while the rate warms up; then the
-# full schedule again (docs/results.md).
+# full schedule again.
 _base_ = './td-hm_mobilenetv2_face68-96x96.py'
 
 custom_imports = dict(imports=['mmprune'])
