@@ -104,7 +104,7 @@ def main(study: Study) -> None:
     content = collect(study, args.work_dir, known)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(content, indent=1) + '\n')
-    Console().print(table(content))
+    show(table(content))
     if out.resolve().parent == DOCS / 'studies':
         draw(content, out.with_suffix('.png'))
         page = DOCS / 'results.md'
@@ -291,6 +291,14 @@ def table(content: Mapping[str, Any]) -> Table:
     for row in rows:
         out.add_row(*row)
     return out
+
+
+def show(told: Table) -> None:
+    """Prints a table; as wide as it is where that goes to a file, which has no edge to wrap it at."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = Console(width=1000).measure(told).maximum
+    console.print(told)
 
 
 def markdown(content: Mapping[str, Any]) -> str:
