@@ -42,14 +42,15 @@ def solve(
     search.exchange()
 
     def wasted() -> float:
-        return ((target if final is None else final) - cost.value) / whole
+        return (target if final is None else final) - cost.value
 
     for _ in ladders:  # what is lost falls: it ends long before
-        if wasted() <= WASTE or not search.split_block(wasted()):
+        if wasted() <= WASTE * whole or not search.split_block(wasted()):
             break
         search.exchange()
     for _ in ladders:
-        if final is None or wasted() <= MISSED or not search.split_block(wasted(), at_a_price=True):
+        missed = final is not None and wasted() > MISSED * whole
+        if not missed or not search.split_block(wasted(), at_a_price=True):
             break
     return levels.tolist()
 
@@ -131,11 +132,11 @@ class _Search:
     def split_block(self, wasted: float, at_a_price: bool = False) -> bool:
         """Puts the last block of a ladder back and takes the best of those that are no larger than what
         is missing then; where that does not lose less in all, or takes more of the other cost by a
-        larger part than ``wasted``, everything is as before. ``at_a_price``: they may lose as many
-        times more than the block as it saves more than what is missing without it, if it is more than
-        a unit."""
+        larger part than ``wasted`` is of the cost, everything is as before. ``at_a_price``: they may
+        lose as many times more than the block as it saves more than what is missing without it, if it
+        is more than a unit."""
         before, lost, value = self.levels.copy(), self._total(), self.cost.value
-        most = np.inf if self.other is None else self.other.value * (1 + wasted)
+        most = np.inf if self.other is None else self.other.value * (1 + wasted / value)
         blocks = sorted(
             (float(ladder.lost[at] - ladder.lost[at - 1]), number)
             for number, (ladder, at) in enumerate(zip(self.ladders, before.tolist(), strict=True))
