@@ -101,7 +101,7 @@ def rows_of(config: str, backend: str, args: argparse.Namespace) -> Iterator[dic
     if not args.no_table:
         table = measure(
             model, forward, graph, backend,
-            prepare=prepare, divisor=args.divisor, scores=scores, per=args.per,
+            prepare=prepare, divisor=args.divisor or 'auto', scores=scores, per=args.per,
         )  # fmt: skip
     unpruned = prepare(model)
 

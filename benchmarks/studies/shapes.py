@@ -42,7 +42,8 @@ STUDY = Study(
     rows=[
         Row('start', 'the dense network that all others start from', CONFIG, shown=False),
         Row('dense', 'not pruned', CONFIG, SECOND, start='start'),
-        pruned('default', "mmprune's default"),
+        pruned('default', "mmprune's default", divisor='auto'),
+        pruned('eights', 'widths in steps of 8'),
         pruned('unrounded', 'widths not rounded', divisor=1),
         pruned('coarse', 'widths in steps of 16', divisor=16),
         pruned('distill', 'with distillation', distill=True),

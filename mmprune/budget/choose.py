@@ -272,8 +272,7 @@ class _Choice:
     def _floor(self, number: int, keep_channels: float | None) -> int:
         """How many units of a group stay at least."""
         group, limits = self.graph.groups[number], self.limits[number]
-        n = len(group)
-        once = self.original.units[number] if self.original.units is not None else n
+        n, once = len(group), self._once(number)
         least = max(1, -(-limits.min_channels // unit_width(group)))
         if keep_channels is not None:
             least = max(least, int(np.ceil(round(keep_channels * once, 9))))
@@ -307,9 +306,16 @@ class _Choice:
         return found
 
     def divisor(self, number: int) -> int:
-        """What widths of a group are to be multiples of."""
-        divisor = self.limits[number].divisor
-        return self.auto if divisor == 'auto' else divisor
+        """What widths of a group are to be multiples of; by what it was before the first cut."""
+        divisor, group = self.limits[number].divisor, self.graph.groups[number]
+        if divisor != 'auto':
+            return divisor
+        return steps.auto_step(self.auto, self._once(number) * unit_width(group))
+
+    def _once(self, number: int) -> int:
+        """How many units a group had before the first cut."""
+        units = self.original.units
+        return len(self.graph.groups[number]) if units is None else int(units[number])
 
     def _below_floor(
         self, part: str | None, limits: Limits, targets: dict, least: np.ndarray

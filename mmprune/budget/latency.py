@@ -12,6 +12,7 @@ import contextlib
 import copy
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from scipy.optimize import nnls
 from torch import nn
 
 from mmprune.budget import steps
-from mmprune.budget.budget import Budget
+from mmprune.budget.budget import Budget, Divisor
 from mmprune.budget.choose import choose, device_divisor
 from mmprune.budget.device import cached, device_name, keep_cached, least_of
 from mmprune.budget.op_times import Lookup, Op, Scaled, TensorArgument, table_of
@@ -62,7 +63,7 @@ class Latency:
     Args:
         ops: the contractions of the run.
         table: {key of an op: its :class:`Lookup`}.
-        divisor: the steps that the table was taken at.
+        divisor: the steps that the table was taken at, or what ``'auto'`` stood for.
         weights: seconds a second of the table, a full set of activations, one of parameters, and a run.
     """
 
@@ -188,7 +189,7 @@ def measure(
     backend: str = 'eager',
     *,
     prepare: Prepare | None = None,
-    divisor: int | None = None,
+    divisor: Divisor = 'auto',
     rounds: int = 7,
     scores: np.ndarray | None = None,
     per: str = 'budget',
@@ -201,7 +202,7 @@ def measure(
             model.
         prepare: makes a whole network ready to be timed there; left out,
             ``mmprune.budget.runtimes.prepare_for``.
-        divisor: the steps that widths go in; left out, what the device works in, and 4 at least.
+        divisor: the steps that widths go in.
         rounds: runs of an operation, of which the fastest counts; networks have more turns with the
             unpruned one where these are short, and the median of quotients counts.
         scores: (n_units,), and
@@ -213,16 +214,16 @@ def measure(
             there.
     """
     prepare = prepare or prepare_for(forward, backend)
-    if divisor is None:
-        divisor = max(steps.LEAST, device_divisor(trace, backend))
+    auto = max(steps.LEAST, device_divisor(trace, backend)) if divisor == 'auto' else divisor
+    step = partial(steps.auto_step, auto) if divisor == 'auto' else lambda _: auto
     keeps = [np.ones(trace.n_units, dtype=bool)]
-    for keep in samples(trace, divisor, scores, 'flops' if per == 'budget' else per):
+    for keep in samples(trace, divisor, auto, scores, 'flops' if per == 'budget' else per):
         if not any(np.array_equal(keep, known) for known in keeps):
             keeps.append(keep)
     device, ratios = device_of(trace), []
     with unchanged(model), evaluating(model):
         ops = _contractions(model, forward, trace)
-        latency = Latency(trace, ops, _table(ops, trace, backend, divisor, rounds), divisor)
+        latency = Latency(trace, ops, _table(ops, trace, backend, step, rounds), auto)
         unpruned = prepare(model)
         whole = least_of({0: unpruned}, device, rounds)[0]
         turns = int(np.clip(SECONDS / whole, rounds, MOST_TURNS))
@@ -234,16 +235,17 @@ def measure(
 
 
 def samples(
-    trace: ChannelGraph, divisor: int, scores: np.ndarray | None, per: str
+    trace: ChannelGraph, divisor: Divisor, auto: int, scores: np.ndarray | None, per: str
 ) -> Iterator[np.ndarray]:
     """(n_units,) bool each: the cuts that are timed for the fit."""
     nothing = np.zeros(trace.n_units)
     for fraction in EVENLY if scores is None else EVENLY[::2]:
-        yield choose(trace, nothing, Budget(keep_channels=fraction, divisor=divisor))
+        yield choose(trace, nothing, Budget(keep_channels=fraction, divisor=divisor), auto=auto)
     if scores is not None:
         for fraction in BY_SCORE:
             with contextlib.suppress(PruneError):  # below the floor
-                yield choose(trace, scores, Budget(keep_flops=fraction, divisor=divisor), per=per)
+                budget = Budget(keep_flops=fraction, divisor=divisor)
+                yield choose(trace, scores, budget, per=per, auto=auto)
 
 
 def _contractions(model: nn.Module, forward: Forward, trace: ChannelGraph) -> list[Op]:
@@ -261,7 +263,7 @@ def _contractions(model: nn.Module, forward: Forward, trace: ChannelGraph) -> li
 
 
 def _table(
-    ops: list[Op], trace: ChannelGraph, backend: str, divisor: int, rounds: int
+    ops: list[Op], trace: ChannelGraph, backend: str, step: Callable[[int], int], rounds: int
 ) -> dict[tuple, Lookup]:
     """The times of single operations, from the disk where they are known."""
     device = device_of(trace)
@@ -269,7 +271,7 @@ def _table(
     kept = cached(FILE)
     known = set(kept)
     table = {
-        key: table_of(op, device, backend, divisor, rounds, kept, where)
+        key: table_of(op, device, backend, step, rounds, kept, where)
         for key, op in track(
             {op.key: op for op in ops}.items(), f'Timing operations ({backend})', transient=True
         )

@@ -44,7 +44,7 @@ def choose_measured(
         PruneError: the time can not be reached.
     """
     prepare = prepare or prepare_for(forward, budget.backend)
-    divisor = budget.divisor if isinstance(budget.divisor, int) and budget.divisor > 1 else None
+    divisor = 'auto' if budget.divisor == 1 else budget.divisor
     table = measure(
         model, forward, trace, budget.backend,
         prepare=prepare, divisor=divisor, scores=scores, per=per,

@@ -49,22 +49,23 @@ class Lookup:
     """Seconds by the kept positions of one or two widths, from a table at steps.
 
     ``points``: for each width the steps; ``values``: seconds, of their shape. A width between two steps
-    costs what the next one does, for the widths of ``sizes`` and steps of ``divisor``; between steps
-    that were left out of the table it is interpolated.
+    costs what the next one does, for the widths of ``sizes`` and multiples of ``divisors``; between
+    steps that were left out of the table it is interpolated.
     """
 
     def __init__(
-        self, points: list[list[int]], values: np.ndarray, sizes: list[int], divisor: int
+        self, points: list[list[int]], values: np.ndarray, sizes: list[int], divisors: list[int]
     ) -> None:
         for dim in range(values.ndim):  # wider is never faster
             values = np.maximum.accumulate(values, axis=dim)
         self.points = [np.array(each, dtype=np.float64) for each in points]
-        self.values, self.sizes, self.divisor = values, sizes, divisor
+        self.values, self.sizes, self.divisors = values, sizes, divisors
 
     def __call__(self, counts: Sequence[np.ndarray]) -> np.ndarray:
         corners = [(np.float64(1.0), ())]  # (weight, indices) of the table's entries around it
-        for points, size, count in zip(self.points, self.sizes, counts, strict=False):
-            up = np.minimum(np.ceil(np.asarray(count) / self.divisor - 1e-9) * self.divisor, size)
+        widths = zip(self.points, self.sizes, self.divisors, counts, strict=False)
+        for points, size, divisor, count in widths:
+            up = np.minimum(np.ceil(np.asarray(count) / divisor - 1e-9) * divisor, size)
             up = np.where(np.asarray(count) <= points[0], points[0], up)
             low = np.clip(np.searchsorted(points, up, side='right') - 1, 0, max(points.size - 2, 0))
             high = np.minimum(low + 1, points.size - 1)
@@ -102,17 +103,18 @@ def table_of(
     op: Op,
     device: torch.device,
     backend: str,
-    divisor: int,
+    step: Callable[[int], int],
     rounds: int,
     kept: dict[str, Any],
     where: str,
 ) -> Lookup:
     """The times of one operation; what ``kept`` holds is not measured again, what is goes there.
 
-    ``where``: names the machine and the versions.
+    ``step``: the divisor for a width; ``where``: names the machine and the versions.
     """
     sizes = [width.size for width in op.widths[:2]]  # attention has a third, its heads: they stay
-    points = [steps_of(size, divisor) for size in sizes]
+    divisors = [step(size) for size in sizes]
+    points = [steps_of(size, divisor) for size, divisor in zip(sizes, divisors, strict=True)]
     key = hashlib.sha256(repr((where, backend, op.key, points)).encode()).hexdigest()[:32]
     shape = tuple(len(each) for each in points)
     known = kept.get(key)
@@ -128,7 +130,7 @@ def table_of(
             known[index] = seconds
         known = known.tolist()
         kept[key] = known
-    return Lookup(points, np.array(known, dtype=np.float64), sizes, divisor)
+    return Lookup(points, np.array(known, dtype=np.float64), sizes, divisors)
 
 
 # -- running one --------------------------------------------------------------------------------------

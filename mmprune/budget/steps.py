@@ -20,6 +20,10 @@ LEAST = 4
 SMALL = (8, 4, 2, 1)
 """Widths below a measured divisor that ``'auto'`` allows: a layer may still become narrow."""
 
+PARTS = 4
+"""A step of ``'auto'`` is no more than a quarter of a width, where ``LEAST`` allows: larger ones lose
+more score than they save time (docs/results.md)."""
+
 
 @dataclass(frozen=True)
 class Width:
@@ -32,6 +36,17 @@ class Width:
     fixed: int
     groups: tuple[int, ...]
     slots: tuple[float, ...]
+
+
+def auto_step(divisor: int, width: int) -> int:
+    """The step of ``'auto'`` for a layer of so many channels, on a device that works in ``divisor``.
+
+    >>> [auto_step(16, width) for width in (8, 16, 24, 32, 64, 2048)]
+    [4, 4, 4, 8, 16, 16]
+    """
+    while divisor > LEAST and divisor % 2 == 0 and divisor * PARTS > width:
+        divisor //= 2
+    return divisor
 
 
 def layer_widths(trace: ChannelGraph) -> list[Width]:

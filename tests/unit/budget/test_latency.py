@@ -111,7 +111,7 @@ def test_weights_are_those_of_the_whole_networks_times(traced):
     op = Op(None, (), {}, [first, second], calls=2)
     points = [list(range(1, len(units) + 1)) for units in (first, second)]
     values = 1 + np.outer(*map(np.array, points))  # 2 s at the narrowest
-    table = {op.key: Lookup(points, values, [first.size, second.size], 1)}
+    table = {op.key: Lookup(points, values, [first.size, second.size], [1, 1])}
     latency = timing.Latency(traced, [op], table, divisor=1)
     rng = np.random.default_rng(0)
     keeps = [rng.random(traced.n_units) < part for part in (1, 0.8, 0.6, 0.4, 0.2)]
@@ -249,16 +249,16 @@ def test_widths_are_looked_at_on_the_steps(size, divisor, wanted):
 
 
 def test_a_width_between_steps_costs_what_the_next_does_and_wider_is_never_faster():
-    at = Lookup([[8, 16, 32, 36]], np.array([1.0, 3.0, 2.0, 5.0]), [36], 8)
+    at = Lookup([[8, 16, 32, 36]], np.array([1.0, 3.0, 2.0, 5.0]), [36], [8])
     asked = {0: 1, 3: 1, 8: 1, 9: 3, 16: 3, 17: 3, 24: 3, 25: 3, 32: 3, 33: 5, 36: 5}
     assert {n: float(at([n])) for n in asked} == asked
-    rising = Lookup([[8, 16, 32]], np.array([1.0, 2.0, 4.0]), [32], 8)
+    rising = Lookup([[8, 16, 32]], np.array([1.0, 2.0, 4.0]), [32], [8])
     assert [float(rising([n])) for n in (16, 17, 24, 25, 32)] == [2, 3, 3, 4, 4]
 
 
 def test_two_widths_are_looked_up_together():
     values = np.add.outer([1.0, 2.0, 4.0], [10.0, 20.0])
-    at = Lookup([[8, 16, 32], [4, 8]], values, [32, 8], 4)
+    at = Lookup([[8, 16, 32], [4, 8]], values, [32, 8], [4, 4])
     found = at([np.array([[8], [16], [24]]), np.array([[4, 6, 8]])])
     np.testing.assert_allclose(found, [[11, 21, 21], [12, 22, 22], [13, 23, 23]])
 
@@ -288,7 +288,7 @@ def test_units_go_where_the_stairs_are(traced):
     op = Op(None, ('stairs',), {}, [group.units])
     size = len(group)
     points = list(range(16, size + 1, 16))
-    at = Lookup([points], np.array(points, dtype=float), [size], 16)
+    at = Lookup([points], np.array(points, dtype=float), [size], [16])
     latency = timing.Latency(traced, [op], {op.key: at}, divisor=16)
     keep = choose(
         traced, np.arange(float(traced.n_units)), Budget(latency=0.5, divisor=4), latency=latency

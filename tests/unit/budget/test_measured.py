@@ -12,6 +12,7 @@ from mmprune import Budget, PruneError
 from mmprune.budget import device as devices
 from mmprune.budget import measured
 from mmprune.budget.choose import choose
+from mmprune.budget.steps import auto_step
 from mmprune.surgery.build import Baseline
 from mmprune.surgery.history import CutRecord
 from mmprune.surgery.plan import Plan
@@ -133,9 +134,11 @@ def test_the_steps_of_the_table_are_those_of_the_budget(monkeypatch, model, trac
         keep, _ = measured.choose_measured(
             model, forward, traced, numbers, budget, Baseline(), per='memory'
         )
-        if divisor != 2:  # 'auto' is what the table was taken at
-            assert all(keep[g.units].sum() % 8 == 0 or keep[g.units].sum() < 8 for g in traced.groups)
-    assert asked == [None, 2, 8]
+        step = {'auto': Share.divisor, 2: 2, 8: 8}[divisor]  # 'auto' is what the table was taken at
+        for group in traced.groups:
+            least = auto_step(step, len(group)) if divisor == 'auto' else step
+            assert keep[group.units].sum() % least == 0 or keep[group.units].sum() < least
+    assert asked == ['auto', 2, 8]
 
 
 def test_a_choice_that_saves_too_much_is_tried_again_and_what_fits_best_is_taken(

@@ -13,6 +13,7 @@ from mmprune import Budget
 from mmprune.budget import choose, steps
 from mmprune.budget import device as devices
 from mmprune.graph import cost
+from mmprune.surgery.build import Baseline
 
 X = torch.randn(1, 3, 16, 16)
 
@@ -115,7 +116,8 @@ def test_no_layer_is_left_with_a_width_between_steps(monkeypatch, make, keep, me
         assert is_ % 4 == 0 or is_ < 4 or f'{was} -> {is_} channels' in told
         # A width that fills a step is a multiple of it; of a sum only each part is.
         if make is Shuffled:
-            assert is_ % measured == 0 or is_ in steps.SMALL
+            least = steps.auto_step(max(measured, 4), 24)  # a group of the convolution reads 24
+            assert is_ % least == 0 or is_ in steps.SMALL
 
 
 ZOO = ['densenet121', 'shufflenet_v2_x1_0', 'mobilenet_v2', 'resnext50_32x4d']
@@ -200,6 +202,25 @@ def test_ladders_of_a_layer_by_itself(n, divisor, auto, kept):
     assert steps.ladder(0, n, 1, divisor, [width], {}, auto) == kept
     least = [k for k in kept if k >= 5]
     assert steps.ladder(0, n, 5, divisor, [width], {}, auto) == (least or [n])
+
+
+@pytest.mark.parametrize(
+    ('measured', 'narrow', 'wide'), [(4, 4, 4), (8, 4, 8), (16, 4, 16), (32, 4, 32)]
+)
+def test_auto_takes_no_more_than_a_quarter_of_a_width_at_once(monkeypatch, measured, narrow, wide):
+    """Of 16 channels 4 at once, of 128 what the device works in; by what they were before any cut."""
+    monkeypatch.setattr(choose, 'divisor_of', lambda device, dtype, backend: measured)
+    model = nn.Sequential(conv(3, 16), nn.ReLU(), conv(16, 128), nn.ReLU(), conv(128, 2))
+    for halved in (False, True):
+        if halved:
+            mmprune.prune(model, lambda m: m(X), score='l2', keep_channels=0.5)
+        traced = mmprune.trace(model, lambda m: m(X))
+        baseline = Baseline(units=tuple(len(group) * (1 + halved) for group in traced.groups))
+        for group, step in zip(sorted(traced.groups, key=len), (narrow, wide), strict=True):
+            scores = np.full(traced.n_units, 9.0)
+            scores[group.units] = np.linspace(0, 0.1, len(group))
+            keep = choose.choose(traced, scores, Budget(prune_num=1), baseline)
+            assert int((~keep).sum()) == int((~keep[group.units]).sum()) == step
 
 
 def test_what_stays_beside_a_group_is_filled_up_to_a_multiple():
