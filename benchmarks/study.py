@@ -61,6 +61,38 @@ class Row:
         return [name for name in (self.start, self.teacher) if name is not None]
 
 
+def pruned(
+    config: str,
+    name: str,
+    label: str,
+    put: Mapping[str, Any] | None = None,
+    hooks: Sequence[Mapping[str, Any]] = (),
+    **options,
+) -> Row:
+    """A row that starts as the row ``start`` ends and is cut from its first epoch on.
+
+    Args:
+        config, name, label: of the :class:`Row`.
+        put: options over the config.
+        hooks: those that stand before the ``PruneHook``.
+        options: of that one; half the FLOPs, where they name no time.
+    """
+    target = {} if 'latency' in options else {'keep_flops': 0.5}
+    hook = {'type': 'PruneHook', 'validate_first': False} | target | options
+    imports = {'custom_imports': dict(imports=['mmprune']), 'custom_hooks': [*hooks, hook]}
+    return Row(name, label, config, (put or {}) | imports, start='start')
+
+
+def short(train: int = 40, val: int = 4) -> dict[str, Any]:
+    """One epoch of so many pictures: does it run?"""
+    return {
+        'train_cfg.max_epochs': 1,
+        'train_cfg.val_interval': 1,
+        'train_dataloader.dataset.indices': train,
+        'val_dataloader.dataset.indices': val,
+    }
+
+
 @dataclass(frozen=True)
 class Study:
     """Rows that differ in one thing each.

@@ -12,7 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.study import Row, Study, main
+from benchmarks import study
+from benchmarks.study import Row, Study
 
 CONFIG = 'configs/bccd/faster-rcnn_mobilenetv2_fpn_bccd.py'
 IOUS = [round(0.5 + 0.05 * i, 2) for i in range(10)]
@@ -50,10 +51,7 @@ def narrow(name: str, label: str, width: int, hidden: int, **left: float) -> Row
 
 
 def pruned(name: str, label: str, common: dict | None = None, **options) -> Row:
-    """A row that is cut from the first epoch of its second half on."""
-    hook = {'type': 'PruneHook', 'keep_flops': 0.5, 'validate_first': False} | options
-    put = {'custom_imports': dict(imports=['mmprune']), 'custom_hooks': [hook]}
-    return Row(name, label, CONFIG, SECOND | put | (common or {}), start='start')
+    return study.pruned(CONFIG, name, label, SECOND | (common or {}), **options)
 
 
 PER = {'name': 'taylor', 'per': 'memory'}
@@ -130,13 +128,8 @@ STUDY = Study(
     ],
     metric='pascal_voc/mAP',
     unit='AP',
-    short={
-        'train_cfg.max_epochs': 1,
-        'train_cfg.val_interval': 1,
-        'train_dataloader.dataset.indices': 40,
-        'val_dataloader.dataset.indices': 4,
-    },
+    short=study.short(),
 )
 
 if __name__ == '__main__':
-    main(STUDY)
+    study.main(STUDY)

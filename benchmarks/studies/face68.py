@@ -12,18 +12,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.study import Row, Study, main
+from benchmarks import study
+from benchmarks.study import Row, Study
 
 CONFIG = 'configs/face68/td-hm_mobilenetv2_face68-96x96.py'
-IMPORTS = {'custom_imports': dict(imports=['mmprune'])}
 START = {'train_cfg.val_interval': 6}
 
 
 def pruned(name: str, label: str, **options) -> Row:
-    """A row that is cut from the first epoch of its second half on."""
-    hook = {'type': 'PruneHook', 'keep_flops': 0.5, 'validate_first': False} | options
-    hooks = {'custom_hooks': [dict(type='SyncBuffersHook'), hook]}
-    return Row(name, label, CONFIG, START | IMPORTS | hooks, start='start')
+    return study.pruned(CONFIG, name, label, START, [dict(type='SyncBuffersHook')], **options)
 
 
 STUDY = Study(
@@ -39,13 +36,8 @@ STUDY = Study(
     ],
     metric='NME',
     unit='NME, %',
-    short={
-        'train_cfg.max_epochs': 1,
-        'train_cfg.val_interval': 1,
-        'train_dataloader.dataset.indices': 64,
-        'val_dataloader.dataset.indices': 8,
-    },
+    short=study.short(64, 8),
 )
 
 if __name__ == '__main__':
-    main(STUDY)
+    study.main(STUDY)

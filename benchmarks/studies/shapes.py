@@ -12,7 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.study import Row, Study, main
+from benchmarks import study
+from benchmarks.study import Row, Study
 
 CONFIG = 'configs/_base_/faster_rcnn_shapes.py'
 SECOND = {'optim_wrapper.optimizer.lr': 3e-4}
@@ -23,10 +24,8 @@ FULL = {'optim_wrapper.optimizer.lr': 1e-3}
 
 def pruned(name: str, label: str, common: dict | None = None, **options) -> Row:
     """A row that is cut from the first epoch of its second half on, in steps of 8 channels."""
-    hook = {'type': 'PruneHook', 'divisor': 8, 'validate_first': False} | options
-    hook = hook if 'latency' in hook else {'keep_flops': 0.5} | hook
-    put = {'custom_imports': dict(imports=['mmprune']), 'custom_hooks': [hook]}
-    return Row(name, label, CONFIG, SECOND | put | (common or {}), start='start')
+    options = {'divisor': 8} | options
+    return study.pruned(CONFIG, name, label, SECOND | (common or {}), **options)
 
 
 def sparse(strength: float) -> Row:
@@ -70,13 +69,8 @@ STUDY = Study(
     ],
     metric='coco/bbox_mAP',
     unit='AP',
-    short={
-        'train_cfg.max_epochs': 1,
-        'train_cfg.val_interval': 1,
-        'train_dataloader.dataset.indices': 40,
-        'val_dataloader.dataset.indices': 4,
-    },
+    short=study.short(),
 )
 
 if __name__ == '__main__':
-    main(STUDY)
+    study.main(STUDY)

@@ -36,22 +36,24 @@ DATA = Path(os.environ.get('MMPRUNE_COCO', SHARED / 'data' / 'coco_subset'))
 WEIGHTS = Path(os.environ.get('MMPRUNE_WEIGHTS', SHARED / 'weights')) / 'yolox_nano_coco_mmdet.pth'
 SIZE, BATCHES = (416, 416), 20
 
-TAYLOR = dict(score=dict(name='taylor', per='none'), steps=1, compensate=False, recalibrate=False)
-FLOPS = TAYLOR | dict(score=dict(name='taylor', per='flops'))
+
+def by(cost: str, **options) -> dict[str, Any]:
+    """One cut by ``taylor`` against a cost, but for what is said."""
+    how = dict(score=dict(name='taylor', per=cost), steps=1, compensate=False, recalibrate=False)
+    return how | options
+
+
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
-    'plain': ('taylor, not divided by cost', TAYLOR),
-    'flops': ('by FLOPs', FLOPS),
-    'memory': ('by memory', FLOPS | dict(score=dict(name='taylor', per='memory'))),
-    'recalibrated': ('by FLOPs, norms recalibrated', FLOPS | dict(recalibrate=True)),
-    'compensated': ('by FLOPs, compensated', FLOPS | dict(compensate=True)),
-    'both': ('by FLOPs, compensated, recalibrated', FLOPS | dict(compensate=True, recalibrate=True)),
-    'steps': ('the same in 10 cuts', FLOPS | dict(compensate=True, recalibrate=True, steps=10)),
-    'memory_steps': (
-        'by memory, compensated, recalibrated, 10 cuts',
-        dict(
-            score=dict(name='taylor', per='memory'), compensate=True, recalibrate=True, steps=10
-        ),
-    ),
+    'plain': ('taylor, not divided by cost', by('none')),
+    'flops': ('by FLOPs', by('flops')),
+    'memory': ('by memory', by('memory')),
+    'recalibrated': ('by FLOPs, norms recalibrated', by('flops', recalibrate=True)),
+    'compensated': ('by FLOPs, compensated', by('flops', compensate=True)),
+    'both': ('by FLOPs, both', by('flops', compensate=True, recalibrate=True)),
+    'work': ('by work, compensated', by('work', compensate=True)),
+    'steps': ('by FLOPs, compensated, 10 cuts', by('flops', compensate=True, steps=10)),
+    'work_steps': ('by work, compensated, 10 cuts', by('work', compensate=True, steps=10)),
+    'memory_steps': ('by memory, compensated, 10 cuts', by('memory', compensate=True, steps=10)),
 }  # fmt: skip
 
 
