@@ -91,6 +91,7 @@ STUDY = Study(
         Row('start', 'the dense network that all others start from', CONFIG, START, shown=False),
         Row('dense', 'not pruned', CONFIG, SECOND, start='start'),
         pruned('default', "mmprune's default"),
+        pruned('sixteens', 'widths in steps of 16', divisor=16),
         pruned('distill', 'with distillation', distill=True),
         pruned(
             'distill_longer',
@@ -109,6 +110,7 @@ STUDY = Study(
         pruned('fisher', 'Fisher', score=dict(name='fisher', per='work')),
         pruned('default_70', "mmprune's default, 70 % of the FLOPs", keep_flops=0.7),
         pruned('default_30', "mmprune's default, 30 % of the FLOPs", keep_flops=0.3),
+        pruned('sixteens_30', 'widths in steps of 16, 30 %', keep_flops=0.3, divisor=16),
         pruned('distill_30', 'with distillation, 30 %', keep_flops=0.3, distill=True),
         replace(
             pruned('taught_30', 'with distillation from "not pruned", 30 %', keep_flops=0.3),
