@@ -28,11 +28,11 @@ def pruned(name: str, label: str, common: dict | None = None, **options) -> Row:
     return study.pruned(CONFIG, name, label, SECOND | (common or {}), **options)
 
 
-def sparse(strength: float) -> Row:
-    """``later``, with a group lasso that grows until its cuts begin."""
-    row = pruned('sparse', 'the same behind sparse training', begin=0.2, end=0.4)
+def sparse(name: str, label: str, until: float, total: float = 0.5, **options) -> Row:
+    """A pruned row with a group lasso that grows up to a fraction of the training."""
+    row = pruned(name, label, **options)
     imports = dict(imports=['mmprune', 'benchmarks.studies.sparse_hook'])
-    hooks = [dict(type='SparseHook', strength=strength, end=0.2), *row.options['custom_hooks']]
+    hooks = [dict(type='SparseHook', total=total, end=until), *row.options['custom_hooks']]
     return replace(row, options={**row.options, 'custom_imports': imports, 'custom_hooks': hooks})
 
 
@@ -56,7 +56,10 @@ STUDY = Study(
             keep_channels=0.5,
         ),
         pruned('later', 'cuts in the second fifth', begin=0.2, end=0.4),
-        sparse(10),
+        sparse('sparse', 'the same behind sparse training', 0.2, begin=0.2, end=0.4),
+        sparse('sparse_both', 'the same, sparse training until the last cut', 0.4, begin=0.2, end=0.4),
+        sparse('sparse_while', 'sparse training while cuts are made', 0.2),
+        sparse('sparse_more', 'behind sparse training, twice as strong', 0.2, 1.0, begin=0.2, end=0.4),
         pruned(
             'latency',
             'half the time in ONNX Runtime, 10 cuts',
