@@ -35,8 +35,8 @@ class Budget:
         prune_num: how many units go in one cut.
         min_channels: channels that every group keeps at least.
         divisor: units go in blocks that leave widths that are multiples of it; ``'auto'``: of what
-            this device works in, as measured (``mmprune/budget/device.py``), and of 4 at least, but
-            for widths below that.
+            this device works in, as measured (``mmprune/budget/device.py``), but no more than a
+            quarter of a layer at once, and of 4 at least, but for widths below that.
         max_cut: the largest fraction of a group, in (0, 1], that one cut removes.
         lock: patterns of tensor names (``'backbone.layer1.*'``) whose units stay.
         parts: {name: options} for the units that are made in a part of the model, given by the start

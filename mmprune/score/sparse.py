@@ -10,9 +10,8 @@ def shrink(units: Units, part: float) -> None:
     """One proximal step of a group lasso over what reads each unit: the norm of those weights falls by
     ``part`` of the mean norm in the unit's group, to zero at the least.
 
-    Wen et al., "Learning Structured Sparsity in Deep Neural Networks", NeurIPS 2016; growing strengths
-    as in Wang et al., "Neural Pruning via Growing Regularization", ICLR 2021. Units that no weight reads
-    stay as they are.
+    Wen et al., "Learning Structured Sparsity in Deep Neural Networks", NeurIPS 2016. Units that no
+    weight reads stay as they are.
 
     Args:
         units: of the model as it is now.
