@@ -28,11 +28,10 @@ def pruned(name: str, label: str, common: dict | None = None, **options) -> Row:
     return study.pruned(CONFIG, name, label, SECOND | (common or {}), **options)
 
 
-def sparse(name: str, label: str, until: float, total: float = 0.5, **options) -> Row:
-    """A pruned row with a group lasso that grows up to a fraction of the training."""
-    row = pruned(name, label, **options)
+def sparsely(row: Row, until: float, total: float = 0.5) -> Row:
+    """With a group lasso that grows up to a fraction of the training, whatever is cut meanwhile."""
     imports = dict(imports=['mmprune', 'benchmarks.studies.sparse_hook'])
-    hooks = [dict(type='SparseHook', total=total, end=until), *row.options['custom_hooks']]
+    hooks = [dict(type='SparseHook', total=total, end=until), *row.options.get('custom_hooks', ())]
     return replace(row, options={**row.options, 'custom_imports': imports, 'custom_hooks': hooks})
 
 
@@ -56,10 +55,13 @@ STUDY = Study(
             keep_channels=0.5,
         ),
         pruned('later', 'cuts in the second fifth', begin=0.2, end=0.4),
-        sparse('sparse', 'the same behind sparse training', 0.2, begin=0.2, end=0.4),
-        sparse('sparse_both', 'the same, sparse training until the last cut', 0.4, begin=0.2, end=0.4),
-        sparse('sparse_while', 'sparse training while cuts are made', 0.2),
-        sparse('sparse_more', 'behind sparse training, twice as strong', 0.2, 1.0, begin=0.2, end=0.4),
+        pruned('sparse', 'the same behind sparse training', sparse=0.5),
+        sparsely(pruned('sparse_while', 'sparse training while cuts are made'), until=0.2),
+        sparsely(
+            Row('dense_sparse', 'not pruned, sparse training', CONFIG, SECOND, start='start'), 0.2
+        ),
+        pruned('sparse_30', 'behind sparse training, 30 % of the FLOPs', sparse=0.5, keep_flops=0.3),
+        pruned('default_30', 'widths in steps of 8, 30 % of the FLOPs', keep_flops=0.3),
         pruned(
             'latency',
             'half the time in ONNX Runtime, 10 cuts',

@@ -1,4 +1,5 @@
-"""Sparse training while units are cut, for a row of a study."""
+"""Sparse training of a network that is not cut, or while it is: for rows of a study that PruneHook's own
+``sparse`` is compared with."""
 
 from typing import Any
 
@@ -23,11 +24,14 @@ class SparseHook(Hook):
         self.total, self.end = total, end
         self.units: Units | None = None
 
-    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        stale = self.units is None or any(
+    def stale(self) -> bool:
+        """Whether the model was cut since it was traced."""
+        return self.units is None or any(
             entry.weight.shape[entry.axis.dim] != entry.axis.size for entry in self.units.consumers
         )
-        if stale and runner.iter < self.end * runner.max_iters:
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        if self.stale() and runner.iter < self.end * runner.max_iters:
             model = unwrapped(runner.model)
             self.units = Units(first_trace(model, runs_of(model, data_batch))[0])
 
@@ -35,5 +39,5 @@ class SparseHook(Hook):
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
         n, now = int(self.end * runner.max_iters), runner.iter + 1
-        if now <= n:
+        if now <= n and not self.stale():
             shrink(self.units, self.total * 2 * now / (n * (n + 1)))
