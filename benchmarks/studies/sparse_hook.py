@@ -1,5 +1,5 @@
-"""Sparse training of a network that is not cut, or while it is: for rows of a study that PruneHook's own
-``sparse`` is compared with."""
+"""Sparse training of a network that is not cut, or while it is: what ``PruneHook(sparse=...)`` is
+compared with in a study."""
 
 from typing import Any
 
