@@ -28,37 +28,46 @@ def norms(model):
     return torch.cat(read).square().sum((0, 2, 3)).sqrt()
 
 
-def test_norms_fall_by_a_part_of_their_mean_and_stop_at_zero():
+def traced(model, dtype=torch.float32):
+    return Units(mmprune.trace(model, lambda m: m(torch.randn(1, 3, 4, 4, dtype=dtype))))
+
+
+def test_weak_units_fade_and_layers_keep_their_norms():
     torch.manual_seed(0)
     model = Residual()
     with torch.no_grad():
         for layer in (model.b, model.out):
             layer.weight[:, :2] *= 1e-3
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    old = norms(model)
-    units = Units(mmprune.trace(model, lambda m: m(torch.randn(1, 3, 4, 4))))
+    old, units = norms(model), traced(model)
     (group,) = units.trace.groups
     assert len(group) == 8
     shrink(units, 0.25)
-    wanted = (old - 0.25 * old.mean()).clamp(min=0)
-    torch.testing.assert_close(norms(model), wanted)
-    assert (wanted[:2] == 0).all() and (wanted[2:] > 0).all()
+    factors = (1 - 0.25 * old.mean() / old).clamp(min=0)
+    assert not factors[:2].any() and (factors[2:] > 0).all()
+    for name in ('b.weight', 'out.weight'):
+        was, now = before[name][:, :8], model.state_dict()[name][:, :8]
+        lasso = was * factors.view(1, -1, 1, 1)
+        torch.testing.assert_close(now, lasso * was.norm() / lasso.norm())
     assert torch.equal(model.out.weight[:, 8:], before['out.weight'][:, 8:])  # the picture's: locked
     for name in ('a.weight', 'a.bias', 'b.bias', 'out.bias'):
         assert torch.equal(model.state_dict()[name], before[name])
-    # Directions stay: only lengths change.
-    ratio = model.b.weight[:, 2:] / before['b.weight'][:, 2:]
-    torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio))
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-def test_nothing_and_everything(dtype):
+def test_units_alike_stay_and_those_at_zero_are_finite(dtype):
     model = Residual().to(dtype)
-    units = Units(mmprune.trace(model, lambda m: m(torch.randn(1, 3, 4, 4, dtype=dtype))))
+    with torch.no_grad():
+        model.b.weight.fill_(0.5)
+        model.out.weight[:, :8].fill_(0.25)
+    units = traced(model, dtype)
     before = model.out.weight.clone()
-    shrink(units, 0.0)
-    assert torch.equal(model.out.weight, before)
+    shrink(units, 0.3)
+    torch.testing.assert_close(model.out.weight, before)
     shrink(units, 100.0)
-    assert not model.b.weight.any() and not model.out.weight[:, :8].any()
-    shrink(units, 0.5)  # units at zero stay there, and are finite
-    assert not model.b.weight.any() and model.out.weight.isfinite().all()
+    assert model.out.weight.isfinite().all()
+    with torch.no_grad():
+        model.b.weight.zero_()
+        model.out.weight.zero_()
+    shrink(units, 0.3)
+    assert not model.b.weight.any() and not model.out.weight.any()
