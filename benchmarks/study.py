@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -81,6 +81,16 @@ def pruned(
     hook = {'type': 'PruneHook', 'validate_first': False} | target | options
     imports = {'custom_imports': dict(imports=['mmprune']), 'custom_hooks': [*hooks, hook]}
     return Row(name, label, config, (put or {}) | imports, start='start')
+
+
+def sparsely(row: Row, end: float, total: float = 0.5) -> Row:
+    """A row with a group lasso in the first ``end`` of its training (``studies/sparse_hook.py``)."""
+    hook = dict(type='SparseHook', total=total, end=end)
+    put = {
+        'custom_imports': dict(imports=['mmprune', 'benchmarks.studies.sparse_hook']),
+        'custom_hooks': [hook, *row.options.get('custom_hooks', ())],
+    }
+    return replace(row, options={**row.options, **put})
 
 
 def short(train: int = 40, val: int = 4) -> dict[str, Any]:

@@ -91,10 +91,8 @@ STUDY = Study(
         Row('start', 'the dense network that all others start from', CONFIG, START, shown=False),
         Row('dense', 'not pruned', CONFIG, SECOND, start='start'),
         pruned('default', "mmprune's default"),
-        pruned('sparse', 'behind sparse training', sparse=0.5),
         pruned('later', 'cuts in the second fifth', begin=0.2),
-        pruned('sparse_half', 'behind sparse training, half as strong', sparse=0.25),
-        pruned('sparse_30', 'behind sparse training, 30 % of the FLOPs', sparse=0.5, keep_flops=0.3),
+        study.sparsely(pruned('sparse', 'the same behind sparse training', begin=0.2), end=0.2),
         pruned('sixteens', 'widths in steps of 16', divisor=16),
         pruned('distill', 'with distillation', distill=True),
         pruned(

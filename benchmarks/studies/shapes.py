@@ -7,7 +7,6 @@ cut (or not, which is the baseline). A latency budget is measured while it train
 """
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -26,13 +25,6 @@ def pruned(name: str, label: str, common: dict | None = None, **options) -> Row:
     """A row that is cut from the first epoch of its second half on, in steps of 8 channels."""
     options = {'divisor': 8} | options
     return study.pruned(CONFIG, name, label, SECOND | (common or {}), **options)
-
-
-def sparsely(row: Row, until: float, total: float = 0.5) -> Row:
-    """With a group lasso that grows up to a fraction of the training, whatever is cut meanwhile."""
-    imports = dict(imports=['mmprune', 'benchmarks.studies.sparse_hook'])
-    hooks = [dict(type='SparseHook', total=total, end=until), *row.options.get('custom_hooks', ())]
-    return replace(row, options={**row.options, 'custom_imports': imports, 'custom_hooks': hooks})
 
 
 STUDY = Study(
@@ -55,12 +47,12 @@ STUDY = Study(
             keep_channels=0.5,
         ),
         pruned('later', 'cuts in the second fifth', begin=0.2, end=0.4),
-        pruned('sparse', 'the same behind sparse training', sparse=0.5),
-        sparsely(pruned('sparse_while', 'sparse training while cuts are made'), until=0.2),
-        sparsely(
-            Row('dense_sparse', 'not pruned, sparse training', CONFIG, SECOND, start='start'), 0.2
+        study.sparsely(
+            pruned('sparse', 'the same behind sparse training', begin=0.2, end=0.4), end=0.2
         ),
-        pruned('sparse_30', 'behind sparse training, 30 % of the FLOPs', sparse=0.5, keep_flops=0.3),
+        study.sparsely(
+            Row('dense_sparse', 'not pruned, sparse training', CONFIG, SECOND, start='start'), end=0.2
+        ),
         pruned('default_30', 'widths in steps of 8, 30 % of the FLOPs', keep_flops=0.3),
         pruned(
             'latency',

@@ -8,7 +8,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from mmprune.budget.budget import Budget, make_budget
-from mmprune.budget.schedule import WINDOW, CutTimes, check_times, resolve, target_at
+from mmprune.budget.schedule import CutTimes, check_times, resolve, target_at
 from mmprune.distributed import check_rebuildable, is_distributed, raise_together
 from mmprune.errors import PruneError
 from mmprune.graph.coupling import ChannelGraph
@@ -46,9 +46,6 @@ class PruneHook(Hook):
         steps: number of cuts in which the budget is reached: 30, or 10 where ``interval`` is given.
         by_epoch: integers of ``begin``, ``end`` and ``interval`` are epochs.
         schedule: how the target comes down, ``'linear'`` or ``'cubic'``.
-        sparse: by how much the weights that read a unit shrink before scoring begins, as long as the
-            loss lets them: in all, in mean norms of the unit's group (:mod:`mmprune.score.sparse`). By
-            default scoring begins a fifth of the training later then.
         samples: images of the batch that the loss is traced and checked on.
         check: compare each cut with the masked model before it is kept.
         strict: a cut that fails the check ends the training; by default the groups of channels that
@@ -82,7 +79,6 @@ class PruneHook(Hook):
         steps: int | None = None,
         by_epoch: bool = False,
         schedule: str = 'linear',
-        sparse: float = 0.0,
         samples: int = 4,
         check: bool = True,
         strict: bool = False,
@@ -97,19 +93,11 @@ class PruneHook(Hook):
         for name, value, least in (('samples', samples, 1), ('recalibrate', recalibrate, 0)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise PruneError(f'PruneHook: {name}={value!r}: must be an integer >= {least}')
-        if isinstance(sparse, bool) or not isinstance(sparse, int | float) or sparse < 0:
-            raise PruneError(f'PruneHook: sparse={sparse!r}: must be a number >= 0')
-        if sparse and begin is None:
-            begin = WINDOW
         check_times(begin, end, interval, steps, by_epoch)
-        if sparse and not begin:
-            raise PruneError(
-                f'PruneHook: sparse={sparse!r}, begin={begin!r}: no iteration is left for it'
-            )
         target_at(1, 1, 0.5, schedule)  # an unknown schedule is an error now, not at the first cut
         self.requested_times = [begin, end, interval, steps, by_epoch]
         self.check, self.strict, self.schedule = check, strict, schedule
-        self.sparse, self.recalibrate, self.validate_first = sparse, recalibrate, validate_first
+        self.recalibrate, self.validate_first = recalibrate, validate_first
         self.compensate = compensate
         if not isinstance(distill, bool | dict):
             raise PruneError(
@@ -169,20 +157,14 @@ class PruneHook(Hook):
         return times
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        scoring, early = self.scoring, runner.iter < self.state.times.begin
-        waits = scoring.trace is None and (self.sparse or not early)
-        if waits and not self.state.is_done(unwrapped(runner.model), self.budget):
-            scoring.try_to_start(runner, data_batch, self.state)
-        if scoring.trace is not None and scoring.collector is None and not early:
-            scoring.watch(runner, scoring.trace)
+        started = self.scoring.trace is not None or runner.iter < self.state.times.begin
+        if not started and not self.state.is_done(unwrapped(runner.model), self.budget):
+            self.scoring.try_to_start(runner, data_batch, self.state)
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
     ) -> None:
         times, now = self.state.times, runner.iter + 1
-        if self.sparse and self.scoring.trace is not None and now <= times.begin:
-            # Growing, so that the loss can move to other units what it needs.
-            self.scoring.shrink(self.sparse * 2 * now / (times.begin * (times.begin + 1)))
         if self.scoring.trace is None or now <= times.begin or (now - times.begin) % times.interval:
             return
         last = self.state.metrics.get('unpruned', {}).get('iteration')

@@ -13,8 +13,6 @@ from mmprune.mm.hooks.running import unwrapped
 from mmprune.mm.model_modes import Runs, first_trace, runs_of, test_size
 from mmprune.score import Score
 from mmprune.score.collector import Collector
-from mmprune.score.sparse import shrink
-from mmprune.score.units import Units
 from mmprune.surgery.build import remaining
 
 PATIENCE = 20
@@ -39,7 +37,6 @@ class Scoring:
         self.collector: Collector | None = None
         self.scores_so_far: dict[str, Any] | None = None  # of a run that goes on, for the next trace
         self._waited = 0
-        self._units: Units | None = None
 
     def runs(self, runner: Runner, batch: Any, modes: frozenset[str]) -> Runs:
         """How the model is run on ``batch``."""
@@ -47,8 +44,8 @@ class Scoring:
         return runs_of(unwrapped(runner.model), batch, modes, self.samples, size)
 
     def try_to_start(self, runner: Runner, batch: Any, state: PruneState) -> None:
-        """Traces the model on ``batch``, unless trained layers took no part in it and later batches may
-        run them."""
+        """Traces the model on ``batch`` and scores from here on, unless trained layers took no part in
+        it and later batches may run them."""
         if self._waited not in LOOKS:
             self._waited += 1
             return
@@ -66,7 +63,8 @@ class Scoring:
                 f'{len(unused)} unused trainable parameters in {PATIENCE} batches, so what they are '
                 f'tied to was not seen: {", ".join(unused[:5])}. Lock their inputs by name'
             )
-        self.trace, self._waited, state.modes = graph, 0, runs.modes
+        self.watch(runner, graph)
+        self._waited, state.modes = 0, runs.modes
         if not state.start:
             state.start, state.report = remaining(model), report.before(graph)
         report.log_trace(runner.logger, graph, runs.counted_as)
@@ -81,15 +79,8 @@ class Scoring:
             collector.load_state_dict(self.scores_so_far)
         self.trace, self.collector, self.scores_so_far = graph, collector, None
 
-    def shrink(self, part: float) -> None:
-        """One step of sparse training (:func:`mmprune.score.sparse.shrink`)."""
-        assert self.trace is not None
-        self._units = self._units or Units(self.trace)
-        shrink(self._units, part)
-
     def close(self) -> None:
         """Scores no more."""
-        self._units = None
         if self.collector is not None:
             self.collector.close()
         self.trace = self.collector = None

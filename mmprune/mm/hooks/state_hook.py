@@ -34,7 +34,7 @@ class StateHook(Hook):
         saved = self._loaded.get('trace')  # not in checkpoints of mmprune 0.1.0
         self.scoring.scores_so_far = self._loaded['collector']
         if saved is not None:
-            self.scoring.trace = carry.from_state(saved, unwrapped(runner.model))
+            self.scoring.watch(runner, carry.from_state(saved, unwrapped(runner.model)))
         random_state.set_state(self._loaded['rng'])
         self._loaded = None
 

@@ -9,7 +9,7 @@ from mmengine.runner import Runner
 
 import mmprune
 from mmprune.mm.checkpoint import plan_from, read_checkpoint
-from mmprune.mm.hooks import PruneHook, running, scoring
+from mmprune.mm.hooks import PruneHook, running
 from mmprune.surgery.meta import META
 from tests.helpers.equality import assert_same
 from tests.helpers.hook_runs import config, train
@@ -137,27 +137,6 @@ def test_the_averaged_model_is_cut_too(tmp_path):
         assert shapes(resumed.model) == shapes(runner.model)
 
 
-def test_sparse_training_ends_where_scoring_begins_and_resumes(tmp_path, monkeypatch):
-    """9 iterations of it, 6 an epoch, with a kill between two of them; cuts after 14 and 19."""
-    seen = []
-    shrink = scoring.shrink
-    monkeypatch.setattr(scoring, 'shrink', lambda units, part: (seen.append(part), shrink(units, part)))
-    hook = dict(keep_flops=0.5, begin=9, interval=5, steps=2, sparse=0.6)
-    whole = train(config(tmp_path, epochs=4, hook=hook))
-    assert sum(seen) == pytest.approx(0.6) and seen == sorted(seen) and len(seen) == 9
-    assert [entry['iteration'] for entry in mmprune.plan_of(whole.model).history] == [14, 19]
-    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'epoch_1.pth'))
-    resumed = train(config(tmp_path, epochs=4, hook=hook), resume=True)
-    assert len(seen) == 9 + 3
-    assert mmprune.plan_of(resumed.model).keep == mmprune.plan_of(whole.model).keep
-    assert_same(whole.model.state_dict(), resumed.model.state_dict())
-
-
-def test_sparse_training_moves_the_first_cut(tmp_path):
-    runner = train(config(tmp_path, epochs=5, hook=dict(keep_flops=0.8, steps=3, sparse=0.3)))
-    assert [entry['iteration'] for entry in mmprune.plan_of(runner.model).history] == [8, 10, 12]
-
-
 @pytest.mark.parametrize(
     ('options', 'told'),
     [
@@ -169,9 +148,6 @@ def test_sparse_training_moves_the_first_cut(tmp_path):
         (dict(keep_flops=0.5, schedule='square'), "schedule='square': expected one of linear, cubic"),
         (dict(keep_flops=0.5, interval=0), 'interval=0: must be an integer >= 1'),
         (dict(keep_flops=0.5, steps=True), 'steps=True'),
-        (dict(keep_flops=0.5, sparse=-1), 'sparse=-1: must be a number >= 0'),
-        (dict(keep_flops=0.5, sparse=True), 'sparse=True: must be'),
-        (dict(keep_flops=0.5, sparse=0.5, begin=0), 'sparse=0.5, begin=0: no iteration is left for it'),
     ],
 )
 def test_bad_options_are_errors_at_once(options, told):
