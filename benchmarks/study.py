@@ -41,6 +41,8 @@ class Row:
             its config says.
         teacher: the name of the row whose last checkpoint, of the same seed, teaches it by the
             ``distill`` of its last hook; ``None``: the network that it starts from, if any.
+        reference: the name of the row that it is compared with; ``None``: the first one that is shown
+            and has the same ``start``.
         left: {``flops``, ``params``: the fraction that is left}, where its config is narrower and
             nothing is pruned.
         shown: whether it stands in the table.
@@ -52,6 +54,7 @@ class Row:
     options: Mapping[str, Any] = field(default_factory=dict)
     start: str | None = None
     teacher: str | None = None
+    reference: str | None = None
     left: Mapping[str, float] = field(default_factory=dict)
     shown: bool = True
 
@@ -275,7 +278,10 @@ def collect(study: Study, work_dir: Path, known: Sequence[Mapping[str, Any]] = (
                 runs[folder.name] = found | dict(row.left)
         if runs:
             runs = {seed: runs[seed] for seed in sorted(runs, key=int)}
-            about = {'name': row.name, 'label': row.label, 'shown': row.shown, 'start': row.start}
+            about = {
+                'name': row.name, 'label': row.label, 'shown': row.shown, 'start': row.start,
+                'reference': row.reference,
+            }  # fmt: skip
             rows.append(about | {'seeds': runs})
     return {
         'study': study.name, 'metric': study.metric, 'unit': study.unit, 'scale': study.scale,
@@ -294,9 +300,14 @@ def summary(row: Mapping[str, Any], scale: float) -> dict[str, Any]:
 
 
 def against(content: Mapping[str, Any], row: Mapping[str, Any]) -> list[float] | None:
-    """What a row has more than the first one that is shown and starts from the same weights, for each
-    seed that both have; ``None`` for that first one."""
-    alike = [each for each in content['rows'] if each['shown'] and each['start'] == row['start']]
+    """What a row has more than its ``reference``, or the first one that is shown and starts from the
+    same weights, for each seed that both have; ``None`` for the reference itself."""
+    name = row.get('reference')
+    alike = [
+        each
+        for each in content['rows']
+        if each['shown'] and (each['name'] == name if name else each['start'] == row['start'])
+    ]
     if not alike or alike[0] is row:
         return None
     first = alike[0]['seeds']
@@ -307,7 +318,7 @@ def against(content: Mapping[str, Any], row: Mapping[str, Any]) -> list[float] |
     ]
 
 
-HEAD = ('', 'seeds', 'FLOPs', 'parameters', '{unit}', 'spread', 'by seed, against the first')
+HEAD = ('', 'seeds', 'FLOPs', 'parameters', '{unit}', 'spread', 'by seed, against not pruned')
 
 
 def cells(content: Mapping[str, Any]) -> list[list[str]]:
@@ -385,6 +396,6 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
     axes.set_yticks(range(len(rows)), names, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(left=edge)
-    axes.set_xlabel(f'{content["unit"]} against the first row, seeds and mean (left of the FLOPs)')
+    axes.set_xlabel(f'{content["unit"]} against not pruned, seeds and mean (left of the FLOPs)')
     axes.grid(axis='x', linewidth=0.3)
     figure.savefig(path, dpi=110)

@@ -7,6 +7,7 @@ cut (or not, which is the baseline). A latency budget is measured while it train
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -15,45 +16,42 @@ from benchmarks import study
 from benchmarks.study import Row, Study
 
 CONFIG = 'configs/_base_/faster_rcnn_shapes.py'
-SECOND = {'optim_wrapper.optimizer.lr': 3e-4}
-"""The rate of the second half, as in docs/tutorial.md."""
-FULL = {'optim_wrapper.optimizer.lr': 1e-3}
-"""That of the first half again."""
+LOW = {'optim_wrapper.optimizer.lr': 3e-4}
+"""A third of the rate, in the second half."""
 
 
-def pruned(name: str, label: str, common: dict | None = None, **options) -> Row:
-    """A row that is cut from the first epoch of its second half on, in steps of 8 channels."""
-    options = {'divisor': 8} | options
-    return study.pruned(CONFIG, name, label, SECOND | (common or {}), **options)
+def pruned(name: str, label: str, **options) -> Row:
+    """A row that is cut from the first epoch of its second half on."""
+    return study.pruned(CONFIG, name, label, **options)
+
+
+def low(name: str, label: str, **options) -> Row:
+    """The same at a third of the rate, in steps of 8 channels."""
+    row = study.pruned(CONFIG, f'{name}_low', label, LOW, **({'divisor': 8} | options))
+    return replace(row, reference='dense_low')
+
+
+def dense_low(name: str, label: str) -> Row:
+    return Row(name, label, CONFIG, LOW, start='start', reference='dense_low')
+
+
+def by(cost: str) -> dict:
+    return dict(score=dict(name='taylor', per=cost))
 
 
 STUDY = Study(
     'shapes',
     rows=[
         Row('start', 'the dense network that all others start from', CONFIG, shown=False),
-        Row('dense', 'not pruned', CONFIG, SECOND, start='start'),
-        pruned('default', "mmprune's default", divisor='auto'),
-        pruned('eights', 'widths in steps of 8'),
+        Row('dense', 'not pruned', CONFIG, start='start'),
+        pruned('default', "mmprune's default"),
+        pruned('eights', 'widths in steps of 8', divisor=8),
         pruned('unrounded', 'widths not rounded', divisor=1),
-        pruned('coarse', 'widths in steps of 16', divisor=16),
-        pruned('distill', 'with distillation', distill=True),
+        pruned('memory', 'scores by memory', **by('memory')),
+        pruned('flops', 'scores by FLOPs', **by('flops')),
         pruned('plain', 'without compensation', compensate=False),
-        pruned('memory', 'scores by memory', score=dict(name='taylor', per='memory')),
-        pruned('flops', 'scores by FLOPs', score=dict(name='taylor', per='flops')),
-        pruned(
-            'floor',
-            'scores by memory, no group below half of its units',
-            score=dict(name='taylor', per='memory'),
-            keep_channels=0.5,
-        ),
-        pruned('later', 'cuts in the second fifth', begin=0.2, end=0.4),
-        study.sparsely(
-            pruned('sparse', 'the same behind sparse training', begin=0.2, end=0.4), end=0.2
-        ),
-        study.sparsely(
-            Row('dense_sparse', 'not pruned, sparse training', CONFIG, SECOND, start='start'), end=0.2
-        ),
-        pruned('default_30', 'widths in steps of 8, 30 % of the FLOPs', keep_flops=0.3),
+        pruned('distill', 'with distillation', distill=True),
+        pruned('default_30', "mmprune's default, 30 % of the FLOPs", keep_flops=0.3),
         pruned(
             'latency',
             'half the time in ONNX Runtime, 10 cuts',
@@ -61,8 +59,21 @@ STUDY = Study(
             backend='onnxruntime',
             steps=10,
         ),
-        Row('dense_full', 'not pruned, full rate', CONFIG, FULL, start='start'),
-        pruned('default_full', "mmprune's default, full rate", common=FULL),
+        dense_low('dense_low', 'not pruned, a third of the rate'),
+        low('auto', "steps of widths by 'auto'", divisor='auto'),
+        low('eights', 'steps of 8'),
+        low('unrounded', 'not rounded', divisor=1),
+        low('memory', 'steps of 8, by memory', **by('memory')),
+        low('flops', 'steps of 8, by FLOPs', **by('flops')),
+        low(
+            'floor',
+            'steps of 8, by memory, no group below half of its units',
+            keep_channels=0.5,
+            **by('memory'),
+        ),
+        low('later', 'steps of 8, cuts in the second fifth', begin=0.2, end=0.4),
+        study.sparsely(low('sparse', 'the same behind sparse training', begin=0.2, end=0.4), end=0.2),
+        study.sparsely(dense_low('dense_sparse_low', 'not pruned, sparse training'), end=0.2),
     ],
     metric='coco/bbox_mAP',
     unit='AP',
