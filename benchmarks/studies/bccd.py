@@ -85,6 +85,8 @@ BY_MEMORY = [
 """What was run when memory was what the hook set scores against, from weights of another processor, on
 which the same seeds end elsewhere."""
 
+FISHER = dict(name='fisher', per='work')
+
 STUDY = Study(
     'bccd',
     rows=[
@@ -109,7 +111,8 @@ STUDY = Study(
         pruned('flops', 'scores by FLOPs', score=dict(name='taylor', per='flops')),
         pruned('none', 'scores by nothing', score=dict(name='taylor', per='none')),
         pruned('longer', 'cuts in two fifths of the training', end=0.4),
-        pruned('fisher', 'Fisher', score=dict(name='fisher', per='work')),
+        pruned('fisher', 'Fisher', score=FISHER),
+        pruned('fisher_30', 'Fisher, 30 %', score=FISHER, keep_flops=0.3),
         pruned('default_70', "mmprune's default, 70 % of the FLOPs", keep_flops=0.7),
         pruned('default_30', "mmprune's default, 30 % of the FLOPs", keep_flops=0.3),
         pruned('sixteens_30', 'widths in steps of 16, 30 %', keep_flops=0.3, divisor=16),

@@ -39,6 +39,8 @@ def by(cost: str) -> dict:
     return dict(score=dict(name='taylor', per=cost))
 
 
+FISHER = dict(name='fisher', per='work')
+
 STUDY = Study(
     'shapes',
     rows=[
@@ -49,9 +51,11 @@ STUDY = Study(
         pruned('unrounded', 'widths not rounded', divisor=1),
         pruned('memory', 'scores by memory', **by('memory')),
         pruned('flops', 'scores by FLOPs', **by('flops')),
+        pruned('fisher', 'Fisher', score=FISHER),
         pruned('plain', 'without compensation', compensate=False),
         pruned('distill', 'with distillation', distill=True),
         pruned('default_30', "mmprune's default, 30 % of the FLOPs", keep_flops=0.3),
+        pruned('fisher_30', 'Fisher, 30 %', score=FISHER, keep_flops=0.3),
         pruned(
             'latency',
             'half the time in ONNX Runtime, 10 cuts',
