@@ -37,9 +37,9 @@ WEIGHTS = Path(os.environ.get('MMPRUNE_WEIGHTS', SHARED / 'weights')) / 'yolox_n
 SIZE, BATCHES = (416, 416), 20
 
 
-def by(cost: str, **options) -> dict[str, Any]:
-    """One cut by ``taylor`` against a cost, but for what is said."""
-    how = dict(score=dict(name='taylor', per=cost), steps=1, compensate=False, recalibrate=False)
+def by(cost: str, name: str = 'taylor', **options) -> dict[str, Any]:
+    """One cut by a score against a cost, but for what is said."""
+    how = dict(score=dict(name=name, per=cost), steps=1, compensate=False, recalibrate=False)
     return how | options
 
 
@@ -51,6 +51,8 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     'compensated': ('by FLOPs, compensated', by('flops', compensate=True)),
     'both': ('by FLOPs, both', by('flops', compensate=True, recalibrate=True)),
     'work': ('by work, compensated', by('work', compensate=True)),
+    'fisher': ('Fisher by work, compensated', by('work', 'fisher', compensate=True)),
+    'fisher_flops': ('Fisher by FLOPs, compensated', by('flops', 'fisher', compensate=True)),
     'steps': ('by FLOPs, compensated, 10 cuts', by('flops', compensate=True, steps=10)),
     'work_steps': ('by work, compensated, 10 cuts', by('work', compensate=True, steps=10)),
     'memory_steps': ('by memory, compensated, 10 cuts', by('memory', compensate=True, steps=10)),

@@ -26,6 +26,20 @@ def fisher(units: Units) -> torch.Tensor:
     return examples_of(units).square().mean(0) / 2
 
 
+@criterion('taylor2', needs='examples')
+def taylor2(units: Units) -> torch.Tensor:
+    """``|dL/dgate| + h / 2``: how much the loss may change to second order when the gate closes. The
+    curvature ``h`` is the mean over N examples of the square of the derivative of each one's own loss,
+    N times its part of a mean (Theis et al., "Faster gaze prediction with dense networks and Fisher
+    pruning", 2018, eq. 7, with the first-order term, which is zero only at a minimum).
+
+    The first order alone is far too low for a channel that many layers read, such as a residual
+    stream's. Scaled losses (AMP, accumulated gradients) shift the weight between the two terms."""
+    examples = examples_of(units)
+    own = examples.shape[0] * examples
+    return examples.sum(0).abs() + own.square().mean(0) / 2
+
+
 def examples_of(units: Units) -> torch.Tensor:
     """``units.examples``, which the collector sets for a criterion that needs them."""
     assert units.examples is not None

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / 'shared'
 DATA = {
     'MMPRUNE_BCCD': SHARED / 'data' / 'bccd',
+    'MMPRUNE_CIFAR': SHARED / 'data' / 'cifar10_jpg.zip',
     'MMPRUNE_COCO': SHARED / 'data' / 'coco_subset',
     'MMPRUNE_FACE68': SHARED / 'data' / 'face68',
     'MMPRUNE_WEIGHTS': SHARED / 'weights',
@@ -26,10 +27,11 @@ def study(name, *options, needs=()):
     for variable, path in paths.items():
         if not Path(path).exists():
             pytest.skip(f'{path} does not exist: set {variable}')
+    search = os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])
     done = subprocess.run(
         [sys.executable, f'benchmarks/studies/{name}.py', *map(str, options)],
         cwd=ROOT,
-        env=os.environ | paths | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'},
+        env=os.environ | paths | {'PYTHONPATH': search, 'OMP_NUM_THREADS': '1'},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -69,3 +71,19 @@ def test_yolox_nano(tmp_path):
     )
     found = json.loads(out.read_text())
     assert 0 <= found['compensated']['0.9'] <= 1 and found['dense'] > 0
+
+
+@pytest.mark.parametrize('row', ['default', 'torch_pruning_sparse'])
+def test_cifar10(row, tmp_path):
+    if 'torch_pruning' in row:
+        pytest.importorskip('torch_pruning', reason='pip install torch-pruning==1.6.1')
+    work_dir, needs = tmp_path / 'runs', ('MMPRUNE_CIFAR', 'MMPRUNE_WEIGHTS')
+    options = '--rows', row, '--short', '--work-dir', work_dir
+    study('cifar10', *options, needs=needs)
+    (found,) = json.loads((work_dir / 'cifar10.json').read_text())['rows']
+    run = found['seeds']['0']
+    assert found['name'] == row and 0.45 < run['flops'] <= 1 / 2.1 and run['params'] < 1
+    assert run['curve'].keys() == {'0', '10'} and run['metric'] == run['curve']['10']
+    ended = (work_dir / row / '0.json').stat().st_mtime_ns
+    assert found['label'] in study('cifar10', *options, needs=needs)  # it is done already
+    assert ended == (work_dir / row / '0.json').stat().st_mtime_ns

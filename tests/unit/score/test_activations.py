@@ -132,6 +132,15 @@ def test_fisher_squares_the_sum_over_readers_of_each_example():
     np.testing.assert_allclose(collector.scores(), (each**2).mean(0) / 2, rtol=1e-3, atol=1e-9)
 
 
+def test_taylor2_adds_the_curvature_of_the_examples_own_losses():
+    model = Net(4).eval()
+    x = torch.randn(3, 3, 8, 8)
+    traced, collector = collect(model, 'taylor2', x)
+    each = single_gradients(model, Units(traced), x).double().numpy()  # of a mean over three
+    wanted = np.abs(each.sum(0)) + ((3 * each) ** 2).mean(0) / 2
+    np.testing.assert_allclose(collector.scores(), wanted, rtol=1e-3, atol=1e-9)
+
+
 def test_taylor_activation_is_equation_8_and_10_of_the_paper():
     """Feature maps of 6 and 4 channels, read by one layer each: written out by autograd."""
     torch.manual_seed(0)
