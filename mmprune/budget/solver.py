@@ -30,7 +30,8 @@ def solve(
     greedy search divides by it, and no exchange may take more of it. Both start at level 0. The target
     must be within reach. ``final``: the target of the last of several cuts, this one's if it is left
     out. What a large block saves beyond it is of no use, so there it is compared with smaller ones
-    (which may take as much more of ``other``, in relation); before that later cuts save so much less.
+    (which may take more of ``other``, by as large a part as ``cost`` may rise up to the target); before
+    that later cuts save so much less.
     Where it is given and missed by more than ``MISSED``, these may lose more than the block, by as much
     as it saves more than was wanted: scores say what single units lose, and little of what a large part
     of a layer does.
@@ -45,12 +46,12 @@ def solve(
         return (target if final is None else final) - cost.value
 
     for _ in ladders:  # what is lost falls: it ends long before
-        if wasted() <= WASTE * whole or not search.split_block(wasted()):
+        if wasted() <= WASTE * whole or not search.split_block():
             break
         search.exchange()
     for _ in ladders:
         missed = final is not None and wasted() > MISSED * whole
-        if not missed or not search.split_block(wasted(), at_a_price=True):
+        if not missed or not search.split_block(at_a_price=True):
             break
     return levels.tolist()
 
@@ -62,7 +63,7 @@ MISSED = 0.01
 """And without another look at what loses more."""
 
 LARGE = 4
-"""Blocks, those that lose most, that :meth:`_Search.split_block` tries."""
+"""Blocks that :meth:`_Search.split_block` tries: those that lose, or at a price save, most."""
 
 
 class _Search:
@@ -129,25 +130,30 @@ class _Search:
             )
         return sorted(found, key=lambda step: step[0])
 
-    def split_block(self, wasted: float, at_a_price: bool = False) -> bool:
+    def split_block(self, at_a_price: bool = False) -> bool:
         """Puts the last block of a ladder back and takes the best of those that are no larger than what
         is missing then; where that does not lose less in all, or takes more of the other cost by a
-        larger part than ``wasted`` is of the cost, everything is as before. ``at_a_price``: they may
-        lose as many times more than the block as it saves more than what is missing without it, if it
-        is more than a unit."""
+        larger part than the cost may rise, everything is as before. ``at_a_price``: they may lose as
+        many times more than the block as it saves more than what is missing without it, if it is more
+        than a unit."""
         before, lost, value = self.levels.copy(), self._total(), self.cost.value
-        most = np.inf if self.other is None else self.other.value * (1 + wasted / value)
-        blocks = sorted(
-            (float(ladder.lost[at] - ladder.lost[at - 1]), number)
-            for number, (ladder, at) in enumerate(zip(self.ladders, before.tolist(), strict=True))
-            if at and (not at_a_price or ladder.gone[at] - ladder.gone[at - 1] > 1)
-        )
-        for alone, number in blocks[: -LARGE - 1 : -1]:
+        most = np.inf if self.other is None else self.other.value * self.limit / value
+        upper = np.maximum(before - 1, 0)
+        alone, units = -self._lost(upper), [ladder.gone for ladder in self.ladders]
+        lower = np.minimum(before + 1, self.last)
+        size = self.cost.neighbours(upper, lower)[0] if at_a_price else alone
+        blocks = [
+            number
+            for number in np.argsort(size, kind='stable').tolist()
+            if before[number]
+            and (not at_a_price or units[number][before[number]] - units[number][upper[number]] > 1)
+        ]
+        for number in blocks[: -LARGE - 1 : -1]:
             self.move(number, int(before[number]) - 1)
             most_lost = lost - TOLERANCE * abs(lost)
             if at_a_price and self.cost.value > self.limit:
                 times = (self.cost.value - value) / (self.cost.value - self.limit)
-                most_lost = lost + (times - 1) * max(alone, 0.0)
+                most_lost = lost + (times - 1) * max(float(alone[number]), 0.0)
             filled = self._fill(number, most_lost)
             filled = filled and (not at_a_price or self.cost.value > value)
             if filled and (self.other is None or self.other.value <= most):

@@ -185,6 +185,14 @@ def test_a_block_that_overshoots_gives_way_to_several_small_ones(gap, small):
     assert levels[0] == 0 and sum(levels) == small and lost(ladders, levels) < 3
 
 
+def test_it_does_so_before_the_last_cut_too_where_that_would_be_overshot():
+    """Scores are set against another cost, which rises as the smaller ones take the block's place."""
+    ladders, cost = coarse_and_fine()
+    _, other = coarse_and_fine()
+    levels = solve(ladders, cost, cost.value - 4, other, final=cost.value - 10)
+    assert levels[0] == 0 and sum(levels) == 3
+
+
 def test_but_not_where_a_later_cut_needs_what_it_saves():
     ladders, cost = coarse_and_fine()
     levels = solve(ladders, cost, cost.value - 4, final=cost.value - 40)
