@@ -27,7 +27,7 @@ def pruned(name: str, label: str, **options) -> Row:
 
 def low(name: str, label: str, **options) -> Row:
     """The same at a third of the rate, in steps of 8 channels."""
-    row = study.pruned(CONFIG, f'{name}_low', label, LOW, **({'divisor': 8} | options))
+    row = study.pruned(CONFIG, f'{name}_low', f'low rate: {label}', LOW, **({'divisor': 8} | options))
     return replace(row, reference='dense_low')
 
 
@@ -63,7 +63,7 @@ STUDY = Study(
             backend='onnxruntime',
             steps=10,
         ),
-        dense_low('dense_low', 'not pruned, a third of the rate'),
+        dense_low('dense_low', 'low rate: not pruned'),
         low('auto', "steps of widths by 'auto'", divisor='auto'),
         low('eights', 'steps of 8'),
         low('unrounded', 'not rounded', divisor=1),
@@ -76,8 +76,8 @@ STUDY = Study(
             **by('memory'),
         ),
         low('later', 'steps of 8, cuts in the second fifth', begin=0.2, end=0.4),
-        study.sparsely(low('sparse', 'the same behind sparse training', begin=0.2, end=0.4), end=0.2),
-        study.sparsely(dense_low('dense_sparse_low', 'not pruned, sparse training'), end=0.2),
+        study.sparsely(low('sparse', 'those behind sparse training', begin=0.2, end=0.4), end=0.2),
+        study.sparsely(dense_low('dense_sparse_low', 'low rate: not pruned, sparse training'), end=0.2),
     ],
     metric='coco/bbox_mAP',
     unit='AP',
