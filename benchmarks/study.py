@@ -396,6 +396,7 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
     axes.set_yticks(range(len(rows)), names, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(left=edge)
-    axes.set_xlabel(f'{content["unit"]} against not pruned, seeds and mean (left of the FLOPs)')
+    told = f'{content["unit"]} against not pruned: seeds and their mean (left of the FLOPs)'
+    figure.supxlabel(told, fontsize=9)
     axes.grid(axis='x', linewidth=0.3)
     figure.savefig(path, dpi=110)

@@ -94,7 +94,7 @@ STUDY = Study(
         Row('dense', 'not pruned', CONFIG, SECOND, start='start'),
         pruned('default', "mmprune's default"),
         pruned('later', 'cuts in the second fifth', begin=0.2),
-        study.sparsely(pruned('sparse', 'the same behind sparse training', begin=0.2), end=0.2),
+        study.sparsely(pruned('sparse', 'later, behind sparse training', begin=0.2), end=0.2),
         pruned('sixteens', 'widths in steps of 16', divisor=16),
         pruned('distill', 'with distillation', distill=True),
         pruned(
