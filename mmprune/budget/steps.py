@@ -21,8 +21,8 @@ SMALL = (8, 4, 2, 1)
 """Widths below a measured divisor that ``'auto'`` allows: a layer may still become narrow."""
 
 PARTS = 4
-"""A step of ``'auto'`` is no more than a quarter of a width, where ``LEAST`` allows: larger ones lose
-more score than they save time (docs/results.md)."""
+"""A step of ``'auto'`` is no more than a quarter of a width, where ``LEAST`` allows: at equal FLOPs
+larger ones lose more score. They are faster, and at equal time lose no more (docs/results.md)."""
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,8 @@ def taylor2(units: Units) -> torch.Tensor:
     N times its part of a mean (Theis et al., "Faster gaze prediction with dense networks and Fisher
     pruning", 2018, eq. 7, with the first-order term, which is zero only at a minimum).
 
-    The first order alone is far too low for a channel that many layers read, such as a residual
-    stream's. Scaled losses (AMP, accumulated gradients) shift the weight between the two terms."""
+    The first order alone was far too low for a channel that many layers read, a residual stream's
+    (docs/results.md). Scaled losses (AMP, accumulated gradients) shift the weight between the two."""
     examples = examples_of(units)
     own = examples.shape[0] * examples
     return examples.sum(0).abs() + own.square().mean(0) / 2

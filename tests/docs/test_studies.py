@@ -65,6 +65,9 @@ def test_a_row_is_set_against_the_first_of_its_own_start():
     found = [studies.against(content, row) for row in content['rows'][1:]]
     assert found[0] is None and found[1] == [pytest.approx(-10)]
     assert found[2] is None and found[3] == [0, 0]
+    named = other | {'name': 'named', 'reference': 'dense'}
+    content = CONTENT | {'rows': [*CONTENT['rows'], other, named]}
+    assert studies.against(content, named) == [pytest.approx(-10)]
 
 
 def test_runs_of_before_stay_where_the_work_directory_has_none(tmp_path):
