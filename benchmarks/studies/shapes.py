@@ -41,6 +41,18 @@ def by(cost: str) -> dict:
 
 FISHER = dict(name='fisher', per='work')
 
+NARROW = {
+    'model.backbone.base_channels': 22,
+    'model.neck.in_channels': [22, 44, 88, 176],
+    'model.neck.out_channels': 45,
+    'model.rpn_head.in_channels': 45,
+    'model.rpn_head.feat_channels': 45,
+    'model.roi_head.bbox_roi_extractor.out_channels': 45,
+    'model.roi_head.bbox_head.in_channels': 45,
+    'model.roi_head.bbox_head.fc_out_channels': 180,
+}
+"""The same detector with half of the FLOPs from the start on."""
+
 STUDY = Study(
     'shapes',
     rows=[
@@ -56,6 +68,18 @@ STUDY = Study(
         pruned('distill', 'with distillation', distill=True),
         pruned('default_30', "mmprune's default, 30 % of the FLOPs", keep_flops=0.3),
         pruned('fisher_30', 'Fisher, 30 %', score=FISHER, keep_flops=0.3),
+        Row(
+            'narrow_start', 'the narrow network that "narrow" starts from', CONFIG, NARROW, shown=False
+        ),
+        Row(
+            'narrow',
+            'narrower from the start on, not pruned',
+            CONFIG,
+            NARROW,
+            start='narrow_start',
+            reference='dense',
+            left=dict(flops=0.497, params=0.479),
+        ),
         pruned(
             'latency',
             'half the time in ONNX Runtime, 10 cuts',
@@ -63,6 +87,7 @@ STUDY = Study(
             backend='onnxruntime',
             steps=10,
         ),
+        pruned('same_time', '40 % of the FLOPs, which is half of that time', keep_flops=0.4),
         dense_low('dense_low', 'low rate: not pruned'),
         low('auto', "steps of widths by 'auto'", divisor='auto'),
         low('eights', 'steps of 8'),

@@ -3,9 +3,10 @@
 Convolutions and matrix products of a traced run are timed one by one at the steps that their widths go
 in (:mod:`mmprune.budget.op_times`). In the network they run with other neighbours, other caches, fused
 with what follows; their weights come from memory, where an operation that is timed alone finds them in
-the cache; norms, activations and pooling go by the elements that are written; and some time no cut
-saves, or was paid too often by operations alone. How much each of the four weighs is fitted to timings
-of the whole network, unpruned, cut evenly, and cut as the scores at hand would.
+the cache; norms, activations and pooling go by the elements that are written, which take longer in one
+part of the model (where RoIs are pooled) than in another; and some time no cut saves, or was paid too
+often by operations alone. How much each of these weighs is fitted to timings of the whole network,
+unpruned, cut evenly, and cut as the scores at hand would.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ from mmprune.budget.runtimes import Prepare, prepare_for, versions
 from mmprune.contexts import Forward, evaluating, tensors_in, unchanged
 from mmprune.errors import PruneError
 from mmprune.graph import cost
-from mmprune.graph.cost import Product, Term
+from mmprune.graph.cost import CostPolynomial, Product, Term
 from mmprune.graph.coupling import ChannelGraph, components, slots_for
 from mmprune.graph.registry import is_contraction
 from mmprune.graph.tracer import Tracer, trace_runs
@@ -42,11 +43,14 @@ EVENLY = (0.85, 0.75, 0.6, 0.5, 0.35, 0.2)
 """Fractions of every group's units at which the whole network is timed too; where scores are at hand
 every other one, and"""
 
-BY_SCORE = (0.85, 0.6, 0.4, 0.25)
+BY_SCORE = (0.88, 0.75, 0.6, 0.45, 0.35, 0.25)
 """fractions of its FLOPs, cut as the scores at hand say: what they leave is far from even."""
 
 SECONDS, MOST_TURNS = 1.0, 31
 """What the runs of the unpruned network may take while another is timed, and in how many turns."""
+
+LARGEST_PARTS = 4
+"""Parts of the model that have a weight of their own, those that write most; all others share one."""
 
 STARTING = 0.9
 """The part of an operation's time at its narrowest that may be what it costs to start it alone."""
@@ -55,16 +59,17 @@ STARTING = 0.9
 class Latency:
     """Seconds of a run when only the units in ``keep`` (n_units, bool) stay: ``latency(keep)``.
 
-    That is ``weights[0]`` times the seconds of the table, ``weights[1]`` times the fraction of elements
-    of activations that are still written, ``weights[2]`` times the fraction of parameters that are
-    still read, and ``weights[3]`` seconds whatever goes (below zero where operations take longer
-    alone).
+    That is ``weights[0]`` times the seconds of the table, for each part of the model a weight times the
+    fraction of its elements of activations that are still written, one times the fraction of parameters
+    that are still read, and ``weights[-1]`` seconds whatever goes (below zero where operations take
+    longer alone).
 
     Args:
         ops: the contractions of the run.
         table: {key of an op: its :class:`Lookup`}.
         divisor: the steps that the table was taken at, or what ``'auto'`` stood for.
-        weights: seconds a second of the table, a full set of activations, one of parameters, and a run.
+        weights: seconds a second of the table, a full set of the activations of each of :attr:`parts`,
+            one of parameters, and a run; left out, a second for a second and nothing else.
     """
 
     def __init__(
@@ -73,16 +78,17 @@ class Latency:
         ops: list[Op],
         table: dict[tuple, Lookup],
         divisor: int,
-        weights: Sequence[float] = (1.0, 0.0, 0.0, 0.0),
+        weights: Sequence[float] | None = None,
     ) -> None:
         self.divisor, self.ops, self.table = divisor, ops, table
-        self.weights = tuple(weights)
         everything = np.ones(trace.n_units, dtype=bool)
-        sums = (cost.memory(trace), cost.params(trace))
+        self.parts, sums = elements_by_part(trace)
+        sums.append(cost.params(trace))
+        self.weights = tuple(weights or (1.0, *(0.0 for _ in sums), 0.0))
         self._sums = [(terms, terms(everything) or 1.0) for terms in sums]
 
     def features(self, keep: np.ndarray) -> tuple[float, ...]:
-        """(seconds by the table, fraction of elements written, fraction of parameters, 1)."""
+        """(seconds by the table, the fraction of each part's elements, that of parameters, 1)."""
         stays = np.append(keep, True)  # unit -1, what is locked, is the last
         seconds = sum(
             op.calls * float(self.table[op.key]([stays[units].sum() for units in op.widths]))
@@ -122,6 +128,17 @@ class Latency:
             axes += op.widths
             found.append((Scaled(self.table[op.key], of_table * op.calls), numbers))
         return axes, found
+
+
+def elements_by_part(trace: ChannelGraph) -> tuple[list[str], list[CostPolynomial]]:
+    """(names, elements of activations of each): parts that write most, and ``''`` for all others."""
+    terms: dict[str, list[tuple[float, list[np.ndarray]]]] = {}
+    for term in trace.profile.activations:
+        terms.setdefault(cost.part_of(term.where), []).append((term.count, term.axes))
+    most = sorted(terms, key=lambda name: -sum(count for count, _ in terms[name]))
+    others = [term for name in most[LARGEST_PARTS:] for term in terms[name]]
+    found = {name: terms[name] for name in most[:LARGEST_PARTS]} | ({'': others} if others else {})
+    return list(found), [CostPolynomial(trace, each) for each in found.values()]
 
 
 class _Tensor(NamedTuple):

@@ -130,7 +130,7 @@ class TwoStageNetwork(nn.Module):
         model, size = self.model, images.shape[-2:]
         features = model.extract_feat(images)
         with traceable_rois(model.roi_head):
-            found = proposals(model.rpn_head, features, size, self.rpn_nms)
+            found = proposals(model.rpn_head, model.rpn_head(features), size, self.rpn_nms)
             rois, there = rois_of(found.boxes, size), found.scores > NOT_A_CANDIDATE
             head = model.roi_head
             forward = refined if isinstance(head, CascadeRoIHead) else once
@@ -145,17 +145,17 @@ class TwoStageNetwork(nn.Module):
         """The heads' own outputs: the RPN's, then the RoIs, their logits and offsets."""
         model, size = self.model, images.shape[-2:]
         features = model.extract_feat(images)
+        raw = model.rpn_head(features)
         with traceable_rois(model.roi_head):
-            found = proposals(model.rpn_head, features, size, self.rpn_nms)
+            found = proposals(model.rpn_head, raw, size, self.rpn_nms)
             forward = refined if isinstance(model.roi_head, CascadeRoIHead) else once
             _, *stage = forward(model.roi_head, features, rois_of(found.boxes, size), size)
-        return (*model.rpn_head(features), *stage)
+        return (*raw, *stage)
 
 
-def proposals(rpn: nn.Module, features: tuple[Tensor, ...], size: Size, nms) -> Candidates:
-    """The RPN's ``max_per_img`` best boxes; levels do not suppress each other."""
-    cfg = rpn.test_cfg
-    cls_scores, bbox_preds = rpn(features)
+def proposals(rpn: nn.Module, raw: tuple[list[Tensor], list[Tensor]], size: Size, nms) -> Candidates:
+    """The ``max_per_img`` best boxes of an RPN's outputs ``raw``; levels do not suppress each other."""
+    cfg, (cls_scores, bbox_preds) = rpn.test_cfg, raw
     parts = []
     for level, priors in enumerate(priors_of(rpn, cls_scores)):
         scores = activated(rpn, flat(cls_scores[level], rpn.cls_out_channels)).flatten(1)

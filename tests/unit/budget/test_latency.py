@@ -88,16 +88,19 @@ def test_all_units_take_the_time_of_a_whole_run_and_fewer_take_less(model, trace
 def test_a_runs_time_is_that_of_all_calls_and_of_the_rest_by_what_it_writes(traced):
     op = Op(None, (), {}, [np.arange(4), np.array([-1, -1, 4, 5])], calls=3)
     at = lambda counts: 1 + counts[0] / 4 + 10 * counts[1] / 4  # noqa: E731
-    latency = timing.Latency(traced, [op], {op.key: at}, 1, weights=(2.0, 3.0, 0.25, 0.5))
+    parts, sums = timing.elements_by_part(traced)
+    of_parts = [1.0 + number for number in range(len(parts))]
+    latency = timing.Latency(traced, [op], {op.key: at}, 1, weights=(2.0, *of_parts, 0.25, 0.5))
     keep = np.ones(traced.n_units, dtype=bool)
-    assert latency(keep) == 2 * 3 * (1 + 1 + 10) + 3 + 0.25 + 0.5
-    memory, params = mmprune.graph.cost.memory(traced), mmprune.graph.cost.params(traced)
-    whole, weights = memory(keep), params(keep)
+    assert latency(keep) == pytest.approx(2 * 3 * (1 + 1 + 10) + sum(of_parts) + 0.25 + 0.5)
+    params = mmprune.graph.cost.params(traced)
+    wholes, weights = [memory(keep) for memory in sums], params(keep)
     keep[[0, 4]] = False
-    assert memory(keep) < whole
+    left = [memory(keep) / whole for memory, whole in zip(sums, wholes, strict=True)]
+    assert min(left) < 1
     # Of the second width two positions are locked: they stay.
-    left = 3 * memory(keep) / whole + 0.25 * params(keep) / weights + 0.5
-    assert latency(keep) == pytest.approx(2 * 3 * (1 + 0.75 + 7.5) + left)
+    rest = np.dot(of_parts, left) + 0.25 * params(keep) / weights + 0.5
+    assert latency(keep) == pytest.approx(2 * 3 * (1 + 0.75 + 7.5) + rest)
     # The search is told the same.
     axes, terms = latency.terms()
     stays = np.append(keep, True)
@@ -105,8 +108,27 @@ def test_a_runs_time_is_that_of_all_calls_and_of_the_rest_by_what_it_writes(trac
     assert sum(f([counts[n] for n in numbers]) for f, numbers in terms) == pytest.approx(latency(keep))
 
 
-def test_weights_are_those_of_the_whole_networks_times(traced):
-    """0.7 of the table, 3 s of activations, 1 s of weights, 0.2 s that no cut saves: all are found."""
+def test_parts_that_write_most_have_a_weight_of_their_own(traced):
+    """Together they write what the model does; the parts beyond ``LARGEST_PARTS`` are one."""
+    everything = np.ones(traced.n_units, dtype=bool)
+    keep = np.arange(traced.n_units) % 2 > 0
+    memory = mmprune.graph.cost.memory(traced)
+    found = {}
+    for most in (1, 2, 100):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(timing, 'LARGEST_PARTS', most)
+            parts, sums = timing.elements_by_part(traced)
+        found[most] = parts
+        assert sum(each(keep) for each in sums) == pytest.approx(memory(keep))
+    written = [each(everything) for each in sums]
+    assert len(parts) > 3 and '' not in parts and written == sorted(written, reverse=True)
+    assert found[1] == [parts[0], ''] and found[2] == [*parts[:2], '']
+
+
+def test_weights_are_those_of_the_whole_networks_times(traced, monkeypatch):
+    """0.7 of the table, 2 and 3 s of activations, 1 s of weights, 0.2 s that no cut saves: all are
+    found."""
+    monkeypatch.setattr(timing, 'LARGEST_PARTS', 1)
     first, second = (group.units for group in traced.groups[:2])
     op = Op(None, (), {}, [first, second], calls=2)
     points = [list(range(1, len(units) + 1)) for units in (first, second)]
@@ -114,16 +136,16 @@ def test_weights_are_those_of_the_whole_networks_times(traced):
     table = {op.key: Lookup(points, values, [first.size, second.size], [1, 1])}
     latency = timing.Latency(traced, [op], table, divisor=1)
     rng = np.random.default_rng(0)
-    keeps = [rng.random(traced.n_units) < part for part in (1, 0.8, 0.6, 0.4, 0.2)]
-    wanted = [float(np.dot((0.7, 3.0, 1.0, 0.2), latency.features(keep))) for keep in keeps]
+    keeps = [rng.random(traced.n_units) < part for part in (1, 0.8, 0.7, 0.6, 0.4, 0.2)]
+    wanted = [float(np.dot((0.7, 2.0, 3.0, 1.0, 0.2), latency.features(keep))) for keep in keeps]
     latency.fit(keeps, wanted)
-    assert latency.weights == pytest.approx((0.7, 3.0, 1.0, 0.2), rel=1e-6)
+    assert latency.weights == pytest.approx((0.7, 2.0, 3.0, 1.0, 0.2), rel=1e-6)
     assert [latency(keep) for keep in keeps] == pytest.approx(wanted)
     # Operations alone took 2 s more than in the network, of 4 s that the narrowest take there.
     latency.fit(keeps, [seconds - 2 for seconds in wanted])
-    assert latency.weights == pytest.approx((0.7, 3.0, 1.0, -1.8), rel=1e-6)
+    assert latency.weights == pytest.approx((0.7, 2.0, 3.0, 1.0, -1.8), rel=1e-6)
     latency.fit(keeps, [seconds - 10 for seconds in wanted])
-    assert latency.weights[3] >= -4 * latency.weights[0] and min(latency.weights[:3]) >= 0
+    assert latency.weights[-1] >= -4 * latency.weights[0] and min(latency.weights[:-1]) >= 0
     assert latency(np.zeros(traced.n_units, dtype=bool)) > 0
 
 
