@@ -85,7 +85,7 @@ BY_MEMORY = [
 """What was run when memory was what the hook set scores against, from weights of another processor, on
 which the same seeds end elsewhere."""
 
-FISHER = dict(name='fisher', per='work')
+FISHER, SECOND_ORDER = (dict(name=name, per='work') for name in ('fisher', 'taylor2'))
 
 STUDY = Study(
     'bccd',
@@ -113,6 +113,8 @@ STUDY = Study(
         pruned('longer', 'cuts in two fifths of the training', end=0.4),
         pruned('fisher', 'Fisher', score=FISHER),
         pruned('fisher_30', 'Fisher, 30 %', score=FISHER, keep_flops=0.3),
+        pruned('second', 'taylor2', score=SECOND_ORDER),
+        pruned('second_30', 'taylor2, 30 %', score=SECOND_ORDER, keep_flops=0.3),
         pruned('default_70', "mmprune's default, 70 % of the FLOPs", keep_flops=0.7),
         pruned('default_30', "mmprune's default, 30 % of the FLOPs", keep_flops=0.3),
         pruned('sixteens_30', 'widths in steps of 16, 30 %', keep_flops=0.3, divisor=16),

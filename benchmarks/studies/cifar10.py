@@ -38,12 +38,13 @@ DATA = Path(os.environ.get('MMPRUNE_CIFAR', SHARED / 'data' / 'cifar10_jpg.zip')
 WEIGHTS = Path(os.environ.get('MMPRUNE_WEIGHTS', SHARED / 'weights')) / 'resnet56_cifar10.pth'
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 KEEP, LR, WARM = 1 / 2.1, 0.02, 0.05
-SCORES = {'second': 'taylor2'}
+SCORES = {'second': 'taylor2', 'gate': 'taylor_gate', 'oneshot': 'taylor2'}
 ROWS = {
     'dense': 'not pruned',
     'default': "mmprune's default, widths not rounded",
     'second': 'the same by taylor2',
-    'oneshot': 'mmprune, one cut before training',
+    'gate': 'the same by taylor_gate',
+    'oneshot': 'one cut by taylor2 before training',
     'torch_pruning': 'Torch-Pruning (group norm), before training',
     'torch_pruning_sparse': 'Torch-Pruning behind sparse training',
 }
@@ -164,7 +165,7 @@ def train(name: str, seed: int, data: dict[str, Pair], args: Any) -> dict[str, A
     model.load_state_dict(torch.load(WEIGHTS, map_location='cpu', weights_only=True))
     whole, fifth = left_of(model), round(WINDOW * total)
     times = resolve(None, None, None, None, False, total, None)  # the hook's by default
-    if name in ('default', 'second', 'oneshot'):
+    if name in ('default', *SCORES):
         score = dict(name=SCORES.get(name, 'taylor'), per='work')
         pruner = mmprune.Pruner(model, keep_flops=KEEP, divisor=1, score=score, compensate=True)
     elif name != 'dense':
@@ -193,7 +194,7 @@ def train(name: str, seed: int, data: dict[str, Pair], args: Any) -> dict[str, A
         if sparse and now == fifth:
             step_down(pruner, KEEP * whole[0])
             optimizer = SGD(model.parameters())  # its parameters are new ones
-        if name in ('default', 'second') and now <= times.last and now % times.interval == 0:
+        if name in ('default', 'second', 'gate') and now <= times.last and now % times.interval == 0:
             cut(pruner, target_at(now // times.interval, times.steps, KEEP), batch, optimizer)
             if now == times.last:
                 pruner.close()

@@ -40,7 +40,7 @@ SIZE, BATCHES = (416, 416), 20
 def by(cost: str, name: str = 'taylor', **options) -> dict[str, Any]:
     """One cut by a score against a cost, but for what is said."""
     how = dict(score=dict(name=name, per=cost), steps=1, compensate=False, recalibrate=False)
-    return how | options
+    return how | dict(floor=None) | options
 
 
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -50,6 +50,10 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     'recalibrated': ('by FLOPs, norms recalibrated', by('flops', recalibrate=True)),
     'compensated': ('by FLOPs, compensated', by('flops', compensate=True)),
     'both': ('by FLOPs, both', by('flops', compensate=True, recalibrate=True)),
+    'floor': (
+        'by FLOPs, compensated, no group below 70 % of its channels',
+        by('flops', compensate=True, floor=0.7),
+    ),
     'work': ('by work, compensated', by('work', compensate=True)),
     'fisher': ('Fisher by work, compensated', by('work', 'fisher', compensate=True)),
     'fisher_flops': ('Fisher by FLOPs, compensated', by('flops', 'fisher', compensate=True)),
@@ -113,8 +117,11 @@ def prune(
     steps: int,
     compensate: bool,
     recalibrate: bool,
+    floor: float | None,
 ) -> None:
-    """Cuts to ``keep`` of the FLOPs, ``steps`` times alike, scored anew before each."""
+    """Cuts to ``keep`` of the FLOPs, ``steps`` times alike, scored anew before each.
+
+    ``floor``: what every group keeps of its channels."""
     runs = runs_of(model, batches[0], size=SIZE, count=8)
     for step in range(1, steps + 1):
         graph = mmprune.trace(model, runs.tensor, also=(runs.loss,))
@@ -126,7 +133,8 @@ def prune(
                 collector.look()
         collector.close()
         model.zero_grad()
-        budget = mmprune.Budget(keep_flops=1 - (1 - keep) * step / steps, divisor=1)
+        left = 1 - (1 - keep) * step / steps
+        budget = mmprune.Budget(keep_flops=left, keep_channels=floor, divisor=1)
         cut(model, graph, collector.scores(), budget, runs, score['per'], compensate)
     if recalibrate:
         mmprune.recalibrate(model, loss_of, batches)

@@ -49,8 +49,9 @@ BY_SCORE = (0.88, 0.75, 0.6, 0.45, 0.35, 0.25)
 SECONDS, MOST_TURNS = 1.0, 31
 """What the runs of the unpruned network may take while another is timed, and in how many turns."""
 
-LARGEST_PARTS = 4
-"""Parts of the model that have a weight of their own, those that write most; all others share one."""
+LARGEST_PARTS, OTHERS = 4, '(others)'
+"""How many parts of the model, those that write most, have a weight of their own, and what the others,
+which share one, are called."""
 
 STARTING = 0.9
 """The part of an operation's time at its narrowest that may be what it costs to start it alone."""
@@ -131,14 +132,16 @@ class Latency:
 
 
 def elements_by_part(trace: ChannelGraph) -> tuple[list[str], list[CostPolynomial]]:
-    """(names, elements of activations of each): parts that write most, and ``''`` for all others."""
+    """(names, elements of activations of each): parts that write most, and ``OTHERS`` for the rest."""
     terms: dict[str, list[tuple[float, list[np.ndarray]]]] = {}
     for term in trace.profile.activations:
         terms.setdefault(cost.part_of(term.where), []).append((term.count, term.axes))
     most = sorted(terms, key=lambda name: -sum(count for count, _ in terms[name]))
-    others = [term for name in most[LARGEST_PARTS:] for term in terms[name]]
-    found = {name: terms[name] for name in most[:LARGEST_PARTS]} | ({'': others} if others else {})
-    return list(found), [CostPolynomial(trace, each) for each in found.values()]
+    names, rest = most[:LARGEST_PARTS], most[LARGEST_PARTS:]
+    found = [terms[name] for name in names]
+    if rest:
+        names, found = [*names, OTHERS], [*found, [term for name in rest for term in terms[name]]]
+    return names, [CostPolynomial(trace, each) for each in found]
 
 
 class _Tensor(NamedTuple):

@@ -65,12 +65,12 @@ def test_trainings(name, needs, tmp_path, monkeypatch):
 
 def test_yolox_nano(tmp_path):
     out = tmp_path / 'yolox.json'
-    options = '--keep', 0.9, '--ways', 'compensated', '--batches', 1, '--pictures', 4, '--out', out
+    options = '--keep', 0.9, '--ways', 'compensated', 'floor', '--batches', 1, '--pictures', 4, '--out', out
     assert 'by FLOPs, compensated' in study(
         'yolox_nano', *options, needs=('MMPRUNE_COCO', 'MMPRUNE_WEIGHTS')
     )
     found = json.loads(out.read_text())
-    assert 0 <= found['compensated']['0.9'] <= 1 and found['dense'] > 0
+    assert 0 <= found['compensated']['0.9'] <= 1 and '0.9' in found['floor'] and found['dense'] > 0
 
 
 @pytest.mark.parametrize('row', ['default', 'torch_pruning_sparse'])

@@ -186,3 +186,16 @@ def test_rois_from_outside_are_refused():
     model.roi_head = nn.Module()
     with pytest.raises(PruneError, match='Module: pools RoIs that it is given with each picture'):
         raw.RawNetwork(model).try_out(torch.zeros(1, 3, 64, 64))
+
+
+def test_a_two_stage_detector_runs_each_of_its_heads_once():
+    """Else what is timed without post-processing is more than what is deployed."""
+    model, _ = build(load('configs/_base_/faster_rcnn_shapes.py'), size=64)
+    network, calls = raw.RawNetwork(model.eval()), []
+    for head in (model.backbone, model.neck, model.rpn_head, model.roi_head.bbox_head):
+        head.register_forward_hook(lambda head, *_: calls.append(type(head).__name__))
+    with torch.no_grad():
+        found = network(torch.randn(1, 3, 64, 64))
+        wanted = model.rpn_head(model.extract_feat(torch.randn(1, 3, 64, 64)))
+    assert calls[:4] == ['ResNet', 'FPN', 'RPNHead', 'Shared2FCBBoxHead'] and len(calls) == 7
+    assert [x.shape for x in found[:10]] == [x.shape for level in wanted for x in level]
