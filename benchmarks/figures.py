@@ -126,7 +126,7 @@ SOURCES = {
     'overhead': Source('python benchmarks/overhead.py --configs', overhead),
     'latency': Source(
         'python benchmarks/latency_error.py configs/_base_/faster_rcnn_shapes.py ... --size 320 '
-        '--latency 0.5',
+        '--latency 0.5 --per work --scores random',
         latency,
     ),
     'coverage': Source('python tools/coverage.py', coverage, 'docs/coverage.json'),
