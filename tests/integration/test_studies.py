@@ -65,7 +65,19 @@ def test_trainings(name, needs, tmp_path, monkeypatch):
 
 def test_yolox_nano(tmp_path):
     out = tmp_path / 'yolox.json'
-    options = '--keep', 0.9, '--ways', 'compensated', 'floor', '--batches', 1, '--pictures', 4, '--out', out
+    options = (
+        '--keep',
+        0.9,
+        '--ways',
+        'compensated',
+        'floor',
+        '--batches',
+        1,
+        '--pictures',
+        4,
+        '--out',
+        out,
+    )
     assert 'by FLOPs, compensated' in study(
         'yolox_nano', *options, needs=('MMPRUNE_COCO', 'MMPRUNE_WEIGHTS')
     )
