@@ -37,8 +37,8 @@ class PruneHook(Hook):
 
     Args:
         score: a criterion's name, a :class:`mmprune.Score`, or a dict of its options. By default
-            ``'taylor'``, which with ``keep_flops`` is set against work (``per='work'``): multiply-adds,
-            and what writing activations takes.
+            ``'taylor'``, which with ``keep_flops`` or ``latency`` is set against work (``per='work'``):
+            multiply-adds, and what writing activations takes.
         begin: when scoring begins. This, ``end`` and ``interval`` are integers for iterations of the
             loop (mmengine's count), or floats in [0, 1] for fractions of the training.
         end: no cut comes later. By default a fifth of the training after ``begin``.
@@ -106,7 +106,8 @@ class PruneHook(Hook):
         options_of_lesson = distill if isinstance(distill, dict) else {}
         self.distill = None if distill is False else DistillHook(**options_of_lesson)
         self.budget = make_budget(budget, **options)
-        per = 'work' if self.budget.keep_flops is not None else 'budget'
+        by_work = self.budget.keep_flops is not None or self.budget.latency is not None
+        per = 'work' if by_work else 'budget'
         self.score = make_score(score if score is not None else Score('taylor', per=per))
         self.state = PruneState()
         self.recorder = Recorder(self.state)
