@@ -85,7 +85,9 @@ BY_MEMORY = [
 """What was run when memory was what the hook set scores against, from weights of another processor, on
 which the same seeds end elsewhere."""
 
-FISHER, SECOND_ORDER = (dict(name=name, per='work') for name in ('fisher', 'taylor2'))
+FISHER, SECOND_ORDER, GATE = (
+    dict(name=name, per='work') for name in ('fisher', 'taylor2', 'taylor_gate')
+)
 
 STUDY = Study(
     'bccd',
@@ -115,6 +117,8 @@ STUDY = Study(
         pruned('fisher_30', 'Fisher, 30 %', score=FISHER, keep_flops=0.3),
         pruned('second', 'taylor2', score=SECOND_ORDER),
         pruned('second_30', 'taylor2, 30 %', score=SECOND_ORDER, keep_flops=0.3),
+        pruned('gate', 'taylor_gate', score=GATE),
+        pruned('gate_30', 'taylor_gate, 30 %', score=GATE, keep_flops=0.3),
         pruned('default_70', "mmprune's default, 70 % of the FLOPs", keep_flops=0.7),
         pruned('default_30', "mmprune's default, 30 % of the FLOPs", keep_flops=0.3),
         pruned('sixteens_30', 'widths in steps of 16, 30 %', keep_flops=0.3, divisor=16),
