@@ -85,8 +85,8 @@ BY_MEMORY = [
 """What was run when memory was what the hook set scores against, from weights of another processor, on
 which the same seeds end elsewhere."""
 
-FISHER, SECOND_ORDER, GATE = (
-    dict(name=name, per='work') for name in ('fisher', 'taylor2', 'taylor_gate')
+FISHER, SECOND_ORDER, GATE, CONSUMERS = (
+    dict(name=name, per='work') for name in ('fisher', 'taylor2', 'taylor_gate', 'taylor_consumers')
 )
 
 STUDY = Study(
@@ -119,6 +119,8 @@ STUDY = Study(
         pruned('second_30', 'taylor2, 30 %', score=SECOND_ORDER, keep_flops=0.3),
         pruned('gate', 'taylor_gate', score=GATE),
         pruned('gate_30', 'taylor_gate, 30 %', score=GATE, keep_flops=0.3),
+        pruned('consumers', 'taylor_consumers', score=CONSUMERS),
+        pruned('consumers_30', 'taylor_consumers, 30 %', score=CONSUMERS, keep_flops=0.3),
         pruned('default_70', "mmprune's default, 70 % of the FLOPs", keep_flops=0.7),
         pruned('default_30', "mmprune's default, 30 % of the FLOPs", keep_flops=0.3),
         pruned('sixteens_30', 'widths in steps of 16, 30 %', keep_flops=0.3, divisor=16),

@@ -38,16 +38,25 @@ DATA = Path(os.environ.get('MMPRUNE_CIFAR', SHARED / 'data' / 'cifar10_jpg.zip')
 WEIGHTS = Path(os.environ.get('MMPRUNE_WEIGHTS', SHARED / 'weights')) / 'resnet56_cifar10.pth'
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 KEEP, LR, WARM = 1 / 2.1, 0.02, 0.05
-SCORES = {'second': 'taylor2', 'gate': 'taylor_gate', 'oneshot': 'taylor2'}
+SCORES = {
+    'second': 'taylor2',
+    'gate': 'taylor_gate',
+    'consumers': 'taylor_consumers',
+    'oneshot': 'taylor2',
+    'oneshot_consumers': 'taylor_consumers',
+}
 ROWS = {
     'dense': 'not pruned',
     'default': "mmprune's default, widths not rounded",
     'second': 'the same by taylor2',
     'gate': 'the same by taylor_gate',
+    'consumers': 'the same by taylor_consumers',
     'oneshot': 'one cut by taylor2 before training',
+    'oneshot_consumers': 'one cut by taylor_consumers before training',
     'torch_pruning': 'Torch-Pruning (group norm), before training',
     'torch_pruning_sparse': 'Torch-Pruning behind sparse training',
 }
+MANY_CUTS = ('default', 'second', 'gate', 'consumers')
 STUDY = study.Study('cifar10', [study.Row(*row, '') for row in ROWS.items()], 'accuracy', 'accuracy')
 SGD = partial(torch.optim.SGD, lr=LR, momentum=0.9, weight_decay=5e-4)
 Pair = tuple[Any, Any]  # pictures and their classes
@@ -170,7 +179,7 @@ def train(name: str, seed: int, data: dict[str, Pair], args: Any) -> dict[str, A
         pruner = mmprune.Pruner(model, keep_flops=KEEP, divisor=1, score=score, compensate=True)
     elif name != 'dense':
         pruner = group_norm_pruner(model)
-    if name == 'oneshot':  # scored on batches from which nothing is learned: the rate is 0
+    if name.startswith('oneshot'):  # scored on batches from which nothing is learned: the rate is 0
         optimizer = SGD(model.parameters(), lr=0.0)
         for batch in itertools.islice(batches(data['train'], args.batch, seed), 20):
             optimizer.zero_grad()
@@ -194,7 +203,7 @@ def train(name: str, seed: int, data: dict[str, Pair], args: Any) -> dict[str, A
         if sparse and now == fifth:
             step_down(pruner, KEEP * whole[0])
             optimizer = SGD(model.parameters())  # its parameters are new ones
-        if name in ('default', 'second', 'gate') and now <= times.last and now % times.interval == 0:
+        if name in MANY_CUTS and now <= times.last and now % times.interval == 0:
             cut(pruner, target_at(now // times.interval, times.steps, KEEP), batch, optimizer)
             if now == times.last:
                 pruner.close()

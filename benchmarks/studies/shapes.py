@@ -67,6 +67,7 @@ STUDY = Study(
         pruned('second', 'taylor2', score=dict(name='taylor2', per='work')),
         pruned('half', 'no group below half of its units', keep_channels=0.5),
         pruned('gate', 'taylor_gate', score=dict(name='taylor_gate', per='work')),
+        pruned('consumers', 'taylor_consumers', score=dict(name='taylor_consumers', per='work')),
         pruned('plain', 'without compensation', compensate=False),
         pruned('distill', 'with distillation', distill=True),
         pruned('default_30', "mmprune's default, 30 % of the FLOPs", keep_flops=0.3),
