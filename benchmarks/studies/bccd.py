@@ -112,6 +112,8 @@ STUDY = Study(
         pruned('recalibrated', 'with norms recalibrated', recalibrate=20),
         pruned('flops', 'scores by FLOPs', score=dict(name='taylor', per='flops')),
         pruned('none', 'scores by nothing', score=dict(name='taylor', per='none')),
+        pruned('ten', '10 cuts', steps=10),
+        pruned('early', '10 cuts in the first tenth', steps=10, end=0.1),
         pruned('longer', 'cuts in two fifths of the training', end=0.4),
         pruned('fisher', 'Fisher', score=FISHER),
         pruned('fisher_30', 'Fisher, 30 %', score=FISHER, keep_flops=0.3),
