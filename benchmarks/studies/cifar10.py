@@ -42,6 +42,8 @@ SCORES = {
     'second': 'taylor2',
     'gate': 'taylor_gate',
     'consumers': 'taylor_consumers',
+    'gate_ten': 'taylor_gate',
+    'oneshot_gate': 'taylor_gate',
     'oneshot': 'taylor2',
     'oneshot_consumers': 'taylor_consumers',
 }
@@ -50,13 +52,15 @@ ROWS = {
     'default': "mmprune's default, widths not rounded",
     'second': 'the same by taylor2',
     'gate': 'the same by taylor_gate',
+    'gate_ten': 'the same by taylor_gate, 10 cuts',
+    'oneshot_gate': 'one cut by taylor_gate before training',
     'consumers': 'the same by taylor_consumers',
     'oneshot': 'one cut by taylor2 before training',
     'oneshot_consumers': 'one cut by taylor_consumers before training',
     'torch_pruning': 'Torch-Pruning (group norm), before training',
     'torch_pruning_sparse': 'Torch-Pruning behind sparse training',
 }
-MANY_CUTS = ('default', 'second', 'gate', 'consumers')
+MANY_CUTS = ('default', 'second', 'gate', 'gate_ten', 'consumers')
 STUDY = study.Study('cifar10', [study.Row(*row, '') for row in ROWS.items()], 'accuracy', 'accuracy')
 SGD = partial(torch.optim.SGD, lr=LR, momentum=0.9, weight_decay=5e-4)
 Pair = tuple[Any, Any]  # pictures and their classes
@@ -173,7 +177,9 @@ def train(name: str, seed: int, data: dict[str, Pair], args: Any) -> dict[str, A
     model = ResNet56()
     model.load_state_dict(torch.load(WEIGHTS, map_location='cpu', weights_only=True))
     whole, fifth = left_of(model), round(WINDOW * total)
-    times = resolve(None, None, None, None, False, total, None)  # the hook's by default
+    times = resolve(
+        None, None, None, 10 if name == 'gate_ten' else None, False, total, None
+    )  # the hook's by default
     if name in ('default', *SCORES):
         score = dict(name=SCORES.get(name, 'taylor'), per='work')
         pruner = mmprune.Pruner(model, keep_flops=KEEP, divisor=1, score=score, compensate=True)

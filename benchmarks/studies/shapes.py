@@ -67,9 +67,18 @@ STUDY = Study(
         pruned('second', 'taylor2', score=dict(name='taylor2', per='work')),
         pruned('half', 'no group below half of its units', keep_channels=0.5),
         pruned('gate', 'taylor_gate', score=dict(name='taylor_gate', per='work')),
+        pruned(
+            'gate_30', 'taylor_gate, 30 %', score=dict(name='taylor_gate', per='work'), keep_flops=0.3
+        ),
         pruned('consumers', 'taylor_consumers', score=dict(name='taylor_consumers', per='work')),
-        pruned('ten', '10 cuts', steps=10),
-        pruned('early', '10 cuts in the first tenth', steps=10, end=0.1),
+        pruned('ten', 'taylor_gate, 10 cuts', steps=10, score=dict(name='taylor_gate', per='work')),
+        pruned(
+            'early',
+            'taylor_gate, 10 cuts in the first tenth',
+            steps=10,
+            end=0.1,
+            score=dict(name='taylor_gate', per='work'),
+        ),
         pruned('plain', 'without compensation', compensate=False),
         pruned('distill', 'with distillation', distill=True),
         pruned('default_30', "mmprune's default, 30 % of the FLOPs", keep_flops=0.3),
