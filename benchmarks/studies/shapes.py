@@ -39,6 +39,13 @@ def by(cost: str) -> dict:
     return dict(score=dict(name='taylor', per=cost))
 
 
+def from_scratch(name: str, label: str, **options) -> Row:
+    """Cut in its first training, as ``configs/faster_rcnn_prune.py``: in the epochs 7 and 8 of 12."""
+    times = dict(begin=0.5, end=2 / 3, steps=8, min_channels=4)
+    row = study.pruned(CONFIG, name, f'from scratch: {label}', **(times | options))
+    return replace(row, start=None, reference='start')
+
+
 FISHER = dict(name='fisher', per='work')
 
 NARROW = {
@@ -56,8 +63,8 @@ NARROW = {
 STUDY = Study(
     'shapes',
     rows=[
-        Row('start', 'the dense network that all others start from', CONFIG, shown=False),
-        Row('dense', 'not pruned', CONFIG, start='start'),
+        Row('start', 'from scratch: not pruned', CONFIG),
+        Row('dense', 'not pruned', CONFIG, start='start', reference='dense'),
         pruned('default', "mmprune's default"),
         pruned('eights', 'widths in steps of 8', divisor=8),
         pruned('unrounded', 'widths not rounded', divisor=1),
@@ -104,6 +111,16 @@ STUDY = Study(
             score=dict(name='taylor', per='budget'),
         ),
         pruned('default_40', "mmprune's default, 40 % of the FLOPs", keep_flops=0.4),
+        from_scratch('scratch', "mmprune's default"),
+        from_scratch('scratch_gate', 'taylor_gate', score=dict(name='taylor_gate', per='work')),
+        from_scratch(
+            'scratch_neck',
+            "the config's",
+            score=dict(name='taylor', per='flops'),
+            parts=dict(neck=dict(keep_channels=0.75)),
+            divisor=1,
+            compensate=False,
+        ),
         dense_low('dense_low', 'low rate: not pruned'),
         low('auto', "steps of widths by 'auto'", divisor='auto'),
         low('eights', 'steps of 8'),

@@ -68,33 +68,35 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
 def config() -> Config:
     """YOLOX-Nano on the subset: plain BGR pictures, padded by 114."""
     cfg = Config.fromfile(f'{package("mmdet")}/.mim/configs/yolox/yolox_nano_8xb8-300e_coco.py')
-    load = [
-        dict(type='LoadImageFromFile'),
+    load = dict(type='LoadImageFromFile')
+    boxes = dict(type='LoadAnnotations', with_bbox=True)
+    fit = [
         dict(type='Resize', scale=SIZE, keep_ratio=True),
         dict(type='Pad', size=SIZE, pad_val=dict(img=(114.0, 114.0, 114.0))),
-        dict(type='LoadAnnotations', with_bbox=True),
     ]
     keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')
-    pack = [*load, dict(type='PackDetInputs', meta_keys=keys)]
+    pack = dict(type='PackDetInputs', meta_keys=keys)
+    # Boxes are resized with the picture for a loss, and are those of the original for a test.
+    train, test = [load, boxes, *fit, pack], [load, *fit, boxes, pack]
 
-    def loader(split: str, test: bool) -> dict[str, Any]:
+    def loader(split: str, pipeline: list[dict[str, Any]]) -> dict[str, Any]:
         return dict(
             batch_size=8,
             num_workers=0,
-            sampler=dict(type='DefaultSampler', shuffle=not test),
+            sampler=dict(type='DefaultSampler', shuffle=pipeline is train),
             dataset=dict(
                 type='CocoDataset',
                 data_root=f'{DATA}/',
                 ann_file=f'annotations/instances_{split}2017.json',
                 data_prefix=dict(img=f'{split}2017/'),
-                test_mode=test,
+                test_mode=pipeline is test,
                 filter_cfg=dict(filter_empty_gt=True, min_size=1),
-                pipeline=pack,
+                pipeline=pipeline,
             ),
         )
 
     cfg.model.data_preprocessor.pop('batch_augments', None)
-    cfg.train_dataloader, cfg.val_dataloader = loader('train', False), loader('val', True)
+    cfg.train_dataloader, cfg.val_dataloader = loader('train', train), loader('val', test)
     annotations = f'{DATA}/annotations/instances_val2017.json'
     cfg.val_evaluator = dict(type='CocoMetric', ann_file=annotations, metric='bbox')
     for key in ('test_dataloader', 'test_evaluator', 'test_cfg', 'optim_wrapper', 'train_cfg'):
