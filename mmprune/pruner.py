@@ -20,7 +20,7 @@ from mmprune.graph import cost
 from mmprune.graph.coupling import ChannelGraph
 from mmprune.graph.slots import aliases_of
 from mmprune.recalibration import batches_asked, norms_in_training, recalibrate_norms
-from mmprune.score import Score, make_score
+from mmprune.score import IN_TRAINING, Score, make_score
 from mmprune.score.collector import Collector
 from mmprune.session import choose_for, cut_once
 from mmprune.surgery.build import remaining
@@ -118,7 +118,7 @@ class Pruner:
         distributed: bool = False,
         *,
         budget: Budget | Mapping[str, Any] | None = None,
-        score: str | Mapping[str, Any] | Score = 'taylor',
+        score: str | Mapping[str, Any] | Score = IN_TRAINING,
         check: bool = True,
         strict: bool = False,
         compensate: bool = False,

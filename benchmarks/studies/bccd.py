@@ -85,9 +85,31 @@ BY_MEMORY = [
 """What was run when memory was what the hook set scores against, from weights of another processor, on
 which the same seeds end elsewhere."""
 
-FISHER, SECOND_ORDER, GATE, CONSUMERS = (
-    dict(name=name, per='work') for name in ('fisher', 'taylor2', 'taylor_gate', 'taylor_consumers')
-)
+FISHER, SECOND_ORDER, TAYLOR = (dict(name=name, per='work') for name in ('fisher', 'taylor2', 'taylor'))
+
+
+def by_taylor(name: str, label: str, **options) -> Row:
+    told = f'taylor{", " if label else ""}{label}'
+    return pruned(f'taylor{"_" if name else ""}{name}', told, score=TAYLOR, **options)
+
+
+BY_TAYLOR = [
+    by_taylor('', ''),
+    by_taylor('later', 'cuts in the second fifth', begin=0.2),
+    study.sparsely(by_taylor('sparse', 'those behind sparse training', begin=0.2), end=0.2),
+    by_taylor('sixteens', 'widths in steps of 16', divisor=16),
+    by_taylor('distill', 'with distillation', distill=True),
+    replace(by_taylor('taught', 'with distillation from "not pruned"', distill=True), teacher='dense'),
+    by_taylor('30', '30 % of the FLOPs', keep_flops=0.3),
+    by_taylor('sixteens_30', 'widths in steps of 16, 30 %', keep_flops=0.3, divisor=16),
+    replace(
+        by_taylor(
+            'taught_30', 'with distillation from "not pruned", 30 %', keep_flops=0.3, distill=True
+        ),
+        teacher='dense',
+    ),
+]
+"""What was run when ``taylor`` was what the hook scored by."""
 
 STUDY = Study(
     'bccd',
@@ -95,44 +117,22 @@ STUDY = Study(
         Row('start', 'the dense network that all others start from', CONFIG, START, shown=False),
         Row('dense', 'not pruned', CONFIG, SECOND, start='start'),
         pruned('default', "mmprune's default"),
-        pruned('later', 'cuts in the second fifth', begin=0.2),
-        study.sparsely(pruned('sparse', 'later, behind sparse training', begin=0.2), end=0.2),
-        pruned('sixteens', 'widths in steps of 16', divisor=16),
+        pruned('default_70', "mmprune's default, 70 % of the FLOPs", keep_flops=0.7),
+        pruned('default_30', "mmprune's default, 30 % of the FLOPs", keep_flops=0.3),
+        pruned('ten', '10 cuts', steps=10),
+        pruned('early', '10 cuts in the first tenth', steps=10, end=0.1),
+        pruned('longer', 'cuts in two fifths of the training', end=0.4),
         pruned('distill', 'with distillation', distill=True),
-        pruned(
-            'distill_longer',
-            'with distillation, cuts in two fifths of the training',
-            distill=True,
-            end=0.4,
-        ),
-        replace(pruned('taught', 'with distillation from "not pruned"', distill=True), teacher='dense'),
-        pruned('features', 'with distillation of features alone', distill=dict(predictions=0)),
-        pruned('late', 'with distillation from the last cut on', distill=dict(while_cutting=False)),
         pruned('plain', 'without compensation', compensate=False),
         pruned('recalibrated', 'with norms recalibrated', recalibrate=20),
-        pruned('flops', 'scores by FLOPs', score=dict(name='taylor', per='flops')),
-        pruned('none', 'scores by nothing', score=dict(name='taylor', per='none')),
-        pruned('ten', 'taylor_gate, 10 cuts', steps=10, score=GATE),
-        pruned('early', 'taylor_gate, 10 cuts in the first tenth', steps=10, end=0.1, score=GATE),
-        pruned('longer', 'cuts in two fifths of the training', end=0.4),
+        pruned('floor', 'no group below half of its units', keep_channels=0.5),
+        pruned('flops', 'by FLOPs', score=dict(name='taylor_gate', per='flops')),
+        pruned('none', 'by nothing', score=dict(name='taylor_gate', per='none')),
         pruned('fisher', 'Fisher', score=FISHER),
         pruned('fisher_30', 'Fisher, 30 %', score=FISHER, keep_flops=0.3),
         pruned('second', 'taylor2', score=SECOND_ORDER),
         pruned('second_30', 'taylor2, 30 %', score=SECOND_ORDER, keep_flops=0.3),
-        pruned('gate', 'taylor_gate', score=GATE),
-        pruned('gate_30', 'taylor_gate, 30 %', score=GATE, keep_flops=0.3),
-        pruned('consumers', 'taylor_consumers', score=CONSUMERS),
-        pruned('consumers_30', 'taylor_consumers, 30 %', score=CONSUMERS, keep_flops=0.3),
-        pruned('default_70', "mmprune's default, 70 % of the FLOPs", keep_flops=0.7),
-        pruned('default_30', "mmprune's default, 30 % of the FLOPs", keep_flops=0.3),
-        pruned('sixteens_30', 'widths in steps of 16, 30 %', keep_flops=0.3, divisor=16),
-        pruned('distill_30', 'with distillation, 30 %', keep_flops=0.3, distill=True),
-        replace(
-            pruned('taught_30', 'with distillation from "not pruned", 30 %', keep_flops=0.3),
-            teacher='dense',
-        ),
-        pruned('plain_30', 'without compensation, 30 %', keep_flops=0.3, compensate=False),
-        pruned('floor', 'no group below half of its units', keep_channels=0.5),
+        *BY_TAYLOR,
         narrow(
             'narrow',
             'narrower behind the backbone, trained from ImageNet',

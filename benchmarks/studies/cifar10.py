@@ -39,28 +39,24 @@ WEIGHTS = Path(os.environ.get('MMPRUNE_WEIGHTS', SHARED / 'weights')) / 'resnet5
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 KEEP, LR, WARM = 1 / 2.1, 0.02, 0.05
 SCORES = {
+    'default': 'taylor_gate',
+    'ten': 'taylor_gate',
+    'oneshot': 'taylor_gate',
+    'taylor': 'taylor',
     'second': 'taylor2',
-    'gate': 'taylor_gate',
-    'consumers': 'taylor_consumers',
-    'gate_ten': 'taylor_gate',
-    'oneshot_gate': 'taylor_gate',
-    'oneshot': 'taylor2',
-    'oneshot_consumers': 'taylor_consumers',
+    'oneshot_second': 'taylor2',
 }
 ROWS = {
     'dense': 'not pruned',
     'default': "mmprune's default, widths not rounded",
-    'second': 'the same by taylor2',
-    'gate': 'the same by taylor_gate',
-    'gate_ten': 'the same by taylor_gate, 10 cuts',
-    'oneshot_gate': 'one cut by taylor_gate before training',
-    'consumers': 'the same by taylor_consumers',
-    'oneshot': 'one cut by taylor2 before training',
-    'oneshot_consumers': 'one cut by taylor_consumers before training',
+    'ten': 'the same, 10 cuts',
+    'oneshot': 'the same, one cut before training',
+    'taylor': 'by taylor',
+    'second': 'by taylor2',
+    'oneshot_second': 'by taylor2, one cut before training',
     'torch_pruning': 'Torch-Pruning (group norm), before training',
     'torch_pruning_sparse': 'Torch-Pruning behind sparse training',
 }
-MANY_CUTS = ('default', 'second', 'gate', 'gate_ten', 'consumers')
 STUDY = study.Study('cifar10', [study.Row(*row, '') for row in ROWS.items()], 'accuracy', 'accuracy')
 SGD = partial(torch.optim.SGD, lr=LR, momentum=0.9, weight_decay=5e-4)
 Pair = tuple[Any, Any]  # pictures and their classes
@@ -177,15 +173,16 @@ def train(name: str, seed: int, data: dict[str, Pair], args: Any) -> dict[str, A
     model = ResNet56()
     model.load_state_dict(torch.load(WEIGHTS, map_location='cpu', weights_only=True))
     whole, fifth = left_of(model), round(WINDOW * total)
-    times = resolve(
-        None, None, None, 10 if name == 'gate_ten' else None, False, total, None
-    )  # the hook's by default
-    if name in ('default', *SCORES):
-        score = dict(name=SCORES.get(name, 'taylor'), per='work')
+    steps = 10 if name == 'ten' else None
+    times = resolve(None, None, None, steps, False, total, None)  # the hook's by default
+    if name in SCORES:
+        score = dict(name=SCORES[name], per='work')
         pruner = mmprune.Pruner(model, keep_flops=KEEP, divisor=1, score=score, compensate=True)
     elif name != 'dense':
         pruner = group_norm_pruner(model)
-    if name.startswith('oneshot'):  # scored on batches from which nothing is learned: the rate is 0
+    oneshot = name.startswith('oneshot')
+    many = name in SCORES and not oneshot
+    if oneshot:  # scored on batches from which nothing is learned: the rate is 0
         optimizer = SGD(model.parameters(), lr=0.0)
         for batch in itertools.islice(batches(data['train'], args.batch, seed), 20):
             optimizer.zero_grad()
@@ -209,7 +206,7 @@ def train(name: str, seed: int, data: dict[str, Pair], args: Any) -> dict[str, A
         if sparse and now == fifth:
             step_down(pruner, KEEP * whole[0])
             optimizer = SGD(model.parameters())  # its parameters are new ones
-        if name in MANY_CUTS and now <= times.last and now % times.interval == 0:
+        if many and now <= times.last and now % times.interval == 0:
             cut(pruner, target_at(now // times.interval, times.steps, KEEP), batch, optimizer)
             if now == times.last:
                 pruner.close()

@@ -26,8 +26,14 @@ def pruned(name: str, label: str, **options) -> Row:
 
 
 def low(name: str, label: str, **options) -> Row:
-    """The same at a third of the rate, in steps of 8 channels."""
-    row = study.pruned(CONFIG, f'{name}_low', f'low rate: {label}', LOW, **({'divisor': 8} | options))
+    """By ``taylor`` at a third of the rate, in steps of 8 channels."""
+    row = study.pruned(
+        CONFIG,
+        f'{name}_low',
+        f'low rate: {label}',
+        LOW,
+        **(dict(divisor=8, score=by('work')) | options),
+    )
     return replace(row, reference='dense_low')
 
 
@@ -35,8 +41,8 @@ def dense_low(name: str, label: str) -> Row:
     return Row(name, label, CONFIG, LOW, start='start', reference='dense_low')
 
 
-def by(cost: str) -> dict:
-    return dict(score=dict(name='taylor', per=cost))
+def by(cost: str, name: str = 'taylor') -> dict[str, str]:
+    return dict(name=name, per=cost)
 
 
 def from_scratch(name: str, label: str, **options) -> Row:
@@ -45,8 +51,6 @@ def from_scratch(name: str, label: str, **options) -> Row:
     row = study.pruned(CONFIG, name, f'from scratch: {label}', **(times | options))
     return replace(row, start=None, reference='start')
 
-
-FISHER = dict(name='fisher', per='work')
 
 NARROW = {
     'model.backbone.base_channels': 22,
@@ -66,30 +70,35 @@ STUDY = Study(
         Row('start', 'from scratch: not pruned', CONFIG),
         Row('dense', 'not pruned', CONFIG, start='start', reference='dense'),
         pruned('default', "mmprune's default"),
+        pruned('default_30', "mmprune's default, 30 % of the FLOPs", keep_flops=0.3),
         pruned('eights', 'widths in steps of 8', divisor=8),
-        pruned('unrounded', 'widths not rounded', divisor=1),
-        pruned('memory', 'scores by memory', **by('memory')),
-        pruned('flops', 'scores by FLOPs', **by('flops')),
-        pruned('fisher', 'Fisher', score=FISHER),
-        pruned('second', 'taylor2', score=dict(name='taylor2', per='work')),
+        pruned('ten', '10 cuts', steps=10),
+        pruned('early', '10 cuts in the first tenth', steps=10, end=0.1),
         pruned('half', 'no group below half of its units', keep_channels=0.5),
-        pruned('gate', 'taylor_gate', score=dict(name='taylor_gate', per='work')),
-        pruned(
-            'gate_30', 'taylor_gate, 30 %', score=dict(name='taylor_gate', per='work'), keep_flops=0.3
-        ),
-        pruned('consumers', 'taylor_consumers', score=dict(name='taylor_consumers', per='work')),
-        pruned('ten', 'taylor_gate, 10 cuts', steps=10, score=dict(name='taylor_gate', per='work')),
-        pruned(
-            'early',
-            'taylor_gate, 10 cuts in the first tenth',
-            steps=10,
-            end=0.1,
-            score=dict(name='taylor_gate', per='work'),
-        ),
         pruned('plain', 'without compensation', compensate=False),
         pruned('distill', 'with distillation', distill=True),
-        pruned('default_30', "mmprune's default, 30 % of the FLOPs", keep_flops=0.3),
-        pruned('fisher_30', 'Fisher, 30 %', score=FISHER, keep_flops=0.3),
+        pruned('latency', 'half the time in eager torch, 10 cuts', latency=0.5, steps=10),
+        pruned('fisher', 'Fisher', score=by('work', 'fisher')),
+        pruned('second', 'taylor2', score=by('work', 'taylor2')),
+        pruned('taylor', 'taylor', score=by('work')),
+        pruned('taylor_eights', 'taylor, widths in steps of 8', score=by('work'), divisor=8),
+        pruned('taylor_unrounded', 'taylor, widths not rounded', score=by('work'), divisor=1),
+        pruned('taylor_memory', 'taylor by memory', score=by('memory')),
+        pruned('taylor_40', 'taylor, 40 % of the FLOPs', score=by('work'), keep_flops=0.4),
+        pruned(
+            'taylor_latency',
+            'taylor, half the time in eager torch, 10 cuts',
+            latency=0.5,
+            steps=10,
+            score=by('work'),
+        ),
+        pruned(
+            'taylor_times',
+            'the same, scores by time',
+            latency=0.5,
+            steps=10,
+            score=by('budget'),
+        ),
         Row(
             'narrow_start', 'the narrow network that "narrow" starts from', CONFIG, NARROW, shown=False
         ),
@@ -102,21 +111,11 @@ STUDY = Study(
             reference='dense',
             left=dict(flops=0.497, params=0.479),
         ),
-        pruned('latency_work', 'half the time in eager torch, 10 cuts', latency=0.5, steps=10),
-        pruned(
-            'latency',
-            'the same, scores by time',
-            latency=0.5,
-            steps=10,
-            score=dict(name='taylor', per='budget'),
-        ),
-        pruned('default_40', "mmprune's default, 40 % of the FLOPs", keep_flops=0.4),
         from_scratch('scratch', "mmprune's default"),
-        from_scratch('scratch_gate', 'taylor_gate', score=dict(name='taylor_gate', per='work')),
         from_scratch(
             'scratch_neck',
-            "the config's",
-            score=dict(name='taylor', per='flops'),
+            'taylor by FLOPs, the neck keeps 75 %, not rounded',
+            score=by('flops'),
             parts=dict(neck=dict(keep_channels=0.75)),
             divisor=1,
             compensate=False,
@@ -125,13 +124,13 @@ STUDY = Study(
         low('auto', "steps of widths by 'auto'", divisor='auto'),
         low('eights', 'steps of 8'),
         low('unrounded', 'not rounded', divisor=1),
-        low('memory', 'steps of 8, by memory', **by('memory')),
-        low('flops', 'steps of 8, by FLOPs', **by('flops')),
+        low('memory', 'steps of 8, by memory', score=by('memory')),
+        low('flops', 'steps of 8, by FLOPs', score=by('flops')),
         low(
             'floor',
             'steps of 8, by memory, no group below half of its units',
             keep_channels=0.5,
-            **by('memory'),
+            score=by('memory'),
         ),
         low('later', 'steps of 8, cuts in the second fifth', begin=0.2, end=0.4),
         study.sparsely(low('sparse', 'those behind sparse training', begin=0.2, end=0.4), end=0.2),

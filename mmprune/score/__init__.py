@@ -6,10 +6,11 @@ needs weights alone; :class:`Score` says what is done with its numbers. See ``do
 """
 
 from mmprune.score import activations, taylor, weights  # noqa: F401  (they fill the table)
-from mmprune.score.adjust import Score, adjusted, make_score
+from mmprune.score.adjust import IN_TRAINING, Score, adjusted, make_score
 from mmprune.score.table import CRITERIA, Criterion, criterion, get_criterion
 from mmprune.score.units import Units
 
 __all__ = [
-    'CRITERIA', 'Criterion', 'Score', 'Units', 'adjusted', 'criterion', 'get_criterion', 'make_score',
+    'CRITERIA', 'IN_TRAINING', 'Criterion', 'Score', 'Units', 'adjusted', 'criterion', 'get_criterion',
+    'make_score',
 ]  # fmt: skip

@@ -11,6 +11,9 @@ from mmprune.graph import cost
 from mmprune.graph.coupling import ChannelGraph
 from mmprune.score.table import NORMALIZE, Criterion, current_word, get_criterion
 
+IN_TRAINING = 'taylor_gate'
+"""The criterion by default where a training gives gradients. It trains best: docs/results.md."""
+
 PER = ('budget', *cost.BY_NAME, 'none')
 
 

@@ -11,7 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from mmprune.errors import PruneError
 from mmprune.graph.coupling import ChannelGraph
 from mmprune.score.activations import PerSampleGates
-from mmprune.score.adjust import Score, adjusted, make_score
+from mmprune.score.adjust import IN_TRAINING, Score, adjusted, make_score
 from mmprune.score.units import Units
 from mmprune.surgery.apply import optimizers_in
 
@@ -96,7 +96,7 @@ class Collector:
     def __init__(
         self,
         trace: ChannelGraph,
-        score: str | Mapping[str, Any] | Score = 'taylor',
+        score: str | Mapping[str, Any] | Score = IN_TRAINING,
         optimizer: Any = None,
         model: nn.Module | None = None,
         distributed: bool = False,

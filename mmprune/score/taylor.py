@@ -1,13 +1,9 @@
 """First-order criteria from weights and their gradients alone."""
 
-from collections.abc import Callable
-
 import torch
 
 from mmprune.score.table import criterion
 from mmprune.score.units import Units, WeightAxis, sum_but
-
-Gather = Callable[[list[WeightAxis], list[torch.Tensor]], torch.Tensor]
 
 
 def gate_gradient(units: Units) -> torch.Tensor:
@@ -17,23 +13,19 @@ def gate_gradient(units: Units) -> torch.Tensor:
     Where only products of activations read a unit (the width of attention heads), the gate is at
     the weights that make it.
     """
-    return _of_readers(units, units.gather)
-
-
-def _of_readers(units: Units, gather: Gather) -> torch.Tensor:
-    read = gather(*_products(units, units.consumers))
+    read = _products(units, units.consumers)
     if not units.unread_producers:
         return read
-    return torch.where(units.read, read, gather(*_products(units, units.unread_producers)))
+    return torch.where(units.read, read, _products(units, units.unread_producers))
 
 
-def _products(units: Units, entries: list[WeightAxis]) -> tuple[list[WeightAxis], list[torch.Tensor]]:
+def _products(units: Units, entries: list[WeightAxis]) -> torch.Tensor:
     having = [entry for entry in entries if entry.weight.grad is not None]
     parts = [
         dot_along(e.weight.detach().float(), units.gradient(e.weight).float(), e.axis.dim)
         for e in having
     ]
-    return having, parts
+    return units.gather(having, parts)
 
 
 CACHED = 1 << 18
@@ -54,15 +46,6 @@ def taylor(units: Units) -> torch.Tensor:
     """``|sum over the consumers' slots of w * dL/dw|``: the first-order change of the loss when the
     unit's channel is zero at everything that reads it."""
     return gate_gradient(units).abs()
-
-
-@criterion('taylor_consumers', needs='gradients')
-def taylor_consumers(units: Units) -> torch.Tensor:
-    """The sum over consumers of ``|sum over the slots of one of w * dL/dw|``: what ``taylor`` would be
-    if each layer that reads the unit had a gate of its own. At the end of a training the parts of many
-    layers, those that read a residual stream, all but cancel each other, though each would lose what
-    it reads; their amounts don't."""
-    return _of_readers(units, units.gather_amounts)
 
 
 @criterion('taylor_gate', needs='gradients')

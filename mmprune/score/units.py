@@ -64,7 +64,6 @@ class Units:
             [axis for axis in trace.slots.axes if (axis.name, axis.dim) not in reading]
         )
         self._indices: dict[tuple[int, ...], torch.Tensor] = {}
-        self._pairs: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
 
     @cached_property
     def read(self) -> torch.Tensor:
@@ -116,21 +115,6 @@ class Units:
             self._indices[key] = torch.cat([e.index.to(self.device) for e in entries])
         values = torch.cat([part.to(self.device, total.dtype) for part in parts])
         return total.index_add_(0, self._indices[key], values)[: self.n]
-
-    def gather_amounts(self, entries: list[WeightAxis], parts: list[torch.Tensor]) -> torch.Tensor:
-        """(n,) sums over ``entries`` of the amount of the sum over each one's positions of the unit."""
-        total = torch.zeros(self.n + 1, device=self.device)
-        if not entries:
-            return total[: self.n]
-        key = tuple(entry.axis.first for entry in entries)
-        if key not in self._pairs:
-            indices = [k * (self.n + 1) + e.index.to(self.device) for k, e in enumerate(entries)]
-            pairs, pair_of = torch.unique(torch.cat(indices), return_inverse=True)
-            self._pairs[key] = pairs % (self.n + 1), pair_of
-        units, pair_of = self._pairs[key]
-        values = torch.cat([part.to(self.device, total.dtype) for part in parts])
-        sums = torch.zeros(len(units), device=self.device).index_add_(0, pair_of, values)
-        return total.index_add_(0, units, sums.abs())[: self.n]
 
     def check_shapes(self) -> None:
         """Raises a PruneError if the model was cut after the trace."""

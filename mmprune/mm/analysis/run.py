@@ -37,7 +37,7 @@ from mmprune.mm.analysis.values import higher_is_better, mean_loss, metric_of, t
 from mmprune.mm.model_modes import MODES, Runs, runs_of, test_size
 from mmprune.progress import bar
 from mmprune.pruner import score_batches
-from mmprune.score import Score, make_score
+from mmprune.score import IN_TRAINING, Score, make_score
 from mmprune.surgery.build import baseline_of, remaining
 from mmprune.surgery.plan import plan_of
 
@@ -220,7 +220,7 @@ def _worth(
     notes: list[str],
 ) -> dict[str, Any]:
     """``sensitivity`` and ``suggestion``."""
-    score = make_score(hook.get('score', 'taylor'))
+    score = make_score(hook.get('score', IN_TRAINING))
     say(f'Scoring by {score.name}, on {counted(batches)} of training data')
     with bar('Scoring', len(batches)) as tell:
         scores = _scores(model, found, score, batches, tell)

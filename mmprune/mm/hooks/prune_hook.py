@@ -23,7 +23,7 @@ from mmprune.mm.hooks.running import unwrapped
 from mmprune.mm.hooks.scoring import Scoring
 from mmprune.mm.hooks.state_hook import StateHook
 from mmprune.mm.recording.recorder import Recorder
-from mmprune.score import Score, make_score
+from mmprune.score import IN_TRAINING, Score, make_score
 from mmprune.session import choose_step, cut_once
 from mmprune.surgery.plan import plan_of
 
@@ -37,8 +37,8 @@ class PruneHook(Hook):
 
     Args:
         score: a criterion's name, a :class:`mmprune.Score`, or a dict of its options. By default
-            ``'taylor'``, which with ``keep_flops`` or ``latency`` is set against work (``per='work'``):
-            multiply-adds, and what writing activations takes.
+            ``'taylor_gate'``, which with ``keep_flops`` or ``latency`` is set against work
+            (``per='work'``): multiply-adds, and what writing activations takes.
         begin: when scoring begins. This, ``end`` and ``interval`` are integers for iterations of the
             loop (mmengine's count), or floats in [0, 1] for fractions of the training.
         end: no cut comes later. By default a fifth of the training after ``begin``.
@@ -108,7 +108,7 @@ class PruneHook(Hook):
         self.budget = make_budget(budget, **options)
         by_work = self.budget.keep_flops is not None or self.budget.latency is not None
         per = 'work' if by_work else 'budget'
-        self.score = make_score(score if score is not None else Score('taylor', per=per))
+        self.score = make_score(score if score is not None else Score(IN_TRAINING, per=per))
         self.state = PruneState()
         self.recorder = Recorder(self.state)
         self.scoring = Scoring(self.score, self.budget, samples)

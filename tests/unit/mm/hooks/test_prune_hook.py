@@ -159,7 +159,7 @@ def test_bad_options_are_errors_at_once(options, told):
     ('budget', 'per'), [('keep_flops', 'work'), ('latency', 'work'), ('keep_params', 'budget')]
 )
 def test_what_scores_are_set_against_by_default(budget, per):
-    assert PruneHook(**{budget: 0.5}).score == mmprune.Score('taylor', per=per)
+    assert PruneHook(**{budget: 0.5}).score == mmprune.Score('taylor_gate', per=per)
 
 
 def test_a_run_too_short_for_a_cut_is_an_error_before_it_starts(tmp_path):
