@@ -1,4 +1,4 @@
-"""Blood cells: Faster R-CNN on an ImageNet MobileNetV2, what each part of the recipe is worth.
+"""Blood cells: Faster R-CNN, and RetinaNet, on an ImageNet MobileNetV2: what the recipe is worth.
 
     python benchmarks/studies/bccd.py --seeds 0 1 2 --jobs 2 [--rows dense default ...]
 
@@ -16,6 +16,7 @@ from benchmarks import study
 from benchmarks.study import Row, Study
 
 CONFIG = 'configs/bccd/faster-rcnn_mobilenetv2_fpn_bccd.py'
+RETINANET = 'configs/bccd/retinanet_mobilenetv2_fpn_bccd.py'
 IOUS = [round(0.5 + 0.05 * i, 2) for i in range(10)]
 START = {'val_evaluator.iou_thrs': IOUS, 'train_cfg.val_interval': 8}
 SECOND = START | {'optim_wrapper.optimizer.lr': 6e-4}
@@ -52,6 +53,11 @@ def narrow(name: str, label: str, width: int, hidden: int, **left: float) -> Row
 
 def pruned(name: str, label: str, common: dict | None = None, **options) -> Row:
     return study.pruned(CONFIG, name, label, SECOND | (common or {}), **options)
+
+
+def retinanet(name: str, label: str, **options) -> Row:
+    row = study.pruned(RETINANET, f'retinanet_{name}', f'RetinaNet: {label}', SECOND, **options)
+    return replace(row, start='retinanet_start')
 
 
 PER = {'name': 'taylor', 'per': 'memory'}
@@ -141,6 +147,11 @@ STUDY = Study(
             flops=0.488,
             params=0.706,
         ),
+        Row('retinanet_start', 'what those below start from', RETINANET, START, shown=False),
+        Row('retinanet_dense', 'RetinaNet: not pruned', RETINANET, SECOND, start='retinanet_start'),
+        retinanet('default', "mmprune's default"),
+        retinanet('taylor', 'taylor', score=TAYLOR),
+        retinanet('default_30', "mmprune's default, 30 % of the FLOPs", keep_flops=0.3),
         *BY_MEMORY,
     ],
     metric='pascal_voc/mAP',

@@ -1,19 +1,9 @@
 # Blood cells (RBC, WBC, platelets) with Faster R-CNN on an ImageNet MobileNetV2: the baseline that
-# the pruned one is compared with. Data and weights: MMPRUNE_BCCD, MMPRUNE_WEIGHTS.
-_base_ = ['mmdet::_base_/models/faster-rcnn_r50_fpn.py', 'mmdet::_base_/default_runtime.py']
+# the pruned one is compared with.
+_base_ = ['mmdet::_base_/models/faster-rcnn_r50_fpn.py', '../_base_/bccd_detection.py']
 
-data_root = '{{$MMPRUNE_BCCD:../shared/data/bccd}}/'
-weights = '{{$MMPRUNE_WEIGHTS:../shared/weights}}/mobilenetv2_imagenet_mmdet.pth'
-norm = dict(type='BN', requires_grad=True)
 model = dict(
-    backbone=dict(
-        _delete_=True,
-        type='MobileNetV2',
-        out_indices=(1, 2, 4, 6),
-        norm_cfg=norm,
-        norm_eval=True,
-        init_cfg=dict(type='Pretrained', checkpoint=weights),
-    ),
+    backbone=dict(_base_.mobilenetv2, _delete_=True),
     neck=dict(in_channels=[24, 32, 96, 320], out_channels=64),
     rpn_head=dict(in_channels=64, feat_channels=64, anchor_generator=dict(scales=[4])),
     roi_head=dict(
@@ -25,70 +15,3 @@ model = dict(
     ),
     test_cfg=dict(rpn=dict(nms_pre=300, max_per_img=100)),
 )
-classes = ('RBC', 'WBC', 'Platelets')
-size = (240, 180)
-train_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='LoadAnnotations', with_bbox=True),
-    dict(type='Resize', scale=size, keep_ratio=True),
-    dict(type='RandomFlip', prob=0.5, direction=['horizontal', 'vertical']),
-    dict(type='PackDetInputs'),
-]
-test_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='Resize', scale=size, keep_ratio=True),
-    dict(type='LoadAnnotations', with_bbox=True),
-    dict(
-        type='PackDetInputs',
-        meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'),
-    ),
-]
-train_dataloader = dict(
-    batch_size=4,
-    num_workers=1,
-    persistent_workers=True,
-    sampler=dict(type='DefaultSampler', shuffle=True),
-    dataset=dict(
-        type='XMLDataset',
-        data_root=data_root,
-        ann_file='ImageSets/Main/trainval.txt',
-        data_prefix=dict(sub_data_root=''),
-        metainfo=dict(classes=classes),
-        # Two boxes have no area; unfiltered they turn a loss into NaN.
-        filter_cfg=dict(filter_empty_gt=True, bbox_min_size=2),
-        pipeline=train_pipeline,
-    ),
-)
-val_dataloader = dict(
-    batch_size=4,
-    num_workers=1,
-    persistent_workers=True,
-    sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=dict(
-        type='XMLDataset',
-        data_root=data_root,
-        ann_file='ImageSets/Main/test.txt',
-        data_prefix=dict(sub_data_root=''),
-        metainfo=dict(classes=classes),
-        test_mode=True,
-        pipeline=test_pipeline,
-    ),
-)
-test_dataloader = val_dataloader
-val_evaluator = dict(type='VOCMetric', metric='mAP', eval_mode='area')
-test_evaluator = val_evaluator
-train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=8, val_interval=4)
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
-optim_wrapper = dict(
-    type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=3e-4, weight_decay=0.05),
-    clip_grad=dict(max_norm=10),
-)
-param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
-    dict(type='CosineAnnealingLR', eta_min_ratio=0.01, begin=0, end=8, T_max=8,
-         convert_to_iter_based=True),
-]  # fmt: skip
-default_hooks = dict(logger=dict(interval=20), checkpoint=dict(max_keep_ckpts=1))
-randomness = dict(seed=0)
