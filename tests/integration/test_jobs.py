@@ -92,14 +92,15 @@ def test_the_main_job_prunes_resumes_and_is_scored_again(tmp_path):
     assert sizes == sorted(tuple(shape_of[n]) for n in names)
 
 
-def test_blood_cells(tmp_path):
+@pytest.mark.parametrize('detector', ['faster-rcnn', 'retinanet'])
+def test_blood_cells(tmp_path, detector):
     """The photographs and the ImageNet backbone: a few iterations, two cuts, VOC's AP50."""
     for path in (BCCD / 'ImageSets', WEIGHTS / 'mobilenetv2_imagenet_mmdet.pth'):
         if not path.exists():
             pytest.skip(f'{path.name} is not there: set MMPRUNE_BCCD and MMPRUNE_WEIGHTS')
     said = tool(
         'train.py',
-        'configs/bccd/faster-rcnn_mobilenetv2_fpn_prune_bccd.py',
+        f'configs/bccd/{detector}_mobilenetv2_fpn_prune_bccd.py',
         '--work-dir',
         tmp_path,
         *quick(2, 2, 2),
