@@ -102,7 +102,7 @@ def by_taylor(name: str, label: str, **options) -> Row:
 BY_TAYLOR = [
     by_taylor('', ''),
     by_taylor('later', 'cuts in the second fifth', begin=0.2),
-    study.sparsely(by_taylor('sparse', 'those behind sparse training', begin=0.2), end=0.2),
+    study.sparsely(by_taylor('sparse', 'later, behind sparse training', begin=0.2), end=0.2),
     by_taylor('sixteens', 'widths in steps of 16', divisor=16),
     by_taylor('distill', 'with distillation', distill=True),
     replace(by_taylor('taught', 'with distillation from "not pruned"', distill=True), teacher='dense'),
