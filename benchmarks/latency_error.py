@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument('--keep', type=float, nargs='*', default=[0.7, 0.5, 0.3])
     parser.add_argument('--latency', type=float, nargs='*', default=[])
     parser.add_argument('--divisor', type=int, default=None)
-    parser.add_argument('--per', default='budget', help='what scores are set against')
+    parser.add_argument('--per', default='auto', help='what scores are set against')
     parser.add_argument('--scores', choices=['l2', 'random'], default='l2')
     parser.add_argument('--threads', type=int, default=1)
     parser.add_argument('--backends', nargs='*', default=['eager', 'onnxruntime', 'openvino'])

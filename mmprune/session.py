@@ -219,7 +219,7 @@ def choose_for(
     graph: ChannelGraph,
     scores: np.ndarray,
     budget: Budget,
-    per: str = 'budget',
+    per: str = 'auto',
     prepare: Prepare | None = None,
     final: Budget | None = None,
 ) -> tuple[np.ndarray, CutNotes]:
@@ -263,7 +263,7 @@ def choose_step(
     forward: Forward,
     target_at: Callable[[float], float],
     start: dict[str, float],
-    per: str = 'budget',
+    per: str = 'auto',
     prepare: Prepare | None = None,
 ) -> tuple[np.ndarray, CutNotes]:
     """The choice for one of several cuts: see :func:`choose_for`.

@@ -60,6 +60,34 @@ def retinanet(name: str, label: str, **options) -> Row:
     return replace(row, start='retinanet_start')
 
 
+def longer(row: Row, epochs: int) -> Row:
+    """A row of RetinaNet that starts from 24 epochs, and trains for so many."""
+    times = {
+        'train_cfg.max_epochs': epochs,
+        'train_cfg.val_interval': epochs // 2,
+        'param_scheduler.1.end': epochs,
+        'param_scheduler.1.T_max': epochs,
+    }
+    return replace(
+        row,
+        name=row.name.replace('retinanet', 'retinanet_longer'),
+        label=row.label.replace('RetinaNet', 'RetinaNet, 24 and 16 epochs'),
+        options={**row.options, **SECOND, **times},
+        start=row.start and 'retinanet_longer_start',
+    )
+
+
+RETINANET_START = Row('retinanet_start', 'what those below start from', RETINANET, START, shown=False)
+RETINANET_DENSE = Row(
+    'retinanet_dense', 'RetinaNet: not pruned', RETINANET, SECOND, start='retinanet_start'
+)
+RETINANET_LONGER = [
+    longer(RETINANET_START, 24),
+    longer(RETINANET_DENSE, 16),
+    longer(retinanet('default', "mmprune's default"), 16),
+    longer(retinanet('default_30', "mmprune's default, 30 % of the FLOPs", keep_flops=0.3), 16),
+]
+
 PER = {'name': 'taylor', 'per': 'memory'}
 
 
@@ -147,11 +175,12 @@ STUDY = Study(
             flops=0.488,
             params=0.706,
         ),
-        Row('retinanet_start', 'what those below start from', RETINANET, START, shown=False),
-        Row('retinanet_dense', 'RetinaNet: not pruned', RETINANET, SECOND, start='retinanet_start'),
+        RETINANET_START,
+        RETINANET_DENSE,
         retinanet('default', "mmprune's default"),
         retinanet('taylor', 'taylor', score=TAYLOR),
         retinanet('default_30', "mmprune's default, 30 % of the FLOPs", keep_flops=0.3),
+        *RETINANET_LONGER,
         *BY_MEMORY,
     ],
     metric='pascal_voc/mAP',

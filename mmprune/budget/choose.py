@@ -20,7 +20,7 @@ from mmprune.surgery.build import Baseline
 Seconds = Callable[[np.ndarray], float]
 """Seconds of a run when only the units in ``keep`` (n_units, bool) stay."""
 
-PER = ('budget', *cost.BY_NAME, 'none')
+PER = ('auto', 'budget', *cost.BY_NAME, 'none')
 
 
 def choose(
@@ -31,7 +31,7 @@ def choose(
     stay: np.ndarray | None = None,
     latency: Seconds | None = None,
     *,
-    per: str = 'budget',
+    per: str = 'auto',
     auto: int | None = None,
     final: Budget | None = None,
 ) -> np.ndarray:
@@ -47,9 +47,9 @@ def choose(
         stay: (n_units,) bool, units that must.
         latency: what a budget of measured time is reckoned with
             (:func:`mmprune.budget.latency.measure`).
-        per: the cost that scores are set against: ``'budget'``, the target's own; ``'flops'``,
-            ``'memory'``, ``'work'`` or ``'params'``; ``'none'``, the number of units. See
-            :class:`mmprune.Score`.
+        per: the cost that scores are set against: ``'flops'``, ``'memory'``, ``'work'`` or
+            ``'params'``; ``'budget'``, the target's own; ``'auto'``, that too, but work where it is of
+            FLOPs or time; ``'none'``, the number of units. See :class:`mmprune.Score`.
         auto: what ``divisor='auto'`` stands for; left out, what this device was measured to work in.
         final: what is asked of the last of several cuts, where this is one of them.
 
@@ -262,12 +262,10 @@ class _Choice:
 
     def _other(self, target: str, ladders: list[Ladder], keep: np.ndarray) -> Cost | None:
         """The cost that scores are set against, where that is not the target's own."""
-        own = {'keep_flops': 'flops', 'keep_params': 'params', 'prune_num': 'none'}
-        if self.per in ('budget', own.get(target)):
+        name = cost_against(self.per, target)
+        if name == cost_against('budget', target):
             return None
-        return self._cost(
-            np.sum if self.per == 'none' else cost.BY_NAME[self.per](self.graph), ladders, keep
-        )
+        return self._cost(np.sum if name == 'none' else cost.BY_NAME[name](self.graph), ladders, keep)
 
     def _floor(self, number: int, keep_channels: float | None) -> int:
         """How many units of a group stay at least."""
@@ -330,6 +328,15 @@ class _Choice:
                 + (f' in {part}' if part else '')
             )
         return PruneError('; '.join(told) + ': ask for more than the floor or lock less')
+
+
+def cost_against(per: str, target: str) -> str:
+    """What scores are set against where a budget has this target: one of ``cost.BY_NAME``, ``'none'``
+    (the number of units), or ``'latency'``, the measured time."""
+    own = {'keep_flops': 'flops', 'keep_params': 'params', 'prune_num': 'none'}.get(target, target)
+    if per == 'auto':
+        return 'work' if own in ('flops', 'latency') else own
+    return own if per == 'budget' else per
 
 
 def _met(value: float, target: float) -> bool:

@@ -212,7 +212,7 @@ def measure(
     divisor: Divisor = 'auto',
     rounds: int = 7,
     scores: np.ndarray | None = None,
-    per: str = 'budget',
+    per: str = 'auto',
 ) -> Latency:
     """What ``forward(model)`` takes in evaluation mode, by the units that stay. It takes seconds to
     minutes; times of single operations are kept on disk.

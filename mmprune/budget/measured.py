@@ -26,7 +26,7 @@ def choose_measured(
     scores: np.ndarray,
     budget: Budget,
     original: Baseline,
-    per: str = 'budget',
+    per: str = 'auto',
     prepare: Prepare | None = None,
     final: Budget | None = None,
 ) -> tuple[np.ndarray, float]:

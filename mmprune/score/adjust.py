@@ -15,7 +15,7 @@ IN_TRAINING = 'taylor_gate'
 """The criterion by default where a training gives gradients. Faster R-CNN lost least by it after
 training; YOLOX-Nano did not (docs/results.md)."""
 
-PER = ('budget', *cost.BY_NAME, 'none')
+PER = ('auto', 'budget', *cost.BY_NAME, 'none')
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,10 @@ class Score:
     Args:
         name: of a registered criterion (``'taylor'``, ``'l2'`` ...; see ``docs/criteria.md``).
         per: the cost that a score is set against where units of several layers are compared:
-            ``'budget'``, what the budget counts; ``'flops'``, ``'memory'`` (elements of activations),
-            ``'work'`` (both, as time goes) or ``'params'``, whatever the budget counts; ``'none'``,
-            nothing, so that the lowest scores go first. It is the choice that divides
+            ``'flops'``, ``'memory'`` (elements of activations), ``'work'`` (both, as time goes) or
+            ``'params'``; ``'budget'``, what the budget counts; ``'auto'``, that too, but work where it
+            counts FLOPs or time; ``'none'``, nothing, so that the lowest scores go first. It is the
+            choice that divides
             (:func:`mmprune.budget.choose.choose`): the numbers of a criterion are what is lost.
         normalize: ``'group'`` divides by the l2 norm of the group's scores (Molchanov et al., ICLR
             2017, eq. 10); ``'none'`` does not; left out, what the criterion declares.
@@ -50,7 +51,7 @@ class Score:
     """
 
     name: str
-    per: str = 'budget'
+    per: str = 'auto'
     normalize: str | None = None
     penalty: float = 0.0
     momentum: float | None = None

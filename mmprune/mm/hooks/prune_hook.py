@@ -36,9 +36,7 @@ class PruneHook(Hook):
     ``after_cut(runner)``. With several processes the first one chooses, from everyone's scores.
 
     Args:
-        score: a criterion's name, a :class:`mmprune.Score`, or a dict of its options. By default
-            ``'taylor_gate'``, which with ``keep_flops`` or ``latency`` is set against work
-            (``per='work'``): multiply-adds, and what writing activations takes.
+        score: a criterion's name, a :class:`mmprune.Score`, or a dict of its options.
         begin: when scoring begins. This, ``end`` and ``interval`` are integers for iterations of the
             loop (mmengine's count), or floats in [0, 1] for fractions of the training.
         end: no cut comes later. By default a fifth of the training after ``begin``.
@@ -71,7 +69,7 @@ class PruneHook(Hook):
 
     def __init__(
         self,
-        score: str | dict[str, Any] | Score | None = None,
+        score: str | dict[str, Any] | Score = IN_TRAINING,
         *,
         begin: int | float | None = None,
         end: int | float | None = None,
@@ -106,9 +104,7 @@ class PruneHook(Hook):
         options_of_lesson = distill if isinstance(distill, dict) else {}
         self.distill = None if distill is False else DistillHook(**options_of_lesson)
         self.budget = make_budget(budget, **options)
-        by_work = self.budget.keep_flops is not None or self.budget.latency is not None
-        per = 'work' if by_work else 'budget'
-        self.score = make_score(score if score is not None else Score(IN_TRAINING, per=per))
+        self.score = make_score(score)
         self.state = PruneState()
         self.recorder = Recorder(self.state)
         self.scoring = Scoring(self.score, self.budget, samples)

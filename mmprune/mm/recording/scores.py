@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from mmprune.budget.budget import Budget
-from mmprune.budget.choose import producer_name
+from mmprune.budget.choose import cost_against, producer_name
 from mmprune.graph import cost
 from mmprune.graph.coupling import ChannelGraph
 from mmprune.score import Score
@@ -55,7 +55,5 @@ def summary(
 def _cost_of(score: Score, budget: Budget) -> str:
     """What the choice divides by: a cost by name, or ``'none'``, also for what is no sum over units
     (time)."""
-    if score.per != 'budget':
-        return score.per
-    targets = [name.removeprefix('keep_') for name in budget.targets]
-    return targets[0] if len(targets) == 1 and targets[0] in cost.BY_NAME else 'none'
+    costs = {cost_against(score.per, target) for target in budget.targets} & set(cost.BY_NAME)
+    return costs.pop() if len(costs) == 1 else 'none'

@@ -90,7 +90,9 @@ def test_an_early_cut_may_go_beyond_its_target_but_not_beyond_the_last_ones(trac
     scores[traced.groups[1].units] = 0.5
     scores[traced.groups[2].units] = 0.2
     early = Budget(keep_flops=0.93, divisor=4, parts={'backbone.2': dict(divisor=8)})
-    of = lambda final: choose(traced, scores, early, final=replace(early, keep_flops=final))  # noqa: E731
+    of = lambda final: choose(  # noqa: E731
+        traced, scores, early, final=replace(early, keep_flops=final), per='flops'
+    )
     assert widths(traced, of(0.5)) == [16, 16, 20] and widths(traced, of(0.93)) == [16, 24, 8]
 
 
@@ -273,7 +275,7 @@ def test_scores_by_cost(strided, per, excess):
     assert widths(strided, keep) == ([3, 6] if excess < 1 else [4, 5])
 
 
-def test_by_default_they_are_set_against_what_the_budget_counts(strided):
+def test_by_budget_they_are_set_against_what_that_counts(strided):
     for name, what in (('keep_flops', 'flops'), ('keep_params', 'params'), ('prune_num', 'none')):
         first, second = COSTS[what]
         left = []
@@ -296,6 +298,26 @@ def test_a_criterions_option_says_so():
     assert len(set(found.values())) == 3, found
 
 
+@pytest.mark.parametrize(
+    ('options', 'alike'),
+    [(dict(keep_flops=0.6), 'work'), (dict(keep_params=0.6), 'params'), (dict(prune_num=40), 'none')],
+)
+def test_by_default_they_are_set_against_work_for_flops_and_else_against_what_is_counted(
+    options, alike
+):
+    model = nn.Sequential(
+        nn.Conv2d(3, 40, 3), nn.Conv2d(40, 40, 3, stride=2), nn.Conv2d(40, 40, 1), nn.Conv2d(40, 2, 1)
+    )
+    traced = mmprune.trace(model, lambda m: m(torch.randn(1, 3, 16, 16)))
+    scores, budget = np.random.default_rng(1).random(120), Budget(divisor=1, **options)
+    found = {
+        per: choose(traced, scores, budget, per=per)
+        for per in ('flops', 'memory', 'work', 'params', 'none')
+    }
+    by_default = choose(traced, scores, budget)
+    assert [per for per, keep in found.items() if np.array_equal(keep, by_default)] == [alike]
+
+
 def test_numbers_of_ones_own_are_taken_as_they_are():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 2, 1))
     mmprune.prune(model, lambda m: m(X), keep_flops=0.5, divisor=1, score=np.arange(16.0))
@@ -311,7 +333,8 @@ def test_infinite_scores_go_last(traced):
 
 def test_an_unknown_cost_is_named(traced):
     with pytest.raises(
-        PruneError, match="per='joules': expected one of 'budget', 'flops', 'memory', 'work', 'par"
+        PruneError,
+        match="per='joules': expected one of 'auto', 'budget', 'flops', 'memory', 'work', 'par",
     ):
         run(traced, per='joules', prune_num=1)
 

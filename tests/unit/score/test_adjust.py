@@ -75,7 +75,10 @@ def test_make_score():
 @pytest.mark.parametrize(
     'value, message',
     [
-        (dict(name='taylor', per='joules'), "per='joules': expected one of 'budget', 'flops', 'mem"),
+        (
+            dict(name='taylor', per='joules'),
+            "per='joules': expected one of 'auto', 'budget', 'flops', 'mem",
+        ),
         (
             dict(name='taylor', normalize='batch'),
             "normalize='batch': expected one of None, 'none', 'group'",

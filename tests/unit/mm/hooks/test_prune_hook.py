@@ -155,13 +155,6 @@ def test_bad_options_are_errors_at_once(options, told):
         PruneHook(**options)
 
 
-@pytest.mark.parametrize(
-    ('budget', 'per'), [('keep_flops', 'work'), ('latency', 'work'), ('keep_params', 'budget')]
-)
-def test_what_scores_are_set_against_by_default(budget, per):
-    assert PruneHook(**{budget: 0.5}).score == mmprune.Score('taylor_gate', per=per)
-
-
 def test_a_run_too_short_for_a_cut_is_an_error_before_it_starts(tmp_path):
     with pytest.raises(mmprune.PruneError, match='the first cut would come after iteration 100'):
         train(config(tmp_path, epochs=1, hook=dict(keep_flops=0.5, interval=100)))

@@ -1,6 +1,7 @@
 """The histogram of a cut's scores."""
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -35,14 +36,17 @@ def test_every_unit_is_counted_once():
     assert (told['edges'][0], told['edges'][-1]) == (np.log10(scores[3]), 0.0)
 
 
-def test_scores_are_set_against_the_cost_that_the_budget_counts():
+@pytest.mark.parametrize(
+    ('budget', 'cost_of_units'), [('keep_params', cost.params), ('keep_flops', cost.BY_NAME['work'])]
+)
+def test_scores_are_set_against_the_cost_that_the_choice_divides_by(budget, cost_of_units):
     found = graph()
     keep = np.ones(found.n_units, dtype=bool)
-    scores = cost.params(found).unit_gradient(keep)
+    scores = cost_of_units(found).unit_gradient(keep)
 
-    told = summary(found, scores, keep, Score('l2'), Budget(keep_params=0.5))
+    told = summary(found, scores, keep, Score('l2'), Budget(**{budget: 0.5}))
 
-    assert told['per'] == 'params'
+    assert told['per'] == cost_of_units.__name__
     assert told['edges'][0] <= 0.0 <= told['edges'][-1]
     assert max(told['stay']) == found.n_units  # all are 1
 
@@ -51,6 +55,6 @@ def test_no_score_at_all():
     found = graph()
     scores = np.full(found.n_units, np.nan)
 
-    told = summary(found, scores, np.isnan(scores), Score('l2'), Budget(latency=0.5))
+    told = summary(found, scores, np.isnan(scores), Score('l2', per='budget'), Budget(latency=0.5))
 
     assert told['per'] == 'none' and told['unscored'] == found.n_units and sum(told['stay']) == 0
