@@ -3,13 +3,4 @@
 _base_ = ['./_base_/faster_rcnn_shapes.py', './_base_/prune_shapes.py']
 
 custom_imports = dict(imports=['mmprune'])
-custom_hooks = [
-    dict(
-        _base_.prune_hook,
-        score=dict(name='taylor', per='flops'),
-        # Five levels read the neck, so its scores are the highest of all: it gets a target of its own.
-        parts=dict(neck=dict(keep_channels=0.75)),
-        divisor=1,
-        compensate=False,  # makes no difference here: docs/results.md
-    )
-]
+custom_hooks = [_base_.prune_hook]

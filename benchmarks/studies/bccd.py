@@ -119,12 +119,10 @@ BY_MEMORY = [
 """What was run when memory was what the hook set scores against, from weights of another processor, on
 which the same seeds end elsewhere."""
 
-FISHER, SECOND_ORDER, TAYLOR = (dict(name=name, per='work') for name in ('fisher', 'taylor2', 'taylor'))
-
 
 def by_taylor(name: str, label: str, **options) -> Row:
     told = f'taylor{", " if label else ""}{label}'
-    return pruned(f'taylor{"_" if name else ""}{name}', told, score=TAYLOR, **options)
+    return pruned(f'taylor{"_" if name else ""}{name}', told, score='taylor', **options)
 
 
 BY_TAYLOR = [
@@ -162,10 +160,10 @@ STUDY = Study(
         pruned('floor', 'no group below half of its units', keep_channels=0.5),
         pruned('flops', 'by FLOPs', score=dict(name='taylor_gate', per='flops')),
         pruned('none', 'by nothing', score=dict(name='taylor_gate', per='none')),
-        pruned('fisher', 'Fisher', score=FISHER),
-        pruned('fisher_30', 'Fisher, 30 %', score=FISHER, keep_flops=0.3),
-        pruned('second', 'taylor2', score=SECOND_ORDER),
-        pruned('second_30', 'taylor2, 30 %', score=SECOND_ORDER, keep_flops=0.3),
+        pruned('fisher', 'Fisher', score='fisher'),
+        pruned('fisher_30', 'Fisher, 30 %', score='fisher', keep_flops=0.3),
+        pruned('second', 'taylor2', score='taylor2'),
+        pruned('second_30', 'taylor2, 30 %', score='taylor2', keep_flops=0.3),
         *BY_TAYLOR,
         narrow(
             'narrow',
@@ -178,7 +176,7 @@ STUDY = Study(
         RETINANET_START,
         RETINANET_DENSE,
         retinanet('default', "mmprune's default"),
-        retinanet('taylor', 'taylor', score=TAYLOR),
+        retinanet('taylor', 'taylor', score='taylor'),
         retinanet('default_30', "mmprune's default, 30 % of the FLOPs", keep_flops=0.3),
         *RETINANET_LONGER,
         *BY_MEMORY,

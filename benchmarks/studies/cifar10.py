@@ -176,8 +176,8 @@ def train(name: str, seed: int, data: dict[str, Pair], args: Any) -> dict[str, A
     steps = 10 if name == 'ten' else None
     times = resolve(None, None, None, steps, False, total, None)  # the hook's by default
     if name in SCORES:
-        score = dict(name=SCORES[name], per='work')
-        pruner = mmprune.Pruner(model, keep_flops=KEEP, divisor=1, score=score, compensate=True)
+        options = dict(keep_flops=KEEP, divisor=1, compensate=True)
+        pruner = mmprune.Pruner(model, score=SCORES[name], **options)
     elif name != 'dense':
         pruner = group_norm_pruner(model)
     oneshot = name.startswith('oneshot')

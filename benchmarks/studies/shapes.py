@@ -32,7 +32,7 @@ def low(name: str, label: str, **options) -> Row:
         f'{name}_low',
         f'low rate: {label}',
         LOW,
-        **(dict(divisor=8, score=by('work')) | options),
+        **(dict(divisor=8, score='taylor') | options),
     )
     return replace(row, reference='dense_low')
 
@@ -41,8 +41,8 @@ def dense_low(name: str, label: str) -> Row:
     return Row(name, label, CONFIG, LOW, start='start', reference='dense_low')
 
 
-def by(cost: str, name: str = 'taylor') -> dict[str, str]:
-    return dict(name=name, per=cost)
+def by(cost: str) -> dict[str, str]:
+    return dict(name='taylor', per=cost)
 
 
 def from_scratch(name: str, label: str, **options) -> Row:
@@ -78,19 +78,19 @@ STUDY = Study(
         pruned('plain', 'without compensation', compensate=False),
         pruned('distill', 'with distillation', distill=True),
         pruned('latency', 'half the time in eager torch, 10 cuts', latency=0.5, steps=10),
-        pruned('fisher', 'Fisher', score=by('work', 'fisher')),
-        pruned('second', 'taylor2', score=by('work', 'taylor2')),
-        pruned('taylor', 'taylor', score=by('work')),
-        pruned('taylor_eights', 'taylor, widths in steps of 8', score=by('work'), divisor=8),
-        pruned('taylor_unrounded', 'taylor, widths not rounded', score=by('work'), divisor=1),
+        pruned('fisher', 'Fisher', score='fisher'),
+        pruned('second', 'taylor2', score='taylor2'),
+        pruned('taylor', 'taylor', score='taylor'),
+        pruned('taylor_eights', 'taylor, widths in steps of 8', score='taylor', divisor=8),
+        pruned('taylor_unrounded', 'taylor, widths not rounded', score='taylor', divisor=1),
         pruned('taylor_memory', 'taylor by memory', score=by('memory')),
-        pruned('taylor_40', 'taylor, 40 % of the FLOPs', score=by('work'), keep_flops=0.4),
+        pruned('taylor_40', 'taylor, 40 % of the FLOPs', score='taylor', keep_flops=0.4),
         pruned(
             'taylor_latency',
             'taylor, half the time in eager torch, 10 cuts',
             latency=0.5,
             steps=10,
-            score=by('work'),
+            score='taylor',
         ),
         pruned(
             'taylor_times',
