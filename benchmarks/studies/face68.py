@@ -43,11 +43,14 @@ STUDY = Study(
         DEFAULT_30,
         pruned('distill', 'with distillation', distill=True),
         pruned('plain', 'without compensation', compensate=False),
+        pruned('early', '10 cuts in the first tenth', steps=10, end=0.1),
+        pruned('taylor', 'taylor', score='taylor'),
         pruned('distill_30', 'with distillation, 30 % of the FLOPs', keep_flops=0.3, distill=True),
         *(longer(row) for row in (DENSE, DEFAULT, DEFAULT_30)),
     ],
     metric='NME',
-    unit='NME, %',
+    unit='NME, ‰',
+    scale=1000,
     short=study.short(64, 8),
 )
 
