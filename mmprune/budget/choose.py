@@ -197,14 +197,14 @@ class _Choice:
         targets = self._targets(part, limits, keep)
         if any(_met(value(keep), target) for value, target in targets.values()):
             return keep
-        ladders = self._ladders(mine, limits, keep)
+        last = self.final.whole if part is None else self.final.of_part(part)
+        ladders = self._ladders(mine, limits, last, keep)
         if 'prune_num' in limits.targets and not ladders:
             raise PruneError(
                 f'prune_num={limits.targets["prune_num"]}: no prunable unit left'
                 + (f' in {part}' if part else '')
             )
         least = kept_at(ladders, keep, [ladder.gone.size - 1 for ladder in ladders])
-        last = self.final.whole if part is None else self.final.of_part(part)
         found = []
         for name, (value, target) in targets.items():
             if _met(value(least), target):
@@ -277,13 +277,19 @@ class _Choice:
         least = max(least, int(np.ceil(round((1 - limits.max_cut) * n, 9))))
         return min(n, least)
 
-    def _ladders(self, groups: list[int], limits: Limits, keep: np.ndarray) -> list[Ladder]:
-        """One for each group that can lose units: its lowest scores go first, its best never."""
+    def _ladders(
+        self, groups: list[int], limits: Limits, last: Limits, keep: np.ndarray
+    ) -> list[Ladder]:
+        """One for each group that can lose units: its lowest scores go first, its best never.
+
+        ``last``: the limits of the last of several cuts. Where it is a fraction of channels, each cut
+        goes to the width that is nearest to its own: if blocks were left until they are due, large
+        ones would all go in the last cut, and take the FLOPs far below their target."""
         free, lowest = {}, {}
         for number in groups:
             group = self.graph.groups[number]
             units = group.units[~self.protected[group.units]]
-            floor = self._floor(number, limits.targets.get('keep_channels'))
+            floor = self._floor(number, last.targets.get('keep_channels'))
             if max(floor, len(group) - len(units)) < len(group):
                 free[number] = units[np.argsort(self.scores[units], kind='stable')]
                 lowest[number] = max(floor, len(group) - len(units))
@@ -297,6 +303,8 @@ class _Choice:
             n, divisor = len(self.graph.groups[number]), self.divisor(number)
             auto = self.limits[number].divisor == 'auto'
             kept = steps.ladder(number, n, lowest[number], divisor, self.widths[number], stays, auto)
+            due = max(lowest[number], self._floor(number, limits.targets.get('keep_channels')))
+            kept = kept[: int(np.argmin([abs(width - due) for width in kept])) + 1]
             if len(kept) > 1:
                 gone = n - np.array(kept)
                 lost = np.append(0.0, np.cumsum(self.scores[order]))[gone]

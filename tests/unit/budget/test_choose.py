@@ -96,6 +96,17 @@ def test_an_early_cut_may_go_beyond_its_target_but_not_beyond_the_last_ones(trac
     assert widths(traced, of(0.5)) == [16, 16, 20] and widths(traced, of(0.93)) == [16, 24, 8]
 
 
+@pytest.mark.parametrize(('now', 'kept'), [(0.95, 64), (0.9, 64), (0.85, 48), (0.7, 48), (0.5, 32)])
+def test_blocks_of_a_fraction_of_channels_go_when_they_are_nearest_and_not_all_in_the_last_cut(
+    now, kept
+):
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 2, 3))
+    traced = mmprune.trace(model, lambda m: m(torch.randn(1, 3, 8, 8)))
+    last = Budget(keep_channels=0.5, divisor=16)
+    keep = choose(traced, np.arange(64.0), replace(last, keep_channels=now), final=last)
+    assert keep.sum() == kept and keep[-kept:].all()
+
+
 def test_keep_channels_is_for_every_group(traced):
     assert widths(traced, run(traced, keep_channels=0.7)) == [12, 17, 14]
     wider = choose(traced, SCORES, Budget(keep_channels=0.28, divisor=1), Baseline(units=(16, 25, 20)))
