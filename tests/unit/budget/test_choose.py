@@ -11,7 +11,7 @@ from torch import nn
 import mmprune
 from mmprune import Budget, PruneError
 from mmprune.budget.budget import make_budget
-from mmprune.budget.choose import choose
+from mmprune.budget.choose import choose, cost_against
 from mmprune.graph import cost
 from mmprune.surgery.build import Baseline
 
@@ -327,6 +327,10 @@ def test_by_default_they_are_set_against_work_for_flops_and_else_against_what_is
     }
     by_default = choose(traced, scores, budget)
     assert [per for per, keep in found.items() if np.array_equal(keep, by_default)] == [alike]
+
+
+def test_by_default_they_are_not_set_against_measured_times():
+    assert cost_against('auto', 'latency') == 'work' != cost_against('budget', 'latency')
 
 
 def test_numbers_of_ones_own_are_taken_as_they_are():

@@ -155,6 +155,12 @@ def test_bad_options_are_errors_at_once(options, told):
         PruneHook(**options)
 
 
+@pytest.mark.parametrize('budget', ['keep_flops', 'latency', 'keep_params'])
+def test_the_hook_scores_as_any_pruner_does(budget):
+    assert PruneHook(**{budget: 0.5}).score == mmprune.Score('taylor_gate')
+    assert PruneHook(**{budget: 0.5}, score='fisher').score == mmprune.Score('fisher')
+
+
 def test_a_run_too_short_for_a_cut_is_an_error_before_it_starts(tmp_path):
     with pytest.raises(mmprune.PruneError, match='the first cut would come after iteration 100'):
         train(config(tmp_path, epochs=1, hook=dict(keep_flops=0.5, interval=100)))
