@@ -42,6 +42,8 @@ STUDY = Study(
         DEFAULT,
         DEFAULT_30,
         pruned('distill', 'with distillation', distill=True),
+        pruned('heatmaps', 'with distillation of heatmaps alone', distill=dict(features=0)),
+        replace(pruned('taught', 'with distillation from "not pruned"', distill=True), teacher='dense'),
         pruned('plain', 'without compensation', compensate=False),
         pruned('early', '10 cuts in the first tenth', steps=10, end=0.1),
         pruned('taylor', 'taylor', score='taylor'),

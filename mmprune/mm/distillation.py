@@ -127,7 +127,7 @@ class Lesson:
         model: the student, pruned from
         teacher: the unpruned network, frozen.
         images: (N, 3, H, W), of any N: for a trace of the teacher.
-        features: weight of the loss of features, and
+        features: weight of the loss of features, as a fraction of the model's own losses, and
         predictions: of the others; 0: without.
         temperature: that divides scores before their softmax.
     """
@@ -145,6 +145,9 @@ class Lesson:
         self.points = points if predictions else Points(points.features)
         self.teacher, self.temperature = teacher, temperature
         self.features, self.predictions = features, predictions
+        # RTMPose's distributions are softmaxes of ten times the scores.
+        loss = getattr(getattr(model, 'head', None), 'loss_module', None)
+        self.beta = getattr(loss, 'beta', 1.0)
         name = self.points.features
         run = lambda m: m.extract_feat(images)  # noqa: E731
         self.sources = channel_sources(teacher, run, [name])[name]
@@ -164,7 +167,10 @@ class Lesson:
             self.student.stop()
             self._teach(kwargs['inputs'] if 'inputs' in kwargs else args[0])
             try:
-                return dict(losses) | self.losses(module)
+                # What the model loses itself is the unit: that of heatmaps is a thousand times smaller
+                # than that of boxes, and a fixed weight would be the whole of what it is trained on.
+                own = module.parse_losses(losses)[0].detach()
+                return dict(losses) | self.losses(module, own)
             finally:
                 self.student.clear()
                 self.taught.clear()
@@ -197,8 +203,8 @@ class Lesson:
             modules['head'](features)
         self.taught.stop()
 
-    def losses(self, model: nn.Module) -> Losses:
-        """What is added to the model's own losses."""
+    def losses(self, model: nn.Module, own: torch.Tensor) -> Losses:
+        """What is added to the model's own losses, whose sum is ``own``, a scalar."""
         found = {}
         if self.features:
             name = self.points.features
@@ -207,9 +213,10 @@ class Lesson:
                 feature_loss(one, other, source.dim if source.dim is not None else 1, kept)
                 for one, other, source, kept in zip(*both, self.sources, self.kept(model), strict=True)
             ]
-            found[f'loss_distill_{name}'] = self.features * torch.stack(each).mean()
+            found[f'loss_distill_{name}'] = self.features * own * torch.stack(each).mean()
         for kind, losses in self._predictions().items():
-            found[f'loss_distill_{kind}'] = self.predictions * torch.stack(losses).mean()
+            unit = own if kind == 'simcc' else 1
+            found[f'loss_distill_{kind}'] = self.predictions * unit * torch.stack(losses).mean()
         return found
 
     def kept(self, model: nn.Module) -> list[torch.Tensor | None]:
@@ -242,7 +249,7 @@ class Lesson:
         for name in self.points.heatmaps:
             compare('heatmap', name, functional.mse_loss)
         for name in self.points.simcc:
-            compare('simcc', name, softmax)
+            compare('simcc', name, lambda one, other: softmax(self.beta * one, self.beta * other))
         return {kind: losses for kind, losses in found.items() if losses}
 
 

@@ -37,8 +37,9 @@ class DistillHook(Hook):
 
     Args:
         features: weight of the loss of features (neck, or backbone): 1 - correlation, mean over
-            channels, levels and positions.
-        predictions: weight of the losses of classes, heatmaps or coordinates.
+            channels, levels and positions, times the sum of the model's own losses.
+        predictions: weight of the losses of classes, heatmaps or coordinates (the last times that
+            sum, too).
         temperature: that divides scores before their softmax.
         while_cutting: from the first cut on; ``False``: from the last one on, so that no unit is scored
             by these losses.

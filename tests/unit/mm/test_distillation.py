@@ -102,6 +102,43 @@ def test_predictions_can_be_left_out():
     assert [key for key in forward(model) if 'distill' in key] == ['loss_distill_cls']
 
 
+@pytest.mark.parametrize(
+    ('config', 'in_their_own_unit'),
+    [
+        (f'{OWN}/simple_baseline_shapes.py', {'heatmap'}),
+        (f'{OWN}/faster_rcnn_shapes.py', {'cls'}),
+        pytest.param(
+            f'{POSE}/rtmpose/coco/rtmpose-t_8xb256-420e_coco-256x192.py', set(), marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_what_has_no_unit_counts_as_the_own_losses_do(config, in_their_own_unit):
+    """So that features do not drown the loss of heatmaps, which is a thousandth of that of boxes."""
+    model, teacher, forward = student_of(config)
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.mul_(1 + 0.5 * torch.rand(parameter.shape))
+    taught = lesson(model, teacher)
+
+    def added():
+        taught.armed = True
+        torch.manual_seed(0)  # regions are drawn
+        losses = forward(model)
+        own = model.parse_losses({k: v for k, v in losses.items() if 'distill' not in k})[0].item()
+        return own, {k: v.item() for k, v in losses.items() if 'distill' in k}
+
+    own, plain = added()
+    assert all(plain.values())
+    parse = model.parse_losses
+    model.parse_losses = lambda losses: (7 * parse(losses)[0], {})
+    _, louder = added()
+    for key, loss in plain.items():
+        times = 1 if key.removeprefix('loss_distill_') in in_their_own_unit else 7
+        assert louder[key] == pytest.approx(times * loss, rel=1e-3), key
+    feature = next(loss for key, loss in plain.items() if key.endswith(('neck', 'backbone')))
+    assert 0 < feature / own < 2
+
+
 def test_features_are_compared_by_their_correlation():
     generator = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(2, c, 5, 4, generator=generator) for c in (3, 6))
