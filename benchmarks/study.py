@@ -216,7 +216,8 @@ def start(study: Study, row: Row, seed: int, work_dir: Path, short: bool) -> sub
         cfg.load_from = last_checkpoint(work_dir / row.start / str(seed))
     if row.teacher is not None:
         taught_by = last_checkpoint(work_dir / row.teacher / str(seed))
-        cfg.custom_hooks[-1]['distill'] = dict(teacher=taught_by)
+        told = cfg.custom_hooks[-1].get('distill', True)
+        cfg.custom_hooks[-1]['distill'] = dict({} if told is True else told, teacher=taught_by)
     path = folder / 'config.py'
     cfg.dump(path)
     command = [

@@ -42,6 +42,7 @@ SCORES = {
     'default': 'taylor_gate',
     'ten': 'taylor_gate',
     'oneshot': 'taylor_gate',
+    'oneshot_floor': 'taylor_gate',
     'taylor': 'taylor',
     'second': 'taylor2',
     'oneshot_second': 'taylor2',
@@ -51,6 +52,7 @@ ROWS = {
     'default': "mmprune's default, widths not rounded",
     'ten': 'the same, 10 cuts',
     'oneshot': 'the same, one cut before training',
+    'oneshot_floor': 'the same, no group below 40 % of its channels',
     'taylor': 'by taylor',
     'second': 'by taylor2',
     'oneshot_second': 'by taylor2, one cut before training',
@@ -177,6 +179,8 @@ def train(name: str, seed: int, data: dict[str, Pair], args: Any) -> dict[str, A
     times = resolve(None, None, None, steps, False, total, None)  # the hook's by default
     if name in SCORES:
         options = dict(keep_flops=KEEP, divisor=1, compensate=True)
+        if name.endswith('floor'):
+            options['keep_channels'] = 0.4
         pruner = mmprune.Pruner(model, score=SCORES[name], **options)
     elif name != 'dense':
         pruner = group_norm_pruner(model)

@@ -44,6 +44,15 @@ STUDY = Study(
         pruned('distill', 'with distillation', distill=True),
         pruned('heatmaps', 'with distillation of heatmaps alone', distill=dict(features=0)),
         replace(pruned('taught', 'with distillation from "not pruned"', distill=True), teacher='dense'),
+        replace(
+            pruned(
+                'taught_after',
+                'the same, from the last cut on',
+                distill=dict(while_cutting=False),
+            ),
+            teacher='dense',
+        ),
+        pruned('floor', 'no group below half of its units', keep_channels=0.5),
         pruned('plain', 'without compensation', compensate=False),
         pruned('early', '10 cuts in the first tenth', steps=10, end=0.1),
         pruned('taylor', 'taylor', score='taylor'),
