@@ -62,6 +62,10 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     'second': ('taylor2 by FLOPs, compensated', by('flops', 'taylor2', compensate=True)),
     'steps': ('by FLOPs, compensated, 10 cuts', by('flops', compensate=True, steps=10)),
     'work_steps': ('by work, compensated, 10 cuts', by('work', compensate=True, steps=10)),
+    'work_steps_both': (
+        'by work, both, 10 cuts',
+        by('work', compensate=True, recalibrate=True, steps=10),
+    ),
     'memory_steps': ('by memory, compensated, 10 cuts', by('memory', compensate=True, steps=10)),
 }  # fmt: skip
 
