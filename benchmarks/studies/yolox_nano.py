@@ -59,6 +59,10 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     'fisher_flops': ('Fisher by FLOPs, compensated', by('flops', 'fisher', compensate=True)),
     'gate': ('taylor_gate by FLOPs, compensated', by('flops', 'taylor_gate', compensate=True)),
     'gate_work': ('taylor_gate by work, compensated', by('work', 'taylor_gate', compensate=True)),
+    'gate_work_steps': (
+        'taylor_gate by work, compensated, 10 cuts',
+        by('work', 'taylor_gate', compensate=True, steps=10),
+    ),
     'second': ('taylor2 by FLOPs, compensated', by('flops', 'taylor2', compensate=True)),
     'steps': ('by FLOPs, compensated, 10 cuts', by('flops', compensate=True, steps=10)),
     'work_steps': ('by work, compensated, 10 cuts', by('work', compensate=True, steps=10)),
