@@ -52,7 +52,7 @@ ROWS = {
     'default': "mmprune's default, widths not rounded",
     'ten': 'the same, 10 cuts',
     'oneshot': 'the same, one cut before training',
-    'oneshot_floor': 'the same, no group below 40 % of its channels',
+    'oneshot_floor': 'one cut before training, no group below 40 % of its channels',
     'taylor': 'by taylor',
     'second': 'by taylor2',
     'oneshot_second': 'by taylor2, one cut before training',

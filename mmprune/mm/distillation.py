@@ -127,8 +127,8 @@ class Lesson:
         model: the student, pruned from
         teacher: the unpruned network, frozen.
         images: (N, 3, H, W), of any N: for a trace of the teacher.
-        features: weight of the loss of features, as a fraction of the model's own losses, and
-        predictions: of the others; 0: without.
+        features: weight of the loss of features, times the amount of the model's own losses, and
+        predictions: of the others (coordinates: times that amount, too); 0: without.
         temperature: that divides scores before their softmax.
     """
 
@@ -169,7 +169,7 @@ class Lesson:
             try:
                 # What the model loses itself is the unit: that of heatmaps is a thousand times smaller
                 # than that of boxes, and a fixed weight would be the whole of what it is trained on.
-                own = module.parse_losses(losses)[0].detach()
+                own = module.parse_losses(losses)[0].detach().abs()  # log likelihoods go below 0
                 return dict(losses) | self.losses(module, own)
             finally:
                 self.student.clear()
@@ -204,7 +204,7 @@ class Lesson:
         self.taught.stop()
 
     def losses(self, model: nn.Module, own: torch.Tensor) -> Losses:
-        """What is added to the model's own losses, whose sum is ``own``, a scalar."""
+        """What is added to the model's own losses, the amount of whose sum is ``own``, a scalar."""
         found = {}
         if self.features:
             name = self.points.features

@@ -37,10 +37,11 @@ class DistillHook(Hook):
 
     Args:
         features: weight of the loss of features (neck, or backbone): 1 - correlation, mean over
-            channels, levels and positions, times the sum of the model's own losses.
+            channels, levels and positions, times the amount of the model's own losses.
         predictions: weight of the losses of classes, heatmaps or coordinates (the last times that
-            sum, too).
-        temperature: that divides scores before their softmax.
+            amount, too).
+        temperature: that divides scores before their softmax; those of coordinates as their own loss
+            takes them, times its ``beta``.
         while_cutting: from the first cut on; ``False``: from the last one on, so that no unit is scored
             by these losses.
         teacher: a checkpoint of the unpruned model, a file or an address; by default the network as it

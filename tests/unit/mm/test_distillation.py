@@ -130,7 +130,7 @@ def test_what_has_no_unit_counts_as_the_own_losses_do(config, in_their_own_unit)
     own, plain = added()
     assert all(plain.values())
     parse = model.parse_losses
-    model.parse_losses = lambda losses: (7 * parse(losses)[0], {})
+    model.parse_losses = lambda losses: (-7 * parse(losses)[0], {})  # as a log likelihood may be
     _, louder = added()
     for key, loss in plain.items():
         times = 1 if key.removeprefix('loss_distill_') in in_their_own_unit else 7
@@ -163,6 +163,19 @@ def test_scores_are_compared_by_divergences():
     cross = -(target * score.log() + (1 - target) * (1 - score).log())
     wanted = ((score - target) ** 2 * cross).sum() / target.sum()
     torch.testing.assert_close(dense_loss(student, teacher), wanted)
+
+
+def test_coordinates_are_compared_as_their_own_loss_takes_them():
+    """Ten times as sharp, in RTMPose."""
+    config = f'{POSE}/rtmpose/coco/rtmpose-t_8xb256-420e_coco-256x192.py'
+    model, teacher = bare(config), bare(config)
+    taught = lesson(model, teacher, features=0.0)
+    x = torch.randn(2, 17, 8), torch.randn(2, 17, 8)
+    for run, scores in zip((taught.student, taught.taught), x, strict=True):
+        run.outputs = {name: [scores] for name in taught.points.simcc}
+    wanted = softmax_loss(10 * x[0], 10 * x[1], 2.0)
+    found = taught.losses(model, torch.tensor(3.0))
+    torch.testing.assert_close(found, {'loss_distill_simcc': 3 * wanted})
 
 
 def test_queries_are_taught_by_features_alone():

@@ -167,6 +167,8 @@ def test_in_lower_precision_it_is_taught_too(tmp_path):
     ))  # fmt: skip
     losses = hook_of(runner, 'NotesLosses').losses[5:]
     assert all(0 < each['loss_distill_neck'] < 2 for each in losses)
+    own = [each['loss'] - each['loss_distill_neck'] for each in losses]
+    assert all(each['loss_distill_neck'] < 2 * mine for each, mine in zip(losses, own, strict=True))
 
 
 @pytest.mark.parametrize('value', ['yes', 1, None])
