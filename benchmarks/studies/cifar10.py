@@ -38,15 +38,17 @@ DATA = Path(os.environ.get('MMPRUNE_CIFAR', SHARED / 'data' / 'cifar10_jpg.zip')
 WEIGHTS = Path(os.environ.get('MMPRUNE_WEIGHTS', SHARED / 'weights')) / 'resnet56_cifar10.pth'
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 KEEP, LR, WARM = 1 / 2.1, 0.02, 0.05
-SCORES = {
-    'default': 'taylor_gate',
-    'ten': 'taylor_gate',
-    'oneshot': 'taylor_gate',
-    'oneshot_floor': 'taylor_gate',
-    'taylor': 'taylor',
-    'second': 'taylor2',
-    'oneshot_second': 'taylor2',
+GATE = dict(score='taylor_gate')
+OURS: dict[str, dict[str, Any]] = {
+    'default': GATE,
+    'ten': GATE | dict(steps=10),
+    'oneshot': GATE | dict(steps=1),
+    'oneshot_floor': GATE | dict(steps=1, keep_channels=0.4),
+    'taylor': dict(score='taylor'),
+    'second': dict(score='taylor2'),
+    'oneshot_second': dict(score='taylor2', steps=1),
 }
+"""Options of the rows that mmprune cuts, over those of all; a single cut comes before training."""
 ROWS = {
     'dense': 'not pruned',
     'default': "mmprune's default, widths not rounded",
@@ -175,17 +177,15 @@ def train(name: str, seed: int, data: dict[str, Pair], args: Any) -> dict[str, A
     model = ResNet56()
     model.load_state_dict(torch.load(WEIGHTS, map_location='cpu', weights_only=True))
     whole, fifth = left_of(model), round(WINDOW * total)
-    steps = 10 if name == 'ten' else None
+    options = dict(keep_flops=KEEP, divisor=1, compensate=True) | OURS.get(name, {})
+    steps = options.pop('steps', None)
     times = resolve(None, None, None, steps, False, total, None)  # the hook's by default
-    if name in SCORES:
-        options = dict(keep_flops=KEEP, divisor=1, compensate=True)
-        if name.endswith('floor'):
-            options['keep_channels'] = 0.4
-        pruner = mmprune.Pruner(model, score=SCORES[name], **options)
+    if name in OURS:
+        pruner = mmprune.Pruner(model, **options)
     elif name != 'dense':
         pruner = group_norm_pruner(model)
-    oneshot = name.startswith('oneshot')
-    many = name in SCORES and not oneshot
+    oneshot = steps == 1
+    many = name in OURS and not oneshot
     if oneshot:  # scored on batches from which nothing is learned: the rate is 0
         optimizer = SGD(model.parameters(), lr=0.0)
         for batch in itertools.islice(batches(data['train'], args.batch, seed), 20):
