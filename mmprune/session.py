@@ -20,7 +20,7 @@ from mmprune.budget.runtimes import Prepare
 from mmprune.check.copies import copied
 from mmprune.check.lockstep import random_state, set_random_state
 from mmprune.check.verify import verify
-from mmprune.compensation import Compensation
+from mmprune.compensation import Compensation, InputMoments
 from mmprune.contexts import Forward
 from mmprune.distributed import (
     agreed_plan,
@@ -59,11 +59,15 @@ class Outcome:
         plan: of this cut alone; ``None`` where nothing went.
         trace: the graph of the model as it is now.
         failed: {name of a group that was locked since it failed the check: why}.
+        compensated: layers whose kept weights were changed to compensate for the removed channels.
+        refused: layers that were not, since it would not have made their output better.
     """
 
     plan: Plan | None
     trace: ChannelGraph
     failed: dict[str, str]
+    compensated: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
 
 
 def cut_once(
@@ -75,6 +79,7 @@ def cut_once(
     *,
     forward: Callable[[nn.Module], Any] | None,
     compensate: Forward | None = None,
+    gathered: InputMoments | None = None,
     optimizer: Any = None,
     ema_models: Callable[[], list[nn.Module]] = list,
     wrapper: nn.Module | None = None,
@@ -91,8 +96,10 @@ def cut_once(
         choose: which units stay. Called again where groups had to be locked.
         budget: what was asked for, for the record.
         forward: the run by which a cut is checked on a copy; ``None``: it is not.
-        compensate: a run by which weights that stay make up for those that go
-            (:mod:`mmprune.compensation`); ``None``: they are left as they are.
+        compensate: a run on which the compensation of removed channels (:mod:`mmprune.compensation`) is
+            tested, and fitted too without ``gathered``; ``None``: kept weights are left as they are. If
+            compensation fails, the cut is made without it, with a warning.
+        gathered: moments of the layers' inputs, gathered over training steps.
         optimizer: see :func:`mmprune.surgery.apply.cut`.
         ema_models: gives the EMA models that are cut alike.
         wrapper: what holds ``model`` (DistributedDataParallel), whose reducers are rebuilt.
@@ -152,21 +159,35 @@ def cut_once(
         notes = noted if isinstance(noted, CutNotes) else CutNotes(**noted)
         step = make_plan(graph, model, keep, budget.to_meta(), notes)
     step = agreed_plan(step) if distributed else step
-    made_up = None
+    averaged = ema_models()
+    compensation = None
     if compensate is not None:
-        with together('compensating'):
-            made_up = Compensation(model, graph, step, compensate)
-        if distributed:
-            made_up.add_up()
+        try:
+            with together('compensating'):
+                compensation = Compensation(model, graph, step, compensate, gathered, distributed)
+                compensation.prepare([model, *averaged])
+        except Exception as error:  # optional: a training must not end because of it
+            if strict:
+                raise
+            compensation = None
+            if warn is not None:
+                warn(f'Compensation failed, so this cut is made without it: {_text_of(error)}')
     with together('the cut'):
-        averaged = ema_models()
-        if made_up is not None:
-            made_up.prepare([model, *averaged])
         cut(model, step, optimizer, averaged)
-        if made_up is not None:
-            log.debug('%d weights and biases make up for what was cut', made_up.apply())
+        if compensation is not None:
+            compensation.apply()
         rebuild_reducers(wrapper if wrapper is not None else model)
-        return Outcome(step, after_cut(graph, model, keep), failed)
+        left = after_cut(graph, model, keep)
+        if gathered is not None:
+            gathered.after_cut(step, left, model)
+    accepted, refused = (
+        (tuple(compensation.accepted), tuple(compensation.refused)) if compensation else ((), ())
+    )
+    return Outcome(step, left, failed, accepted, refused)
+
+
+def _text_of(error: Exception) -> str:
+    return str(error) if isinstance(error, PruneError) else f'{type(error).__name__}: {error}'
 
 
 def _drawing_nothing(
@@ -178,6 +199,12 @@ def _drawing_nothing(
         return choose(graph, scores)
     finally:
         set_random_state(before)
+
+
+def most_narrowed(graph: ChannelGraph, keep: np.ndarray, count: int = 3) -> list[str]:
+    """Names of the groups that lose the largest share of their units by a choice, largest share first."""
+    lost = [(1 - keep[group.units].mean(), group.name) for group in graph.groups]
+    return [name for share, name in sorted(lost, reverse=True)[:count] if share > 0]
 
 
 def groups_to_blame(

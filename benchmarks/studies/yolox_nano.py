@@ -26,6 +26,7 @@ from torch import nn
 
 import mmprune
 from mmprune.check.copies import copied
+from mmprune.compensation import InputMoments
 from mmprune.contexts import evaluating, unchanged
 from mmprune.mm.model_modes import loss_of, runs_of
 from mmprune.score.collector import Collector
@@ -135,11 +136,16 @@ def prune(
 
     ``floor``: what every group keeps of its channels."""
     runs = runs_of(model, batches[0], size=SIZE, count=8)
+    gathered = None
     for step in range(1, steps + 1):
         graph = mmprune.trace(model, runs.tensor, also=(runs.loss,))
         collector = Collector(graph, score, 'none', model)
+        if compensate and gathered is None:
+            gathered = InputMoments(graph, model)
         with unchanged(model), evaluating(model):  # norms as they will be tested
             for batch in batches:
+                if gathered is not None:
+                    gathered.enabled = batch is not batches[0]  # the fit is tested on that one
                 model.zero_grad()
                 model.parse_losses(loss_of(model, batch))[0].backward()
                 collector.look()
@@ -147,12 +153,24 @@ def prune(
         model.zero_grad()
         left = 1 - (1 - keep) * step / steps
         budget = mmprune.Budget(keep_flops=left, keep_channels=floor, divisor=1)
-        cut(model, graph, collector.scores(), budget, runs, score['per'], compensate)
+        if gathered is not None:
+            gathered.enabled = False
+        cut(model, graph, collector.scores(), budget, runs, score['per'], gathered)
+    if gathered is not None:
+        gathered.close()
     if recalibrate:
         mmprune.recalibrate(model, loss_of, batches)
 
 
-def cut(model: nn.Module, graph: Any, scores: Any, budget: Any, runs: Any, per: str, compensate: bool):
+def cut(
+    model: nn.Module,
+    graph: Any,
+    scores: Any,
+    budget: Any,
+    runs: Any,
+    per: str,
+    gathered: InputMoments | None,
+) -> None:
     from mmprune.session import choose_for, cut_once
 
     def choose(graph: Any, scores: Any) -> Any:
@@ -162,8 +180,16 @@ def cut(model: nn.Module, graph: Any, scores: Any, budget: Any, runs: Any, per: 
         with evaluating(module):
             return runs.loss(module)
 
-    made_up = as_tested if compensate else None
-    cut_once(model, graph, scores, choose, budget, forward=runs.loss, compensate=made_up)
+    cut_once(
+        model,
+        graph,
+        scores,
+        choose,
+        budget,
+        forward=runs.loss,
+        compensate=as_tested if gathered is not None else None,
+        gathered=gathered,
+    )
 
 
 def main() -> None:

@@ -220,6 +220,13 @@ def loss_of(model: nn.Module, batch: Any) -> Any:
     return _run(model, model.data_preprocessor(batch, True), 'loss')
 
 
+def loss_of_runs(model: BaseModel, runs: Runs) -> float:
+    """The total loss on the samples of ``runs``, without gradients; the model is left as it was. Random
+    numbers are those of the next training step, so two calls draw the same ones."""
+    with unchanged(model), torch.no_grad():
+        return float(model.parse_losses(runs.loss(model))[0])
+
+
 def _run(model: nn.Module, data: Any, mode: str) -> Any:
     if isinstance(data, dict):
         return model(**data, mode=mode)

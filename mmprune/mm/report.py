@@ -14,6 +14,7 @@ from rich.table import Table
 from mmprune.graph import cost
 from mmprune.graph.coupling import ChannelGraph
 from mmprune.score.collector import Collector
+from mmprune.session import Outcome
 from mmprune.surgery.plan import Plan
 
 FILE = 'prune_report.json'
@@ -120,6 +121,50 @@ def log_cut(logger: logging.Logger, number: int, entry: dict[str, Any]) -> None:
         f'FLOPs {entry["flops"]:,} ({entry["flops"] / entry["flops_before"]:.1%}), '
         f'parameters {entry["params"]:,} ({entry["params"] / entry["params_before"]:.1%})'
     )
+
+
+JUMP = 0.5
+"""A cut that raises the loss of the same batch by more than this fraction of it gets a warning."""
+
+
+def loss_change(
+    runner: Runner,
+    number: int,
+    losses: tuple[float, float],
+    narrowed: list[str],
+    result: Outcome,
+) -> dict[str, Any]:
+    """Logs what a cut did to the loss of one batch, and how many layers were compensated. Returns it as
+    plain data for the page of the run.
+
+    Args:
+        number: of the cut.
+        losses: of the same samples, before the cut and after it.
+        narrowed: the groups that lost the largest share of their units.
+        result: of the cut.
+    """
+    before, after = losses
+    done, refused = len(result.compensated), len(result.refused)
+    if done or refused:
+        text = f', {refused} refused: their output would not become better' if refused else ''
+        runner.logger.info(f'Cut {number}: {done} layers compensated{text}')
+        runner.logger.debug(f'Refused: {", ".join(result.refused)}')
+    if not after - before <= JUMP * abs(before):
+        runner.logger.warning(
+            f'Cut {number} raised the loss of the same batch from {before:.3g} to {after:.3g}. The groups '
+            f'that lost the largest share of their channels: {", ".join(narrowed)}. If training does not '
+            'recover, lock these groups (lock=[...]), keep more of them (parts=...), or make more and '
+            'smaller cuts (a later end)'
+        )
+    return {
+        'cut': number,
+        'iteration': runner.iter + 1,
+        'before': before,
+        'after': after,
+        'groups': narrowed,
+        'compensated': done,
+        'refused': refused,
+    }
 
 
 def figures(plan: Plan, axes: dict[str, list[list[Any]]]) -> dict[str, Any]:

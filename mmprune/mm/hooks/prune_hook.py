@@ -22,9 +22,10 @@ from mmprune.mm.hooks.report_hook import ReportHook
 from mmprune.mm.hooks.running import unwrapped
 from mmprune.mm.hooks.scoring import Scoring
 from mmprune.mm.hooks.state_hook import StateHook
+from mmprune.mm.model_modes import loss_of_runs
 from mmprune.mm.recording.recorder import Recorder
 from mmprune.score import IN_TRAINING, Score, make_score
-from mmprune.session import choose_step, cut_once
+from mmprune.session import choose_step, cut_once, most_narrowed
 from mmprune.surgery.plan import plan_of
 
 
@@ -107,7 +108,7 @@ class PruneHook(Hook):
         self.score = make_score(score)
         self.state = PruneState()
         self.recorder = Recorder(self.state)
-        self.scoring = Scoring(self.score, self.budget, samples)
+        self.scoring = Scoring(self.score, self.budget, samples, compensate)
 
     @property
     def cuts(self) -> int:
@@ -157,13 +158,23 @@ class PruneHook(Hook):
         started = self.scoring.trace is not None or runner.iter < self.state.times.begin
         if not started and not self.state.is_done(unwrapped(runner.model), self.budget):
             self.scoring.try_to_start(runner, data_batch, self.state)
+        if self.scoring.gathered is not None:
+            # Compensation is tested on the batch of the cut, so that batch is not in the fit.
+            self.scoring.gathered.begin_step(wanted=not self._is_due(runner))
+
+    def _is_due(self, runner: Runner) -> bool:
+        """Whether a cut comes right after this iteration."""
+        times, now = self.state.times, runner.iter + 1
+        return now > times.begin and not (now - times.begin) % times.interval
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
     ) -> None:
-        times, now = self.state.times, runner.iter + 1
-        if self.scoring.trace is None or now <= times.begin or (now - times.begin) % times.interval:
+        if self.scoring.gathered is not None:
+            self.scoring.gathered.end_step()
+        if self.scoring.trace is None or not self._is_due(runner):
             return
+        times, now = self.state.times, runner.iter + 1
         last = self.state.metrics.get('unpruned', {}).get('iteration')
         recent = last is not None and now - last <= times.interval
         first = plan_of(unwrapped(runner.model)) is None
@@ -188,10 +199,13 @@ class PruneHook(Hook):
             forward, per = runs.ordered[0], self.score.per
             args = (graph, scores, self.budget, model, forward, target, state.start, per, self._prepare)
             keep, notes = choose_step(*args)
+            narrowed[:] = most_narrowed(graph, keep)
             self.recorder.note_scores(runner, graph, scores, keep, self.score, self.budget)
             return keep, replace(notes, iteration=runner.iter + 1)
 
         runner.call_hook('before_cut')
+        narrowed: list[str] = []
+        loss_before = loss_of_runs(model, runs)
         outcome = cut_once(
             model,
             self.scoring.trace,
@@ -200,6 +214,7 @@ class PruneHook(Hook):
             self.budget,
             forward=runs.checked if self.check else None,
             compensate=runs.loss if self.compensate else None,
+            gathered=self.scoring.gathered,
             optimizer=runner.optim_wrapper,
             ema_models=lambda: [ema.module for ema in ema_models],
             wrapper=runner.model,
@@ -217,5 +232,11 @@ class PruneHook(Hook):
                 running.refresh(ema)
             running.forget_best(runner)
             runner.call_hook('after_cut')
+            losses = loss_before, loss_of_runs(model, runs)
+            state.report.setdefault('jumps', []).append(
+                report.loss_change(runner, number, losses, narrowed, outcome)
+            )
         if not state.is_done(model, self.budget):
             self.scoring.watch(runner, outcome.trace)
+        else:
+            self.scoring.finish()

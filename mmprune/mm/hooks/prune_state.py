@@ -9,6 +9,7 @@ from torch import nn
 from mmprune.budget import device
 from mmprune.budget.budget import Budget
 from mmprune.budget.schedule import CutTimes
+from mmprune.compensation import InputMoments
 from mmprune.graph import carry
 from mmprune.graph.coupling import ChannelGraph
 from mmprune.mm.model_modes import MODES
@@ -47,13 +48,18 @@ class PruneState:
     resumed: bool = False
 
     def to_checkpoint(
-        self, graph: ChannelGraph | None, collector: Collector | None, rng: dict[str, Any]
+        self,
+        graph: ChannelGraph | None,
+        collector: Collector | None,
+        gathered: InputMoments | None,
+        rng: dict[str, Any],
     ) -> dict[str, Any]:
         """Numbers, strings, lists, dicts and tensors: loads under ``weights_only=True``.
 
         Args:
             graph: what is scored, and
             collector: its scores so far; ``None`` between the last cut and the end.
+            gathered: the moments for the next compensation; ``None`` if there is none.
             rng: random states to go on with.
         """
         return {
@@ -68,6 +74,7 @@ class PruneState:
             'divisors': device.known_divisors(),
             'trace': carry.to_state(graph) if graph is not None else None,
             'collector': collector.state_dict() if collector is not None else None,
+            'moments': gathered.state_dict() if gathered is not None else None,
             'rng': rng,
         }
 

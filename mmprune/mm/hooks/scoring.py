@@ -5,6 +5,7 @@ from typing import Any
 from mmengine.runner import Runner
 
 from mmprune.budget.budget import Budget
+from mmprune.compensation import InputMoments
 from mmprune.distributed import all_gather, is_distributed, raise_together
 from mmprune.graph.coupling import ChannelGraph
 from mmprune.mm import report
@@ -29,13 +30,17 @@ class Scoring:
         score: how units are scored.
         budget: whose locks say which parameters need not be seen.
         samples: images of a batch that the loss is traced on.
+        compensate: gather the moments of layers' inputs while units are scored.
     """
 
-    def __init__(self, score: Score, budget: Budget, samples: int) -> None:
-        self.score, self.budget, self.samples = score, budget, samples
+    def __init__(self, score: Score, budget: Budget, samples: int, compensate: bool = False) -> None:
+        self.score, self.budget, self.samples, self.compensate = score, budget, samples, compensate
         self.trace: ChannelGraph | None = None
         self.collector: Collector | None = None
-        self.scores_so_far: dict[str, Any] | None = None  # of a run that goes on, for the next trace
+        self.gathered: InputMoments | None = None
+        # Of a resumed run, for the next trace:
+        self.scores_so_far: dict[str, Any] | None = None
+        self.moments_so_far: dict[str, Any] | None = None
         self._waited = 0
 
     def runs(self, runner: Runner, batch: Any, modes: frozenset[str]) -> Runs:
@@ -78,9 +83,21 @@ class Scoring:
         if self.scores_so_far is not None:
             collector.load_state_dict(self.scores_so_far)
         self.trace, self.collector, self.scores_so_far = graph, collector, None
+        if self.compensate and self.gathered is None:
+            self.gathered = InputMoments(graph, unwrapped(runner.model))
+            if self.moments_so_far is not None:
+                self.gathered.load_state_dict(self.moments_so_far)
+                self.moments_so_far = None
+
+    def finish(self) -> None:
+        """Ends scoring and gathering: no cut follows."""
+        self.close()
+        if self.gathered is not None:
+            self.gathered.close()
+            self.gathered = None
 
     def close(self) -> None:
-        """Scores no more."""
+        """Ends the scoring of this trace. Gathered moments follow a cut, so they stay."""
         if self.collector is not None:
             self.collector.close()
         self.trace = self.collector = None

@@ -33,6 +33,7 @@ class StateHook(Hook):
             return
         saved = self._loaded.get('trace')  # not in checkpoints of mmprune 0.1.0
         self.scoring.scores_so_far = self._loaded['collector']
+        self.scoring.moments_so_far = self._loaded.get('moments')  # not in those of mmprune 0.2.0
         if saved is not None:
             self.scoring.watch(runner, carry.from_state(saved, unwrapped(runner.model)))
         random_state.set_state(self._loaded['rng'])
@@ -40,7 +41,10 @@ class StateHook(Hook):
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         rng = self._before_validation or random_state.get_state()
-        checkpoint[KEY] = self.state.to_checkpoint(self.scoring.trace, self.scoring.collector, rng)
+        scoring = self.scoring
+        checkpoint[KEY] = self.state.to_checkpoint(
+            scoring.trace, scoring.collector, scoring.gathered, rng
+        )
 
     # Validation draws random numbers too (a seed for its loader's workers). Training goes on as if
     # there had been none, so that a run resumed behind it goes on alike.
