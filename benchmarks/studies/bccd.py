@@ -90,6 +90,33 @@ RETINANET_LONGER = [
     longer(retinanet('default_30', "mmprune's default, 30 % of the FLOPs", keep_flops=0.3), 16),
 ]
 
+COARSE = {
+    'model.neck.num_outs': 7,
+    'model.neck.add_extra_convs': 'on_input',
+    'model.rpn_head.anchor_generator.strides': [4, 8, 16, 32, 64, 128, 256],
+}
+"""Three levels more, whose anchors of 256 pixels and above are larger than any cell: nothing uses them."""
+
+
+def coarse(name: str, label: str, **options) -> Row:
+    label = f'with three coarse levels that the data does not use: {label}'
+    row = pruned(f'coarse_{name}', label, COARSE, **options)
+    return replace(row, start='coarse_start')
+
+
+COARSE_ROWS = [
+    Row('coarse_start', 'what those below start from', CONFIG, START | COARSE, shown=False),
+    Row(
+        'coarse_dense',
+        'with three coarse levels that the data does not use: not pruned',
+        CONFIG,
+        SECOND | COARSE,
+        start='coarse_start',
+    ),
+    coarse('default', "mmprune's default"),
+    coarse('plain', 'without compensation', compensate=False),
+]
+
 PER = {'name': 'taylor', 'per': 'memory'}
 
 
@@ -184,6 +211,7 @@ STUDY = Study(
         retinanet('taylor', 'taylor', score='taylor'),
         retinanet('default_30', "mmprune's default, 30 % of the FLOPs", keep_flops=0.3),
         *RETINANET_LONGER,
+        *COARSE_ROWS,
         *BY_MEMORY,
     ],
     metric='pascal_voc/mAP',
