@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 import mmprune
-from mmprune.compensation import RIDGE, Compensation, block_of
+from mmprune.compensation import DECAY, RIDGE, Compensation, InputMoments, block_of
 from mmprune.surgery.apply import cut
 from mmprune.surgery.build import make_plan
+from tests.helpers.equality import assert_same
 
 X = torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(0))
 
@@ -180,3 +181,190 @@ def test_prune_makes_up_where_it_is_asked():
     mmprune.prune(plain, run, **options)
     mmprune.prune(better, run, compensate=True, **options)
     assert far(run(better), wanted) < 0.1 * far(run(plain), wanted)
+
+
+# -- stable by construction ---------------------------------------------------------------------------
+
+
+def weak_net():
+    """The first four of its eight inner channels have a thousandth of the power of the others."""
+    torch.manual_seed(0)
+    first = nn.Conv2d(3, 8, 3)
+    with torch.no_grad():
+        first.weight[:4] = first.weight[4:] * 1e-3**0.5 + 3e-3 * torch.randn(4, 3, 3, 3)
+        first.bias[:4] = first.bias[4:] * 1e-3**0.5
+    return nn.Sequential(first, nn.ReLU(), nn.Conv2d(8, 4, 1))
+
+
+WEAK_STAY = dict(
+    keep_channels=0.5, min_channels=4, divisor=1, score=np.array([1.0] * 4 + [0.0] * 4), compensate=True
+)
+
+
+def test_training_is_stable_after_a_cut_that_leaves_weak_channels():
+    model = weak_net()
+    wanted, before = run(model).detach(), model[2].weight.detach().clone()
+    mmprune.prune(model, run, **WEAK_STAY)
+    assert model[2].weight.abs().max() < 4 * before.abs().max()
+    optimizer, losses = torch.optim.AdamW(model.parameters(), 1e-2), []
+    for _ in range(10):
+        loss = (run(model) - wanted).square().mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert max(losses[1:]) < losses[0] and losses[-1] < 0.5 * losses[0]
+
+
+def test_weights_grow_by_no_more_than_the_root_of_the_channels_that_went(monkeypatch):
+    monkeypatch.setattr('mmprune.compensation.RIDGE', 1e-9)  # as if the ridge did not hold it
+    model = weak_net()
+    before = model[2].weight.detach().norm()
+    mmprune.prune(model, run, **WEAK_STAY)
+    assert model[2].weight.norm() <= 2**0.5 * before * 1.0001
+    assert model[2].weight.norm() > 1.2 * before  # so the bound is what held it
+
+
+def test_equal_channels_may_merge_into_one():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    with torch.no_grad():
+        for layer, dim in ((model[0], 0), (model[2], 1)):
+            layer.weight.copy_(layer.weight.narrow(dim, 0, 1).expand_as(layer.weight))
+        model[0].bias.fill_(0.5)
+    wanted = run(model)
+    assert without(model, [1, 2, 3]) == 2
+    assert far(run(model), wanted) < 0.02
+
+
+def half_true():
+    """A net and samples: channel 5 equals channel 0 on the first half of them, on the second its
+    negative."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2)), torch.randn(64, 4)
+    x[:32, 1], x[32:, 1] = x[:32, 0], -x[32:, 0]
+    with torch.no_grad():
+        model[0].weight[[0, 5]], model[0].bias[[0, 5]] = torch.eye(4)[:2], torch.zeros(2)
+    return model, x
+
+
+def test_what_does_not_hold_on_other_samples_is_refused():
+    model, x = half_true()
+    before = model[1].weight.detach().clone()
+    graph = mmprune.trace(model, lambda m: m(x))
+    plan = make_plan(graph, model, np.arange(6) != 5, {})
+    compensation = Compensation(model, graph, plan, lambda m: m(x))
+    assert compensation.accepted == [] and compensation.refused == ['1']
+    assert without(model, [5], forward=lambda m: m(x)) == 0
+    assert torch.equal(model[1].weight, before[:, :5])
+
+
+@pytest.mark.parametrize('norm', [nn.GroupNorm(32, 96), nn.GroupNorm(8, 96), nn.BatchNorm2d(96)])
+def test_channels_of_a_norm_group_are_not_taken_for_a_flattened_map(norm):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 96, 3), norm, nn.ReLU(), nn.Conv2d(96, 4, 1)).eval()
+    mmprune.prune(model, run, keep_channels=0.5, divisor=1, compensate=True, strict=True)
+    assert model[3].weight.shape == (4, 48, 1, 1)
+
+
+# -- moments of training steps ------------------------------------------------------------------------
+
+
+def relu_net():
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)
+    )
+
+
+def batches(count):
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randn(2, 3, 7, 7, generator=generator) for _ in range(count)]
+
+
+def gathered_over(model, graph, data):
+    gathered = InputMoments(graph, model)
+    for x in data:
+        gathered.begin_step()
+        model(x)
+        gathered.end_step()
+        model(x + 100)  # a validation, which is not gathered
+    return gathered
+
+
+def test_steps_are_added_up(monkeypatch):
+    monkeypatch.setattr('mmprune.compensation.EVERY', 1)
+    model, data = relu_net(), batches(3)
+    gathered = gathered_over(model, mmprune.trace(model, run), data)
+    with torch.no_grad():
+        seen = model[1](model[0](torch.cat(data))).transpose(0, 1).flatten(1)
+    moments = gathered.moments['2']
+    assert moments.count == seen.shape[1]
+    torch.testing.assert_close(moments.sums, seen.sum(1))
+    torch.testing.assert_close(moments.squares, seen @ seen.T)
+
+
+def test_one_of_several_steps_is_taken_and_some_positions(monkeypatch):
+    monkeypatch.setattr('mmprune.compensation.ROWS', 20)
+    model, data = relu_net(), batches(9)
+    gathered = gathered_over(model, mmprune.trace(model, run), data)
+    moments = gathered.moments['2']
+    assert moments.count == pytest.approx(3 * 50)  # of nine steps three, of two times 25 positions
+    with torch.no_grad():
+        seen = model[1](model[0](torch.cat(data))).transpose(0, 1).flatten(1)
+    mean = moments.sums / moments.count
+    assert far(mean, seen.mean(1)) < 0.2 and not torch.allclose(mean, seen.mean(1), rtol=1e-4)
+
+
+def test_a_step_that_is_not_finite_is_left_out(monkeypatch):
+    monkeypatch.setattr('mmprune.compensation.EVERY', 1)
+    model, data = relu_net(), batches(2)
+    graph = mmprune.trace(model, run)
+    gathered = gathered_over(model, graph, [*data, torch.full_like(data[0], torch.nan)])
+    assert torch.isfinite(gathered.moments['2'].squares).all()
+    assert gathered.moments['2'].count == gathered_over(model, graph, data).moments['2'].count
+
+
+def test_moments_follow_a_cut_and_fade():
+    model = relu_net()
+    graph = mmprune.trace(model, run)
+    gathered = gathered_over(model, graph, batches(1))
+    old = copy.deepcopy(gathered.moments['2'])
+    keep = np.ones(graph.n_units, dtype=bool)
+    keep[graph.groups[0].units[[1, 4]]] = False
+    plan = make_plan(graph, model, keep, {})
+    cut(model, plan)
+    gathered.after_cut(plan, mmprune.trace(model, run), model)
+    left = [0, 2, 3, 5]
+    torch.testing.assert_close(gathered.moments['2'].sums, DECAY * old.sums[left])
+    torch.testing.assert_close(gathered.moments['2'].squares, DECAY * old.squares[left][:, left])
+    assert gathered.moments['4'].sums.numel() == 4
+    gathered.close()
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_moments_are_restored_from_a_state():
+    model = relu_net()
+    graph = mmprune.trace(model, run)
+    data = batches(12)
+    whole = gathered_over(model, graph, data)
+    state = gathered_over(model, graph, data[:5]).state_dict()
+    resumed = InputMoments(graph, model)
+    resumed.load_state_dict(state)
+    for x in data[5:]:
+        resumed.begin_step()
+        model(x)
+    assert_same(resumed.state_dict(), whole.state_dict())
+
+
+def test_the_fit_is_of_what_was_gathered():
+    """All samples together say how the others give channel 5, the first half alone does not."""
+    model, x = half_true()
+    graph = mmprune.trace(model, lambda m: m(x))
+    gathered = InputMoments(graph, model)
+    gathered.begin_step()
+    model(x)
+    plan = make_plan(graph, model, np.arange(6) != 5, {})
+    of_all = Compensation(model, graph, plan, lambda m: m(x), gathered).layers['1']
+    of_half = Compensation(model, graph, plan, lambda m: m(x)).layers['1']
+    assert of_all.accepted and not of_half.accepted

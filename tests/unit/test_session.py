@@ -141,3 +141,31 @@ def test_two_that_fail_only_together_lose_one():
         return not choice[3:6].all() and not choice[12:15].all()  # groups 1 and 4
 
     assert groups_to_blame(traced, keep, fails) == [4]
+
+
+class Unseen(nn.Conv2d):
+    """Its inputs can not be looked at."""
+
+    def register_forward_pre_hook(self, *args, **kwargs):
+        raise RuntimeError('no hooks here')
+
+
+def without_hooks():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 16, 1), nn.ReLU(), Unseen(16, 2, 1)).double()
+
+
+def test_a_compensation_that_fails_is_left_out_with_a_warning():
+    model = without_hooks()
+    original = copied(model)
+    with pytest.warns(UserWarning, match=r'Compensation failed.*RuntimeError: no hooks here'):
+        plan = mmprune.prune(model, lambda m: m(X), keep_channels=0.5, compensate=True)
+    assert_exact(original, model, plan, lambda m: m(X), 1e-12)
+
+
+def test_a_compensation_that_fails_is_an_error_with_strict():
+    model = without_hooks()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match='no hooks here'):
+        mmprune.prune(model, lambda m: m(X), keep_channels=0.5, compensate=True, strict=True)
+    assert_same(model.state_dict(), before)
