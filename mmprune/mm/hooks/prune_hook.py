@@ -51,8 +51,8 @@ class PruneHook(Hook):
             are to blame are locked, with a warning, and the rest is cut.
         recalibrate: batches of the training data over which batch norms' statistics are measured again
             after each cut (0: training alone sets them right); frozen ones move with their inputs.
-        compensate: weights that stay make up for those that go, by least squares over the batch
-            (:mod:`mmprune.compensation`).
+        compensate: change the kept weights so that they compensate for the removed channels, by least
+            squares over the training steps before the cut (:mod:`mmprune.compensation`).
         distill: losses by which the unpruned network teaches the pruned one: ``True``, or a dict of the
             options of :class:`mmprune.mm.hooks.DistillHook`.
         validate_first: validate right before the first cut, unless there was a validation within the
