@@ -338,9 +338,9 @@ class Compensation:
         graph: of it.
         plan: of the cut.
         forward: runs the model on a batch; without gradients, and the model is left as it was.
-        gathered: what training steps showed. With it, ``forward`` only gives the samples on which the
-            fit is tested. Without it, the first half of each layer's samples (of its positions, if it has
-            one sample) is for the fit and the second half for the test, in two runs.
+        gathered: what training steps showed. Without it, the fit is of the first half of each layer's
+            samples (of its positions, if it has one sample) in a run of ``forward``. The fit is tested on
+            the second half, in a run of ``forward`` either way.
         distributed: all processes of the default group do this at once, and add up what they see.
     """
 
@@ -354,13 +354,15 @@ class Compensation:
         distributed: bool = False,
     ) -> None:
         self._changes: list[tuple[torch.Tensor, torch.Tensor]] = []
-        halves = gathered is None or not gathered.seen
         narrowed = {
             name: found
             for name, found in compensable(graph, model).items()
             if 1 in plan.keep.get(f'{name}.weight', {})
         }
-        moments = _moments_of(model, narrowed, forward) if halves else _copied(narrowed, gathered)
+        if gathered is not None and gathered.seen:
+            moments = _copied(narrowed, gathered)
+        else:
+            moments = _moments_of(model, narrowed, forward)
         if distributed:
             for one in moments.values():
                 one.all_reduce()
@@ -369,7 +371,7 @@ class Compensation:
             layer = _fitted(module, moments[name], plan.keep[f'{name}.weight'])
             if layer is not None:
                 self.layers[name] = layer
-        _measure_errors(model, self.layers, forward, halves)
+        _measure_errors(model, self.layers, forward)
         if distributed:
             for layer in self.layers.values():
                 dist.all_reduce(layer.errors)
@@ -444,17 +446,15 @@ def _moments_of(
     return found
 
 
-def _measure_errors(
-    model: nn.Module, layers: Mapping[str, _Layer], forward: Forward, halves: bool
-) -> None:
-    """Adds to each layer's errors what one run shows, over the second halves where ``halves``."""
+def _measure_errors(model: nn.Module, layers: Mapping[str, _Layer], forward: Forward) -> None:
+    """Adds to each layer's errors what the second half of its samples shows in one run."""
     differences = {}
     with torch.no_grad():
         for name, layer in layers.items():
             differences[name] = _difference(layer)
 
     def see(name: str, module: nn.Module, x: torch.Tensor) -> None:
-        x = halves_of(x, module)[1] if halves else x
+        x = halves_of(x, module)[1]
         if not x.numel():
             return
         lost, left, bias = differences[name]

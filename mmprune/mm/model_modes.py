@@ -220,11 +220,16 @@ def loss_of(model: nn.Module, batch: Any) -> Any:
     return _run(model, model.data_preprocessor(batch, True), 'loss')
 
 
-def loss_of_runs(model: BaseModel, runs: Runs) -> float:
-    """The total loss on the samples of ``runs``, without gradients; the model is left as it was. Random
-    numbers are those of the next training step, so two calls draw the same ones."""
+def total_loss(model: BaseModel, losses: Any) -> float:
+    """The loss that training would minimise, from what ``mode='loss'`` gave."""
+    return float(model.parse_losses(losses)[0])
+
+
+def run_apart(model: nn.Module, forward: Forward) -> Any:
+    """One run without gradients that leaves the model and the random states as they were. So two of them
+    draw the same random numbers."""
     with unchanged(model), torch.no_grad():
-        return float(model.parse_losses(runs.loss(model))[0])
+        return forward(model)
 
 
 def _run(model: nn.Module, data: Any, mode: str) -> Any:

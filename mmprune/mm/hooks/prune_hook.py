@@ -22,7 +22,7 @@ from mmprune.mm.hooks.report_hook import ReportHook
 from mmprune.mm.hooks.running import unwrapped
 from mmprune.mm.hooks.scoring import Scoring
 from mmprune.mm.hooks.state_hook import StateHook
-from mmprune.mm.model_modes import loss_of_runs
+from mmprune.mm.model_modes import run_apart, total_loss
 from mmprune.mm.recording.recorder import Recorder
 from mmprune.score import IN_TRAINING, Score, make_score
 from mmprune.session import choose_step, cut_once, most_narrowed
@@ -205,7 +205,14 @@ class PruneHook(Hook):
 
         runner.call_hook('before_cut')
         narrowed: list[str] = []
-        loss_before = loss_of_runs(model, runs)
+        losses: list[Any] = []  # of the same samples, before the cut and after it
+
+        def noting(module: Any) -> Any:
+            losses.append(runs.loss(module))
+            return losses[-1]
+
+        if not self.compensate:  # which runs the loss itself
+            run_apart(model, noting)
         outcome = cut_once(
             model,
             self.scoring.trace,
@@ -213,7 +220,7 @@ class PruneHook(Hook):
             choose,
             self.budget,
             forward=runs.checked if self.check else None,
-            compensate=runs.loss if self.compensate else None,
+            compensate=noting if self.compensate else None,
             gathered=self.scoring.gathered,
             optimizer=runner.optim_wrapper,
             ema_models=lambda: [ema.module for ema in ema_models],
@@ -232,10 +239,11 @@ class PruneHook(Hook):
                 running.refresh(ema)
             running.forget_best(runner)
             runner.call_hook('after_cut')
-            losses = loss_before, loss_of_runs(model, runs)
-            state.report.setdefault('jumps', []).append(
-                report.loss_change(runner, number, losses, narrowed, outcome)
-            )
+            if losses:  # none if compensation failed before its run
+                run_apart(model, noting)
+                both = total_loss(model, losses[0]), total_loss(model, losses[-1])
+                changes = state.report.setdefault('jumps', [])
+                changes.append(report.loss_change(runner, number, both, narrowed, outcome))
         if not state.is_done(model, self.budget):
             self.scoring.watch(runner, outcome.trace)
         else:
