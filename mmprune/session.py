@@ -202,7 +202,7 @@ def _drawing_nothing(
 
 
 def most_narrowed(graph: ChannelGraph, keep: np.ndarray, count: int = 3) -> list[str]:
-    """Names of the groups that lose the largest share of their units by a choice, largest share first."""
+    """Names of the groups that lose the largest share of their units by a choice, largest first."""
     lost = [(1 - keep[group.units].mean(), group.name) for group in graph.groups]
     return [name for share, name in sorted(lost, reverse=True)[:count] if share > 0]
 

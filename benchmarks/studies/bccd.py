@@ -95,7 +95,7 @@ COARSE = {
     'model.neck.add_extra_convs': 'on_input',
     'model.rpn_head.anchor_generator.strides': [4, 8, 16, 32, 64, 128, 256],
 }
-"""Three levels more, whose anchors of 256 pixels and above are larger than any cell: nothing uses them."""
+"""Three more levels, whose anchors of 256 pixels and above are larger than any cell."""
 
 
 def coarse(name: str, label: str, **options) -> Row:

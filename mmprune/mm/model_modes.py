@@ -226,8 +226,8 @@ def total_loss(model: BaseModel, losses: Any) -> float:
 
 
 def run_apart(model: nn.Module, forward: Forward) -> Any:
-    """One run without gradients that leaves the model and the random states as they were. So two of them
-    draw the same random numbers."""
+    """One run without gradients that leaves the model and the random states as they were, so two of
+    them draw the same random numbers."""
     with unchanged(model), torch.no_grad():
         return forward(model)
 

@@ -151,10 +151,10 @@ def loss_change(
         runner.logger.debug(f'Refused: {", ".join(result.refused)}')
     if not after - before <= JUMP * abs(before):
         runner.logger.warning(
-            f'Cut {number} raised the loss of the same batch from {before:.3g} to {after:.3g}. The groups '
-            f'that lost the largest share of their channels: {", ".join(narrowed)}. If training does not '
-            'recover, lock these groups (lock=[...]), keep more of them (parts=...), or make more and '
-            'smaller cuts (a later end)'
+            f'Cut {number} raised the loss of the same batch from {before:.3g} to {after:.3g}. The '
+            f'groups that lost the largest share of their channels: {", ".join(narrowed)}. If training '
+            'does not recover, lock these groups (lock=[...]), keep more of them (parts=...), or make '
+            'more and smaller cuts (a later end)'
         )
     return {
         'cut': number,

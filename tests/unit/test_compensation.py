@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 import mmprune
-from mmprune.compensation import DECAY, RIDGE, Compensation, InputMoments, block_of
+from mmprune.compensation import Compensation, InputMoments
+from mmprune.compensation.fit import RIDGE
+from mmprune.compensation.moments import DECAY, block_of
 from mmprune.surgery.apply import cut
 from mmprune.surgery.build import make_plan
 from tests.helpers.equality import assert_same
@@ -217,7 +219,7 @@ def test_training_is_stable_after_a_cut_that_leaves_weak_channels():
 
 
 def test_weights_grow_by_no_more_than_the_root_of_the_channels_that_went(monkeypatch):
-    monkeypatch.setattr('mmprune.compensation.RIDGE', 1e-9)  # as if the ridge did not hold it
+    monkeypatch.setattr('mmprune.compensation.fit.RIDGE', 1e-9)  # as if the ridge did not hold it
     model = weak_net()
     before = model[2].weight.detach().norm()
     mmprune.prune(model, run, **WEAK_STAY)
@@ -293,7 +295,7 @@ def gathered_over(model, graph, data):
 
 
 def test_steps_are_added_up(monkeypatch):
-    monkeypatch.setattr('mmprune.compensation.EVERY', 1)
+    monkeypatch.setattr('mmprune.compensation.moments.EVERY', 1)
     model, data = relu_net(), batches(3)
     gathered = gathered_over(model, mmprune.trace(model, run), data)
     with torch.no_grad():
@@ -305,7 +307,7 @@ def test_steps_are_added_up(monkeypatch):
 
 
 def test_one_of_several_steps_is_taken_and_some_positions(monkeypatch):
-    monkeypatch.setattr('mmprune.compensation.ROWS', 20)
+    monkeypatch.setattr('mmprune.compensation.moments.ROWS', 20)
     model, data = relu_net(), batches(9)
     gathered = gathered_over(model, mmprune.trace(model, run), data)
     moments = gathered.moments['2']
@@ -317,7 +319,7 @@ def test_one_of_several_steps_is_taken_and_some_positions(monkeypatch):
 
 
 def test_a_step_that_is_not_finite_is_left_out(monkeypatch):
-    monkeypatch.setattr('mmprune.compensation.EVERY', 1)
+    monkeypatch.setattr('mmprune.compensation.moments.EVERY', 1)
     model, data = relu_net(), batches(2)
     graph = mmprune.trace(model, run)
     gathered = gathered_over(model, graph, [*data, torch.full_like(data[0], torch.nan)])

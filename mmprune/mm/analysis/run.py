@@ -38,6 +38,7 @@ from mmprune.mm.model_modes import MODES, Runs, runs_of, test_size
 from mmprune.progress import bar
 from mmprune.pruner import score_batches
 from mmprune.score import IN_TRAINING, Score, make_score
+from mmprune.score.idle import idle_groups, idle_text
 from mmprune.surgery.build import baseline_of, remaining
 from mmprune.surgery.plan import plan_of
 
@@ -224,6 +225,9 @@ def _worth(
     say(f'Scoring by {score.name}, on {counted(batches)} of training data')
     with bar('Scoring', len(batches)) as tell:
         scores = _scores(model, found, score, batches, tell)
+    idle = idle_text(idle_groups(found.graph, scores, score))
+    if idle:
+        notes.append(idle)
     evaluate, of = _evaluated(cfg, model, batches, options, notes)
     higher = options.metric is not None and higher_is_better(options.metric)
     seeds = 1 if options.metric is not None else SEEDS

@@ -25,6 +25,7 @@ from mmprune.mm.hooks.state_hook import StateHook
 from mmprune.mm.model_modes import run_apart, total_loss
 from mmprune.mm.recording.recorder import Recorder
 from mmprune.score import IN_TRAINING, Score, make_score
+from mmprune.score.idle import idle_groups, idle_text
 from mmprune.session import choose_step, cut_once, most_narrowed
 from mmprune.surgery.plan import plan_of
 
@@ -190,6 +191,10 @@ class PruneHook(Hook):
             runs = self.scoring.runs(runner, batch, state.modes)
             scores = self.scoring.collector.scores()
         report.log_scores(runner.logger, self.scoring.collector)
+        if 'idle' not in state.report:  # of the whole network, before its first cut
+            state.report['idle'] = idle_groups(self.scoring.trace, scores, self.score)
+            if state.report['idle']:
+                runner.logger.info(idle_text(state.report['idle']))
         ema_models, steps = running.averaged_models(runner), state.times.steps
 
         def target(final: float) -> float:
