@@ -192,8 +192,7 @@ def _measure_errors(model: nn.Module, layers: Mapping[str, _Layer], forward: For
         without = _output(module, x, layer.removed, layer.moments.block, lost)
         compensated = without - _output(module, x, layer.kept, layer.moments.block, left)
         if module._parameters.get('bias') is not None:
-            shape = [-1] if isinstance(module, nn.Linear) else [-1] + [1] * (module.weight.ndim - 2)
-            compensated = compensated - bias.reshape(shape)
+            compensated = compensated - bias.reshape([-1] + [1] * (lost.ndim - 2))
         layer.errors += torch.stack(
             [without.double().square().sum(), compensated.double().square().sum()]
         )
@@ -221,7 +220,8 @@ def _output(
         x = x.reshape(-1, x.shape[-1] // block, block)[:, channels].flatten(1)
         return nn.functional.linear(x, weight.to(x.dtype))
     dim = 1 if x.ndim == weight.ndim else 0
-    return module._conv_forward(x.index_select(dim, channels), weight.to(x.dtype), None)
+    convolution: Any = module
+    return convolution._conv_forward(x.index_select(dim, channels), weight.to(x.dtype), None)
 
 
 def halves_of(x: torch.Tensor, module: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
