@@ -163,8 +163,8 @@ def cut_once(
     compensation = None
     if compensate is not None:
         try:
+            compensation = Compensation(model, graph, step, compensate, gathered, together, distributed)
             with together('compensating'):
-                compensation = Compensation(model, graph, step, compensate, gathered, distributed)
                 compensation.prepare([model, *averaged])
         except Exception as error:  # optional: a training must not end because of it
             if strict:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +73,8 @@ class Compensation:
         gathered: what training steps showed. Without it, the fit is of the first half of each layer's
             samples (of its positions, if it has one sample) in a run of ``forward``. Either way the fit
             is tested on the second half, in a run of ``forward``.
-        distributed: all processes of the default group do this at once, and add up what they see.
+        together: makes a context for a part that may fail in one process alone. If ``distributed``, the
+            parts between sums over the default group run in it, and all processes do this at once.
     """
 
     def __init__(
@@ -82,27 +84,30 @@ class Compensation:
         plan: Plan,
         forward: Forward,
         gathered: InputMoments | None = None,
+        together: Callable[[str], AbstractContextManager[Any]] = nullcontext,
         distributed: bool = False,
     ) -> None:
         self._changes: list[tuple[torch.Tensor, torch.Tensor]] = []
-        narrowed = {
-            name: found
-            for name, found in compensable(graph, model).items()
-            if 1 in plan.keep.get(f'{name}.weight', {})
-        }
-        if gathered is not None and gathered.seen:
-            moments = _copied(narrowed, gathered)
-        else:
-            moments = _moments_of(model, narrowed, forward)
+        with together('looking at the inputs of layers'):
+            narrowed = {
+                name: found
+                for name, found in compensable(graph, model).items()
+                if 1 in plan.keep.get(f'{name}.weight', {})
+            }
+            if gathered is not None and gathered.seen:
+                moments = _copied(narrowed, gathered)
+            else:
+                moments = _moments_of(model, narrowed, forward)
         if distributed:
             for one in moments.values():
                 one.all_reduce()
-        self.layers = {}
-        for name, (module, _) in narrowed.items():
-            layer = _fitted(module, moments[name], plan.keep[f'{name}.weight'])
-            if layer is not None:
-                self.layers[name] = layer
-        _measure_errors(model, self.layers, forward)
+        with together('fitting the compensation'):
+            self.layers = {}
+            for name, (module, _) in narrowed.items():
+                layer = _fitted(module, moments[name], plan.keep[f'{name}.weight'])
+                if layer is not None:
+                    self.layers[name] = layer
+            _measure_errors(model, self.layers, forward)
         if distributed:
             for layer in self.layers.values():
                 dist.all_reduce(layer.errors)
