@@ -11,6 +11,8 @@ load in this way. :func:`install` therefore wraps three functions of mmengine:
 - ``Runner.call_hook`` rebuilds the model earlier, before hooks are given the checkpoint, together with
   what depends on the model in a Runner: optimizer, EMA models, DistributedDataParallel. A model that
   :class:`mmprune.mm.hooks.RebuildHook` has rebuilt has its structure by then, and stays as it is.
+  Checkpoints of a pruned model get its plan in every Runner, with our hook or without: without the plan
+  they could not be loaded again.
 """
 
 import functools
@@ -29,7 +31,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from mmprune.distributed import rebuild_reducers
 from mmprune.errors import PruneError
 from mmprune.mm.hooks.running import averaged_models, refresh, unwrapped
-from mmprune.surgery.meta import plan_in
+from mmprune.surgery.meta import META, plan_in
 from mmprune.surgery.plan import Plan, plan_of
 
 _origins: Any = WeakTensorKeyDictionary()
@@ -94,6 +96,9 @@ def _rebuilding_first(original: Callable) -> Callable:
         if fn_name == 'after_load_checkpoint':
             rebuild_runner(runner, kwargs['checkpoint'])
         original(runner, fn_name, **kwargs)
+        plan = plan_of(innermost(runner.model)) if fn_name == 'before_save_checkpoint' else None
+        if plan is not None:
+            kwargs['checkpoint']['meta'].setdefault(META, plan.to_meta())
 
     return call_hook
 
