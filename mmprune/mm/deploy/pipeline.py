@@ -144,7 +144,7 @@ def input_size(about: dict[str, Any]) -> tuple[int, int] | None:
     the metadata ``about`` names neither a size nor a scale."""
     if about['input_size']:
         return tuple(about['input_size'])
-    scale = (about.get('resize') or {}).get('scale')
+    scale = (about.get('resize') or {}).get('scale')  # width, height
     return None if scale is None else sizes((scale[1], scale[0]), about)[2]
 
 
