@@ -14,6 +14,7 @@ from mmengine.config import Config
 
 from mmprune import PruneError
 from mmprune.mm.deploy import pipeline
+from mmprune.mm.deploy.runtime import open_model
 from tests.helpers import tiny
 
 EXAMPLE = Path(__file__).parents[4] / 'examples' / 'onnx_detect.py'
@@ -134,6 +135,15 @@ def test_pictures_are_resized_as_the_test_pipeline_does(example, tmp_path, name,
     fixed = dict(about, input_size=wanted.shape[2:], **pipeline.describe(config, wanted.shape[2:]))
     assert example.prepare(picture, fixed)[0].shape == wanted.shape
     assert pipeline.size_in(config) in (None, tuple(wanted.shape[2:]))
+
+
+def test_a_runtime_prepares_pictures(example, tmp_path):
+    about = dict(resize=dict(scale=[64, 64], keep_ratio=True, interpolation='bilinear'), pad=None)
+    run = open_model(tiny.detector(tmp_path / 'x.onnx', DETS, LABELS, **about))
+    (images, scale), (wanted, _) = run.prepare(PICTURE), example.prepare(PICTURE, run.metadata)
+    np.testing.assert_array_equal(images, wanted)
+    assert images.shape == (1, 3, 32, 64) and scale.tolist() == pytest.approx([64 / 96, 32 / 48])
+    assert run(images)['labels'].tolist() == [LABELS]
 
 
 def test_the_example_and_the_package_resize_alike(example):
