@@ -10,13 +10,19 @@ to be prepared stands in the model file.
 import argparse
 import json
 import sys
+from typing import Any
 
 import cv2
 import numpy as np
 import onnxruntime
 
+INTERPOLATION = {
+    'nearest': cv2.INTER_NEAREST, 'bilinear': cv2.INTER_LINEAR, 'bicubic': cv2.INTER_CUBIC,
+    'area': cv2.INTER_AREA, 'lanczos': cv2.INTER_LANCZOS4,
+}  # fmt: skip
 
-def load(path: str) -> tuple[onnxruntime.InferenceSession, dict]:
+
+def load(path: str) -> tuple[onnxruntime.InferenceSession, dict[str, Any]]:
     """The model, ready to run, and what ``tools/export.py`` wrote into it."""
     try:
         session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
@@ -31,40 +37,94 @@ def load(path: str) -> tuple[onnxruntime.InferenceSession, dict]:
     return session, about
 
 
+def sizes(shape: tuple[int, int], about: dict[str, Any]) -> list[tuple[int, int]]:
+    """(height, width) of a resized picture, of it with the pipeline's padding, and of the file's input.
+
+    Args:
+        shape: height and width of the picture.
+        about: the metadata of the file.
+    """
+    resize, pad, fixed = about['resize'] or {}, about['pad'] or {}, about['input_size']
+    factors = resize.get('scale_factor', [1, 1])[::-1]
+    if 'scale' in resize:  # the picture's ratio is kept: its sides fit, in either direction
+        width, height = resize['scale']
+        ratio = min(max(width, height) / max(shape), min(width, height) / min(shape))
+        factors = [ratio, ratio]
+    if fixed:
+        fitting = min(fixed[0] / shape[0], fixed[1] / shape[1])
+        factors = [min(factor, fitting) for factor in factors]
+    resized = tuple(
+        max(1, int(side * factor + 0.5)) for side, factor in zip(shape, factors, strict=True)
+    )
+    if not resize.get('keep_ratio', True):
+        resized = (height, width)
+    padded = resized
+    if pad.get('square'):
+        padded = (max(padded), max(padded))
+    if pad.get('size'):
+        padded = tuple(map(max, padded, pad['size']))
+    step, last_step = pad.get('divisor') or 1, about['pad_divisor']
+    padded = tuple(-(-side // step) * step for side in padded)
+    full = tuple(-(-side // last_step) * last_step for side in padded)
+    if fixed:
+        padded, full = (tuple(fixed) if pad else resized), tuple(fixed)
+    return [resized, padded, full]
+
+
 def prepare(
-    picture: np.ndarray, about: dict, size: tuple[int, int] | None = None
+    picture: np.ndarray, about: dict[str, Any], size: tuple[int, int] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """The model's input of a BGR picture (h, w, 3), and by what x and y were multiplied.
 
-    The picture is resized to fit into ``size`` (height, width), by default the model's own, where it
-    has one, or the picture's; what is missing is filled up on the right and below.
+    The picture is resized and padded as the test pipeline of the model's config does it, by what the
+    model file says of it.
+
+    Args:
+        picture: height x width x 3, blue first, 0 to 255.
+        about: the metadata of the model file.
+        size: height and width into which the picture is fitted in place of the pipeline's scale.
     """
-    height, width = size or about['input_size'] or picture.shape[:2]
-    ratio = min(height / picture.shape[0], width / picture.shape[1])
-    new_height, new_width = (max(1, round(side * ratio)) for side in picture.shape[:2])
-    scale = np.array([new_width / picture.shape[1], new_height / picture.shape[0]], np.float32)
-    if not about['input_size']:  # any size that is a multiple of this
-        divisor = about['pad_divisor']
-        height, width = (-(-side // divisor) * divisor for side in (height, width))
-    elif (height, width) != tuple(about['input_size']):
-        sys.exit(f'--size {height} {width}: the model takes {about["input_size"]} alone')
-    if (new_height, new_width) != picture.shape[:2]:
-        picture = cv2.resize(picture, (new_width, new_height), interpolation=cv2.INTER_LINEAR)
+    if size is None and 'resize' not in about:
+        print('The model does not say how its pictures are resized; give --size', file=sys.stderr)
+        size = about['input_size'] or picture.shape[:2]
+    about = about if size is None else fitted(about, size)
+    (height, width), padded, full = sizes(picture.shape[:2], about)
+    scale = np.array([width / picture.shape[1], height / picture.shape[0]], np.float32)
+    if (height, width) != picture.shape[:2]:
+        how = INTERPOLATION[(about['resize'] or {}).get('interpolation', 'bilinear')]
+        picture = cv2.resize(picture, (width, height), interpolation=how)
     mean = np.array(about['mean'] or [0, 0, 0], np.float32)
     std = np.array(about['std'] or [1, 1, 1], np.float32)
-    image = picture[..., ::-1] if about['bgr_to_rgb'] else picture
-    image = (image.astype(np.float32) - mean) / std
-    filled = np.full((height, width, 3), about['pad_value'], np.float32)
-    filled[:new_height, :new_width] = image
+    order = slice(None, None, -1 if about['bgr_to_rgb'] else 1)
+    images = np.full((*full, 3), about['pad_value'], np.float32)
+    if about['pad']:  # the pipeline's own padding is of the picture before it is normalised
+        value = np.broadcast_to(np.array(about['pad']['value'], np.float32), 3)
+        images[: padded[0], : padded[1]] = (value[order] - mean) / std
+    images[:height, :width] = (picture[..., order].astype(np.float32) - mean) / std
     if about['with_preprocess']:  # the model does it itself, to BGR from 0 to 255
-        filled = filled * std + mean
-        filled = filled[..., ::-1] if about['bgr_to_rgb'] else filled
-    return np.ascontiguousarray(filled.transpose(2, 0, 1)[None], np.float32), scale
+        images = (images * std + mean)[..., order]
+    return np.ascontiguousarray(images.transpose(2, 0, 1)[None], np.float32), scale
+
+
+def fitted(about: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+    """The metadata for pictures that are fitted into ``size`` (height, width), rounded up to what the
+    model takes."""
+    fixed = about['input_size']
+    if fixed and tuple(size) != tuple(fixed):
+        sys.exit(f'--size {size[0]} {size[1]}: the model takes {fixed} alone')
+    divisor = about['pad_divisor']
+    height, width = (-(-side // divisor) * divisor for side in size)
+    old = about.get('resize') or {}
+    resize = {
+        'scale': [width, height], 'keep_ratio': old.get('keep_ratio', True),
+        'interpolation': old.get('interpolation', 'bilinear'),
+    }  # fmt: skip
+    return about | {'resize': resize, 'pad': about.get('pad'), 'input_size': [height, width]}
 
 
 def detect(
     session: onnxruntime.InferenceSession,
-    about: dict,
+    about: dict[str, Any],
     picture: np.ndarray,
     least_score: float = 0.3,
     size: tuple[int, int] | None = None,
@@ -133,7 +193,7 @@ def main() -> None:
     parser.add_argument('--score', type=float, default=0.3, help='the least score that is drawn')
     parser.add_argument(
         '--size', type=int, nargs=2, metavar=('HEIGHT', 'WIDTH'),
-        help="fit the picture into this (default: the model's size, or the picture's)",
+        help="fit the picture into this (default: as the test pipeline of the model's config does it)",
     )  # fmt: skip
     args = parser.parse_args()
     picture = cv2.imread(args.picture)

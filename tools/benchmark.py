@@ -1,6 +1,6 @@
 """How much faster, and smaller in memory, a pruned model is than its unpruned one, on this machine.
 
-    python tools/benchmark.py CONFIG CHECKPOINT --size HEIGHT WIDTH [--batch 1 8] [--threads 1]
+    python tools/benchmark.py CONFIG CHECKPOINT [--size HEIGHT WIDTH] [--batch 1 8] [--threads 1]
         [--modes eager channels_last compile onnxruntime openvino] [--json FILE]
 
 Whole networks with post-processing, both in turns, in single precision: as PyTorch runs them (eager,
@@ -11,6 +11,7 @@ there is one.
 import argparse
 import json
 import platform
+import sys
 import tempfile
 from dataclasses import replace
 from importlib.metadata import version
@@ -24,9 +25,10 @@ from rich.table import Table
 
 from mmprune import PruneError
 from mmprune.mm import cli
-from mmprune.mm.deploy import benchmark
-from mmprune.mm.deploy.export import export_model, size_in
+from mmprune.mm.deploy import benchmark, pipeline
+from mmprune.mm.deploy.export import divisor_of, export_model
 from mmprune.mm.deploy.pose import pose_wrapper
+from mmprune.mm.deploy.runtime import open_model
 
 
 def parse_args() -> argparse.Namespace:
@@ -35,7 +37,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('checkpoint', type=cli.checkpoint_file, help='a pruned checkpoint')
     parser.add_argument(
         '--size', type=int, nargs=2, metavar=('HEIGHT', 'WIDTH'),
-        help='of the images (default: as the config fixes it)',
+        help="of the images (default: the size of the files, or of the config's test pipeline)",
     )  # fmt: skip
     parser.add_argument('--batch', type=positive, nargs='+', default=[1, 8], help='images a run')
     parser.add_argument('--threads', type=positive, default=1)
@@ -69,19 +71,24 @@ def main() -> None:
         modes += benchmark.CUDA_MODES
     cfg = Config.fromfile(args.config)
     job = benchmark.Job(cfg, args.checkpoint, (0, 0), 1, args.threads, args.raw)
+    tell('building both networks')
     models = {'pruned': benchmark.load(job)}
     job = replace(job, size=size_of(args, cfg, models['pruned']))
+    tell(f'images of {job.size[0]} x {job.size[1]} (height, width)')
     models['unpruned'] = benchmark.load(replace(job, which='unpruned'))
     flops = {which: benchmark.flops_of(models[which], job.size, job.raw) for which in benchmark.WHICH}
     report = about(args, job, models, flops)
     with tempfile.TemporaryDirectory() as scratch:
         if set(modes) & set(benchmark.BACKENDS):
             job = replace(job, files=exported(args, models, job, Path(scratch)))
-        for batch in args.batch:
-            for mode in modes:
-                each = replace(job, mode=mode, batch=batch)
-                row = benchmark.measure(each, models, args.rounds, report['flops_ratio'])
-                report['rows'].append(row)
+        todo = [(batch, mode) for batch in args.batch for mode in modes]
+        for number, (batch, mode) in enumerate(todo, 1):
+            where = f'{number} of {len(todo)}: {mode}, batch {batch}'
+            tell(where)
+            each = replace(job, mode=mode, batch=batch)
+            row = benchmark.measure(each, models, args.rounds, report['flops_ratio'])
+            report['rows'].append(row)
+            tell(f'{where}: {outcome(row)}')
     console = Console()
     console.width = max(console.width, 100)  # where it is no terminal it would be 80
     console.print(table(report))
@@ -92,15 +99,44 @@ def main() -> None:
         Path(args.json).write_text(json.dumps(report, indent=2) + '\n')
 
 
+def tell(text: str) -> None:
+    """One line of progress, apart from the table: a run may take many minutes."""
+    print(f'benchmark.py: {text}', file=sys.stderr, flush=True)
+
+
+def outcome(row: dict[str, Any]) -> str:
+    if 'failure' in row:
+        return f'fails: {row["failure"]}'
+    medians = ' to '.join(f'{row[which]["median_ms"]:.1f}' for which in benchmark.WHICH)
+    return f'{medians} ms, {row["time_ratio"]:.2f} x as fast'
+
+
 def size_of(args: argparse.Namespace, cfg: Config, model: torch.nn.Module) -> tuple[int, int]:
-    """(height, width) of the images to run."""
+    """(height, width) of the images to run: what was asked for, what the files say, or what a picture
+    becomes that fills the scale of the test pipeline. Sides are rounded up to what the model takes.
+
+    Raises:
+        PruneError: none of these names a size, or the files take another one.
+    """
     pose = pose_wrapper(model)
-    size = args.size or (pose.input_size if pose else size_in(cfg))
+    size = args.size or (pose.input_size if pose else None)
+    for path in args.onnx or ():
+        written = open_model(path).metadata
+        fixed = written['input_size']
+        size = size or pipeline.input_size(written)
+        if fixed and tuple(fixed) != tuple(size):
+            raise PruneError(f'{path}: takes {fixed} alone, not {list(size)}; export it with --dynamic')
+    divisor = divisor_of(model, size or pipeline.size_in(cfg))
+    about = {'input_size': pipeline.size_in(cfg), 'pad_divisor': divisor}
+    size = size or pipeline.input_size(about | pipeline.describe(cfg, None))
     if size is None:
         raise PruneError(
-            '--size: the test pipeline of the config fixes no size of images; give HEIGHT WIDTH'
+            '--size: the test pipeline of the config names no size of images; give HEIGHT WIDTH'
         )
-    return tuple(size)
+    height, width = (-(-side // divisor) * divisor for side in size)
+    if (height, width) != tuple(size):
+        tell(f'{size[0]} x {size[1]} is padded: the model takes multiples of {divisor}')
+    return height, width
 
 
 def exported(
@@ -109,10 +145,12 @@ def exported(
     """The files of both networks: those that were given, or new ones."""
     if args.onnx:
         return dict(zip(benchmark.WHICH, map(Path, args.onnx), strict=True))
-    return {
-        which: export_model(model, folder / f'{which}.onnx', raw=job.raw, size=job.size, check=())
-        for which, model in models.items()
-    }
+    files = {}
+    for which, model in models.items():
+        tell(f'exporting the {which} network')
+        path = folder / f'{which}.onnx'
+        files[which] = export_model(model, path, raw=job.raw, size=job.size, check=())
+    return files
 
 
 def about(

@@ -2,6 +2,9 @@
 
 Usage: python tools/export.py configs/faster_rcnn_prune.py work_dirs/faster_rcnn_prune/epoch_12.pth \\
     --out model.onnx
+
+With ``--out weights.pth`` it writes a checkpoint again, without what only training needs: the weights,
+the plan, and the names of the classes or keypoints.
 """
 
 import argparse
@@ -18,7 +21,10 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('config', type=cli.existing_file, help='the unpruned config')
     parser.add_argument('checkpoint', type=cli.checkpoint_file, help='checkpoint file')
-    parser.add_argument('--out', required=True, metavar='FILE.onnx', help='must not exist')
+    parser.add_argument(
+        '--out', required=True, metavar='FILE',
+        help='a name that ends in .onnx, or in .pth for the weights and the plan alone; must not exist',
+    )  # fmt: skip
     parser.add_argument(
         '--raw', action='store_true', help="the head's outputs, without post-processing; any model"
     )
@@ -58,6 +64,9 @@ def main() -> None:
     config = Config.fromfile(args.config)
     if args.cfg_options:
         config.merge_from_dict(args.cfg_options)
+    if args.out.endswith('.pth'):
+        write_checkpoint(config, args)
+        return
     from mmprune.mm import export
 
     small = Path(args.out).with_name(f'{Path(args.out).stem}_int8.onnx')
@@ -75,6 +84,19 @@ def main() -> None:
 
         small = quantize_with(config, path, small, args.int8)
         print(f'{small}: {small.stat().st_size / 1e6:.1f} MB')
+
+
+def write_checkpoint(config: Config, args: argparse.Namespace) -> None:
+    from mmprune.mm.deploy.strip import strip
+
+    names = ('raw', 'size', 'dynamic', 'opset', 'with_preprocess', 'int8')
+    given = [f'--{name.replace("_", "-")}' for name in names if getattr(args, name)]
+    if given:
+        raise PruneError(
+            f'{", ".join(given)}: {args.out} is a checkpoint, and these are of .onnx files'
+        )
+    path = strip(config, args.checkpoint, args.out)
+    print(f'{path}: {path.stat().st_size / 1e6:.1f} MB')
 
 
 if __name__ == '__main__':

@@ -5,10 +5,13 @@ from typing import Any
 from mmprune.mm import compat  # noqa: F401  (torchvision can be imported from here on)
 
 # isort: split
-from mmprune.mm import hooks, logs, wrappers  # noqa: F401  (they register themselves)
+from mmprune.mm import hooks, loading, logs, wrappers  # noqa: F401  (they register themselves)
 from mmprune.mm.checkpoint import load_pruned, plan_from
 
 __all__ = ['export', 'load_pruned', 'plan_from']
+
+
+loading.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -31,7 +31,7 @@ forward = lambda model: model(x)
 BEFORE = {
     ('docs/any_network.md', 'Cut at once'): A_NETWORK,
     ('docs/criteria.md', 'Criteria'): A_NETWORK,
-    ('docs/deploy.md', 'The file'): 'import numpy as np; images = np.zeros((2, 3, 64, 64), np.float32)',
+    ('docs/deploy.md', 'The file'): 'import cv2; picture = cv2.imread("picture.jpg")',
 }
 """What the reader has when a section begins."""
 
@@ -49,7 +49,10 @@ def a_users_folder(tmp_path_factory):
     deploy_models.saved(model, work_dir / 'epoch_12.pth')
     picture = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
     cv2.imwrite(str(folder / 'picture.jpg'), picture)
-    tiny.detector(folder / 'model.onnx', [[8, 8, 40, 24, 0.9]], [1], classes=['circle', 'star'])
+    names = ['circle', 'star']
+    tiny.detector(
+        folder / 'model.onnx', [[8, 8, 40, 24, 0.9]], [1], classes=names, resize=None, pad=None
+    )
     return folder
 
 

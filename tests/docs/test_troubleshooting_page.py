@@ -1,16 +1,20 @@
 """docs/troubleshooting.md: each message that it quotes is one that a user gets."""
 
+import contextlib
+import io
 import re
 
 import pytest
 import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
+from mmengine.runner import load_checkpoint
 from torch import nn
 
 import mmprune
 from mmprune import PruneError
 from mmprune.budget import measured
+from mmprune.mm import loading
 from mmprune.mm.checkpoint import load_pruned
 from mmprune.mm.deploy import export, runtime
 from mmprune.mm.hooks import PruneHook
@@ -209,6 +213,24 @@ def _(folder):
 @meets('The checkpoint is of another model')
 def _(folder):
     mmprune.load_model_def(net(32), pruned_checkpoint(folder))
+
+
+@meets('A size mismatch')
+def _(folder):
+    loading.uninstall()  # as where mmprune is not imported
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            load_checkpoint(net(), str(pruned_checkpoint(folder)))
+    finally:
+        loading.install()
+    _, _, told = printed.getvalue().partition('\n')  # the first line names the file
+    raise PruneError(told.strip())
+
+
+@meets('The pruned structure does not fit the model')
+def _(folder):
+    pruned_checkpoint(folder)
+    load_checkpoint(net(32), 'x.pth')
 
 
 @meets('The file is damaged')

@@ -28,6 +28,7 @@ from mmprune.mm.deploy.decisions import recorded
 from mmprune.mm.deploy.dense import dense_wrapper
 from mmprune.mm.deploy.detr import detr_wrapper
 from mmprune.mm.deploy.graph import to_onnx
+from mmprune.mm.deploy.pipeline import describe, size_in
 from mmprune.mm.deploy.pose import keypoint_names, pose_wrapper
 from mmprune.mm.deploy.raw import RawNetwork
 from mmprune.mm.deploy.runtime import METADATA, Runtime, load_package, open_model
@@ -300,28 +301,6 @@ def size_for(
     return None if chosen is None else (int(chosen[0]), int(chosen[1]))
 
 
-def size_in(cfg: Config | None) -> tuple[int, int] | None:
-    """(height, width) of every image that leaves the test pipeline of a config, if it fixes them."""
-    loader = (cfg or {}).get('test_dataloader') or (cfg or {}).get('val_dataloader') or {}
-    dataset = loader.get('dataset', {})
-    while 'pipeline' not in dataset and 'dataset' in dataset:
-        dataset = dataset['dataset']
-    found = None
-    for step in dataset.get('pipeline', ()):
-        kind, scale = step.get('type'), step.get('scale')
-        if kind == 'Resize' and scale is not None and not step.get('keep_ratio', False):
-            found = (scale[1], scale[0]) if isinstance(scale, list | tuple) else (scale, scale)
-        elif kind == 'Resize':
-            found = None
-        elif kind == 'LoadCrop':
-            found = (step['size'], step['size'])
-        elif kind == 'Pad' and step.get('size'):
-            found = (step['size'][1], step['size'][0])
-        elif kind == 'Pad' and step.get('pad_to_square') and isinstance(scale, list | tuple):
-            found = (max(scale), max(scale))
-    return found
-
-
 # -- metadata -------------------------------------------------------------------------------------
 
 
@@ -348,6 +327,7 @@ def metadata(
         'input_size': list(size) if size else None,
         'pad_divisor': divisor_of(model, size),
         'pad_value': getattr(prepared, 'pad_value', 0),
+        **describe(getattr(model, 'cfg', None), size),
         'counted_at': list(counted_at),
         **costs(model, network, counted_at),
     }

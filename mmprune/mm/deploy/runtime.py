@@ -1,6 +1,7 @@
 """Runs an exported file: ONNX Runtime or OpenVINO, on the CPU, in single precision.
 
     run = open_model('model.onnx')
+    images, scale = run.prepare(picture)
     outputs = run(images)          # {'dets': (N, K, 5), 'labels': (N, K)}
     run.metadata['classes']
 
@@ -69,6 +70,23 @@ class Runtime:
             port.name: np.concatenate(values) if len(values) > 1 else values[0]
             for port, values in zip(self.outputs, zip(*parts, strict=True), strict=True)
         }
+
+    def prepare(self, picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A detector's input for one picture, resized, padded and normalised as its test pipeline did.
+
+        Args:
+            picture: (height, width, 3), blue first, 0 to 255, as ``cv2.imread`` gives it.
+
+        Returns:
+            The input (1, 3, H, W) float32, and the factors by which x and y were multiplied: boxes
+            divided by them are in pixels of the picture.
+
+        Raises:
+            PruneError: the file does not say how its pictures are resized.
+        """
+        from mmprune.mm.deploy.pipeline import prepare  # late, because it takes OpenCV along
+
+        return prepare(picture, self.metadata)
 
 
 def open_model(path: str | Path, backend: str = 'onnxruntime', threads: int | None = None) -> Runtime:

@@ -1,5 +1,6 @@
 """Unpruned and pruned do the same work, in turns, and what is measured is of each."""
 
+import argparse
 import importlib.util
 import json
 import sys
@@ -14,6 +15,7 @@ from mmengine.config import Config
 from mmprune import PruneError
 from mmprune.mm.deploy import benchmark
 from mmprune.mm.deploy.benchmark import Job
+from tests.helpers import tiny
 from tests.helpers.deploy_models import pruned, saved
 
 POSE = 'configs/_base_/simple_baseline_shapes.py'
@@ -28,15 +30,20 @@ def job(tmp_path_factory):
 
 
 @pytest.fixture
-def run(monkeypatch):
-    """The tool's main function with such arguments."""
+def main_module():
     spec = importlib.util.spec_from_file_location('mmprune_tools_benchmark', TOOL)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(monkeypatch, main_module):
+    """The tool's main function with such arguments."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, 'argv', ['benchmark.py', *map(str, arguments)])
-        module.main()
+        main_module.main()
 
     return run
 
@@ -132,15 +139,48 @@ def test_the_tool(job, run, tmp_path, capsys):
         for which in ('unpruned', 'pruned'):
             assert 0 < row[which]['median_ms'] <= row[which]['p95_ms']
             assert row[which]['peak_bytes'] > 1e6
-    said = capsys.readouterr().out
+    said, progress = capsys.readouterr()
+    assert '2 of 3: onnxruntime, batch 2\n' in progress and '3 of 3: openvino, batch 2: ' in progress
+    assert 'exporting the unpruned network' in progress
     assert 'openvino' in said and 'times fewer' in ' '.join(said.split())
+
+
+SCALE = dict(type='Resize', scale=(133, 80), keep_ratio=True)
+
+
+@pytest.mark.parametrize(('steps', 'asked', 'wanted'), [
+    ([SCALE], None, (96, 160)),  # 80 x 133, padded
+    ([dict(SCALE, scale=(64, 64)), dict(type='Pad', pad_to_square=True)], None, (64, 64)),
+    ([dict(SCALE, keep_ratio=False)], None, (96, 160)),
+    ([SCALE], (100, 64), (128, 64)),
+])  # fmt: skip
+def test_the_size_is_that_of_the_test_pipeline(main_module, capsys, steps, asked, wanted):
+    cfg = Config.fromfile(RETINANET)
+    cfg.test_dataloader.dataset.pipeline = steps
+    arguments = argparse.Namespace(size=asked, onnx=None)
+    assert main_module.size_of(arguments, cfg, pruned(RETINANET)) == wanted
+    padded = (asked or wanted) != wanted
+    assert ('is padded: the model takes multiples of 32' in capsys.readouterr().err) >= padded
+
+
+def test_the_size_is_that_of_the_files(main_module, tmp_path):
+    cfg, model = Config.fromfile(RETINANET), pruned(RETINANET)
+    resize = dict(scale=[70, 70], keep_ratio=True, interpolation='bilinear')
+    found = dict(dets=[[0, 0, 9, 9, 1]], labels=[0])
+    dynamic = tiny.detector(tmp_path / 'a.onnx', **found, resize=resize, pad=None)
+    fixed = tiny.detector(tmp_path / 'b.onnx', **found, size=(64, 96))
+    for files, wanted in ((dynamic, dynamic), (96, 96)), ((fixed, fixed), (64, 96)):
+        arguments = argparse.Namespace(size=None, onnx=files)
+        assert main_module.size_of(arguments, cfg, model) == wanted
+    with pytest.raises(PruneError, match=r'b.onnx: takes \[64, 96\] alone, not \[96, 96\]; export'):
+        main_module.size_of(argparse.Namespace(size=None, onnx=(dynamic, fixed)), cfg, model)
 
 
 def test_bad_input(job, run, tmp_path, capsys):
     with pytest.raises(PruneError, match=r'--json .*nowhere/x.json: there is no folder'):
         run(POSE, job.checkpoint, '--json', tmp_path / 'nowhere' / 'x.json')
     detector = saved(pruned(RETINANET), tmp_path / 'retinanet.pth')
-    with pytest.raises(PruneError, match='--size: the test pipeline .* give HEIGHT WIDTH'):
+    with pytest.raises(PruneError, match='--size: the test pipeline .* names no size'):
         run(RETINANET, detector)
     content = torch.load(job.checkpoint, weights_only=True)
     del content['meta']['mmprune']

@@ -1,5 +1,8 @@
 """Detectors as files: boxes, scores and labels are those of ``predict``, pruned, at open sizes."""
 
+import runpy
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -106,6 +109,29 @@ def test_a_checkpoint_becomes_a_file_that_prepares_its_pictures(retinanet, tmp_p
     found = open_model(out)(given)
     np.testing.assert_allclose(found['dets'], plain['dets'], rtol=1e-3, atol=1e-3)
     assert sorted(p.name for p in tmp_path.iterdir()) == ['model.onnx', 'pruned.pth']
+
+
+@pytest.mark.slow
+def test_a_file_finds_on_a_full_size_picture_what_mmdet_finds(tmp_path):
+    """The example resizes the picture as the test pipeline does, by what stands in the file."""
+    from mmdet.apis import inference_detector
+
+    model = made(YOLOX)
+    out = export_model(model, tmp_path / 'model.onnx', dynamic=True, with_preprocess=True, check=())
+    about = open_model(out).metadata
+    assert about['resize'] == dict(scale=[416, 416], keep_ratio=True, interpolation='bilinear')
+    assert about['pad'] == dict(value=[114.0] * 3, size=None, divisor=None, square=True)
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 256, (60, 82, 3), dtype=np.uint8).repeat(16, 0).repeat(16, 1)
+    wanted = inference_detector(model, picture).pred_instances.numpy()
+    path = Path(__file__).parents[4] / 'examples' / 'onnx_detect.py'
+    detect = runpy.run_path(str(path))
+    found = detect['detect'](*detect['load'](str(out)), picture, 0)
+    best = slice(100)  # this model finds more than a file has rows
+    np.testing.assert_allclose(found['scores'][best], wanted.scores[best], atol=1e-4)
+    height, width = picture.shape[:2]
+    boxes = np.clip(wanted.bboxes, 0, [width, height, width, height])
+    np.testing.assert_allclose(found['boxes'][best], boxes[best], atol=0.05)
 
 
 def test_a_checkpoint_without_a_plan_is_exported_unpruned(tmp_path):

@@ -1,6 +1,7 @@
 """examples/onnx_detect.py: right boxes on the picture, and neither torch nor mmprune."""
 
 import importlib.util
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 
+from mmprune import PruneError
+from mmprune.mm.deploy import pipeline
+from mmprune.mm.deploy.runtime import open_model
 from tests.helpers import tiny
 
 EXAMPLE = Path(__file__).parents[4] / 'examples' / 'onnx_detect.py'
@@ -69,6 +74,107 @@ def test_pictures_are_prepared_as_mmdet_does(example, with_preprocess, size):
         images = (torch.from_numpy(images).flip(1) - own.mean) / own.std
     assert images.shape == wanted.shape
     np.testing.assert_allclose(images, wanted, atol=1e-4)
+
+
+PLAIN = dict(
+    mean=None, std=None, bgr_to_rgb=False, with_preprocess=True, pad_divisor=32, pad_value=0,
+    input_size=None,
+)  # fmt: skip
+RESIZE = dict(type='Resize', scale=(160, 96), keep_ratio=True)
+PIPELINES = {
+    'faster_rcnn': [RESIZE],
+    'yolox': [
+        dict(RESIZE, scale=(64, 64)),
+        dict(type='Pad', pad_to_square=True, pad_val=dict(img=(114, 113, 112))),
+    ],
+    'rtmdet': [
+        dict(RESIZE, type='mmdet.Resize', scale=64), dict(type='Pad', size=(96, 64), pad_val=114)
+    ],
+    'ssd': [dict(type='Resize', scale=(96, 64), keep_ratio=False)],
+    'bicubic': [dict(RESIZE, interpolation='bicubic')],
+    'half': [dict(type='Resize', scale_factor=(0.5, 0.7), interpolation='area')],
+    'divisor': [RESIZE, dict(type='Pad', size_divisor=48)],
+    'none': [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', PIPELINES)
+@pytest.mark.parametrize('shape', [(100, 161), (161, 100), (31, 20)])
+@pytest.mark.parametrize('preprocess', [
+    dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], bgr_to_rgb=True), {}
+], ids=['normalised', 'plain'])  # fmt: skip
+def test_pictures_are_resized_as_the_test_pipeline_does(example, tmp_path, name, shape, preprocess):
+    from mmdet.models import DetDataPreprocessor
+    from mmdet.registry import TRANSFORMS
+    from mmengine.dataset import Compose, pseudo_collate
+    from mmengine.registry import init_default_scope
+
+    init_default_scope('mmdet')
+    picture = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    cv2.imwrite(str(tmp_path / 'x.png'), picture)
+    keys = ('img_shape', 'scale_factor')
+    steps = [
+        dict(type='LoadImageFromFile'),
+        *PIPELINES[name],
+        dict(type='PackDetInputs', meta_keys=keys),
+    ]
+    sample = Compose([TRANSFORMS.build(step) for step in steps])({'img_path': str(tmp_path / 'x.png')})
+    own = DetDataPreprocessor(pad_size_divisor=32, **preprocess)
+    wanted = own(pseudo_collate([sample]))['inputs']
+    config = Config(dict(test_dataloader=dict(dataset=dict(pipeline=steps))))
+    about = dict(
+        mean=preprocess.get('mean'), std=preprocess.get('std'), bgr_to_rgb=bool(preprocess),
+        pad_divisor=32, pad_value=0, with_preprocess=False, input_size=None,
+        **pipeline.describe(config, None),
+    )  # fmt: skip
+    for prepare in (example.prepare, pipeline.prepare):
+        images, scale = prepare(picture, about)
+        np.testing.assert_allclose(images, wanted, atol=1e-5 if preprocess else 1e-3)
+        scaled = sample['data_samples'].metainfo.get('scale_factor', (1, 1))
+        np.testing.assert_allclose(scale, scaled, rtol=1e-6)
+    fixed = dict(about, input_size=wanted.shape[2:], **pipeline.describe(config, wanted.shape[2:]))
+    assert example.prepare(picture, fixed)[0].shape == wanted.shape
+    assert pipeline.size_in(config) in (None, tuple(wanted.shape[2:]))
+
+
+def test_a_runtime_prepares_pictures(example, tmp_path):
+    about = dict(resize=dict(scale=[64, 64], keep_ratio=True, interpolation='bilinear'), pad=None)
+    run = open_model(tiny.detector(tmp_path / 'x.onnx', DETS, LABELS, **about))
+    (images, scale), (wanted, _) = run.prepare(PICTURE), example.prepare(PICTURE, run.metadata)
+    np.testing.assert_array_equal(images, wanted)
+    assert images.shape == (1, 3, 32, 64) and scale.tolist() == pytest.approx([64 / 96, 32 / 48])
+    assert run(images)['labels'].tolist() == [LABELS]
+
+
+def test_the_example_and_the_package_resize_alike(example):
+    assert inspect.getsource(example.sizes) == inspect.getsource(pipeline.sizes)
+    assert example.INTERPOLATION == pipeline.INTERPOLATION
+
+
+def test_a_pipeline_that_can_not_be_described(example, capsys):
+    steps = (
+        [RESIZE, dict(RESIZE, scale=(9, 9))],
+        [dict(type='RandomCrop')],
+        [dict(RESIZE, backend='pillow')],
+    )
+    for pipeline_steps in steps:
+        config = Config(dict(test_dataloader=dict(dataset=dict(pipeline=pipeline_steps))))
+        assert pipeline.describe(config, None) == {}
+    assert example.prepare(PICTURE, PLAIN)[0].shape == (1, 3, 64, 96)
+    assert 'does not say how its pictures are resized; give --size' in capsys.readouterr().err
+    with pytest.raises(PruneError, match='does not say how a picture is resized'):
+        pipeline.prepare(PICTURE, PLAIN)
+
+
+def test_another_size_is_fitted(example):
+    resize = dict(scale=[640, 640], keep_ratio=True, interpolation='area')
+    about = PLAIN | dict(resize=resize, pad=None)
+    images, scale = example.prepare(PICTURE, about, (60, 60))
+    assert images.shape == (1, 3, 64, 64) and scale.tolist() == pytest.approx([64 / 96, 32 / 48])
+    stretched = dict(about, resize=dict(about['resize'], keep_ratio=False))
+    assert example.prepare(PICTURE, stretched, (32, 32))[1].tolist() == pytest.approx(
+        [32 / 96, 32 / 48]
+    )
 
 
 def test_boxes_come_back_to_the_picture(example, tmp_path):
