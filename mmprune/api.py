@@ -1,21 +1,26 @@
 """Tracing and pruning in one call."""
 
 import warnings
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from mmprune.budget.budget import Budget, make_budget
+from mmprune.budget.budget import Budget, make_budget, own_options
+from mmprune.contexts import consumed, in_other_mode, one_after_another
+from mmprune.distributed import check_rebuildable, is_distributed
 from mmprune.errors import PruneError
 from mmprune.graph.coupling import ChannelGraph, couple
 from mmprune.graph.record import TraceRecord
 from mmprune.graph.tracer import trace_runs
+from mmprune.graph.unseen import unseen_message, untouched_parameters
 from mmprune.score import Score, make_score
 from mmprune.score.collector import scores_now
 from mmprune.session import Forward, choose_for, cut_once
+from mmprune.surgery.parts import innermost
 from mmprune.surgery.plan import Plan, plan_of
 
 Scores = np.ndarray | torch.Tensor
@@ -32,11 +37,16 @@ def trace(
     """Runs the model once, on a real batch and without gradients, and finds what can be cut.
 
     Args:
-        model: left as it was: running statistics and random states included.
+        model: left as it was: running statistics and random states included. Of a wrapper
+            (``torch.compile``, ``DataParallel``) the module inside is traced.
         forward: takes the model and runs it, e.g. ``lambda m: m(x)``.
         also: further ways to run it whose ties count too (its loss, beside its inference); FLOPs are
             counted in the first one alone.
         may_fail: those of them that are left out where they raise an error.
+
+    If parameters take no part in these runs, ``forward`` is run once more in the other mode (training
+    for evaluation), where it may enter further modules. Not so with ``may_fail`` or in several
+    processes: then the caller has chosen the runs, which have to be the same in all processes.
 
     Returns:
         The groups of removable units, and the locked ones with their reasons.
@@ -64,6 +74,21 @@ def trace_record(
     may_fail: Container[Forward] = (),
 ) -> TraceRecord:
     """What :func:`trace` finds before it makes a graph of it: ties and locks one by one."""
+    model = innermost(model)
+    record = _traced(model, forward, also, may_fail)
+    unused = untouched_parameters(record.constraints.slots, record.profile)
+    if not unused or may_fail or is_distributed():
+        return record
+    other = in_other_mode(consumed(forward))
+    wider = _traced(model, forward, (*also, other), (other,))
+    if len(untouched_parameters(wider.constraints.slots, wider.profile)) < len(unused):
+        return replace(wider, both_modes=True)
+    return replace(record, failed=wider.failed)
+
+
+def _traced(
+    model: nn.Module, forward: Forward, also: tuple[Forward, ...], may_fail: Container[Forward]
+) -> TraceRecord:
     try:
         return trace_runs(model, forward, also, may_fail=may_fail)
     except PruneError:
@@ -74,10 +99,46 @@ def trace_record(
         ) from error
 
 
+def unseen_by(graph: ChannelGraph, budget: Budget, unused: Iterable[str] | None = None) -> str:
+    """What a user of :func:`prune` or :class:`mmprune.Pruner` is told of modules that the traced runs
+    did not enter; empty where there are none.
+
+    Args:
+        graph: what the trace found.
+        budget: its locks name parameters of modules that need not be seen.
+        unused: names of parameters that took no part; by default those of ``graph``.
+    """
+    if unused is None:
+        unused = untouched_parameters(graph.slots, graph.profile)
+    failed = next(iter(graph.failed.values()), None)
+    return unseen_message(
+        unused,
+        graph.slots.tensors,
+        budget.locks,
+        'Name further runs, which use them: also=(lambda model: ...,).',
+        ''
+        if failed is None
+        else f'(In the other of training and evaluation mode the run fails: '
+        f'{type(failed).__name__}: {failed})',
+    )
+
+
+def runs_in(also: Forward | Iterable[Forward]) -> tuple[Forward, ...]:
+    """``also`` as a tuple: a single run is allowed too."""
+    return tuple(map(consumed, (also,) if callable(also) else also))
+
+
+def runs_to_check(graph: ChannelGraph, forward: Forward, also: tuple[Forward, ...]) -> Forward:
+    """All runs that ``graph`` rests on, as one, by which a cut is compared with the masked model."""
+    other = (in_other_mode(forward),) if graph.both_modes else ()
+    return one_after_another(forward, *also, *other)
+
+
 def prune(
     model: nn.Module,
     forward: Forward,
     *,
+    also: Forward | Iterable[Forward] = (),
     budget: Budget | Mapping[str, Any] | None = None,
     keep_flops: float | None = None,
     keep_params: float | None = None,
@@ -93,8 +154,13 @@ def prune(
     """Cuts a model to the first budget that is reached: traces, scores, chooses, checks and cuts.
 
     Args:
-        model: cut in place; its parameters stay the same objects.
-        forward: runs the model that it is given, e.g. ``lambda m: m(x)``.
+        model: cut in place; its parameters stay the same objects. Of a wrapper (``torch.compile``,
+            ``DataParallel``) the module inside is cut.
+        forward: runs the model that it is given, e.g. ``lambda m: m(x)``. If modules take no part in
+            it, it is run in training mode too (in evaluation mode if the model trains).
+        also: further runs, for modules that ``forward`` does not enter, such as the head of another
+            task: ``also=(lambda m: m(x, task='depth'),)``. The cut is checked on all runs; FLOPs are
+            those of ``forward``.
         budget: a :class:`Budget` or a dict of its options, in place of the keywords below.
         keep_flops, keep_params, keep_channels: fractions, in (0, 1], that remain of the unpruned
             model's multiply-adds, its parameters, each group's units.
@@ -104,8 +170,9 @@ def prune(
         optimizer: a torch optimizer, an mmengine ``OptimWrapper``, a scheduler, or a list of these;
             its state is narrowed too.
         check: compare a copy that is cut with the masked model (:func:`verify`) before the cut is kept.
-        strict: a cut that fails the check is an error; by default the groups of channels that are to
-            blame are locked, with a warning, and the rest is cut.
+        strict: a cut that fails the check is an error, and so are modules that no run enters; by
+            default the groups of channels that are to blame are locked, with a warning, and the rest
+            is cut; and modules that no run enters are a warning.
         compensate: weights that stay make up for those that go, by least squares over what ``forward``
             runs on (:mod:`mmprune.compensation`).
         options: the others of :class:`Budget`: ``latency``, ``min_channels``, ``divisor``, ``max_cut``,
@@ -115,8 +182,8 @@ def prune(
         The plan against the original, earlier cuts included.
 
     Raises:
-        PruneError: bad options, ``budget`` beside options, nothing to cut, a budget below the floor.
-            Nothing has changed then.
+        PruneError: bad options, ``budget`` beside options, nothing to cut, a budget below the floor,
+            with ``strict`` modules that no run enters. Nothing has changed then.
 
     Example:
         >>> import torch
@@ -136,20 +203,30 @@ def prune(
         'keep_channels': keep_channels,
         'prune_num': prune_num,
     }
-    wanted = make_budget(budget, **{k: v for k, v in keywords.items() if v is not None}, **options)
+    given = {name: value for name, value in keywords.items() if value is not None}
+    wanted = make_budget(budget, OWN_OPTIONS, **given, **options)
     if isinstance(score, str | Mapping):
         score = make_score(score)
     per = score.per if isinstance(score, Score) else 'none'
-    graph = trace(model, forward)
+    check_rebuildable(model)
+    wrapper, model = model, innermost(model)
+    forward, also = consumed(forward), runs_in(also)
+    graph = trace(model, forward, also=also)
+    complaint = unseen_by(graph, wanted)
+    if complaint and strict:
+        raise PruneError(complaint)
+    if complaint:
+        warnings.warn(complaint, stacklevel=2)
     outcome = cut_once(
         model,
         graph,
         score_now(graph, score),
         lambda graph, scores: choose_for(model, forward, graph, scores, wanted, per),
         wanted,
-        forward=forward if check else None,
+        forward=runs_to_check(graph, forward, also) if check else None,
         compensate=forward if compensate else None,
         optimizer=optimizer,
+        wrapper=wrapper,
         strict=strict,
         warn=lambda text: warnings.warn(text, stacklevel=4),
     )
@@ -160,6 +237,9 @@ def prune(
             f'for less than {wanted.to_meta()}'
         )
     return plan
+
+
+OWN_OPTIONS = own_options(prune)
 
 
 def score_now(graph: ChannelGraph, score: str | Mapping[str, Any] | Score | Scores) -> np.ndarray:

@@ -1,4 +1,7 @@
-"""The exception of the package, and the one kind of it that the package itself acts on."""
+"""The exception of the package, the kind of it that the package itself acts on, and "did you mean"."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class PruneError(Exception):
@@ -25,3 +28,20 @@ class InexactCut(PruneError):
     Leaving out the groups of channels that are to blame makes it exact; other errors stay whatever is
     cut.
     """
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of an error message about an unknown option: the most similar known name, then all.
+
+    Args:
+        name: the option that somebody wrote.
+        known: the options that exist.
+
+    Example:
+        >>> did_you_mean('keep_flop', ['keep_flops', 'divisor'])
+        'did you mean keep_flops? Expected one of keep_flops, divisor'
+    """
+    names = list(known)
+    similar = get_close_matches(str(name), names, 1)
+    expected = f'xpected one of {", ".join(names)}'
+    return f'did you mean {similar[0]}? E{expected}' if similar else f'e{expected}'

@@ -11,21 +11,23 @@ import numpy as np
 import torch
 from torch import nn
 
-from mmprune.api import trace
-from mmprune.budget.budget import Budget, make_budget
-from mmprune.contexts import tensors_in, unchanged
-from mmprune.distributed import check_rebuildable, is_distributed, raise_together
+from mmprune.api import runs_in, runs_to_check, trace, unseen_by
+from mmprune.budget.budget import Budget, make_budget, own_options
+from mmprune.contexts import Forward, consumed, tensors_in, unchanged
+from mmprune.distributed import all_gather, check_rebuildable, is_distributed, raise_together
 from mmprune.errors import PruneError
 from mmprune.graph import cost
 from mmprune.graph.coupling import ChannelGraph
 from mmprune.graph.slots import aliases_of
+from mmprune.graph.unseen import untouched_parameters
 from mmprune.recalibration import batches_asked, norms_in_training, recalibrate_norms
 from mmprune.score import IN_TRAINING, Score, make_score
 from mmprune.score.collector import Collector
 from mmprune.session import choose_for, cut_once
 from mmprune.surgery.build import remaining
 from mmprune.surgery.meta import plan_in, read_file
-from mmprune.surgery.plan import Plan, fingerprint, plan_of
+from mmprune.surgery.parts import innermost, unwrapped_in_steps
+from mmprune.surgery.plan import Plan, fingerprint, plan_of, shape_text
 
 ToLoss = Callable[[nn.Module, Any], Any]
 
@@ -43,6 +45,9 @@ class PruneResult:
         iterations: training steps that the choice rests on (where there were none, 1: the batch of
             the call; 0 where weights alone are asked).
         unscored: {why units could not be scored: how many}.
+        plan: the plan of this cut alone, for copies of the model that are to follow it
+            (``result.plan.apply(copy)``); ``None`` where nothing went. :func:`mmprune.plan_of` gives
+            all cuts of the model as one plan.
     """
 
     units: int
@@ -53,6 +58,7 @@ class PruneResult:
     keep_params: float
     iterations: int
     unscored: dict[str, int] = field(default_factory=dict)
+    plan: Plan | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         return (
@@ -78,15 +84,21 @@ class Pruner:
     any optimizer that holds its weights; with the loss of the first call it is traced once more.
 
     Args:
-        model: cut in place, at each call.
+        model: cut in place, at each call. Of a wrapper (``torch.compile``, ``DataParallel``) the
+            module inside is cut, and :meth:`rebuild_model` passes that to ``to_loss_fn``.
         distributed: the loop runs in several processes, with ``model`` in DistributedDataParallel or
             gradients averaged by the loop itself. All of them call :meth:`rebuild_model` at the same
             step and cut the same units, or none of them any.
+        also: further runs of the model (``lambda model: model(x, task='depth')``), for modules that the
+            loss does not use. Channels that they read are seen then, and cuts are checked on them too.
+        ema_models: averaged copies of the model (``torch.optim.swa_utils.AveragedModel``, or plain
+            modules), which are cut alike.
         budget: a :class:`Budget` or a dict of its options, in place of ``options``.
         score: a criterion's name, a :class:`Score`, or a dict of its options.
         check: compare each cut with the masked model before it is kept.
-        strict: a cut that fails the check is an error; by default the groups of channels that are to
-            blame are locked, with a warning, and the rest is cut.
+        strict: a cut that fails the check is an error, and so are modules that no run uses; by default
+            the groups of channels that are to blame are locked, with a warning, and the rest is cut;
+            and modules that no run uses are a warning.
         compensate: weights that stay make up for those that go, by least squares over the batch of
             each call (:mod:`mmprune.compensation`).
         options: those of :class:`Budget`, ``prune_num`` aside: limits such as ``min_channels``,
@@ -117,6 +129,8 @@ class Pruner:
         model: nn.Module,
         distributed: bool = False,
         *,
+        also: Forward | Iterable[Forward] = (),
+        ema_models: nn.Module | Iterable[nn.Module] = (),
         budget: Budget | Mapping[str, Any] | None = None,
         score: str | Mapping[str, Any] | Score = IN_TRAINING,
         check: bool = True,
@@ -124,22 +138,28 @@ class Pruner:
         compensate: bool = False,
         **options: Any,
     ) -> None:
-        wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
-        if wrapped and not distributed:
+        steps = unwrapped_in_steps(model)
+        parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+        if any(isinstance(step, parallel[0]) for step in steps) and not distributed:
             raise PruneError(
                 'the model is in DistributedDataParallel and distributed=False: say '
                 'Pruner(model, distributed=True), in every process'
             )
         check_rebuildable(model)
         limits = _limits(budget, options)
-        self.wrapper, self.model = model, model.module if wrapped else model
+        self.wrapper, self.model = model, steps[-1]
+        averages = [ema_models] if isinstance(ema_models, nn.Module) else list(ema_models)
+        self.also, self.ema_models = runs_in(also), list(map(innermost, averages))
         self.distributed = distributed and is_distributed()
         self.score, self.limits = make_score(score), limits
         self.check, self.strict, self.compensate = check, strict, compensate
         self._of_loss = False  # whether what is scored was traced with the loss
         self._collector: Collector | None = None
-        self._waiting = self.model.register_forward_pre_hook(
-            lambda module, args, kwargs: self._first_forward(args, kwargs), with_kwargs=True
+        # A parallel wrapper still moves the inputs; inside a compiled module a hook would be compiled.
+        watched = next(step for step in steps if not isinstance(step, parallel))
+        self._waiting = watched.register_forward_pre_hook(
+            lambda module, args, kwargs: self._first_forward(module is watched, args, kwargs),
+            with_kwargs=True,
         )
 
     def close(self) -> None:
@@ -181,12 +201,13 @@ class Pruner:
         budget = replace(self.limits, prune_num=prune_num)
         batches = batches_asked(recalibrate, batch)
         norms = norms_in_training(self.model) if batches is not None else []
-        forward = lambda model: to_loss_fn(model, batch)  # noqa: E731
+        forward = consumed(lambda model: to_loss_fn(model, batch))
         together = raise_together if self.distributed else lambda what: contextlib.nullcontext()
         graph = self._collector.trace if self._collector is not None else None
         if graph is None or not self._of_loss:
             with together('the trace'):
-                graph = trace(self.model, forward)
+                graph = trace(self.model, forward, also=self.also)
+            self._tell_unseen(graph)
         scores, collector = self._scores(graph, forward)
         outcome = cut_once(
             self.model,
@@ -196,9 +217,10 @@ class Pruner:
                 self.model, forward, graph, scores, budget, self.score.per
             ),
             budget,
-            forward=forward if self.check else None,
+            forward=runs_to_check(graph, forward, self.also) if self.check else None,
             compensate=forward if self.compensate else None,
             optimizer=optimizer,
+            ema_models=lambda: self.ema_models,
             wrapper=self.wrapper,
             distributed=self.distributed,
             strict=self.strict,
@@ -233,13 +255,28 @@ class Pruner:
             keep_params=left['params'],
             iterations=collector.iterations,
             unscored=collector.unscored(),
+            plan=step,
         )
+
+    def _tell_unseen(self, graph: ChannelGraph) -> None:
+        """Warns of modules that the runs do not use in any process; with ``strict`` it is an error."""
+        unused = untouched_parameters(graph.slots, graph.profile)
+        if self.distributed:
+            unused = sorted(set().union(*all_gather(unused)))
+        complaint = unseen_by(graph, self.limits, unused)
+        if complaint and self.strict:
+            raise PruneError(complaint)
+        if complaint:
+            warnings.warn(complaint, stacklevel=3)
 
     # -- scores -----------------------------------------------------------------------------------
 
-    def _first_forward(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self._collector is None and self.model.training and torch.is_grad_enabled():
-            self._start(trace(self.model, lambda model: model(*args, **kwargs)))
+    def _first_forward(self, is_own: bool, args: tuple, kwargs: dict[str, Any]) -> None:
+        """``is_own``: the model itself runs, not a copy that has its hooks."""
+        waiting = self._collector is None and is_own
+        if waiting and self.model.training and torch.is_grad_enabled():
+            run = lambda model: model(*args, **kwargs)  # noqa: E731
+            self._start(trace(self.model, run, also=self.also))
 
     def _start(self, graph: ChannelGraph) -> None:
         self._waiting.remove()
@@ -261,13 +298,17 @@ class Pruner:
 
 def _limits(budget: Budget | Mapping[str, Any] | None, options: dict[str, Any]) -> Budget:
     """What holds in each call: the budget that was given, for one unit until it says how many."""
-    if budget is None:
-        budget, options = options, {}
     mapping = isinstance(budget, Mapping)
-    given = budget.get('prune_num') if mapping else getattr(budget, 'prune_num', None)
-    if given is not None:
-        raise PruneError(f'Pruner: prune_num={given!r} is an argument of rebuild_model')
-    whole = make_budget({**budget, 'prune_num': 1} if mapping else budget, **options)
+    asked = options.get('prune_num')
+    if budget is not None:
+        asked = budget.get('prune_num') if mapping else getattr(budget, 'prune_num', None)
+    if asked is not None:
+        raise PruneError(f'Pruner: prune_num={asked!r} is an argument of rebuild_model')
+    names = own_options(Pruner)
+    if budget is None:
+        whole = make_budget(None, names, **{**options, 'prune_num': 1})
+    else:
+        whole = make_budget({**budget, 'prune_num': 1} if mapping else budget, names, **options)
     return replace(whole, prune_num=1)
 
 
@@ -327,10 +368,13 @@ def save_model_def(model: nn.Module) -> dict[str, Any]:
     """The structure of a model, to put into a checkpoint dict.
 
     Args:
-        model: pruned or not.
+        model: pruned or not, or a wrapper around it (``torch.compile``, ``DataParallel``).
 
     Returns:
         Plain numbers, strings, lists and dicts, in format 1 (``Plan.to_meta``).
+
+    Raises:
+        PruneError: the model has other shapes than its plan leaves.
 
     Example:
         >>> from torch import nn
@@ -338,8 +382,18 @@ def save_model_def(model: nn.Module) -> dict[str, Any]:
         >>> structure['format'], structure['fingerprint']['bias']
         (1, [8])
     """
-    plan = plan_of(model)
-    return (plan or Plan({}, {}, fingerprint(model), aliases=aliases_of(model))).to_meta()
+    model = innermost(model)
+    shapes = fingerprint(model)
+    plan = plan_of(model) or Plan({}, {}, shapes, aliases=aliases_of(model))
+    left = plan.shapes_left()
+    for name, shape in shapes.items():
+        if left.get(name, shape) != shape:
+            raise PruneError(
+                f'{name} has shape {shape_text(shape)}, and the plan of this model leaves '
+                f'{shape_text(left[name])}: something else than mmprune changed it after a cut, so a '
+                'checkpoint with this plan could not be loaded'
+            )
+    return plan.to_meta()
 
 
 def load_model_def(model: nn.Module, path_or_checkpoint: str | Path | dict[str, Any]) -> nn.Module:

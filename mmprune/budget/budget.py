@@ -1,13 +1,14 @@
 """What users ask for: how much is to remain, and where."""
 
+import inspect
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from mmprune.budget.runtimes import check_backend
-from mmprune.errors import PruneError
+from mmprune.errors import PruneError, did_you_mean
 
 FRACTIONS = ('keep_flops', 'keep_params', 'keep_channels', 'latency')
 TARGETS = (*FRACTIONS, 'prune_num')
@@ -71,6 +72,10 @@ class Budget:
     parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in (*FRACTIONS, 'max_cut', 'prune_num', 'min_channels', 'divisor'):
+            value = getattr(self, name)
+            if isinstance(value, str) and (name, value) != ('divisor', 'auto'):
+                raise PruneError(f'{name}={value!r} is a string: give {_unquoted(name, value)}')
         for name in (*FRACTIONS, 'max_cut'):
             value = getattr(self, name)
             number = isinstance(value, numbers.Real) and not isinstance(value, bool)
@@ -155,6 +160,16 @@ class Limits:
     NAMES = ('min_channels', 'divisor', 'max_cut')
 
 
+def _unquoted(name: str, value: str) -> str:
+    """What to write in place of a string: its number without quotes, if it holds one."""
+    try:
+        float(value)
+    except ValueError:
+        example = 0.5 if name in (*FRACTIONS, 'max_cut') else 8
+        return f'a number, e.g. {name}={example}' + (" or 'auto'" if name == 'divisor' else '')
+    return f'the number itself, {name}={value.strip()}'
+
+
 def _checked_parts(parts: Any) -> dict[str, dict[str, Any]]:
     if not isinstance(parts, Mapping):
         raise PruneError(f'parts={parts!r}: give a dict such as dict(neck=dict(keep_flops=0.5))')
@@ -167,8 +182,8 @@ def _checked_parts(parts: Any) -> dict[str, dict[str, Any]]:
         unknown = [key for key in options if key not in PART_OPTIONS]
         if unknown:
             raise PruneError(
-                f'parts[{name!r}]: unknown option {unknown[0]!r}: expected one of '
-                f'{", ".join(PART_OPTIONS)}'
+                f'parts[{name!r}]: unknown option {unknown[0]!r}: '
+                f'{did_you_mean(unknown[0], PART_OPTIONS)}'
             )
         checked: dict[str, Any] = {'prune_num': 1, **options}
         try:
@@ -179,17 +194,25 @@ def _checked_parts(parts: Any) -> dict[str, dict[str, Any]]:
     return found
 
 
-def make_budget(budget: Budget | Mapping[str, Any] | None = None, /, **options: Any) -> Budget:
+def make_budget(
+    budget: Budget | Mapping[str, Any] | None = None,
+    others: Iterable[str] = (),
+    /,
+    **options: Any,
+) -> Budget:
     """A Budget from what a caller gave: one of these, not both.
 
     Args:
         budget: a :class:`Budget`, or a mapping of its options.
-        options: those of :class:`Budget`, as keywords.
+        others: names of the caller's own options, for "did you mean". A misspelt ``optimizer=`` of
+            :func:`mmprune.prune` arrives here among the options of the budget.
+        options: options of :class:`Budget`, as keywords.
 
     Raises:
-        PruneError: ``budget`` beside options; an unknown option (the known ones are listed); a bad
-            value.
+        PruneError: ``budget`` beside options; an unknown option (the most similar one is named, and
+            the known ones are listed); a bad value; a target of 1.0, which removes nothing.
     """
+    as_options = budget is None
     if budget is None:
         budget = options
     elif options:
@@ -198,7 +221,7 @@ def make_budget(budget: Budget | Mapping[str, Any] | None = None, /, **options: 
             'of the budget into one of the two'
         )
     if isinstance(budget, Budget):
-        return budget
+        return _removing(budget)
     if not isinstance(budget, Mapping):
         raise PruneError(
             f'budget={budget!r} is not a Budget: give mmprune.Budget(keep_flops=0.5) or a dict such '
@@ -207,5 +230,23 @@ def make_budget(budget: Budget | Mapping[str, Any] | None = None, /, **options: 
     known = [f.name for f in fields(Budget)]
     unknown = [name for name in budget if name not in known]
     if unknown:
-        raise PruneError(f'unknown budget option {unknown[0]!r}: expected one of {", ".join(known)}')
-    return Budget(**budget)
+        names = list(dict.fromkeys([*known, *others])) if as_options else known
+        raise PruneError(f'unknown budget option {unknown[0]!r}: {did_you_mean(unknown[0], names)}')
+    return _removing(Budget(**budget))
+
+
+def own_options(function: Callable[..., Any]) -> list[str]:
+    """Names of a function's or class's own keywords, beside the ``**options`` of a budget."""
+    parameters = inspect.signature(function).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.default is not parameter.empty]
+
+
+def _removing(budget: Budget) -> Budget:
+    """``budget``, unless a target of 1.0 says that nothing is removed. (A part may have such a target:
+    it keeps the part as it is, while the rest is cut.)"""
+    for name, value in budget.targets.items():
+        if name in FRACTIONS and value == 1:
+            raise PruneError(
+                f'{name}={value!r} removes nothing: it is the fraction that remains; give e.g. 0.5'
+            )
+    return budget

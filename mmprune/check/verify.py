@@ -22,9 +22,10 @@ from mmprune.check.float64 import doubled, in_double
 from mmprune.check.lockstep import RunAhead
 from mmprune.check.masked import masked_in_place
 from mmprune.check.replay import DecisionReplay, Taken
-from mmprune.contexts import Forward, evaluating, tensors_in, unchanged
+from mmprune.contexts import Forward, evaluating, tensors_in, tensors_of_output, unchanged
 from mmprune.errors import InexactCut, PruneError
 from mmprune.graph.extensions import intercept
+from mmprune.surgery.parts import innermost
 from mmprune.surgery.plan import Plan, check_fingerprint
 
 DOUBLE = 1e-5
@@ -77,6 +78,7 @@ def verify(
         >>> mmprune.verify(original, pruned, plan, forward) < 1e-4
         True
     """
+    original, pruned = innermost(original), innermost(pruned)
     wrong = [name for name, p in original.named_parameters() if not is_finite(p)]
     if wrong:
         raise PruneError(
@@ -136,7 +138,7 @@ def _side_by_side(
     def reference(show: Show) -> Any:
         torch.manual_seed(0)
         with first, shown_outputs(original, show, found.narrower):
-            return forward(original)
+            return tensors_of_output(forward(original))  # iterators run parts of the model
 
     ahead = RunAhead(reference)
 
@@ -153,7 +155,7 @@ def _side_by_side(
             meet: Show = lambda key, value: outputs.meet(key, value, found)  # noqa: E731
             with second, shown_outputs(pruned, meet, found.narrower):
                 try:
-                    made = forward(pruned)
+                    made = tensors_of_output(forward(pruned))
                 except (OriginalFailed, PruneError):
                     raise
                 except Exception as error:

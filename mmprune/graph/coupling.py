@@ -62,7 +62,8 @@ class ChannelGraph:
     ``producers``: axes of weights that contractions sum over, and axes that make what they do.
     ``tracked``: attributes that shrink with channels; ``weights_read``: the channels of weights at each
     contraction; ``scales``: those of normalisations' gammas. ``failed``: traced runs that were allowed
-    to fail and did, with their errors.
+    to fail and did, with their errors; ``both_modes``: the first run was traced in training mode and in
+    evaluation mode.
     """
 
     slots: SlotTable
@@ -76,6 +77,7 @@ class ChannelGraph:
     weights_read: list[Ids] = field(repr=False)
     scales: list[Ids] = field(repr=False)
     failed: Mapping[Forward, Exception] = field(default_factory=dict)
+    both_modes: bool = False
 
     @property
     def n_units(self) -> int:
@@ -153,6 +155,7 @@ def couple(record: TraceRecord) -> ChannelGraph:
         weights_read=weights_read,
         scales=constraints.scales,
         failed=record.failed,
+        both_modes=record.both_modes,
     )
 
 

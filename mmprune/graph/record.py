@@ -10,8 +10,10 @@ from mmprune.graph.profile import Profile
 @dataclass
 class TraceRecord:
     """The input of :func:`mmprune.graph.coupling.couple`. ``failed``: runs that were allowed to fail
-    and did, with their errors."""
+    and did, with their errors; ``both_modes``: the first run was traced in training mode and in
+    evaluation mode."""
 
     constraints: Constraints
     profile: Profile
     failed: dict[Forward, Exception] = field(default_factory=dict)
+    both_modes: bool = False

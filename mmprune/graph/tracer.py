@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from mmprune.contexts import Forward, tensors_in, unchanged
+from mmprune.contexts import Forward, tensors_in, tensors_of_output, unchanged
 from mmprune.graph import adapters  # noqa: F401, which fills the table
 from mmprune.graph.call import Call, State, bind
 from mmprune.graph.constraints import Constraints
@@ -244,7 +244,7 @@ def trace_runs(
             before = snapshot(state.constraints), snapshot(state.profile)
             try:
                 with tracing(tracer, model):
-                    out = run(model)
+                    outputs = tensors_of_output(run(model))  # iterators run parts of the model
             except REFUSALS as error:
                 if run not in may_fail or isinstance(error, RuleError):
                     raise
@@ -253,7 +253,7 @@ def trace_runs(
                 failed[run] = error
                 continue
             counted = True
-            for tensor in tensors_in(out):
+            for tensor in outputs:
                 for ids in state.tensors.info(tensor).labels.values():
                     for array in ids:
                         state.constraints.lock(array, LockKind.OUTPUT)

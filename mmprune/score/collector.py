@@ -13,7 +13,7 @@ from mmprune.graph.coupling import ChannelGraph
 from mmprune.score.activations import PerSampleGates
 from mmprune.score.adjust import IN_TRAINING, Score, adjusted, make_score
 from mmprune.score.units import Units
-from mmprune.surgery.apply import optimizers_in
+from mmprune.surgery.optim import leaves_steps_to_another, parameters_of, stepping_in
 
 
 class RunningScore:
@@ -124,7 +124,7 @@ class Collector:
         if optimizer is None:
             self._handles.append(register_optimizer_step_pre_hook(self._before_step))
             return
-        for single in optimizers_in(optimizer):
+        for single in stepping_in(optimizer):
             if self._running_score(single, parameters_of(single)) is not None:
                 self._handles.append(single.register_step_pre_hook(self._before_step))
         if not self._handles:
@@ -157,6 +157,8 @@ class Collector:
         return self._running_of[id(holder)]
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if leaves_steps_to_another(optimizer):  # which is seen as well
+            return
         running = self._running_score(optimizer, parameters_of(optimizer))
         if running is not None:
             # Fused optimizers take AMP's scale away inside their step.
@@ -333,10 +335,6 @@ class Collector:
             running.load_state_dict(saved)
         if self._gates is not None:
             self._gates.seen |= set(state['examples_seen'])
-
-
-def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    return [p for group in optimizer.param_groups for p in group['params']]
 
 
 def scores_now(graph: ChannelGraph, score: str | Mapping[str, Any] | Score) -> np.ndarray:

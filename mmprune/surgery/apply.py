@@ -12,20 +12,13 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import nn
 
-from mmprune.contexts import tensors_in
 from mmprune.errors import PruneError
 from mmprune.graph.slots import aliases_of, named_state
-from mmprune.surgery.structure import (
-    Fingerprint,
-    Keep,
-    check_fingerprint,
-    narrowed,
-    set_plan,
-    stored_plan,
-)
+from mmprune.surgery.optim import Change, optimizers_in, state_changes
+from mmprune.surgery.parts import innermost, plans_in, put_plans, set_plan, stored_plan
+from mmprune.surgery.structure import Fingerprint, Keep, check_fingerprint, narrowed
 
-Change = tuple[Callable[[], None], Callable[[], None]]
-"""Two functions without arguments: do it, undo it."""
+__all__ = ['commit', 'cut', 'optimizers_in', 'read_attribute', 'write_attribute']
 
 
 class Structure(Protocol):
@@ -51,6 +44,8 @@ def cut(model: nn.Module, plan: P, optimizer: Any = None, ema_models: Iterable[n
     """Narrows ``model`` in place by a plan that was made for it as it is now.
 
     Args:
+        model: the model, or a wrapper around it (``torch.compile``, ``DataParallel``).
+        plan: what stays of the model as it is now.
         optimizer: a torch optimizer, an mmengine ``OptimWrapper``, a scheduler, or a list of these;
             state of a parameter's shape is sliced with it.
         ema_models: models of the same structure (averaged by EMA), which are cut alike.
@@ -61,7 +56,7 @@ def cut(model: nn.Module, plan: P, optimizer: Any = None, ema_models: Iterable[n
     Raises:
         PruneError: the model is another one, or state can't follow. Nothing has changed then.
     """
-    ema_models = list(ema_models)
+    model, ema_models = innermost(model), [innermost(each) for each in ema_models]
     for each in (model, *ema_models):  # a copy may hold a tensor under a name that the model lacks
         plan = plan.with_aliases(aliases_of(each))
     for each in (model, *ema_models):
@@ -76,16 +71,15 @@ def cut(model: nn.Module, plan: P, optimizer: Any = None, ema_models: Iterable[n
                 dims_of[id(tensor)] = plan.keep[name]
                 changes += _narrow_tensor(tensor, plan.keep[name])
         changes += _attribute_changes(each, plan)
-        before = stored_plan(each)
+        before, plans = stored_plan(each), plans_in(each)
         total = plan if before is None else before.with_aliases(aliases_of(each)).then(plan)
         changes.append(
             (
                 lambda each=each, total=total: set_plan(each, total),
-                lambda each=each, before=before: set_plan(each, before),
+                lambda plans=plans: put_plans(plans),
             )
         )
-    for single in optimizers_in(optimizer):
-        changes += _state_changes(single, dims_of)
+    changes += state_changes(optimizer, dims_of)
     commit(changes)
     return stored_plan(model).with_aliases(aliases_of(model))
 
@@ -115,60 +109,6 @@ def _narrow_tensor(tensor: torch.Tensor, dims: dict[int, list[int]]) -> list[Cha
             tensor.grad = gradient
 
     return [(lambda: put(new, None), lambda: put(old, grad))]
-
-
-def optimizers_in(value: Any) -> list[torch.optim.Optimizer]:
-    """The torch optimizers in an optimizer, wrapper (also a dict of them), scheduler or list."""
-    if value is None:
-        return []
-    if isinstance(value, torch.optim.Optimizer):
-        return [value]
-    if isinstance(value, list | tuple):
-        return [found for item in value for found in optimizers_in(item)]
-    if isinstance(value, dict):
-        return optimizers_in(list(value.values()))
-    inner = getattr(value, 'optim_wrappers', None) or getattr(value, 'optimizer', None)
-    if inner is None:
-        raise PruneError(
-            f'optimizer={type(value).__name__} has no torch optimizer in it: give an Optimizer, an '
-            'OptimWrapper, a scheduler or a list of these'
-        )
-    return optimizers_in(inner)
-
-
-def _state_changes(
-    optimizer: torch.optim.Optimizer, dims_of: dict[int, dict[int, list[int]]]
-) -> list[Change]:
-    own = {id(p) for group in optimizer.param_groups for p in group['params']}
-    if dims_of and not own & set(dims_of):
-        raise PruneError(
-            f'the optimizer ({type(optimizer).__name__}) holds none of the parameters that are cut: '
-            'give the one that trains this model'
-        )
-    changes: list[Change] = []
-    for parameter, state in optimizer.state.items():
-        dims = dims_of.get(id(parameter))
-        if dims is None:
-            continue
-        for key, value in state.items():
-            tensors = tensors_in(value)  # in a list of them as well
-            if all(t.numel() == 1 != parameter.numel() for t in tensors):
-                continue
-            if tensors[0] is not value or value.shape != parameter.shape:
-                shapes = ', '.join(str(tuple(t.shape)) for t in tensors)
-                raise PruneError(
-                    f'{type(optimizer).__name__} keeps {key!r} of shape {shapes} for a '
-                    f'parameter of shape {tuple(parameter.shape)}: that can not be sliced with it; '
-                    'use an optimizer with state for each element (SGD, Adam, AdamW ...)'
-                )
-            new = narrowed(value, dims)
-            changes.append(
-                (
-                    lambda state=state, key=key, new=new: state.__setitem__(key, new),
-                    lambda state=state, key=key, old=value: state.__setitem__(key, old),
-                )
-            )
-    return changes
 
 
 # -- attributes -----------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from mmprune.graph.slots import aliases_of
 from mmprune.surgery.apply import cut
 from mmprune.surgery.format import FORMAT, check_meta, checksum
 from mmprune.surgery.history import CutRecord
+from mmprune.surgery.parts import innermost, stored_plan
 from mmprune.surgery.structure import (
     Fingerprint,
     Keep,
@@ -26,7 +27,6 @@ from mmprune.surgery.structure import (
     fingerprint,
     names_by_first,
     shape_text,
-    stored_plan,
 )
 
 __all__ = ['Plan', 'check_fingerprint', 'fingerprint', 'plan_of']
@@ -84,7 +84,9 @@ class Plan:
         """Narrows ``model`` in place: parameters stay the same objects. All or nothing.
 
         Args:
-            model: the plan's original, as it was before the first cut.
+            model: the plan's original, as it was before the first cut; or a copy of it that earlier
+                cuts of this plan were made to, which gets the later ones (an average of the weights,
+                say, after each call of :func:`mmprune.prune`).
             optimizer: a torch optimizer, an mmengine ``OptimWrapper``, a scheduler, or a list of
                 these; state of a parameter's shape is sliced with it.
             ema_models: EMA models, which are cut alike.
@@ -92,16 +94,34 @@ class Plan:
         Raises:
             PruneError: the model is not the plan's original; the first differences are listed.
         """
-        cut(model, self, optimizer, ema_models)
+        before = plan_of(model)
+        cut(model, self if before is None else self.since(before), optimizer, ema_models)
+
+    def since(self, before: Plan) -> Plan:
+        """What is left to do of this plan for a model that was cut by ``before``; the plan itself if it
+        was made for such a model, or does not begin with the cuts of ``before``."""
+        second = self.with_aliases(before.aliases)
+        shapes = before.shapes_left()
+        if second.fingerprint == shapes or second.fingerprint != before.fingerprint:
+            return self
+        keep: Keep = {}
+        for name, shape in second.fingerprint.items():
+            for dim, size in enumerate(shape):
+                held = before.keep.get(name, {}).get(dim, range(size))
+                kept = second.keep.get(name, {}).get(dim, range(size))
+                if not set(kept) <= set(held):
+                    return self
+                if len(kept) < len(held):
+                    keep.setdefault(name, {})[dim] = np.searchsorted(held, kept).tolist()
+        if not keep:
+            return self
+        cuts = self.cuts[len(before.cuts) :]
+        return replace(second, keep=keep, fingerprint=shapes, cuts=cuts)
 
     def then(self, second: Plan) -> Plan:
         """This plan and, after it, one made for the model that it leaves, as a single plan."""
         first, second = self.with_aliases(second.aliases), second.with_aliases(self.aliases)
-        left = {name: list(shape) for name, shape in first.fingerprint.items()}
-        for name, dims in first.keep.items():
-            for dim, kept in dims.items():
-                left[name][dim] = len(kept)
-        wanted = second.fingerprint
+        left, wanted = first.shapes_left(), second.fingerprint
         wrong = [name for name in [*left, *wanted] if left.get(name) != wanted.get(name)]
         if wrong:
             raise PruneError(
@@ -143,6 +163,14 @@ class Plan:
                 if name != first:
                     found[name] = first
         return replace(self, keep=keep, fingerprint=shapes, aliases=found)
+
+    def shapes_left(self) -> Fingerprint:
+        """{tensor name: shape} of what stays."""
+        left = {name: list(shape) for name, shape in self.fingerprint.items()}
+        for name, dims in self.keep.items():
+            for dim, kept in dims.items():
+                left[name][dim] = len(kept)
+        return left
 
     def module_names(self, name: str) -> list[str]:
         """Other names that a module has by the plan's aliases."""
@@ -203,7 +231,8 @@ def plan_of(model: nn.Module) -> Plan | None:
     """The plan by which ``model`` was cut, against its original.
 
     Args:
-        model: pruned or not.
+        model: pruned or not, or a wrapper around it (``torch.compile``, ``DataParallel``). A part of
+            a pruned model has the part of the plan that is about it.
 
     Returns:
         All its cuts as one plan; ``None`` where there was none.
@@ -214,4 +243,4 @@ def plan_of(model: nn.Module) -> Plan | None:
         True
     """
     plan = stored_plan(model)
-    return plan if plan is None else plan.with_aliases(aliases_of(model))
+    return plan if plan is None else plan.with_aliases(aliases_of(innermost(model)))

@@ -1,6 +1,4 @@
-"""What a model is made of: names and shapes of its tensors, and the plan that it was cut by."""
-
-from typing import Any
+"""What a model is made of: names and shapes of its tensors."""
 
 import torch
 from torch import nn
@@ -49,27 +47,15 @@ def check_fingerprint(
     if differences:
         shown = '\n  '.join(differences[:5])
         more = f'\n  and {len(differences) - 5} more' if len(differences) > 5 else ''
+        count = len(expected.keys() | found.keys())
         raise PruneError(
-            f'{what} was made for another architecture: {len(differences)} of {len(expected)} '
-            f'tensors differ:\n  {shown}{more}\nBuild the model from the unpruned config that '
-            f'{what} was made with.'
+            f'{what} was made for another architecture: {len(differences)} of {count} tensors differ:'
+            f'\n  {shown}{more}\nBuild the model from the unpruned config that {what} was made with.'
         )
 
 
 def shape_text(shape: list[int] | None) -> str:
     return 'none' if shape is None else f'({", ".join(map(str, shape))})'
-
-
-def stored_plan(model: nn.Module) -> Any:
-    """The :class:`mmprune.Plan` that :func:`set_plan` left there; ``None`` where there is none."""
-    return getattr(model, '_mmprune_plan', None)
-
-
-def set_plan(model: nn.Module, plan: Any) -> None:
-    if plan is None:
-        vars(model).pop('_mmprune_plan', None)
-    else:
-        vars(model)['_mmprune_plan'] = plan
 
 
 def narrowed(tensor: torch.Tensor, dims: dict[int, list[int]]) -> torch.Tensor:

@@ -100,6 +100,16 @@ def _(folder):
     PruneHook(keep_flops=50)
 
 
+@meets('A fraction of one')
+def _(folder):
+    mmprune.prune(net(), forward, keep_flops=1.0)
+
+
+@meets('A number in quotes')
+def _(folder):
+    PruneHook(keep_flops='0.5')
+
+
 @meets('Too many times')
 def _(folder):
     PruneHook(keep_flops=0.5, end=0.5, interval=50, steps=10)
@@ -135,6 +145,19 @@ def _(folder):
 @meets('Everything is locked')
 def _(folder):
     mmprune.prune(nn.Conv2d(3, 4, 1), forward, keep_flops=0.5)
+
+
+@meets('A module that no run uses')
+def _(folder):
+    model = net()
+    model.aux = nn.Conv2d(16, 4, 1)
+    model.forward = lambda x: model[2](model[1](model[0](x)))
+    mmprune.prune(model, forward, keep_flops=0.5, strict=True)
+
+
+@meets('A result that can not be looked into')
+def _(folder):
+    mmprune.prune(net(), lambda model: [forward(model), torch.futures.Future()], keep_flops=0.5)
 
 
 @meets('Below the floor')
@@ -233,6 +256,14 @@ def _(folder):
     load_checkpoint(net(32), 'x.pth')
 
 
+@meets('The plan does not fit any more')
+def _(folder):
+    model = net()
+    mmprune.prune(model, forward, keep_channels=0.5)
+    model[0].weight = nn.Parameter(model[0].weight[:6])
+    mmprune.save_model_def(model)
+
+
 @meets('The file is damaged')
 def _(folder):
     path = pruned_checkpoint(folder)
@@ -249,6 +280,14 @@ def _(folder):
 @meets('Another optimizer')
 def _(folder):
     mmprune.prune(net(), forward, keep_flops=0.5, optimizer=torch.optim.SGD(net().parameters(), lr=0.1))
+
+
+@meets('An optimizer with tensors of its own')
+def _(folder):
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.slow = [parameter.detach().clone() for parameter in model.parameters()]
+    mmprune.prune(model, forward, keep_flops=0.5, optimizer=optimizer)
 
 
 def other_plans(folder):

@@ -267,7 +267,8 @@ def test_a_copy_of_the_model_shares_no_hooks_state():
         (dict(prune_num=3), 'prune_num=3 is an argument of rebuild_model'),
         (dict(score='tailor'), "unknown score 'tailor'"),
         (dict(keep_flops=2), 'keep_flops=2 is outside'),
-        (dict(divisors=8), "unknown budget option 'divisors'"),
+        (dict(divisors=8), "unknown budget option 'divisors': did you mean divisor"),
+        (dict(distribute=True), "unknown budget option 'distribute': did you mean distributed"),
     ],
 )
 def test_nonsense_is_named(options, message):
@@ -334,6 +335,117 @@ def test_units_that_hold_other_channels_take_over_no_score():
     assert (apart.n_units, tied.n_units) == (8, 4)
     assert np.isnan(transferred(np.arange(8.0), apart, tied)).all()
     assert np.isnan(transferred(np.arange(4.0), tied, apart)).all()
+
+
+# -- wrappers, copies, further runs -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('name', ['compile', 'DataParallel', 'both'])
+def test_a_wrapped_model_is_pruned_like_the_model_inside(name):
+    wrap = {
+        'compile': lambda model: torch.compile(model, backend='eager'),
+        'DataParallel': nn.DataParallel,
+        'both': lambda model: torch.compile(nn.DataParallel(model), backend='eager'),
+    }[name]
+    told, models = [], []
+    for wrapper in (lambda model: model, wrap):
+        model = make()
+        wrapped = wrapper(model)
+        optimizer = sgd(wrapped)
+        pruner = mmprune.Pruner(wrapped)
+        for _ in range(2):
+            train(wrapped, optimizer, BATCHES[:3])
+            told.append(pruner.rebuild_model(BATCHES[3], to_loss_fn, optimizer, 3))
+        train(wrapped, optimizer, BATCHES[:1])
+        models.append(model)
+    assert [t.iterations for t in told] == [3] * 4
+    assert mmprune.plan_of(models[0]).keep == mmprune.plan_of(models[1]).keep
+    structure = mmprune.save_model_def(models[1])
+    assert structure['keep'] == mmprune.save_model_def(models[0])['keep']
+    fresh = mmprune.load_model_def(make(), structure)
+    fresh.load_state_dict(models[1].state_dict())
+
+
+def test_an_average_in_ones_own_loop_follows_each_cut():
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    model = make()
+    optimizer = sgd(model)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True)
+    by_hand = copy.deepcopy(average)
+    pruner = mmprune.Pruner(model, ema_models=[average])
+    for _ in range(3):
+        train(model, optimizer, BATCHES[:2])
+        average.update_parameters(model)
+        by_hand.update_parameters(model)
+        done = pruner.rebuild_model(BATCHES[2], to_loss_fn, optimizer, 3)
+        done.plan.apply(by_hand)
+        assert len(done.plan.cuts) == 1 and done.plan.cuts[0].units_removed == 3
+    assert len(mmprune.plan_of(average).cuts) == 3
+    for copied in (average, by_hand):
+        copied.update_parameters(model)
+        for found, wanted in zip(copied.parameters(), model.parameters(), strict=True):
+            assert found.shape == wanted.shape
+    for first, second in zip(average.state_dict().values(), by_hand.state_dict().values(), strict=True):
+        assert torch.equal(first, second)
+    fresh = mmprune.load_model_def(make(), mmprune.save_model_def(average))
+    fresh.load_state_dict(average.module.state_dict())
+
+
+def test_an_average_of_another_model_is_an_error_before_the_cut():
+    model, other = make(), nn.Linear(3, 2)
+    pruner = mmprune.Pruner(model, ema_models=other)
+    with pytest.raises(PruneError, match='made for another architecture: 15 of 15 tensors differ'):
+        pruner.rebuild_model(BATCHES[0], to_loss_fn, sgd(model), 3)
+    assert mmprune.plan_of(model) is None
+
+
+def test_a_cut_of_nothing_has_no_plan():
+    model = make()
+    pruner = mmprune.Pruner(model, keep_params=0.99)
+    plans = [pruner.rebuild_model(BATCHES[0], to_loss_fn, sgd(model), 3).plan for _ in range(2)]
+    assert plans[0] is not None and plans[1] is None
+
+
+class WithHeads(Net):
+    def __init__(self):
+        super().__init__()
+        self.other = nn.Linear(12, 2)
+
+    def forward(self, x, other=False):
+        x = self.stem(x)
+        x = (x + self.block(x)).mean((2, 3))
+        return self.other(x) if other else self.head(x)
+
+
+def test_a_head_that_the_loss_does_not_use_is_named_once():
+    model = WithHeads()
+    pruner = mmprune.Pruner(model)
+    message = r'do not use other \(2 parameters\), so it is not known which channels'
+    with pytest.warns(UserWarning, match=message) as told:
+        for _ in range(2):
+            train(model, sgd(model), BATCHES[:2])
+            pruner.rebuild_model(BATCHES[2], to_loss_fn, sgd(model), 3)
+    assert len(told) == 1 and told[0].filename == __file__
+
+
+def test_a_head_that_the_loss_does_not_use_is_an_error_with_strict():
+    model = WithHeads()
+    with pytest.raises(PruneError, match=r'do not use other \(2 parameters\), so it is not known'):
+        mmprune.Pruner(model, strict=True).rebuild_model(BATCHES[0], to_loss_fn, sgd(model), 3)
+    assert mmprune.plan_of(model) is None
+
+
+def test_also_names_a_run_that_uses_the_other_head(recwarn):
+    torch.manual_seed(0)
+    model = WithHeads()
+    optimizer = sgd(model)
+    pruner = mmprune.Pruner(model, also=[lambda m: m(BATCHES[0], other=True)], strict=True)
+    for _ in range(2):
+        train(model, optimizer, BATCHES[:2])
+        pruner.rebuild_model(BATCHES[2], to_loss_fn, optimizer, 6)
+    assert model.other.in_features == model.stem[0].out_channels < 12
+    assert model(BATCHES[0], other=True).shape == (2, 2) and not recwarn.list
 
 
 # -- structure in a checkpoint ------------------------------------------------------------------------

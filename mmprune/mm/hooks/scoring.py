@@ -8,6 +8,7 @@ from mmprune.budget.budget import Budget
 from mmprune.compensation import InputMoments
 from mmprune.distributed import all_gather, is_distributed, raise_together
 from mmprune.graph.coupling import ChannelGraph
+from mmprune.graph.unseen import unseen_message
 from mmprune.mm import report
 from mmprune.mm.hooks.prune_state import PruneState
 from mmprune.mm.hooks.running import unwrapped
@@ -65,8 +66,13 @@ class Scoring:
             return
         if unused:
             runner.logger.warning(
-                f'{len(unused)} unused trainable parameters in {PATIENCE} batches, so what they are '
-                f'tied to was not seen: {", ".join(unused[:5])}. Lock their inputs by name'
+                unseen_message(
+                    unused,
+                    graph.slots.tensors,
+                    self.budget.locks,
+                    "Lock what they read by name, such as lock='backbone.*'.",
+                    f'({PATIENCE} batches were looked at, and all modes in which the model runs.)',
+                )
             )
         self.watch(runner, graph)
         self._waited, state.modes = 0, runs.modes

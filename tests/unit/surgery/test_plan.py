@@ -243,3 +243,24 @@ def test_a_history_counts(plan, key, value):
     meta['checksum'] = checksum(meta)
     with pytest.raises(PruneError, match=f"'{key}'"):
         Plan.from_meta(meta)
+
+
+def test_a_plan_brings_a_copy_that_was_cut_before_up_to_date():
+    model = net()
+    average = torch.optim.swa_utils.AveragedModel(model)
+    for prune_num in (4, 2, 1):
+        plan = mmprune.prune(model, forward, prune_num=prune_num, divisor=1)
+        plan.apply(average)
+        assert mmprune.plan_of(average) == plan == mmprune.plan_of(model)
+        average.update_parameters(model)
+        assert torch.equal(average.eval()(X), model.eval()(X))
+    with pytest.raises(PruneError, match='made for another architecture'):
+        plan.apply(model)  # nothing of it is left
+
+
+def test_a_plan_of_other_cuts_does_not_follow():
+    model, other = net(), net()
+    plan = mmprune.prune(model, forward, prune_num=4, divisor=1)
+    mmprune.prune(other, forward, prune_num=1, divisor=1, score=[1, 1, 1, 1, 1, 0, 1, 1])
+    with pytest.raises(PruneError, match='made for another architecture'):
+        plan.apply(other)
