@@ -63,6 +63,8 @@ def unchanged(model: nn.Module) -> Iterator[None]:
                 module._buffers.update(own)  # some put a new tensor in the place of the old
             with torch.no_grad():
                 for buffer, value in buffers:
+                    if buffer.shape != value.shape:  # observers of quantization resize theirs in place
+                        buffer.resize_(value.shape)
                     buffer.copy_(value)
     changed = [name for name, p, version in versions if p._version != version]
     if changed:

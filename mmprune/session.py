@@ -17,11 +17,11 @@ from mmprune.budget.budget import Budget
 from mmprune.budget.choose import choose, uneven
 from mmprune.budget.measured import choose_measured
 from mmprune.budget.runtimes import Prepare
-from mmprune.check.copies import copied
 from mmprune.check.lockstep import random_state, set_random_state
 from mmprune.check.verify import verify
 from mmprune.compensation import Compensation
 from mmprune.contexts import Forward
+from mmprune.copies import copied
 from mmprune.distributed import (
     agreed_plan,
     all_gather,
