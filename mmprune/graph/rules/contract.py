@@ -171,6 +171,22 @@ def mv(call: Call) -> Returned:
     return _add(call, product) if call.name == 'aten::addmv' else product
 
 
+def heads_of(call: Call, tensor: torch.Tensor, count: int) -> Operand:
+    """The heads of a query, key, value or mask (..., H, N, D) beside ``count`` heads of the query.
+
+    With grouped queries (``enable_gqa=True``) the kernels take fewer heads of keys and values, and each
+    serves ``count / H`` neighbouring heads of the query: these go with it, as one unit.
+    """
+    dim = tensor.ndim - 3
+    heads = operand(call, tensor, [d for d in range(tensor.ndim) if d != dim])
+    own = heads.shape[dim] if dim >= 0 else 1
+    if own in (1, count) or count % own:
+        return heads
+    shape = [count if d == dim else n for d, n in enumerate(heads.shape)]
+    labels = {d: tuple(np.repeat(ids, count // own) for ids in i) for d, i in heads.labels.items()}
+    return heads._replace(shape=shape, labels=labels)
+
+
 @rule(
     'aten::_scaled_dot_product_flash_attention_for_cpu',
     'aten::_scaled_dot_product_flash_attention',
@@ -189,7 +205,7 @@ def attention(call: Call) -> Returned:
         call.lock_tensor(tensor, LockKind.ATTENTION, dims=[0, 2])
     mask = call.args.get('attn_mask', call.args.get('attn_bias'))
     meeting = [t for t in (query, key, value, mask) if t is not None]
-    heads = [operand(call, t, [d for d in range(t.ndim) if d != t.ndim - 3]) for t in meeting]
+    heads = [heads_of(call, tensor, query.shape[1]) for tensor in meeting]
     labels = broadcast(call, heads, query[..., :1, :1].shape)
     if mask is not None:
         own = [d for d in range(mask.ndim) if d != mask.ndim - 3]

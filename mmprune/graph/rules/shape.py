@@ -293,13 +293,21 @@ def channel_shuffle(call: Call) -> Returned:
     return Outcome(call.labels(x) | {1: shuffled}, AS_INPUTS)
 
 
-@rule('aten::as_strided', 'aten::as_strided_')
+@rule('aten::as_strided')
 def as_strided(call: Call) -> Returned:
-    x = call['self']
-    if call.out.shape == x.shape and call.out.stride() == x.stride():
+    """The same view of the same memory carries the same. A view that begins elsewhere shows others."""
+    x, offset = call['self'], call['storage_offset']
+    same = list(call['size']) == list(x.shape) and list(call['stride']) == list(x.stride())
+    if same and offset in (None, x.storage_offset()):
         return Outcome(call.labels(x), AS_INPUTS)
-    call.lock_tensor(x, LockKind.STRIDED)
-    return LOCKS_ONLY
+    return restrided(call)
+
+
+@rule('aten::as_strided_')
+def restrided(call: Call) -> Returned:
+    """In place, the tensor has its new shape by the time that a rule sees it."""
+    call.lock_tensor(call['self'], LockKind.STRIDED)
+    return Outcome({}, ZERO_MOVES)
 
 
 @rule('aten::repeat_interleave')
