@@ -164,7 +164,7 @@ def lock_reasons(trace) -> list[str]:
     from mmprune.graph.locks import LockKind
 
     found: Counter = Counter()
-    outputs = (LockKind.OUTPUT, LockKind.LOSS_INPUT, LockKind.UNUSED)
+    outputs = (LockKind.OUTPUT, LockKind.LOSS_INPUT, LockKind.UNREAD, LockKind.UNUSED)
     for locked in trace.locked:
         if not any(reason.kind in outputs for reason in locked.reasons):
             found[locked.reasons[0].text] += locked.count

@@ -179,7 +179,7 @@ def reasons_of(
             seen[component[axis.ids]] = True
     unread = ~read & ~locked
     for unit in np.flatnonzero(unread).tolist():
-        reasons[unit] = {Lock(LockKind.OUTPUT if seen[unit] else LockKind.UNUSED): None}
+        reasons[unit] = {Lock(LockKind.UNREAD if seen[unit] else LockKind.UNUSED): None}
     return locked | unread, reasons
 
 

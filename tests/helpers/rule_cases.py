@@ -146,6 +146,7 @@ each(
 )
 case('mv', lambda m, y: finish(m, y) + (y.mean((2, 3)) @ m.vector).tanh().sum())
 case('dot', lambda m, y: finish(m, y) + y.mean((0, 2, 3)).dot(m.vector).tanh())
+case('vdot', lambda m, y: finish(m, y) + torch.vdot(y.mean((0, 2, 3)), m.vector).tanh())
 each('addmv', lambda op, m, y: finish(m, y + op(m.const, m.table, y.mean((0, 2, 3)))[:, None, None]))
 
 

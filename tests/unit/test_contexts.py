@@ -33,15 +33,11 @@ class Observed(nn.Module):
 X = torch.randn(2, 3, 4, 4)
 
 
-@pytest.mark.parametrize('fails', [False, True])
-def test_buffers_that_a_run_resizes_in_place_are_put_back(fails):
+def test_buffers_that_a_run_resizes_in_place_are_put_back():
     model = Observed()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(RuntimeError, match='no labels') if fails else unchanged(model):
-        with unchanged(model):
-            model(X)
-            if fails:
-                raise RuntimeError('no labels')
+    with unchanged(model):
+        model(X)
     assert_same(before, model.state_dict())
 
 

@@ -33,7 +33,8 @@ def contract(
     else:
         call.tie(a, b, LockKind.FIXED_CHANNEL_READ)
         if not call.zero_safe(x) and not call.zero_safe(w):
-            call.lock(a + b, LockKind.ZERO_ON_NEITHER_SIDE)
+            free = tuple(ids for ids in a + b if not call.all_locked(ids))
+            call.lock(free, LockKind.ZERO_ON_NEITHER_SIDE)
     call.consume(x, a)
     call.consume(w, b)
 
@@ -159,10 +160,10 @@ def _add(call: Call, product: Outcome) -> Outcome:
     return Outcome(labels, ZERO_STAYS if safe else ZERO_MOVES)
 
 
-@rule('aten::mv', 'aten::dot', 'aten::addmv', is_contraction=True)
+@rule('aten::mv', 'aten::dot', 'aten::vdot', 'aten::addmv', is_contraction=True)
 def mv(call: Call) -> Returned:
     a = call.args.get('mat', call['self'])
-    b = call.args.get('vec', call.args.get('tensor'))
+    b = call.args.get('vec', call.args.get('tensor', call.args.get('other')))
     contract(call, a, call.ids(a, -1), b, call.ids(b, 0))
     labels = {0: call.ids(a, 0)} if a.ndim == 2 else {}
     call.multiply_adds(a.numel(), call.ids(a, -1), labels.get(0, ()))

@@ -94,6 +94,8 @@ def regroup(
             carried[new_dim] = index
     if not carried:
         return []
+    if call.all_locked(ids):  # nothing can shrink: each factor says on which channels it stands
+        return [(new_dim, ids[index]) for new_dim, index in carried.items()]
     free = shrinking(ids, list(carried), asked)
     table = np.zeros(1, dtype=np.int64)
     for other in carried:
@@ -272,7 +274,7 @@ def reorder(call: Call) -> Returned:
         turned = {d: tuple(i[::-1] for i in ids) for d, ids in carried.items() if d in dims}
         return Outcome(carried | turned, AS_INPUTS)
     call.lock_tensor(x, LockKind.ROLLED, dims=dims)
-    return Outcome({d: ids for d, ids in carried.items() if d not in dims}, AS_INPUTS)
+    return Outcome(carried, AS_INPUTS)
 
 
 @rule('aten::unfold')

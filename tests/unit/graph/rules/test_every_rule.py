@@ -122,13 +122,15 @@ FLOAT32 = ('aten::_to_copy', 'aten::_grid_sampler_2d_cpu_fallback')
 
 HARMLESS = {
     'where the numbers lie, their type, or when they are made': (
-        '*', 'dtype out_dtype layout device pin_memory memory_format non_blocking half_to_float sparse'),
+        '*',
+        'dtype out_dtype layout device pin_memory memory_format non_blocking half_to_float sparse'),
     'which random numbers are drawn': (
         'bernoulli* normal_ uniform_ random_ exponential_ rand*_like',
         'generator mean std from to low high lambd'),
     'gradients alone': ('gather embedding', 'sparse_grad scale_grad_by_freq padding_idx'),
     'the rule sees it in the sizes of the output': (
-        'view _unsafe_view _reshape_alias expand slice split* unsafe_split* zeros ones full empty new_*',
+        'view _unsafe_view _reshape_alias expand slice split* unsafe_split* zeros ones full empty '
+        'new_*',
         'size stride split_size split_sizes start end step implicit'),
     'a tensor that gives its type and its device, none of its numbers': ('new_*', 'self'),
     'the space around channels': (
