@@ -75,8 +75,17 @@ def after_cut(graph: ChannelGraph, model: nn.Module, keep: np.ndarray) -> Channe
             activations=list(map(elements, graph.profile.activations)),
         ),
         tracked=[replace(each, ids=moved(each.ids)) for each in graph.tracked],
+        stale=[replace(e, ids=moved(e.ids)) for e in graph.stale if stays[e.ids].all()],
         scales=list(map(moved, graph.scales)),
         weights_read=list(map(moved, graph.weights_read)),
+    )
+
+
+def without_guesses(graph: ChannelGraph, numbers: list[TrackedAttribute]) -> ChannelGraph:
+    """The graph in which these numbers of modules stay as they are, and may become stale."""
+    left = [each for each in graph.tracked if not any(each is number for number in numbers)]
+    return replace(
+        graph, tracked=left, stale=graph.stale + [replace(e, guessed=False) for e in numbers]
     )
 
 
@@ -145,6 +154,8 @@ def to_state(graph: ChannelGraph) -> dict[str, Any]:
         'work': terms(profile.multiply_adds),
         'elements': terms(profile.activations),
         'follows': [[each.module, each.attribute, kept(each.ids)] for each in graph.tracked],
+        'guessed': [each.guessed for each in graph.tracked],
+        'stale': [[each.module, each.attribute, kept(each.ids)] for each in graph.stale],
         'scales': list(map(kept, graph.scales)),
         'weights_read': list(map(kept, graph.weights_read)),
         'unknown_ops': {name: list(where) for name, where in profile.unknown_ops.items()},
@@ -183,6 +194,7 @@ def from_state(state: dict[str, Any], model: nn.Module) -> ChannelGraph | None:
     def terms(entries: list[list[Any]]) -> list[CostTerm]:
         return [CostTerm(where, count, axes(numbers)) for where, count, numbers in entries]
 
+    guessed = state.get('guessed', [False] * len(state['follows']))  # of an earlier version
     locked = [
         Locked(name, dim, count, tuple(map(_lock_from, reasons)))
         for name, dim, count, reasons in state['locked']
@@ -201,7 +213,12 @@ def from_state(state: dict[str, Any], model: nn.Module) -> ChannelGraph | None:
             state['unknown_ops'],
         ),
         tracked=[
-            TrackedAttribute(module, name, arrays[number]) for module, name, number in state['follows']
+            TrackedAttribute(module, name, arrays[number], guessed)
+            for (module, name, number), guessed in zip(state['follows'], guessed, strict=True)
+        ],
+        stale=[
+            TrackedAttribute(module, name, arrays[number])
+            for module, name, number in state.get('stale', ())
         ],
         weights_read=axes(state['weights_read']),
         scales=axes(state['scales']),

@@ -12,6 +12,7 @@ from torch import nn
 from mmprune.contexts import Forward
 from mmprune.graph.constraints import Constraints, TrackedAttribute
 from mmprune.graph.locks import Lock, LockKind
+from mmprune.graph.module_numbers import Widths, untracked_widths
 from mmprune.graph.profile import CostTerm, Profile
 from mmprune.graph.record import TraceRecord
 from mmprune.graph.slots import FIXED, Axis, Ids, SlotTable
@@ -60,7 +61,8 @@ class ChannelGraph:
 
     ``unit_of``: for each slot the number of its unit, or -1 where it can't be removed. ``consumers``,
     ``producers``: axes of weights that contractions sum over, and axes that make what they do.
-    ``tracked``: attributes that shrink with channels; ``weights_read``: the channels of weights at each
+    ``tracked``: attributes that shrink with channels; ``stale``: numbers that may be widths and stay as
+    they are, with the channels that they may count; ``weights_read``: the channels of weights at each
     contraction; ``scales``: those of normalisations' gammas. ``failed``: traced runs that were allowed
     to fail and did, with their errors.
     """
@@ -76,6 +78,7 @@ class ChannelGraph:
     weights_read: list[Ids] = field(repr=False)
     scales: list[Ids] = field(repr=False)
     failed: Mapping[Forward, Exception] = field(default_factory=dict)
+    stale: list[TrackedAttribute] = field(default_factory=list, repr=False)
 
     @property
     def n_units(self) -> int:
@@ -135,6 +138,8 @@ def couple(record: TraceRecord) -> ChannelGraph:
         return [replace(term, axes=list(map(settled, term.axes))) for term in found]
 
     weights_read = list(map(settled, constraints.weights_read))
+    widths = Widths(constraints, component, locked)
+    follows, stale = untracked_widths(profile.calls, widths, settled)
     component = component[: slots.size]
     unit_of, groups = group_units(slots, component, locked)
     return ChannelGraph(
@@ -148,11 +153,13 @@ def couple(record: TraceRecord) -> ChannelGraph:
             profile,
             multiply_adds=terms(profile.multiply_adds),
             activations=terms(profile.activations),
+            calls=[],
         ),
-        tracked=[replace(each, ids=settled(each.ids)) for each in constraints.tracked],
+        tracked=[replace(each, ids=settled(each.ids)) for each in constraints.tracked] + follows,
         weights_read=weights_read,
         scales=constraints.scales,
         failed=record.failed,
+        stale=stale,
     )
 
 

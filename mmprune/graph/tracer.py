@@ -25,6 +25,7 @@ from mmprune.graph.call import Call, State, bind
 from mmprune.graph.constraints import Constraints
 from mmprune.graph.extensions import intercept
 from mmprune.graph.locks import LockKind
+from mmprune.graph.module_numbers import noted_call, numbers_of
 from mmprune.graph.module_scope import ModuleScope, track_modules
 from mmprune.graph.outcome import AS_INPUTS, ZERO_STAYS, Outcome, RuleError, outcomes_of
 from mmprune.graph.profile import CostTerm, Profile
@@ -58,6 +59,7 @@ class Tracer(TorchDispatchMode):
         self.observe = observe
         self.run_modules: set[int] = set()  # those that the present run has left
         self.tell_progress: Callable[[int], None] = lambda modules: None
+        self.numbers: dict[int, dict[str, int]] = {}  # those that modules keep, by id
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         # What rules do themselves is none of the size tracking's business.
@@ -181,10 +183,14 @@ class Tracer(TorchDispatchMode):
         module = self.state.scope.module
         self.run_modules.add(id(module))
         self.tell_progress(len(self.run_modules))
-        adapter = module_adapter(type(module))
-        if adapter is not None:
-            with _disable_current_modes(), torch._C.DisableTorchFunction():
+        adapter, numbers = module_adapter(type(module)), self.numbers.get(id(module))
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            if adapter is not None:
                 adapter(Call(self.state, type(module).__name__, args, out))
+            if numbers is not None:
+                name, tensors = self.state.scope.name, self.state.tensors
+                call = noted_call(name, module, numbers, tensors, args, out)
+                self.state.profile.calls.append(call)
 
     def call_extension(self, name: str, function: Callable, args: tuple, kwargs: dict) -> Any:
         """A call of a compiled function, followed by its rule. What it writes in place is no fresh fill
@@ -219,6 +225,7 @@ def tracing(tracer: Tracer, model: nn.Module) -> Iterator[None]:
             tracer.sizes,
             tracer,
         ):
+            tracer.numbers = numbers_of(model)
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

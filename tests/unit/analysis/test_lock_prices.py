@@ -99,11 +99,15 @@ NORM = lambda y: nn.functional.layer_norm(y.transpose(1, 3), (8,)).transpose(1, 
 @pytest.mark.parametrize(
     ('operation', 'why'), [(lambda y: y.softmax(1), 'softmax'), (NORM, 'layer norm statistics')]
 )
-def test_what_reads_channels_behind_a_softmax_or_a_layer_norm_is_locked_for_their_reason(operation, why):
+def test_what_reads_channels_behind_a_softmax_or_a_layer_norm_is_locked_for_their_reason(
+    operation, why
+):
     found = analysis(Behind(operation))
     price = price_on(found, 'middle.weight', why)
     assert price.flops == 7 * 12 * 9 * 36 + 7 * 5 * 36
-    assert not any('input channels' in str(lock.reasons) for lock in found.locks if 'head' in lock.tensors)
+    assert not any(
+        'input channels' in str(lock.reasons) for lock in found.locks if 'head' in lock.tensors
+    )
 
 
 class Twice(nn.Module):
