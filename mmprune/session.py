@@ -223,8 +223,8 @@ def guesses_to_blame(
 
 
 def to_blame(suspects: list[Any], fails: Callable[[list[Any]], Any]) -> list[Any]:
-    """Those of ``suspects``, which fail together, without which the others pass. Found by bisection, with
-    about log2(suspects) trials for each."""
+    """Those of ``suspects``, which fail together, without which the others pass. Bisection finds each
+    in about log2(suspects) trials."""
     blamed: list[Any] = []
     passed: list[Any] = []
     while suspects and (not blamed or fails(passed + suspects)):

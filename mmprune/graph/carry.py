@@ -59,6 +59,8 @@ def after_cut(graph: ChannelGraph, model: nn.Module, keep: np.ndarray) -> Channe
     held = np.flatnonzero(stays & (number > FIXED))
     unit_of[number[held]] = graph.unit_of[held]
     unit_of[single[unit_of] & (unit_of >= 0)] = -1
+    lock_of = np.full(slots.size, -1, dtype=np.int64)
+    lock_of[number[held]] = graph.lock_of[held]
     locked = [
         Locked(axis.name, axis.dim, 1, (Lock(LockKind.ONLY_CHANNEL),))
         for axis in graph.slots.axes
@@ -69,6 +71,7 @@ def after_cut(graph: ChannelGraph, model: nn.Module, keep: np.ndarray) -> Channe
         slots,
         unit_of,
         graph.locked + locked,
+        lock_of=lock_of,
         profile=replace(
             graph.profile,
             multiply_adds=list(map(shrunk, graph.profile.multiply_adds)),
@@ -95,11 +98,12 @@ def without(graph: ChannelGraph, groups: list[int], reason: str) -> tuple[Channe
     left = np.ones(graph.n_units, dtype=bool)
     left[gone] = False
     unit_of = np.where(graph.keeps(left), graph.unit_of, -1)
-    locked = []
+    locked, lock_of = [], graph.lock_of.copy()
     for number in groups:
         axis = next(iter(graph.groups[number].axes))
+        lock_of[np.isin(graph.unit_of, graph.groups[number].units)] = len(graph.locked) + len(locked)
         locked.append(Locked(axis.name, axis.dim, len(graph.groups[number]), (stated(reason),)))
-    return _regrouped(graph, graph.slots, unit_of, graph.locked + locked), left
+    return _regrouped(graph, graph.slots, unit_of, graph.locked + locked, lock_of=lock_of), left
 
 
 def _regrouped(
@@ -151,6 +155,7 @@ def to_state(graph: ChannelGraph) -> dict[str, Any]:
         'format': FORMAT,
         'names': list(graph.slots.tensors),
         'unit_of': torch.from_numpy(graph.unit_of.astype(np.int32)),
+        'lock_of': torch.from_numpy(graph.lock_of.astype(np.int32)),
         'work': terms(profile.multiply_adds),
         'elements': terms(profile.activations),
         'follows': [[each.module, each.attribute, kept(each.ids)] for each in graph.tracked],
@@ -204,6 +209,7 @@ def from_state(state: dict[str, Any], model: nn.Module) -> ChannelGraph | None:
         groups=[],
         locked=[],
         unit_of=np.zeros(0),
+        lock_of=state.get('lock_of', torch.full((slots.size,), -1)).numpy().astype(np.int64),
         consumers=named(state['readers']),
         producers=named(state['producers']),
         profile=Profile(

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from scipy.sparse import coo_array
@@ -59,7 +60,8 @@ class ChannelGraph:
     multiply-adds of the traced forward; ``params``: number of parameters; ``unknown_ops``: operations
     without a rule, with the modules that they happened in.
 
-    ``unit_of``: for each slot the number of its unit, or -1 where it can't be removed. ``consumers``,
+    ``unit_of``: for each slot the number of its unit, or -1 where it can't be removed. ``lock_of``: for
+    each slot the number of its entry in ``locked``, or -1 where it has none. ``consumers``,
     ``producers``: axes of weights that contractions sum over, and axes that make what they do.
     ``tracked``: attributes that shrink with channels; ``stale``: numbers that may be widths and stay as
     they are, with the channels that they may count; ``weights_read``: the channels of weights at each
@@ -71,6 +73,7 @@ class ChannelGraph:
     groups: list[Group]
     locked: list[Locked]
     unit_of: np.ndarray
+    lock_of: np.ndarray
     consumers: list[Axis]
     producers: list[Axis]
     profile: Profile = field(repr=False)
@@ -142,11 +145,13 @@ def couple(record: TraceRecord) -> ChannelGraph:
     follows, stale = untracked_widths(profile.calls, widths, settled)
     component = component[: slots.size]
     unit_of, groups = group_units(slots, component, locked)
+    entries, lock_of = _locked(slots, component, locked, reasons)
     return ChannelGraph(
         slots=slots,
         groups=groups,
-        locked=_locked(slots, component, locked, reasons),
+        locked=entries,
         unit_of=unit_of,
+        lock_of=lock_of,
         consumers=_axes_in(slots, weights_read),
         producers=_axes_in(slots, constraints.read),
         profile=replace(
@@ -277,18 +282,22 @@ def group_units(
 
 def _locked(
     slots: SlotTable, component: np.ndarray, locked: np.ndarray, reasons: dict[int, dict[Lock, None]]
-) -> list[Locked]:
-    """Locked units by the axis of their first slot and by reason; kernel positions left out."""
+) -> tuple[list[Locked], np.ndarray]:
+    """(locked units by the axis of their first slot and by reason, (n_slots,) numbers of these entries).
+    Positions of kernels have none, which is -1."""
     ids = np.flatnonzero(locked[component])
     ids = ids[ids > 0]
     units, first = np.unique(component[ids], return_index=True)
     found: dict[tuple[int, tuple[Lock, ...]], int] = {}
     axes = slots.axis_index(ids[first])
+    entry_of, numbers = np.full(locked.size, -1, dtype=np.int64), dict[Any, int]()
     for unit, axis in zip(units.tolist(), axes.tolist(), strict=True):
         if unit in reasons:
             key = (axis, tuple(reasons[unit]))
             found[key] = found.get(key, 0) + 1
-    return [
+            entry_of[unit] = numbers.setdefault(key, len(numbers))
+    entries = [
         Locked(slots.axes[axis].name, slots.axes[axis].dim, count, why)
         for (axis, why), count in found.items()
     ]
+    return entries, entry_of[component]

@@ -41,8 +41,8 @@ OUTPUT = frozenset(
 WIDTH = frozenset({
     'channel', 'channels', 'chan', 'chans', 'ch', 'chs', 'c', 'd', 'plane', 'planes', 'dim', 'dims',
     'feature', 'features', 'feat', 'feats', 'width', 'embed', 'embedding', 'hidden', 'filter',
-    'filters', 'nf', 'inp', 'oup', 'inc', 'outc', 'cin', 'cout', 'inplanes', 'inplane', 'outplanes', 'outplane',
-    'inchannels', 'outchannels',
+    'filters', 'nf', 'inp', 'oup', 'inc', 'outc', 'cin', 'cout', 'inplanes', 'inplane', 'outplanes',
+    'outplane', 'c1', 'c2', 'inchannels', 'outchannels',
 })  # fmt: skip
 NO_WIDTH = frozenset({
     'kernel', 'stride', 'size', 'head', 'heads', 'class', 'classes', 'layers', 'blocks', 'levels',
