@@ -11,6 +11,7 @@ from torch import nn
 from mmprune.budget.budget import Budget, make_budget
 from mmprune.errors import PruneError
 from mmprune.graph.coupling import ChannelGraph, couple
+from mmprune.graph.module_scope import place_of
 from mmprune.graph.record import TraceRecord
 from mmprune.graph.tracer import trace_runs
 from mmprune.score import Score, make_score
@@ -69,8 +70,10 @@ def trace_record(
     except PruneError:
         raise
     except Exception as error:
+        place = place_of(error)
         raise PruneError(
             f'the model can not be traced on this batch: {type(error).__name__}: {error}'
+            + (f' (in {place})' if place else '')
         ) from error
 
 

@@ -75,6 +75,31 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def normal_tensors() -> Iterator[None]:
+    """Makes tensors that can be trained, also inside ``torch.inference_mode``."""
+    inside = torch.is_inference_mode_enabled()
+    with torch.inference_mode(False) if inside else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Leaves ``torch.inference_mode``, and ignores it where the model's own code enters it.
+
+    In that mode torch shows a dispatch mode whole composite operations (``aten::conv2d``), which no
+    rule knows, and views do not know the tensor that they show.
+    """
+    kind: Any = torch.inference_mode
+    enter, leave = kind.__enter__, kind.__exit__
+    with normal_tensors():
+        kind.__enter__, kind.__exit__ = lambda self: None, lambda self, *error: None
+        try:
+            yield
+        finally:
+            kind.__enter__, kind.__exit__ = enter, leave
+
+
+@contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Dropout and its like (modules without children or parameters) and norms in evaluation mode;
     afterwards each module has the mode that it had. The others keep theirs: in many heads the code of

@@ -283,8 +283,8 @@ def group_units(
 def _locked(
     slots: SlotTable, component: np.ndarray, locked: np.ndarray, reasons: dict[int, dict[Lock, None]]
 ) -> tuple[list[Locked], np.ndarray]:
-    """(locked units by the axis of their first slot and by reason, (n_slots,) numbers of these entries).
-    Positions of kernels have none, which is -1."""
+    """(locked units by the axis of their first slot and by reason, (n_slots,) numbers of these entries,
+    -1 for none). Positions of kernels have none."""
     ids = np.flatnonzero(locked[component])
     ids = ids[ids > 0]
     units, first = np.unique(component[ids], return_index=True)

@@ -11,7 +11,8 @@ PACKAGE = Path(mmprune.__file__).parent
 
 LAYERS = [
     {'errors', '_version'},
-    {'contexts', 'copies', 'progress'},
+    {'contexts', 'progress'},
+    {'copies'},
     {'graph'},
     {'surgery'},
     {'distributed'},
