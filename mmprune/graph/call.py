@@ -180,6 +180,10 @@ class Call:
             read = constraints.weights_read if self.is_weight(tensor) else constraints.read
             read.append(array)
 
+    def read(self, ids: tuple[Ids, ...]) -> None:
+        """A contraction sums over the channels ``ids`` of what goes into a layer."""
+        self._state.constraints.read.extend(ids)
+
     def scale(self, gamma: torch.Tensor | None) -> None:
         """``gamma`` (C,) multiplies normalised channels: the criterion ``bn_scale`` looks at it."""
         self._state.constraints.scales.extend(self.ids(gamma, 0))

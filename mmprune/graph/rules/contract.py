@@ -35,7 +35,10 @@ def contract(
         if not call.zero_safe(x) and not call.zero_safe(w):
             free = tuple(ids for ids in a + b if not call.all_locked(ids))
             call.lock(free, LockKind.ZERO_ON_NEITHER_SIDE)
-    call.consume(x, a)
+    if call.is_weight(w):  # queries that are learned are no layer: a layer reads them
+        call.read(a)
+    else:
+        call.consume(x, a)
     call.consume(w, b)
 
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import mmprune
+from mmprune.graph import cost
 
 X = torch.randn(2, 3, 8, 8)
 
@@ -120,3 +121,23 @@ def test_spectral_norm_locks_what_its_power_iteration_reads_and_lets_the_outputs
     assert [len(group) for group in trace.groups] == [12]
     mmprune.prune(model, lambda m: m(X), keep_channels=0.5, divisor=1, strict=True)
     assert model[2].out_channels == original_width // 2
+
+
+@pytest.mark.parametrize('learned', [nn.Embedding(6, 12), nn.Parameter(torch.randn(6, 12))])
+def test_learned_queries_are_rows_that_a_layer_reads_and_no_layer_with_channels(learned):
+    """As DETR's query embeddings."""
+
+    class Queries(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.queries, self.q = nn.Conv2d(3, 12, 1), learned, nn.Linear(12, 12)
+            self.head = nn.Linear(12, 2)
+
+        def forward(self, x):
+            rows = getattr(self.queries, 'weight', self.queries)
+            return self.head(self.q(rows) + self.q(self.a(x).flatten(2).mean(2)).sum(0))
+
+    trace = mmprune.trace(Queries(), lambda m: m(X))
+    assert cost.parts_of(trace) == ['a', 'q', 'head']
+    assert not any('queries' in axis.name for axis in (*trace.consumers, *cost.output_axes(trace)))
+    assert trace.n_units == 24
