@@ -193,13 +193,15 @@ class Tracer(TorchDispatchMode):
         module = self.state.scope.module
         self.run_modules.add(id(module))
         self.tell_progress(len(self.run_modules))
-        adapter, numbers = module_adapter(type(module)), self.numbers.get(id(module))
+        adapter, name = module_adapter(type(module)), self.state.scope.name
         with _disable_current_modes(), torch._C.DisableTorchFunction():
             if adapter is not None:
                 adapter(Call(self.state, type(module).__name__, args, out))
-            if numbers is not None:
-                name, tensors = self.state.scope.name, self.state.tensors
-                call = noted_call(name, module, numbers, tensors, args, out)
+            is_tracked = self.state.constraints.is_tracked
+            numbers = self.numbers.get(id(module), {}).items()
+            left = {key: value for key, value in numbers if not is_tracked(name, key)}
+            if left:
+                call = noted_call(name, module, left, self.state.tensors, args, out)
                 self.state.profile.calls.append(call)
 
     def call_extension(self, name: str, function: Callable, args: tuple, kwargs: dict) -> Any:
