@@ -120,8 +120,6 @@ def cut_once(
                 if forward is not None:
                     check_cut(model, step, forward)
             except InexactCut as error:
-                if strict:
-                    raise
                 complaint = str(error)
         return next(filter(None, all_gather(complaint)), '') if distributed else complaint
 
@@ -143,7 +141,11 @@ def cut_once(
         wrong = guesses_to_blame(graph, keep, try_cut)
         if wrong:
             graph = without_guesses(graph, wrong)
+            if not try_cut(keep, graph):  # the same choice, which may have been measured for minutes
+                break
             continue
+        if strict:
+            raise InexactCut(complaint)
         blamed = groups_to_blame(graph, keep, lambda keep, graph=graph: try_cut(keep, graph))
         for number in blamed:
             failed[graph.groups[number].name] = complaint
