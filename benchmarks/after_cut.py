@@ -22,8 +22,8 @@ from rich.table import Table
 from torch import nn
 
 import mmprune
-from mmprune.check.copies import copied
 from mmprune.contexts import unchanged
+from mmprune.copies import copied
 from mmprune.mm.model_modes import loss_of, runs_of
 from mmprune.score import make_score
 from mmprune.score.collector import Collector

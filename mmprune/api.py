@@ -14,6 +14,7 @@ from mmprune.contexts import consumed, in_other_mode, one_after_another
 from mmprune.distributed import check_rebuildable, is_distributed
 from mmprune.errors import PruneError
 from mmprune.graph.coupling import ChannelGraph, couple
+from mmprune.graph.module_scope import place_of
 from mmprune.graph.record import TraceRecord
 from mmprune.graph.tracer import trace_runs
 from mmprune.graph.unseen import unseen_message, untouched_parameters
@@ -94,8 +95,10 @@ def _traced(
     except PruneError:
         raise
     except Exception as error:
+        place = place_of(error)
         raise PruneError(
             f'the model can not be traced on this batch: {type(error).__name__}: {error}'
+            + (f' (in {place})' if place else '')
         ) from error
 
 

@@ -211,6 +211,8 @@ def unchanged(model: nn.Module) -> Iterator[None]:
                 module._buffers.update(own)  # some put a new tensor in the place of the old
             with torch.no_grad():
                 for buffer, value in buffers:
+                    if buffer.shape != value.shape:  # observers of quantization resize theirs in place
+                        buffer.resize_(value.shape)
                     buffer.copy_(value)
     changed = [name for name, p, version in versions if p._version != version]
     if changed:
@@ -218,6 +220,31 @@ def unchanged(model: nn.Module) -> Iterator[None]:
             f'the run changes {changed[0]} and {len(changed) - 1} more parameters: give a forward that '
             'only reads them (no optimizer step)'
         )
+
+
+@contextlib.contextmanager
+def normal_tensors() -> Iterator[None]:
+    """Makes tensors that can be trained, also inside ``torch.inference_mode``."""
+    inside = torch.is_inference_mode_enabled()
+    with torch.inference_mode(False) if inside else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Leaves ``torch.inference_mode``, and ignores it where the model's own code enters it.
+
+    In that mode torch shows a dispatch mode whole composite operations (``aten::conv2d``), which no
+    rule knows, and views do not know the tensor that they show.
+    """
+    kind: Any = torch.inference_mode
+    enter, leave = kind.__enter__, kind.__exit__
+    with normal_tensors():
+        kind.__enter__, kind.__exit__ = lambda self: None, lambda self, *error: None
+        try:
+            yield
+        finally:
+            kind.__enter__, kind.__exit__ = enter, leave
 
 
 @contextlib.contextmanager

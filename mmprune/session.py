@@ -17,11 +17,11 @@ from mmprune.budget.budget import Budget
 from mmprune.budget.choose import choose, uneven
 from mmprune.budget.measured import choose_measured
 from mmprune.budget.runtimes import Prepare
-from mmprune.check.copies import copied
 from mmprune.check.lockstep import random_state, set_random_state
 from mmprune.check.verify import verify
 from mmprune.compensation import Compensation, InputMoments
 from mmprune.contexts import Forward
+from mmprune.copies import copied
 from mmprune.distributed import (
     agreed_plan,
     all_gather,
@@ -31,7 +31,8 @@ from mmprune.distributed import (
     rebuild_reducers,
 )
 from mmprune.errors import InexactCut, PruneError
-from mmprune.graph.carry import after_cut, without
+from mmprune.graph.carry import after_cut, without, without_guesses
+from mmprune.graph.constraints import TrackedAttribute
 from mmprune.graph.coupling import ChannelGraph
 from mmprune.surgery.apply import cut
 from mmprune.surgery.build import baseline_of, make_plan
@@ -117,7 +118,7 @@ def cut_once(
     """
     together = raise_together if distributed else lambda what: contextlib.nullcontext()
 
-    def try_cut(keep: np.ndarray) -> str:
+    def try_cut(keep: np.ndarray, graph: ChannelGraph) -> str:
         """Why the cut to ``keep`` is none; empty where it is exact."""
         complaint = ''
         with together('the check of a cut'):
@@ -126,8 +127,6 @@ def cut_once(
                 if forward is not None:
                     check_cut(model, step, forward)
             except InexactCut as error:
-                if strict:
-                    raise
                 complaint = str(error)
         return next(filter(None, all_gather(complaint)), '') if distributed else complaint
 
@@ -143,10 +142,18 @@ def cut_once(
         keep, noted = choice
         if keep.all():
             return Outcome(None, graph, failed)
-        complaint = try_cut(keep)
+        complaint = try_cut(keep, graph)
         if not complaint:
             break
-        blamed = groups_to_blame(graph, keep, try_cut)
+        wrong = guesses_to_blame(graph, keep, try_cut)
+        if wrong:
+            graph = without_guesses(graph, wrong)
+            if not try_cut(keep, graph):  # the same choice, which may have been measured for minutes
+                break
+            continue
+        if strict:
+            raise InexactCut(complaint)
+        blamed = groups_to_blame(graph, keep, lambda keep, graph=graph: try_cut(keep, graph))
         for number in blamed:
             failed[graph.groups[number].name] = complaint
             if warn is not None:
@@ -155,6 +162,9 @@ def cut_once(
             raise PruneError(f'nothing can be cut: every group of channels {FAILED}: {complaint}')
         graph, left = without(graph, blamed, FAILED)
         scores = scores[left]
+    stale = [each for each in graph.stale if not graph.keeps(keep)[each.ids].all()]
+    if stale and warn is not None:
+        warn(stale_text(stale))
     with together('planning'):
         notes = noted if isinstance(noted, CutNotes) else CutNotes(**noted)
         step = make_plan(graph, model, keep, budget.to_meta(), notes)
@@ -210,14 +220,8 @@ def most_narrowed(graph: ChannelGraph, keep: np.ndarray, count: int = 3) -> list
 def groups_to_blame(
     graph: ChannelGraph, keep: np.ndarray, fails: Callable[[np.ndarray], Any]
 ) -> list[int]:
-    """The groups without whose cuts the rest of ``keep`` passes, by bisection.
-
-    ``fails(keep)`` says whether a choice fails; that of ``keep`` does. About log2(groups) trials for
-    each group that is found.
-    """
-    suspects = [n for n, group in enumerate(graph.groups) if not keep[group.units].all()]
-    blamed: list[int] = []
-    passed: list[int] = []
+    """The groups without whose cuts the rest of ``keep`` passes. ``fails(keep)`` says whether a choice
+    fails; that of ``keep`` does."""
 
     def of(groups: list[int]) -> np.ndarray:
         choice = np.ones(graph.n_units, dtype=bool)
@@ -226,11 +230,37 @@ def groups_to_blame(
             choice[units] = keep[units]
         return choice
 
-    while suspects and (not blamed or fails(of(passed + suspects))):
+    suspects = [n for n, group in enumerate(graph.groups) if not keep[group.units].all()]
+    return to_blame(suspects, lambda groups: fails(of(groups)))
+
+
+def guesses_to_blame(
+    graph: ChannelGraph, keep: np.ndarray, fails: Callable[[np.ndarray, ChannelGraph], Any]
+) -> list[TrackedAttribute]:
+    """The numbers of modules that a cut to ``keep``, which fails, must not change: those that were
+    taken for widths since they equal one. None where it fails with all of them left alone."""
+    stays = graph.keeps(keep)
+    guesses = [each for each in graph.tracked if each.guessed and not stays[each.ids].all()]
+
+    def fails_with(followed: list[TrackedAttribute]) -> Any:
+        left = [each for each in guesses if not any(each is number for number in followed)]
+        return fails(keep, without_guesses(graph, left))
+
+    if not guesses or fails_with([]):
+        return []
+    return to_blame(guesses, fails_with)
+
+
+def to_blame(suspects: list[Any], fails: Callable[[list[Any]], Any]) -> list[Any]:
+    """Those of ``suspects``, which fail together, without which the others pass. Bisection finds each
+    in about log2(suspects) trials."""
+    blamed: list[Any] = []
+    passed: list[Any] = []
+    while suspects and (not blamed or fails(passed + suspects)):
         low, high = 0, len(suspects)  # with the first `low` it passes, with the first `high` it fails
         while high - low > 1:
             middle = (low + high) // 2
-            if fails(of(passed + suspects[:middle])):
+            if fails(passed + suspects[:middle]):
                 high = middle
             else:
                 low = middle
@@ -238,6 +268,17 @@ def groups_to_blame(
         blamed.append(suspects[low])
         suspects = suspects[high:]
     return blamed
+
+
+def stale_text(numbers: list[TrackedAttribute]) -> str:
+    """The warning of a cut that leaves numbers of modules behind."""
+    names = list(dict.fromkeys(map(str, numbers)))
+    more = f' and {len(names) - 4} more' if len(names) > 4 else ''
+    return (
+        f'{", ".join(names[:4])}{more}: equal to a channel count that this cut changes, and left as '
+        'they are, since the traced run does not say that they are channel counts. If another method '
+        'reads them as such (a conversion for deployment), declare them with mmprune.adapter'
+    )
 
 
 def choose_for(

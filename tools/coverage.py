@@ -164,7 +164,7 @@ def lock_reasons(trace) -> list[str]:
     from mmprune.graph.locks import LockKind
 
     found: Counter = Counter()
-    outputs = (LockKind.OUTPUT, LockKind.LOSS_INPUT, LockKind.UNUSED)
+    outputs = (LockKind.OUTPUT, LockKind.LOSS_INPUT, LockKind.UNREAD, LockKind.UNUSED)
     for locked in trace.locked:
         if not any(reason.kind in outputs for reason in locked.reasons):
             found[locked.reasons[0].text] += locked.count
@@ -267,6 +267,23 @@ def verdict(row: dict) -> str:
     return 'exact'
 
 
+LOCKED_ON_PURPOSE = """## Locked on purpose
+
+Some operations mix all channels that go in, or compute with their number. Where no cut of them is
+exact, or no rule knows one, they lock the channels:
+
+- Layer norm, softmax, mean, maximum and sorting over channels.
+- Standardized weights (NFNet, BiT, weight standardization) lock the *inputs* of their layer: the mean
+  and the variance of the weight run over them. The outputs are free.
+- Both kinds of `spectral_norm` lock the *inputs* of their layer: the estimate of the largest singular
+  value keeps a buffer over inputs and kernel positions together. The outputs are free.
+- Fourier transforms (`torch.fft`, and convolutions that are made of them) lock all channels that go
+  in. A transform over space alone treats channels apart, but it has no rule.
+- `nn.MultiheadAttention` and recurrent layers (`nn.LSTM`, `nn.GRU`) check the sizes that they were
+  made with, so all of their own channels stay.
+"""
+
+
 def write_page(rows: list[dict], path: Path) -> None:
     """The table in Markdown."""
     lines = [
@@ -284,6 +301,8 @@ def write_page(rows: list[dict], path: Path) -> None:
         '    python tools/coverage.py',
         '',
         '(mmdet 3.3.0, mmpose 1.3.2, torchvision 0.28.0, torch 2.13.0 on a CPU.)',
+        '',
+        *LOCKED_ON_PURPOSE.splitlines(),
         '',
     ]
     for zoo in dict.fromkeys(row['name'].split('/')[0] for row in rows):

@@ -25,9 +25,9 @@ from rich.table import Table
 from torch import nn
 
 import mmprune
-from mmprune.check.copies import copied
 from mmprune.compensation import InputMoments
 from mmprune.contexts import evaluating, unchanged
+from mmprune.copies import copied
 from mmprune.mm.model_modes import loss_of, runs_of
 from mmprune.score.collector import Collector
 

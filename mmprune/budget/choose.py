@@ -10,6 +10,7 @@ from mmprune.budget import steps
 from mmprune.budget.block_cost import CalledCost, Cost, Ladder, TermCost, kept_at
 from mmprune.budget.budget import FRACTIONS, Budget, Divisor, Limits, make_budget  # noqa: F401  (mm/hooks)
 from mmprune.budget.device import divisor_of
+from mmprune.budget.held import costliest_locks
 from mmprune.budget.solver import TOLERANCE, solve
 from mmprune.errors import PruneError
 from mmprune.graph import cost
@@ -335,7 +336,14 @@ class _Choice:
                 f'locked units, min_channels={limits.min_channels} and divisor={divisor} leave'
                 + (f' in {part}' if part else '')
             )
-        return PruneError('; '.join(told) + ': ask for more than the floor or lock less')
+        unscored = int(np.isnan(self.scores).sum())
+        if unscored:
+            told.append(f'{unscored} units have no score (what reads them is frozen) and stay')
+        lock_less = ' or lock less' if self.budget.lock or unscored else ''
+        what, of = ('parameters', cost.params) if 'keep_params' in targets else ('FLOPs', cost.flops)
+        locks = costliest_locks(self.graph, of, least)
+        held = f'. Of the {what} that would be left these locks hold most: {locks}' if locks else ''
+        return PruneError(f'{"; ".join(told)}: ask for more than the floor{lock_less}{held}')
 
 
 def cost_against(per: str, target: str) -> str:

@@ -10,7 +10,6 @@ unpruned, cut evenly, and cut as the scores at hand would.
 """
 
 import contextlib
-import copy
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -29,6 +28,7 @@ from mmprune.budget.device import cached, device_name, keep_cached, least_of
 from mmprune.budget.op_times import Lookup, Op, Scaled, TensorArgument, table_of
 from mmprune.budget.runtimes import Prepare, prepare_for, versions
 from mmprune.contexts import Forward, evaluating, tensors_in, unchanged
+from mmprune.copies import copied
 from mmprune.errors import PruneError
 from mmprune.graph import cost
 from mmprune.graph.cost import CostPolynomial, Product, Term
@@ -308,7 +308,7 @@ def device_of(trace: ChannelGraph) -> torch.device:
 
 def cut_copy(model: nn.Module, trace: ChannelGraph, keep: np.ndarray) -> nn.Module:
     """A copy of the model that is cut to the units in ``keep``."""
-    trial = copy.deepcopy(model)
+    trial = copied(model)
     cut(trial, make_plan(trace, model, keep, {}))
     return trial
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmprune.check.copies import copied
+from mmprune.copies import copied
 from mmprune.surgery.plan import Plan, check_fingerprint
 
 MASK = 1e-18

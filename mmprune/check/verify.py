@@ -17,12 +17,12 @@ from mmprune.check.compare import (
     Key,
     is_finite,
 )
-from mmprune.check.copies import copied
 from mmprune.check.float64 import doubled, in_double
 from mmprune.check.lockstep import RunAhead
 from mmprune.check.masked import masked_in_place
 from mmprune.check.replay import DecisionReplay, Taken
 from mmprune.contexts import Forward, evaluating, tensors_in, tensors_of_output, unchanged
+from mmprune.copies import copied
 from mmprune.errors import InexactCut, PruneError
 from mmprune.graph.extensions import intercept
 from mmprune.surgery.parts import innermost

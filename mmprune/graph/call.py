@@ -95,6 +95,11 @@ class Call:
         """Whether a channel whose weights are all zero is zero here too."""
         return self._state.tensors.info(tensor).zero_safe
 
+    def is_weight(self, tensor: torch.Tensor) -> bool:
+        """Whether ``tensor`` is a parameter or buffer, at most moved about or rescaled since."""
+        info = self._state.tensors.info(tensor)
+        return info.is_weight_view and not info.is_constant_fill
+
     def all_locked(self, ids: Ids) -> bool:
         """Whether all of ``ids`` are locked themselves."""
         return self._state.constraints.all_locked(ids)
@@ -170,10 +175,14 @@ class Call:
     def consume(self, tensor: torch.Tensor, ids: tuple[Ids, ...]) -> None:
         """A contraction sums over the channels ``ids`` of ``tensor``: zero there is as good as absent.
         Where ``tensor`` is a weight, its slots there are the ones that scores look at."""
-        info, constraints = self._state.tensors.info(tensor), self._state.constraints
-        weight = info.is_weight_view and not info.is_constant_fill
+        constraints = self._state.constraints
         for array in ids:
-            (constraints.weights_read if weight else constraints.read).append(array)
+            read = constraints.weights_read if self.is_weight(tensor) else constraints.read
+            read.append(array)
+
+    def read(self, ids: tuple[Ids, ...]) -> None:
+        """A contraction sums over the channels ``ids`` of what goes into a layer."""
+        self._state.constraints.read.extend(ids)
 
     def scale(self, gamma: torch.Tensor | None) -> None:
         """``gamma`` (C,) multiplies normalised channels: the criterion ``bn_scale`` looks at it."""
@@ -198,7 +207,7 @@ class Call:
         """The code asks for a dimension that carries ``ids`` to have the size ``number``."""
         if isinstance(number, SymbolicSize):
             number.bind_to(ids)
-        elif number is not None and number != -1:
+        elif number is not None and number != -1 and not self.all_locked(ids):
             self.lock((ids,), LockKind.HARD_CODED)
 
     def spread(

@@ -59,6 +59,8 @@ def after_cut(graph: ChannelGraph, model: nn.Module, keep: np.ndarray) -> Channe
     held = np.flatnonzero(stays & (number > FIXED))
     unit_of[number[held]] = graph.unit_of[held]
     unit_of[single[unit_of] & (unit_of >= 0)] = -1
+    lock_of = np.full(slots.size, -1, dtype=np.int64)
+    lock_of[number[held]] = graph.lock_of[held]
     locked = [
         Locked(axis.name, axis.dim, 1, (Lock(LockKind.ONLY_CHANNEL),))
         for axis in graph.slots.axes
@@ -69,14 +71,24 @@ def after_cut(graph: ChannelGraph, model: nn.Module, keep: np.ndarray) -> Channe
         slots,
         unit_of,
         graph.locked + locked,
+        lock_of=lock_of,
         profile=replace(
             graph.profile,
             multiply_adds=list(map(shrunk, graph.profile.multiply_adds)),
             activations=list(map(elements, graph.profile.activations)),
         ),
         tracked=[replace(each, ids=moved(each.ids)) for each in graph.tracked],
+        stale=[replace(e, ids=moved(e.ids)) for e in graph.stale if stays[e.ids].all()],
         scales=list(map(moved, graph.scales)),
         weights_read=list(map(moved, graph.weights_read)),
+    )
+
+
+def without_guesses(graph: ChannelGraph, numbers: list[TrackedAttribute]) -> ChannelGraph:
+    """The graph in which these numbers of modules stay as they are, and may become stale."""
+    left = [each for each in graph.tracked if not any(each is number for number in numbers)]
+    return replace(
+        graph, tracked=left, stale=graph.stale + [replace(e, guessed=False) for e in numbers]
     )
 
 
@@ -86,11 +98,12 @@ def without(graph: ChannelGraph, groups: list[int], reason: str) -> tuple[Channe
     left = np.ones(graph.n_units, dtype=bool)
     left[gone] = False
     unit_of = np.where(graph.keeps(left), graph.unit_of, -1)
-    locked = []
+    locked, lock_of = [], graph.lock_of.copy()
     for number in groups:
         axis = next(iter(graph.groups[number].axes))
+        lock_of[np.isin(graph.unit_of, graph.groups[number].units)] = len(graph.locked) + len(locked)
         locked.append(Locked(axis.name, axis.dim, len(graph.groups[number]), (stated(reason),)))
-    return _regrouped(graph, graph.slots, unit_of, graph.locked + locked), left
+    return _regrouped(graph, graph.slots, unit_of, graph.locked + locked, lock_of=lock_of), left
 
 
 def _regrouped(
@@ -142,9 +155,12 @@ def to_state(graph: ChannelGraph) -> dict[str, Any]:
         'format': FORMAT,
         'names': list(graph.slots.tensors),
         'unit_of': torch.from_numpy(graph.unit_of.astype(np.int32)),
+        'lock_of': torch.from_numpy(graph.lock_of.astype(np.int32)),
         'work': terms(profile.multiply_adds),
         'elements': terms(profile.activations),
         'follows': [[each.module, each.attribute, kept(each.ids)] for each in graph.tracked],
+        'guessed': [each.guessed for each in graph.tracked],
+        'stale': [[each.module, each.attribute, kept(each.ids)] for each in graph.stale],
         'scales': list(map(kept, graph.scales)),
         'weights_read': list(map(kept, graph.weights_read)),
         'unknown_ops': {name: list(where) for name, where in profile.unknown_ops.items()},
@@ -183,6 +199,7 @@ def from_state(state: dict[str, Any], model: nn.Module) -> ChannelGraph | None:
     def terms(entries: list[list[Any]]) -> list[CostTerm]:
         return [CostTerm(where, count, axes(numbers)) for where, count, numbers in entries]
 
+    guessed = state.get('guessed', [False] * len(state['follows']))  # of an earlier version
     locked = [
         Locked(name, dim, count, tuple(map(_lock_from, reasons)))
         for name, dim, count, reasons in state['locked']
@@ -192,6 +209,7 @@ def from_state(state: dict[str, Any], model: nn.Module) -> ChannelGraph | None:
         groups=[],
         locked=[],
         unit_of=np.zeros(0),
+        lock_of=state.get('lock_of', torch.full((slots.size,), -1)).numpy().astype(np.int64),
         consumers=named(state['readers']),
         producers=named(state['producers']),
         profile=Profile(
@@ -201,7 +219,12 @@ def from_state(state: dict[str, Any], model: nn.Module) -> ChannelGraph | None:
             state['unknown_ops'],
         ),
         tracked=[
-            TrackedAttribute(module, name, arrays[number]) for module, name, number in state['follows']
+            TrackedAttribute(module, name, arrays[number], guessed)
+            for (module, name, number), guessed in zip(state['follows'], guessed, strict=True)
+        ],
+        stale=[
+            TrackedAttribute(module, name, arrays[number])
+            for module, name, number in state.get('stale', ())
         ],
         weights_read=axes(state['weights_read']),
         scales=axes(state['scales']),

@@ -13,11 +13,19 @@ from mmprune.graph.slots import FIXED, Ids, SlotTable
 
 @dataclass(frozen=True)
 class TrackedAttribute:
-    """A number in a module that is proportional to the size of the axis ``ids``."""
+    """A number in a module that is proportional to the size of the axis ``ids``.
+
+    ``guessed``: the run does not read the number, and the two are equal
+    (:mod:`mmprune.graph.module_numbers`).
+    """
 
     module: str
     attribute: str
     ids: Ids
+    guessed: bool = False
+
+    def __str__(self) -> str:
+        return f'{self.module}.{self.attribute}' if self.module else self.attribute
 
 
 class Constraints:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from scipy.sparse import coo_array
@@ -12,6 +13,7 @@ from torch import nn
 from mmprune.contexts import Forward
 from mmprune.graph.constraints import Constraints, TrackedAttribute
 from mmprune.graph.locks import Lock, LockKind
+from mmprune.graph.module_numbers import Widths, untracked_widths
 from mmprune.graph.profile import CostTerm, Profile
 from mmprune.graph.record import TraceRecord
 from mmprune.graph.slots import FIXED, Axis, Ids, SlotTable
@@ -58,9 +60,11 @@ class ChannelGraph:
     multiply-adds of the traced forward; ``params``: number of parameters; ``unknown_ops``: operations
     without a rule, with the modules that they happened in.
 
-    ``unit_of``: for each slot the number of its unit, or -1 where it can't be removed. ``consumers``,
+    ``unit_of``: for each slot the number of its unit, or -1 where it can't be removed. ``lock_of``: for
+    each slot the number of its entry in ``locked``, or -1 where it has none. ``consumers``,
     ``producers``: axes of weights that contractions sum over, and axes that make what they do.
-    ``tracked``: attributes that shrink with channels; ``weights_read``: the channels of weights at each
+    ``tracked``: attributes that shrink with channels; ``stale``: numbers that may be widths and stay as
+    they are, with the channels that they may count; ``weights_read``: the channels of weights at each
     contraction; ``scales``: those of normalisations' gammas. ``failed``: traced runs that were allowed
     to fail and did, with their errors; ``both_modes``: the first run was traced in training mode and in
     evaluation mode.
@@ -70,6 +74,7 @@ class ChannelGraph:
     groups: list[Group]
     locked: list[Locked]
     unit_of: np.ndarray
+    lock_of: np.ndarray
     consumers: list[Axis]
     producers: list[Axis]
     profile: Profile = field(repr=False)
@@ -78,6 +83,7 @@ class ChannelGraph:
     scales: list[Ids] = field(repr=False)
     failed: Mapping[Forward, Exception] = field(default_factory=dict)
     both_modes: bool = False
+    stale: list[TrackedAttribute] = field(default_factory=list, repr=False)
 
     @property
     def n_units(self) -> int:
@@ -137,25 +143,31 @@ def couple(record: TraceRecord) -> ChannelGraph:
         return [replace(term, axes=list(map(settled, term.axes))) for term in found]
 
     weights_read = list(map(settled, constraints.weights_read))
+    widths = Widths(constraints, component, locked)
+    follows, stale = untracked_widths(profile.calls, widths, settled)
     component = component[: slots.size]
     unit_of, groups = group_units(slots, component, locked)
+    entries, lock_of = _locked(slots, component, locked, reasons)
     return ChannelGraph(
         slots=slots,
         groups=groups,
-        locked=_locked(slots, component, locked, reasons),
+        locked=entries,
         unit_of=unit_of,
+        lock_of=lock_of,
         consumers=_axes_in(slots, weights_read),
         producers=_axes_in(slots, constraints.read),
         profile=replace(
             profile,
             multiply_adds=terms(profile.multiply_adds),
             activations=terms(profile.activations),
+            calls=[],
         ),
-        tracked=[replace(each, ids=settled(each.ids)) for each in constraints.tracked],
+        tracked=[replace(each, ids=settled(each.ids)) for each in constraints.tracked] + follows,
         weights_read=weights_read,
         scales=constraints.scales,
         failed=record.failed,
         both_modes=record.both_modes,
+        stale=stale,
     )
 
 
@@ -182,7 +194,7 @@ def reasons_of(
             seen[component[axis.ids]] = True
     unread = ~read & ~locked
     for unit in np.flatnonzero(unread).tolist():
-        reasons[unit] = {Lock(LockKind.OUTPUT if seen[unit] else LockKind.UNUSED): None}
+        reasons[unit] = {Lock(LockKind.UNREAD if seen[unit] else LockKind.UNUSED): None}
     return locked | unread, reasons
 
 
@@ -273,18 +285,22 @@ def group_units(
 
 def _locked(
     slots: SlotTable, component: np.ndarray, locked: np.ndarray, reasons: dict[int, dict[Lock, None]]
-) -> list[Locked]:
-    """Locked units by the axis of their first slot and by reason; kernel positions left out."""
+) -> tuple[list[Locked], np.ndarray]:
+    """(locked units by the axis of their first slot and by reason, (n_slots,) numbers of these entries,
+    -1 for none). Positions of kernels have none."""
     ids = np.flatnonzero(locked[component])
     ids = ids[ids > 0]
     units, first = np.unique(component[ids], return_index=True)
     found: dict[tuple[int, tuple[Lock, ...]], int] = {}
     axes = slots.axis_index(ids[first])
+    entry_of, numbers = np.full(locked.size, -1, dtype=np.int64), dict[Any, int]()
     for unit, axis in zip(units.tolist(), axes.tolist(), strict=True):
         if unit in reasons:
             key = (axis, tuple(reasons[unit]))
             found[key] = found.get(key, 0) + 1
-    return [
+            entry_of[unit] = numbers.setdefault(key, len(numbers))
+    entries = [
         Locked(slots.axes[axis].name, slots.axes[axis].dim, count, why)
         for (axis, why), count in found.items()
     ]
+    return entries, entry_of[component]

@@ -10,6 +10,7 @@ class LockKind(enum.Enum):
     # What the channels are
     OUTPUT = 'output of the model'
     LOSS_INPUT = 'input of a loss'
+    UNREAD = 'read by no layer in the traced run'
     UNUSED = 'not used in the traced run'
     ONLY_CHANNEL = 'only channel left'
     INPUT_CHANNELS = 'input channels (image or constant)'
@@ -32,6 +33,7 @@ class LockKind(enum.Enum):
     NORMALIZED = 'normalized along the channel dimension'
     LAYER_NORM = 'layer norm statistics over the channel dimension'
     WEIGHT_NORM = 'weight norm over the channel dimension'
+    STANDARDIZED = 'standardized weight: its statistics run over the channel dimension'
     ATTENTION = 'attention along the channel dimension'
     ATTENTION_SCALE = 'attention scale computed from the channel count'
     ATTENTION_MASK = 'attention mask'

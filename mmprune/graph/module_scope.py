@@ -27,6 +27,11 @@ class ModuleScope:
         return f'{self.name} ({type(self.module).__name__})' if self.name else ''
 
 
+def place_of(error: Exception) -> str:
+    """The name and class of the innermost module that an error was raised in, where it was tracked."""
+    return vars(error).get('_mmprune_place', '')
+
+
 @contextlib.contextmanager
 def track_modules(
     scope: ModuleScope,
@@ -46,6 +51,10 @@ def track_modules(
                 enter()
                 out = forward(*args, **kwargs)
                 leave(args, out)
+            except Exception as error:
+                if not place_of(error):
+                    vars(error)['_mmprune_place'] = str(scope)
+                raise
             finally:
                 del scope.stack[depth:]
             return out

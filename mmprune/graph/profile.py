@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from mmprune.graph.module_numbers import ModuleCall
 from mmprune.graph.slots import Ids
 
 
@@ -19,12 +20,14 @@ class CostTerm:
 class Profile:
     """``multiply_adds``: of each contraction; ``activations``: elements of new memory; ``touched``: the
     parameters and buffers that took part; ``unknown_ops``: {operation without a rule: modules that it
-    happened in}. Costs are those of the run during which ``counting`` was on."""
+    happened in}; ``calls``: of modules that keep numbers. Costs are those of the run during which
+    ``counting`` was on."""
 
     multiply_adds: list[CostTerm] = field(default_factory=list)
     activations: list[CostTerm] = field(default_factory=list)
     touched: set[str] = field(default_factory=set)
     unknown_ops: dict[str, list[str]] = field(default_factory=dict)
+    calls: list[ModuleCall] = field(default_factory=list)
     counting: bool = True
 
     def add_multiply_adds(self, where: str, count: float, axes: list[Ids]) -> None:

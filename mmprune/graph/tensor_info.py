@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from mmprune.errors import PruneError
 from mmprune.graph.constraints import Constraints
 from mmprune.graph.locks import LockKind
 from mmprune.graph.slots import Labels
@@ -74,7 +75,15 @@ class TensorTable:
         """A tensor that no traced operation made: a constant, or another face of a parameter
         (``.data`` passes by the dispatcher)."""
         info = TensorInfo()
-        name = self._storages.get(address(tensor)) if tensor.numel() else None
+        try:
+            name = self._storages.get(address(tensor)) if tensor.numel() else None
+        except NotImplementedError as error:
+            place = str(self._constraints.scope) or 'the model'
+            raise PruneError(
+                f'{place} runs under torch.vmap, as flex attention does, where tensors cannot be '
+                f'traced ({error}): write it with a dimension for the batch, or with '
+                'torch.nn.functional.scaled_dot_product_attention'
+            ) from error
         if name is not None:
             own = self._constraints.slots.tensors[name]
             if own.shape == tensor.shape and own.stride() == tensor.stride():

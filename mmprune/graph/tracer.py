@@ -17,14 +17,23 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from mmprune.contexts import Forward, tensors_in, tensors_of_output, unchanged
+from mmprune.contexts import (
+    Forward,
+    outside_inference_mode,
+    tensors_in,
+    tensors_of_output,
+    unchanged,
+)
+from mmprune.errors import PruneError
 from mmprune.graph import adapters  # noqa: F401, which fills the table
 from mmprune.graph.call import Call, State, bind
 from mmprune.graph.constraints import Constraints
 from mmprune.graph.extensions import intercept
 from mmprune.graph.locks import LockKind
+from mmprune.graph.module_numbers import noted_call, numbers_of
 from mmprune.graph.module_scope import ModuleScope, track_modules
 from mmprune.graph.outcome import AS_INPUTS, ZERO_STAYS, Outcome, RuleError, outcomes_of
 from mmprune.graph.profile import CostTerm, Profile
@@ -47,10 +56,16 @@ class Tracer(TorchDispatchMode):
     Args:
         model: the one that will run.
         observe: is told of each operation.
+
+    Raises:
+        PruneError: a part of the model is compiled by TorchScript.
     """
+
+    supports_higher_order_operators = True  # which are refused by name
 
     def __init__(self, model: nn.Module, observe: Observer | None = None) -> None:
         super().__init__()
+        refuse_scripted(model)
         scope = ModuleScope(model)
         constraints = Constraints(SlotTable(model), scope)
         self.state = State(TensorTable(constraints), constraints, Profile(), scope)
@@ -58,8 +73,11 @@ class Tracer(TorchDispatchMode):
         self.observe = observe
         self.run_modules: set[int] = set()  # those that the present run has left
         self.tell_progress: Callable[[int], None] = lambda modules: None
+        self.numbers: dict[int, dict[str, int]] = {}  # those that modules keep, by id
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if isinstance(func, HigherOrderOperator):
+            raise HigherOrderError(func.name(), str(self.state.scope))
         # What rules do themselves is none of the size tracking's business.
         with torch._C.DisableTorchFunction():
             out = self._dispatch(func, args, kwargs or {})
@@ -181,10 +199,16 @@ class Tracer(TorchDispatchMode):
         module = self.state.scope.module
         self.run_modules.add(id(module))
         self.tell_progress(len(self.run_modules))
-        adapter = module_adapter(type(module))
-        if adapter is not None:
-            with _disable_current_modes(), torch._C.DisableTorchFunction():
+        adapter, name = module_adapter(type(module)), self.state.scope.name
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            if adapter is not None:
                 adapter(Call(self.state, type(module).__name__, args, out))
+            is_tracked = self.state.constraints.is_tracked
+            numbers = self.numbers.get(id(module), {}).items()
+            left = {key: value for key, value in numbers if not is_tracked(name, key)}
+            if left:
+                call = noted_call(name, module, left, self.state.tensors, args, out)
+                self.state.profile.calls.append(call)
 
     def call_extension(self, name: str, function: Callable, args: tuple, kwargs: dict) -> Any:
         """A call of a compiled function, followed by its rule. What it writes in place is no fresh fill
@@ -205,6 +229,36 @@ class Tracer(TorchDispatchMode):
         return out
 
 
+class HigherOrderError(PruneError):
+    """An operator that is given functions, such as ``torch.cond``: of these a trace does not see all.
+
+    Args:
+        name: of the operator.
+        place: the module that calls it.
+    """
+
+    def __init__(self, name: str, place: str) -> None:
+        instead = 'a plain if or loop of Python'
+        if 'flex' in name:
+            instead = 'torch.nn.functional.scaled_dot_product_attention'
+        super().__init__(
+            f'{place or "the model"} calls the higher-order operator {name!r}, and what runs in the '
+            f'functions that it is given cannot be traced: use {instead} in its place while pruning'
+        )
+
+
+def refuse_scripted(model: nn.Module) -> None:
+    """Raises a PruneError where a module is compiled by TorchScript, which shows none of its operations
+    and keeps the sizes of its weights."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise PruneError(
+                f'{name or "the model"} is compiled by TorchScript ({type(module).__name__}), so its '
+                'operations cannot be traced and its weights cannot be cut: prune the nn.Module that '
+                'it was made from, and compile that after the last cut'
+            )
+
+
 @contextlib.contextmanager
 def tracing(tracer: Tracer, model: nn.Module) -> Iterator[None]:
     """Sees all that ``model`` does for one run: modules, compiled functions, sizes, operations."""
@@ -214,11 +268,13 @@ def tracing(tracer: Tracer, model: nn.Module) -> Iterator[None]:
         with (
             track_modules(tracer.state.scope, model, tracer.leave_module),
             intercept(tracer.call_extension),
+            outside_inference_mode(),
             torch.no_grad(),
             symbolic_attributes(tracer.state.constraints, model),
             tracer.sizes,
             tracer,
         ):
+            tracer.numbers = numbers_of(model)
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

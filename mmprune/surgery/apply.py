@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import nn
 
+from mmprune.contexts import normal_tensors
 from mmprune.errors import PruneError
 from mmprune.graph.slots import aliases_of, named_state
 from mmprune.surgery.optim import Change, optimizers_in, state_changes
@@ -40,6 +41,7 @@ class Structure(Protocol):
 P = TypeVar('P', bound=Structure)
 
 
+@normal_tensors()
 def cut(model: nn.Module, plan: P, optimizer: Any = None, ema_models: Iterable[nn.Module] = ()) -> P:
     """Narrows ``model`` in place by a plan that was made for it as it is now.
 

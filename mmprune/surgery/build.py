@@ -97,6 +97,8 @@ def _followed(graph: ChannelGraph, model: nn.Module, stays: np.ndarray) -> dict[
         if left.all():
             continue
         old = read_attribute(model.get_submodule(follow.module), follow.attribute)
+        if follow.guessed and old != left.size:  # it was set to something else since the trace
+            continue
         new, rest = divmod(old * int(left.sum()), left.size)
         where = f'{follow.module}.{follow.attribute}'
         if rest:

@@ -165,6 +165,33 @@ def _(folder):
     mmprune.prune(net(), forward, keep_flops=0.05, divisor=8)
 
 
+@meets('A module that is compiled by TorchScript')
+def _(folder):
+    model = nn.Sequential(nn.Conv2d(3, 16, 3))
+    model.middle = torch.jit.script(nn.Sequential(nn.Conv2d(16, 4, 1)))
+    mmprune.trace(model, forward)
+
+
+class Branch(nn.Module):
+    def forward(self, x):
+        return torch.cond(x.sum() > 0, lambda x: x.relu(), lambda x: x * 2, (x,))
+
+
+class Batched(nn.Module):
+    def forward(self, x):
+        return torch.vmap(lambda one: one * one.shape[0])(x)
+
+
+@meets('A higher-order operator')
+def _(folder):
+    mmprune.trace(nn.Sequential(nn.Conv2d(3, 16, 3), Branch()), forward)
+
+
+@meets('A function under torch.vmap')
+def _(folder):
+    mmprune.trace(nn.Sequential(nn.Conv2d(3, 16, 3), Batched()), forward)
+
+
 @meets('Nothing to remove')
 def _(folder):
     model = net()

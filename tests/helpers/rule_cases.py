@@ -88,6 +88,12 @@ each(
     'bernoulli_', lambda op, m, y: finish(m, y * op(y.new_empty(2, y.shape[1], 1, 1), 1.0)), None, True
 )
 each('bernoulli', lambda op, m, y: finish(m, op(y.sigmoid())), 'random numbers')
+each(
+    'bernoulli_',
+    lambda op, m, y: finish(m, m.b(y) * op(torch.empty_like(m.b(y)), y.sigmoid())),
+    'random numbers',
+    True,
+)
 for _name in ('zeros', 'ones', 'empty'):
     each(_name, lambda op, m, y: finish(m, y + op([1, y.shape[1], 1, 1], dtype=y.dtype).fill_(0.5)))
     each(f'new_{_name}', lambda op, m, y: finish(m, y * op(y, [y.shape[1], 4, 4]).fill_(0.5)))
@@ -140,6 +146,7 @@ each(
 )
 case('mv', lambda m, y: finish(m, y) + (y.mean((2, 3)) @ m.vector).tanh().sum())
 case('dot', lambda m, y: finish(m, y) + y.mean((0, 2, 3)).dot(m.vector).tanh())
+case('vdot', lambda m, y: finish(m, y) + torch.vdot(y.mean((0, 2, 3)), m.vector).tanh())
 each('addmv', lambda op, m, y: finish(m, y + op(m.const, m.table, y.mean((0, 2, 3)))[:, None, None]))
 
 
@@ -383,7 +390,15 @@ each('unfold', lambda op, m, y: finish(m, y) + op(y, 1, 2, 2).sum(), 'spatial op
 each('channel_shuffle', lambda op, m, y: finish(m, op(y, 2)))
 each('as_strided', lambda op, m, y: finish(m, op(y, y.shape, y.stride())))
 each('as_strided', lambda op, m, y: finish(m, y) + op(y, [8, 8], [1, 8]).sum(), 'strided view')
-each('as_strided_', lambda op, m, y: finish(m, op(y.clone(), y.shape, y.stride())))
+each(
+    'as_strided',
+    lambda op, m, y: (
+        finish(m, y)
+        + op(torch.cat([y, m.b(y)], 1).chunk(2, 1)[0], [2, 8, 4, 4], [256, 16, 4, 1], 128).sum()
+    ),
+    'strided view',
+)
+each('as_strided_', lambda op, m, y: finish(m, op(y.clone(), y.shape, y.stride())), 'strided view')
 case(
     'repeat_interleave',
     lambda m, y: finish(m, y) + y.flatten(2).repeat_interleave(torch.tensor([1] * 16), 2).sum(),
@@ -422,6 +437,18 @@ each(
 )
 each('reflection_pad2d replication_pad2d', lambda op, m, y: finish(m, op(y, [1, 1, 1, 1])))
 each('max_unpool2d', lambda op, m, y: finish(m, op(*F.max_pool2d(y, 2, return_indices=True), [4, 4])))
+each(
+    'max_unpool2d',
+    lambda op, m, y: finish(
+        m, op(m.b(F.avg_pool2d(y, 2)), F.max_pool2d(y, 2, return_indices=True)[1], [4, 4])
+    ),
+)
+each(
+    'max_unpool3d',
+    lambda op, m, y: finish(
+        m, op(*F.max_pool3d(CUBE(y), (1, 2, 2), return_indices=True), [1, 4, 4], [1, 2, 2], [0] * 3)
+    ),
+)
 each('max_pool3d_with_indices', lambda op, m, y: finish(m, op(CUBE(y), [1, 2, 2])[0]))
 each('avg_pool3d', lambda op, m, y: finish(m, op(CUBE(y), [1, 2, 2])))
 each('avg_pool3d', lambda op, m, y: finish(m, F.local_response_norm(y, 3)), 'spatial op')
@@ -459,3 +486,10 @@ each('index_add_', lambda op, m, y: finish(m, op(y.new_zeros(2, y.shape[1], 4, 4
 each('index_copy', lambda op, m, y: finish(m, op(y, 0, FIRST, m.b(y))))
 each('index_copy_', lambda op, m, y: finish(m, op(y.new_zeros(2, y.shape[1], 4, 4), 0, FIRST, y)))
 each('index_add', lambda op, m, y: finish(m, op(y, 1, FIRST, y[:, :2])), 'constant index')
+each(
+    'index_add index_copy',
+    lambda op, m, y: (
+        finish(m, y) + op(torch.zeros(9).double(), 0, MEAN(y).abs().long(), MEAN(y.detach())).sum()
+    ),
+    'used as an index',
+)

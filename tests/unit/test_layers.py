@@ -12,6 +12,7 @@ PACKAGE = Path(mmprune.__file__).parent
 LAYERS = [
     {'errors', '_version'},
     {'contexts', 'progress'},
+    {'copies'},
     {'graph'},
     {'surgery'},
     {'distributed'},

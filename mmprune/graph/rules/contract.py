@@ -33,8 +33,12 @@ def contract(
     else:
         call.tie(a, b, LockKind.FIXED_CHANNEL_READ)
         if not call.zero_safe(x) and not call.zero_safe(w):
-            call.lock(a + b, LockKind.ZERO_ON_NEITHER_SIDE)
-    call.consume(x, a)
+            free = tuple(ids for ids in a + b if not call.all_locked(ids))
+            call.lock(free, LockKind.ZERO_ON_NEITHER_SIDE)
+    if call.is_weight(w):  # queries that are learned are no layer: a layer reads them
+        call.read(a)
+    else:
+        call.consume(x, a)
     call.consume(w, b)
 
 
@@ -159,16 +163,32 @@ def _add(call: Call, product: Outcome) -> Outcome:
     return Outcome(labels, ZERO_STAYS if safe else ZERO_MOVES)
 
 
-@rule('aten::mv', 'aten::dot', 'aten::addmv', is_contraction=True)
+@rule('aten::mv', 'aten::dot', 'aten::vdot', 'aten::addmv', is_contraction=True)
 def mv(call: Call) -> Returned:
     a = call.args.get('mat', call['self'])
-    b = call.args.get('vec', call.args.get('tensor'))
+    b = call.args.get('vec', call.args.get('tensor', call.args.get('other')))
     contract(call, a, call.ids(a, -1), b, call.ids(b, 0))
     labels = {0: call.ids(a, 0)} if a.ndim == 2 else {}
     call.multiply_adds(a.numel(), call.ids(a, -1), labels.get(0, ()))
     moves = not call.zero_safe(a) and bool(labels.get(0))
     product = Outcome(labels, ZERO_MOVES if moves else ZERO_STAYS)
     return _add(call, product) if call.name == 'aten::addmv' else product
+
+
+def heads_of(call: Call, tensor: torch.Tensor, count: int) -> Operand:
+    """The heads of a query, key, value or mask (..., H, N, D) beside ``count`` heads of the query.
+
+    With grouped queries (``enable_gqa=True``) the kernels take fewer heads of keys and values, and each
+    serves ``count / H`` neighbouring heads of the query: these go with it, as one unit.
+    """
+    dim = tensor.ndim - 3
+    heads = operand(call, tensor, [d for d in range(tensor.ndim) if d != dim])
+    own = heads.shape[dim] if dim >= 0 else 1
+    if own in (1, count) or count % own:
+        return heads
+    shape = [count if d == dim else n for d, n in enumerate(heads.shape)]
+    labels = {d: tuple(np.repeat(ids, count // own) for ids in i) for d, i in heads.labels.items()}
+    return heads._replace(shape=shape, labels=labels)
 
 
 @rule(
@@ -189,7 +209,7 @@ def attention(call: Call) -> Returned:
         call.lock_tensor(tensor, LockKind.ATTENTION, dims=[0, 2])
     mask = call.args.get('attn_mask', call.args.get('attn_bias'))
     meeting = [t for t in (query, key, value, mask) if t is not None]
-    heads = [operand(call, t, [d for d in range(t.ndim) if d != t.ndim - 3]) for t in meeting]
+    heads = [heads_of(call, tensor, query.shape[1]) for tensor in meeting]
     labels = broadcast(call, heads, query[..., :1, :1].shape)
     if mask is not None:
         own = [d for d in range(mask.ndim) if d != mask.ndim - 3]

@@ -29,9 +29,10 @@ def batch_norm(call: Call) -> Returned:
         for name in ('weight', 'bias', 'running_mean', 'running_var', 'mean', 'invstd'):
             call.tie_if(ids, call.args.get(name))
         call.scale(call.args.get('weight'))
-    call.lock_tensor(x, LockKind.NORMALIZED, dims=[0, *range(2, x.ndim)])
+    why = LockKind.STANDARDIZED if call.is_weight(x) else LockKind.NORMALIZED
+    call.lock_tensor(x, why, dims=[0, *range(2, x.ndim)])
     zero = ZERO_STAYS if affine(call) else ZERO_MOVES
-    return first_output(call.out, Outcome({1: ids}, zero))
+    return first_output(call.out, Outcome(call.labels(x), zero))
 
 
 def affine(call: Call) -> bool:
@@ -66,18 +67,22 @@ def group_norm(call: Call) -> Returned:
     call.scale(call['weight'])
     call.lock_tensor(x, LockKind.NORMALIZED, dims=range(2, x.ndim))
     zero = ZERO_STAYS if affine(call) and not call.ids(x, 0) else ZERO_MOVES
-    return first_output(call.out, Outcome({0: call.ids(x, 0), 1: ids}, zero))
+    return first_output(call.out, Outcome(call.labels(x), zero))
 
 
 @rule('aten::native_layer_norm', 'aten::_fused_rms_norm')
 def layer_norm(call: Call) -> Returned:
-    """The statistics run over the channels: none of them can go."""
+    """The statistics run over the channels: none of them can go. The output carries them on, so that
+    the layers which read it are locked for the same reason."""
     x = call['input']
     over = len(call['normalized_shape'])
-    call.lock_tensor(x, LockKind.LAYER_NORM, dims=range(x.ndim - over, x.ndim))
-    for name in ('weight', 'bias'):
-        call.lock_tensor(call.args.get(name), LockKind.LAYER_NORM)
-    labels = {d: ids for d, ids in call.labels(x).items() if d < x.ndim - over}
+    why = LockKind.STANDARDIZED if call.is_weight(x) else LockKind.LAYER_NORM
+    call.lock_tensor(x, why, dims=range(x.ndim - over, x.ndim))
+    labels = dict(call.labels(x))
+    for tensor in (call.args.get('weight'), call.args.get('bias')):
+        call.lock_tensor(tensor, LockKind.LAYER_NORM)
+        for dim, ids in call.labels(tensor).items():
+            call.tie(labels.setdefault(x.ndim - over + dim, ids), ids)
     return first_output(call.out, Outcome(labels, ZERO_MOVES))
 
 

@@ -164,7 +164,9 @@ def fill_like(call: Call) -> Returned:
 def random_like(call: Call) -> Returned:
     """Drawn for the shape that is there, so with fewer channels come other numbers. In training
     (dropout) that does not matter."""
-    x = call['self']
+    x, chance = call['self'], call.args.get('p')
+    if isinstance(chance, torch.Tensor):
+        call.lock_tensor(chance, LockKind.RANDOM)
     if call.module.training:
         return Outcome(call.labels(x), ZERO_MOVES, call.fits(x))
     call.lock_tensor(x, LockKind.RANDOM)

@@ -59,9 +59,13 @@ def reduce(call: Call) -> Returned:
         operands = [operand(call, x), operand(call, other)]
         return Outcome(broadcast(call, operands, call.out.shape), AS_INPUTS)
     dims = reduced_dims(call, x)
-    call.lock_tensor(x, LockKind.REDUCED, dims=dims)
+    standardizes = call.name in STATISTICS and call.is_weight(x)
+    call.lock_tensor(x, LockKind.STANDARDIZED if standardizes else LockKind.REDUCED, dims=dims)
     labels = without(call.labels(x), dims, bool(call.args.get('keepdim')))
     return Outcome(labels, ZERO_MOVES if call.name == 'aten::logsumexp' else AS_INPUTS)
+
+
+STATISTICS = ('aten::mean', 'aten::var', 'aten::std', 'aten::var_mean', 'aten::std_mean')
 
 
 @rule(
@@ -70,12 +74,16 @@ def reduce(call: Call) -> Returned:
     'aten::logcumsumexp',
 )  # fmt: skip
 def along(call: Call) -> Returned:
-    """softmax, sort, top-k ...: one dimension is needed whole, the others stay apart."""
+    """softmax, sort, top-k ...: one dimension is needed whole, the others stay apart. What is as long
+    as before carries its channels on, so that whatever reads it is locked for the same reason."""
     x = call['self']
     dim = call.args.get('dim')
     dim = (-1 if dim is None else dim) % max(x.ndim, 1)
     call.lock_tensor(x, LockKind.SEQUENTIAL, dims=[dim])
-    return Outcome({d: ids for d, ids in call.labels(x).items() if d != dim}, ZERO_MOVES)
+    labels = dict(call.labels(x))
+    if call.name == 'aten::topk':
+        labels.pop(dim, None)
+    return Outcome(labels, ZERO_MOVES)
 
 
 @rule('aten::glu')

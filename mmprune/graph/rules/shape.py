@@ -94,6 +94,8 @@ def regroup(
             carried[new_dim] = index
     if not carried:
         return []
+    if call.all_locked(ids):  # nothing can shrink: each factor says on which channels it stands
+        return [(new_dim, ids[index]) for new_dim, index in carried.items()]
     free = shrinking(ids, list(carried), asked)
     table = np.zeros(1, dtype=np.int64)
     for other in carried:
@@ -272,7 +274,7 @@ def reorder(call: Call) -> Returned:
         turned = {d: tuple(i[::-1] for i in ids) for d, ids in carried.items() if d in dims}
         return Outcome(carried | turned, AS_INPUTS)
     call.lock_tensor(x, LockKind.ROLLED, dims=dims)
-    return Outcome({d: ids for d, ids in carried.items() if d not in dims}, AS_INPUTS)
+    return Outcome(carried, AS_INPUTS)
 
 
 @rule('aten::unfold')
@@ -293,13 +295,21 @@ def channel_shuffle(call: Call) -> Returned:
     return Outcome(call.labels(x) | {1: shuffled}, AS_INPUTS)
 
 
-@rule('aten::as_strided', 'aten::as_strided_')
+@rule('aten::as_strided')
 def as_strided(call: Call) -> Returned:
-    x = call['self']
-    if call.out.shape == x.shape and call.out.stride() == x.stride():
+    """The same view of the same memory carries the same. A view that begins elsewhere shows others."""
+    x, offset = call['self'], call['storage_offset']
+    same = list(call['size']) == list(x.shape) and list(call['stride']) == list(x.stride())
+    if same and offset in (None, x.storage_offset()):
         return Outcome(call.labels(x), AS_INPUTS)
-    call.lock_tensor(x, LockKind.STRIDED)
-    return LOCKS_ONLY
+    return restrided(call)
+
+
+@rule('aten::as_strided_')
+def restrided(call: Call) -> Returned:
+    """In place, the tensor has its new shape by the time that a rule sees it."""
+    call.lock_tensor(call['self'], LockKind.STRIDED)
+    return Outcome({}, ZERO_MOVES)
 
 
 @rule('aten::repeat_interleave')

@@ -24,12 +24,24 @@ for _rank, _names in {
     2: ('max_pool2d_with_indices', 'avg_pool2d', '_adaptive_avg_pool2d', 'adaptive_max_pool2d',
         'upsample_nearest2d', 'upsample_bilinear2d', 'upsample_bicubic2d',
         '_upsample_nearest_exact2d', '_upsample_bilinear2d_aa', '_upsample_bicubic2d_aa',
-        'reflection_pad2d', 'replication_pad2d', 'max_unpool2d'),
+        'reflection_pad2d', 'replication_pad2d'),
     3: ('max_pool3d_with_indices', '_adaptive_avg_pool3d', 'upsample_nearest3d',
         'upsample_trilinear3d'),
 }.items():  # fmt: skip
     for _name in _names:
         rule(f'aten::{_name}')(lambda call, rank=_rank: channelwise(call, rank))
+
+
+@rule('aten::max_unpool2d', 'aten::max_unpool3d')
+def unpool(call: Call) -> Returned:
+    """Each number goes where its index says. The indices come from a pooling of other features, of as
+    many channels, so both keep the same ones."""
+    x, indices = call['self'], call['indices']
+    first = x.ndim - (2 if call.name.endswith('2d') else 3)
+    for tensor in (x, indices):
+        call.lock_tensor(tensor, LockKind.SPATIAL, dims=range(first, x.ndim))
+    thin = [operand(call, tensor, range(first, x.ndim)) for tensor in (x, indices)]
+    return Outcome(broadcast(call, thin, [*x.shape[:first], *[1] * (x.ndim - first)]), AS_INPUTS)
 
 
 @rule('aten::avg_pool3d')
@@ -111,6 +123,7 @@ def pixel_unshuffle(call: Call) -> Returned:
 def index_add(call: Call) -> Returned:
     """Rows of ``source`` are added to rows of ``self``; all other dimensions meet."""
     x, source, dim = call['self'], call['source'], call['dim'] % call['self'].ndim
+    call.lock_tensor(call['index'], LockKind.USED_AS_INDEX)
     for tensor in (x, source):
         call.lock_tensor(tensor, LockKind.CONSTANT_INDEX, dims=[dim])
     shape = [1 if d == dim else n for d, n in enumerate(x.shape)]

@@ -5,7 +5,6 @@ zeros where channels were removed, so both find the same, and post-processing co
 """
 
 import contextlib
-import copy
 import ctypes
 import gc
 import multiprocessing
@@ -23,6 +22,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from mmprune.copies import copied
 from mmprune.errors import PruneError
 from mmprune.graph.slots import named_state
 from mmprune.mm.checkpoint import load_pruned, without_pretrained
@@ -121,7 +121,7 @@ def ready(job: Job, model: nn.Module | None = None) -> Callable[[], Any]:
         run, batch = open_model(job.files[job.which], job.mode, job.threads), images.numpy()
         return lambda: run(batch)
     torch.set_num_threads(job.threads)
-    own = load(job) if model is None else copy.deepcopy(model)
+    own = load(job) if model is None else copied(model)
     network = network_of(folded(own), job.raw)
     device, how = ('cuda', job.mode.removeprefix('cuda ')) if 'cuda' in job.mode else ('cpu', job.mode)
     network, images = network.to(device), images.to(device)

@@ -10,8 +10,8 @@ from mmengine.registry import HOOKS, MODELS
 from mmengine.runner import Runner
 from torch import nn
 
-from mmprune.check.copies import copied
 from mmprune.contexts import unchanged
+from mmprune.copies import copied
 from mmprune.distributed import is_main_process
 from mmprune.errors import PruneError
 from mmprune.mm.atomic_files import AtomicBackend

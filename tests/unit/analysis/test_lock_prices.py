@@ -77,15 +77,37 @@ def test_with_no_lock_lifted_the_floor_is_the_one_that_is_reported():
     assert least == pytest.approx(analysis(Net()).floors[0].keep_flops)
 
 
-def test_behind_an_operation_that_hides_its_channels_what_reads_them_is_locked_apart():
-    class Hidden(Net):
-        def forward(self, x):
-            return self.head(self.middle(self.stem(x).relu()).softmax(1))
+class Behind(Net):
+    def __init__(self, operation):
+        super().__init__()
+        self.operation = operation
 
-    found = analysis(Hidden())
-    price = price_on(found, 'middle.weight', 'softmax')
+    def forward(self, x):
+        return self.head(self.operation(self.middle(self.stem(x).relu())))
+
+
+def test_behind_an_operation_that_hides_its_channels_what_reads_them_is_locked_apart():
+    found = analysis(Behind(lambda y: y.topk(8, 1)[0]))
+    price = price_on(found, 'middle.weight', 'softmax / sort')
     assert price.flops == 7 * 12 * 9 * 36, 'the head reads eight channels as before'
     assert price_on(found, 'head.weight', 'input channels').flops == 7 * 5 * 36
+
+
+NORM = lambda y: nn.functional.layer_norm(y.transpose(1, 3), (8,)).transpose(1, 3)  # noqa: E731
+
+
+@pytest.mark.parametrize(
+    ('operation', 'why'), [(lambda y: y.softmax(1), 'softmax'), (NORM, 'layer norm statistics')]
+)
+def test_what_reads_channels_behind_a_softmax_or_a_layer_norm_is_locked_for_their_reason(
+    operation, why
+):
+    found = analysis(Behind(operation))
+    price = price_on(found, 'middle.weight', why)
+    assert price.flops == 7 * 12 * 9 * 36 + 7 * 5 * 36
+    assert not any(
+        'input channels' in str(lock.reasons) for lock in found.locks if 'head' in lock.tensors
+    )
 
 
 class Twice(nn.Module):

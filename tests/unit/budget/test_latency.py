@@ -317,3 +317,14 @@ def test_units_go_where_the_stairs_are(traced):
         traced, np.arange(float(traced.n_units)), Budget(latency=0.5, divisor=4), latency=latency
     )
     assert keep[group.units].sum() == size // 2 and keep.sum() == traced.n_units - size // 2
+
+
+def test_a_copy_with_a_wrapped_forward_runs_what_was_cut(model):
+    """Gradient checkpointing puts a function that holds the module in the place of its forward."""
+    wrapped = Net()
+    forward = wrapped.stem.forward
+    wrapped.stem.forward = lambda *args: forward(*args)
+    traced = mmprune.trace(wrapped, lambda m: m(X))
+    keep = choose(traced, np.ones(traced.n_units), Budget(keep_channels=0.5))
+    trial = timing.cut_copy(wrapped, traced, keep)
+    assert trial.stem(X).shape[1] == trial.stem[0].out_channels < wrapped.stem(X).shape[1]

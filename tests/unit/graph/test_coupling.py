@@ -79,7 +79,7 @@ def test_what_nothing_reads_stays_and_says_why():
     trace = couple(made)
     assert not trace.groups and trace.unit_of.max() == -1
     reasons = {(locked.name, locked.dim): locked.reasons for locked in trace.locked}
-    assert reasons['a.weight', 0] == (Lock(LockKind.OUTPUT),)
+    assert reasons['a.weight', 0] == (Lock(LockKind.UNREAD),)
     assert reasons['c.weight', 0] == (Lock(LockKind.UNUSED),)
     assert trace.unused == ['c.weight']
 

@@ -8,6 +8,7 @@ from torch import nn
 
 import mmprune
 from mmprune import PruneError
+from mmprune.contexts import unchanged
 from mmprune.graph.outcome import CARRIES_NOTHING, Outcome
 from mmprune.graph.registry import RULES, Rule
 from tests.helpers.equality import assert_same
@@ -129,3 +130,146 @@ def test_a_run_that_fails_leaves_no_trace():
     graph = mmprune.trace(Odd(), forward, also=(broken,), may_fail=(broken,))
     assert graph.n_units == 8 and list(graph.failed) == [broken]
     assert not mmprune.trace(Odd(), forward, also=(lambda m: m.a(X)[:, [0]],)).groups
+
+
+class Middle(nn.Module):
+    """``between`` two convolutions, in a module of its own or in one that is given."""
+
+    def __init__(self, between=None, module=None):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
+        self.middle = module or Called(between)
+
+    def forward(self, x):
+        return self.b(self.middle(self.a(x)))
+
+
+class Called(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def flex(x):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    q = x.flatten(2).transpose(1, 2)[:, None]
+    return flex_attention(q, q, q)[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+def conditional(x):
+    return torch.cond(x.sum() > 0, lambda x: x.relu(), lambda x: x * 2, (x,))
+
+
+UNTRACEABLE = {
+    'a scripted module': (
+        lambda: Middle(module=torch.jit.script(nn.Sequential(nn.Conv2d(8, 8, 1)))),
+        r'middle is compiled by TorchScript \(RecursiveScriptModule\), so .*: prune the nn.Module that',
+    ),
+    'a traced module': (
+        lambda: Middle(module=torch.jit.trace(nn.Conv2d(8, 8, 1), torch.zeros(2, 8, 6, 6))),
+        r'middle is compiled by TorchScript \(.*Module\), so .*: prune the nn.Module that it was made',
+    ),
+    'torch.cond': (
+        lambda: Middle(conditional),
+        r"middle \(Called\) calls the higher-order operator 'cond', .*: use a plain if or loop of",
+    ),
+    'flex attention': (
+        lambda: Middle(flex),
+        r'middle \(Called\) runs under torch.vmap, as flex attention .* or with torch.nn.f',
+    ),
+    'torch.vmap': (
+        lambda: Middle(lambda x: torch.vmap(lambda y: y * y.shape[0])(x)),
+        r'middle \(Called\) runs under torch.vmap, .*: write it with a dimension for the batch',
+    ),
+    'an error of its own': (
+        lambda: Middle(lambda x: x @ torch.zeros(2, 3)),
+        r'can not be traced on this batch: RuntimeError: .* \(in middle \(Called\)\)',
+    ),
+}
+
+
+@pytest.mark.parametrize('what', UNTRACEABLE)
+def test_what_can_not_be_traced_is_named_with_its_module_and_the_remedy(what):
+    model, message = UNTRACEABLE[what]
+    with pytest.raises(PruneError, match=message):
+        mmprune.trace(model(), lambda m: m(X))
+
+
+@torch.inference_mode()
+def decorated(m):
+    return m(X)
+
+
+def entered(m):
+    with torch.inference_mode():
+        y = X * 1
+    return m(y)
+
+
+@pytest.mark.parametrize('forward', [decorated, entered, lambda m: m(X)])
+@pytest.mark.parametrize('outside', [False, True])
+def test_inference_mode_changes_nothing(forward, outside):
+    model = Middle(nn.functional.relu).eval()
+    with torch.inference_mode() if outside else torch.no_grad():
+        assert mmprune.trace(model, forward).n_units == 8
+        mmprune.prune(model, forward, keep_channels=0.5, divisor=1)
+        assert torch.is_inference_mode_enabled() is outside
+    assert model.a.out_channels == 4 and not model.a.weight.is_inference()
+    model.train()(X).sum().backward()
+    with torch.inference_mode():
+        assert model(X).is_inference(), 'the mode works as before'
+
+
+class Observed(nn.Module):
+    """Resizes a buffer in place, as the observers of quantization-aware training do, before a norm
+    updates its statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
+        self.register_buffer('min_val', torch.tensor([]))
+        self.register_buffer('table', torch.zeros(2, 3))
+        self.n = nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        y = self.a(x)
+        lowest = y.detach().amin((0, 2, 3))
+        self.min_val.resize_(lowest.shape).copy_(lowest)
+        self.table.resize_(1).fill_(1.0)
+        return self.b(self.n(y))
+
+
+def test_buffers_that_a_run_resizes_in_place_are_put_back():
+    model = Observed()
+    before = copy.deepcopy(model.state_dict())
+    with unchanged(model):
+        model(X)
+    assert_same(before, model.state_dict())
+
+
+def test_a_trace_that_fails_names_its_own_error_and_leaves_observers_and_statistics_as_they_were():
+    model = Observed()
+    before = copy.deepcopy(model.state_dict())
+
+    def fails(m):
+        m(X)
+        raise RuntimeError('no labels in this batch')
+
+    with pytest.raises(PruneError, match='no labels in this batch'):
+        mmprune.trace(model, fails)
+    assert_same(before, model.state_dict())
+
+
+def test_a_quantization_aware_model_is_left_as_it_was():
+    quantization = pytest.importorskip('torch.ao.quantization')
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    model.qconfig = quantization.get_default_qat_qconfig('fbgemm')
+    quantization.prepare_qat(model, inplace=True)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(PruneError, match='can not be traced'):
+        mmprune.trace(model, lambda m: m(m(X)))
+    assert_same(before, model.state_dict())

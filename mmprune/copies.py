@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmprune.contexts import normal_tensors
 
+
+@normal_tensors()
 def copied(model: nn.Module) -> nn.Module:
     """A deep copy, also of a model that keeps a result with its graph (as weight norm does)."""
     results = [
