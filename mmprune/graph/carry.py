@@ -101,7 +101,8 @@ def _regrouped(
     component = np.where(free, unit_of, unit_of.max(initial=0) + 1)
     is_locked = np.zeros(component.max() + 1, dtype=bool)
     is_locked[component[~free]] = True
-    numbers, groups = group_units(slots, component, is_locked)
+    tracked = changes.get('tracked', graph.tracked)
+    numbers, groups = group_units(slots, component, is_locked, tracked)
     return replace(
         graph,
         slots=slots,

@@ -10,6 +10,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import nn
 
 from mmprune.contexts import Forward
+from mmprune.graph.conditions import joined
 from mmprune.graph.constraints import Constraints, TrackedAttribute
 from mmprune.graph.locks import Lock, LockKind
 from mmprune.graph.profile import CostTerm, Profile
@@ -135,8 +136,9 @@ def couple(record: TraceRecord) -> ChannelGraph:
         return [replace(term, axes=list(map(settled, term.axes))) for term in found]
 
     weights_read = list(map(settled, constraints.weights_read))
+    tracked = [replace(each, ids=settled(each.ids)) for each in constraints.tracked]
     component = component[: slots.size]
-    unit_of, groups = group_units(slots, component, locked)
+    unit_of, groups = group_units(slots, component, locked, tracked)
     return ChannelGraph(
         slots=slots,
         groups=groups,
@@ -149,7 +151,7 @@ def couple(record: TraceRecord) -> ChannelGraph:
             multiply_adds=terms(profile.multiply_adds),
             activations=terms(profile.activations),
         ),
-        tracked=[replace(each, ids=settled(each.ids)) for each in constraints.tracked],
+        tracked=tracked,
         weights_read=weights_read,
         scales=constraints.scales,
         failed=record.failed,
@@ -184,15 +186,29 @@ def reasons_of(
 
 
 def settled_components(constraints: Constraints) -> np.ndarray:
-    """:func:`components`, with fills tied whose size is a part or a multiple of a channel dimension's:
-    by the units that their positions met."""
+    """:func:`components`, after the ties that the conditions on sizes need.
+
+    Conditions between dimensions of one size come first, because their ties may be all that the others
+    need. Of several sets of ties the one that leaves most units is taken.
+    """
+    while constraints.deferred:
+        constraints.deferred.pop(0)()
     component = components(constraints)
-    if not constraints.deferred:
+    broken = [each for each in constraints.conditions if not each.holds(component)]
+    if not broken:
         return component
-    first = np.zeros(component.max() + 1, dtype=np.int64)
-    first[component[::-1]] = np.arange(component.size)[::-1]
-    for tie in constraints.deferred:
-        tie(first[component])
+    for condition in sorted(broken, key=lambda each: each.is_partial):
+        if condition.holds(component):
+            continue
+        remedies = condition.remedies(component)
+        if not remedies:
+            constraints.lock_all(condition.ids, condition.origin)
+            continue
+        left = [joined(component, pairs) for pairs in remedies]
+        best = max(range(len(left)), key=lambda at: np.unique(left[at][condition.ids]).size)
+        component = left[best]
+        for first, second in remedies[best]:
+            constraints.tie(first, second, *condition.origin)
     return components(constraints)
 
 
@@ -231,17 +247,31 @@ def _axes_in(slots: SlotTable, arrays: list[np.ndarray]) -> list[Axis]:
 
 
 def group_units(
-    slots: SlotTable, component: np.ndarray, locked: np.ndarray
+    slots: SlotTable, component: np.ndarray, locked: np.ndarray, tracked: list[TrackedAttribute]
 ) -> tuple[np.ndarray, list[Group]]:
+    """(for each slot the number of its unit, or -1; groups of units of one shape).
+
+    Units that a tracked attribute counts are no group with others, although they lie on the same axes:
+    each group keeps a unit, and no number of channels may become 0 (``self.k`` in ``x[:, :self.k]``).
+    """
     free = np.flatnonzero(~locked[component])
     unit_of = np.full(slots.size, -1, dtype=np.int64)
     if not free.size:
         return unit_of, []
+    parts = [each.ids for each in tracked if not _is_axis(slots, each.ids)]
+    kinds = len(slots.axes) + len(parts)
     # (component, axis) pairs with their counts are a unit's shape.
     codes, counts = np.unique(
-        component[free].astype(np.int64) * len(slots.axes) + slots.axis_index(free), return_counts=True
+        component[free].astype(np.int64) * kinds + slots.axis_index(free), return_counts=True
     )
-    units, axes = np.divmod(codes, len(slots.axes))
+    for number, ids in enumerate(parts):
+        counted = np.unique(component[ids])
+        counted = counted[~locked[counted]].astype(np.int64) * kinds + len(slots.axes) + number
+        codes = np.concatenate([codes, counted])
+        counts = np.concatenate([counts, np.ones(counted.size, dtype=counts.dtype)])
+    order = np.argsort(codes, kind='stable')
+    codes, counts = codes[order], counts[order]
+    units, axes = np.divmod(codes, kinds)
     starts = np.flatnonzero(np.diff(units, prepend=-1))
     shape = np.stack([axes, counts], axis=1)
     members_of: dict[bytes, list[int]] = {}
@@ -261,11 +291,23 @@ def group_units(
             Group(
                 name=slots.axes[axes[0]].name,
                 units=units,
-                axes={slots.axes[a]: w for a, w in zip(axes, widths, strict=True)},
+                axes={
+                    slots.axes[a]: w
+                    for a, w in zip(axes, widths, strict=True)
+                    if a < len(slots.axes)
+                },
             )
         )
     unit_of[free] = number[component[free]]
     return unit_of, groups
+
+
+def _is_axis(slots: SlotTable, ids: Ids) -> bool:
+    """Whether ``ids`` are all slots of one axis, in order."""
+    if not ids.size or ids[0] == FIXED:
+        return False
+    axis = slots.axis_of(int(ids[0]))
+    return axis.first == ids[0] and axis.size == ids.size and ids[-1] == ids[0] + ids.size - 1
 
 
 def _locked(

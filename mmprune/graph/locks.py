@@ -50,6 +50,7 @@ class LockKind(enum.Enum):
     RESHAPED = 'reshaped across the boundaries of channels'
     MERGED = 'two channel dimensions merged into one'
     UNEQUAL_PARTS = 'split into unequal parts'
+    EQUAL_PARTS = 'split into parts of one size'
     PARTIAL_WRITE = 'written into a part of another tensor'
     OTHER_VIEW = 'read through another view of the memory of'
     # What becomes of their number

@@ -61,6 +61,7 @@ def group_norm(call: Call) -> Returned:
     ids = call.ids(x, 1)
     for array in ids:
         call.tie_all(array.reshape(call['group'], -1).T)
+    call.bind_number('num_groups', ids)
     for name in ('weight', 'bias'):
         call.tie_if(ids, call[name])
     call.scale(call['weight'])
@@ -74,6 +75,8 @@ def layer_norm(call: Call) -> Returned:
     """The statistics run over the channels: none of them can go."""
     x = call['input']
     over = len(call['normalized_shape'])
+    for number, dim in zip(call.requested_number('normalized_shape') or (), range(-over, 0), strict=False):
+        call.bind_or_pin(number, call.ids(x, dim))
     call.lock_tensor(x, LockKind.LAYER_NORM, dims=range(x.ndim - over, x.ndim))
     for name in ('weight', 'bias'):
         call.lock_tensor(call.args.get(name), LockKind.LAYER_NORM)
