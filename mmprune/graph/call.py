@@ -13,7 +13,7 @@ from mmprune.graph.constraints import Constraints
 from mmprune.graph.locks import LockKind
 from mmprune.graph.module_scope import ModuleScope
 from mmprune.graph.profile import Profile
-from mmprune.graph.sizes import SymbolicSize
+from mmprune.graph.sizes import SymbolicSize, is_live
 from mmprune.graph.slots import Ids, Labels
 from mmprune.graph.tensor_info import TensorTable
 
@@ -144,7 +144,7 @@ class Call:
             self._state.constraints.tie(table[0], row, LockKind.FIXED_CHANNEL, self.name)
 
     def tie_in_proportion(self, a: Ids, b: Ids, why: LockKind) -> None:
-        """Two dimensions, or parts of them, shrink by the same factor, whichever of their positions go."""
+        """Two dimensions, or parts of them, shrink by the same factor, whichever positions go."""
         self._state.constraints.tie_in_proportion(a, b, why)
 
     def tie_if(self, ids: tuple[Ids, ...], other: torch.Tensor | None, dim: int = 0) -> None:
@@ -222,7 +222,7 @@ class Call:
 
     def bind_or_pin(self, number: Any, ids: tuple[Ids, ...]) -> None:
         """A number that was read somewhere shrinks with ``ids``; without any it stays."""
-        if isinstance(number, SymbolicSize):
+        if is_live(number):
             if len(ids) == 1 and ids[0].size:
                 number.bind_to(ids[0])
             else:

@@ -2,10 +2,10 @@
 
 A view asks for ``c // 2`` positions of a dimension that carries ``c`` channels. Whether the two shrink
 alike depends on which channels form one unit, which is known only at the end of the traced run. A
-channel shuffle shows it: after ``view(b, 2, c // 2, h, w)`` channels ``i`` and ``i + c / 2`` are one unit,
-and transposed they lie side by side. Compared by position, channel 1 of ``c`` would be tied to the second
-copy of channel 0, and so on until all are one unit. Compared by unit nothing has to be tied: each unit has
-two positions in both dimensions.
+channel shuffle shows it: after ``view(b, 2, c // 2, h, w)`` channels ``i`` and ``i + c / 2`` are one
+unit, and transposed they lie side by side. Compared by position, channel 1 of ``c`` would be tied to
+the second copy of channel 0, and so on until all are one unit. Compared by unit nothing has to be
+tied: each unit has two positions in both dimensions.
 
 Joining units never breaks a condition: sums of counts that are in proportion are in proportion. So the
 conditions are settled one after another, and only those that do not hold add ties
@@ -46,7 +46,7 @@ class Condition(Protocol):
 
     @property
     def is_partial(self) -> bool:
-        """Whether it compares a part with a whole, or a number with several positions for each of it."""
+        """Whether it compares dimensions of different sizes."""
         ...
 
     def holds(self, component: np.ndarray) -> bool:
@@ -140,8 +140,8 @@ class Multiple:
         return not (np.unique(component[self.ids], return_counts=True)[1] % self._each).any()
 
     def remedies(self, component: np.ndarray) -> list[Pairs]:
-        """The positions are several copies of what the number counts, or have several neighbours for each
-        one of it."""
+        """The positions are several copies of what the number counts, or each one that it counts has
+        several neighbouring positions."""
         rows = self.ids.reshape(self._each, self.whole)
         columns = self.ids.reshape(self.whole, self._each).T
         return [[(table[0], row) for row in table[1:]] for table in (rows, columns)]

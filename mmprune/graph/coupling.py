@@ -51,6 +51,22 @@ class Locked:
         return f'{self.name}: {"; ".join(map(str, self.reasons))}'
 
 
+@dataclass(frozen=True)
+class Merged:
+    """Channels that the traced run made one unit, although several could have been. A layer keeps at
+    least one unit, so none of them is ever removed. ``count``: how many channels of the axis they are;
+    ``reasons``: where they were joined."""
+
+    name: str
+    dim: int
+    count: int
+    reasons: tuple[Lock, ...]
+
+    def __str__(self) -> str:
+        why = '; '.join(map(str, self.reasons))
+        return f'{self.name}: {self.count} channels are one unit, so none can be removed: {why}'
+
+
 @dataclass
 class ChannelGraph:
     """What can be cut from a model, and what that would save.
@@ -63,7 +79,8 @@ class ChannelGraph:
     ``producers``: axes of weights that contractions sum over, and axes that make what they do.
     ``tracked``: attributes that shrink with channels; ``weights_read``: the channels of weights at each
     contraction; ``scales``: those of normalisations' gammas. ``failed``: traced runs that were allowed
-    to fail and did, with their errors.
+    to fail and did, with their errors. ``merged``: groups that are one unit of several channels, with
+    the reasons.
     """
 
     slots: SlotTable
@@ -77,6 +94,7 @@ class ChannelGraph:
     weights_read: list[Ids] = field(repr=False)
     scales: list[Ids] = field(repr=False)
     failed: Mapping[Forward, Exception] = field(default_factory=dict)
+    merged: list[Merged] = field(default_factory=list)
 
     @property
     def n_units(self) -> int:
@@ -137,7 +155,7 @@ def couple(record: TraceRecord) -> ChannelGraph:
 
     weights_read = list(map(settled, constraints.weights_read))
     tracked = [replace(each, ids=settled(each.ids)) for each in constraints.tracked]
-    component = component[: slots.size]
+    all_components, component = component, component[: slots.size]
     unit_of, groups = group_units(slots, component, locked, tracked)
     return ChannelGraph(
         slots=slots,
@@ -155,7 +173,55 @@ def couple(record: TraceRecord) -> ChannelGraph:
         weights_read=weights_read,
         scales=constraints.scales,
         failed=record.failed,
+        merged=merged_groups(constraints, all_components, unit_of, groups),
     )
+
+
+def merged_groups(
+    constraints: Constraints, component: np.ndarray, unit_of: np.ndarray, groups: list[Group]
+) -> list[Merged]:
+    """The groups that are one unit of several channels, with the operations that joined these."""
+    found = []
+    for group in groups:
+        axis = min(group.axes, key=lambda axis: group.axes[axis])
+        if len(group) > 1 or group.axes[axis] < 2:
+            continue
+        own = axis.ids[unit_of[axis.ids] == group.units[0]]
+        reasons = tuple(_joined_by(constraints, component, own))
+        found.append(Merged(axis.name, axis.dim, own.size, reasons))
+    return found
+
+
+def _joined_by(constraints: Constraints, component: np.ndarray, own: Ids) -> list[Lock]:
+    """Where the channels ``own`` became one unit: the first ties that joined sets of them."""
+    above: dict[int, int] = {}
+    holds, counts = set(own.tolist()), dict[Lock, int]()
+
+    def root(slot: int) -> int:
+        while (higher := above.get(slot, slot)) != slot:
+            above[slot] = above.get(higher, higher)
+            slot = higher
+        return slot
+
+    for (a, b), origin in zip(constraints.ties, constraints.origins, strict=False):
+        inside = component[a] == component[own[0]]
+        for first, second in zip(a[inside].tolist(), b[inside].tolist(), strict=True):
+            first, second = root(first), root(second)
+            if first == second:
+                continue
+            above[second] = first
+            if second in holds and first in holds:
+                lock = constraints.lock_of(origin)
+                if lock.kind in (LockKind.FIXED_CHANNEL, LockKind.FIXED_CHANNEL_READ):
+                    lock = replace(lock, kind=LockKind.JOINED)
+                counts[lock] = counts.get(lock, 0) + 1
+            elif second in holds:
+                holds.add(first)
+    return sorted(counts, key=lambda lock: -counts[lock])[:MOST_REASONS]
+
+
+MOST_REASONS = 3
+"""As many places are named for channels that are one unit."""
 
 
 def reasons_of(
@@ -292,9 +358,7 @@ def group_units(
                 name=slots.axes[axes[0]].name,
                 units=units,
                 axes={
-                    slots.axes[a]: w
-                    for a, w in zip(axes, widths, strict=True)
-                    if a < len(slots.axes)
+                    slots.axes[a]: w for a, w in zip(axes, widths, strict=True) if a < len(slots.axes)
                 },
             )
         )

@@ -197,10 +197,11 @@ functions, not operations: most are taken apart before a rule sees them."""
 NUMBERS_OF_RULES = {
     **dict.fromkeys(('conv1d', 'conv2d', 'conv3d', 'conv_transpose1d', 'conv_transpose2d',
                      'conv_transpose3d'), ('groups', 6)),
-    'convolution': ('groups', 8), 'group_norm': ('num_groups', 1), 'layer_norm': ('normalized_shape', 1),
+    'convolution': ('groups', 8), 'group_norm': ('num_groups', 1),
+    'layer_norm': ('normalized_shape', 1),
 }  # fmt: skip
-"""Functions that pass a number on to an operation whose rule binds it to channels, or locks it: the name
-and the position of that argument (:meth:`mmprune.graph.call.Call.requested_number`)."""
+"""Functions that pass a number on to an operation whose rule binds it to channels, or locks it: the
+name and the position of that argument (:meth:`mmprune.graph.call.Call.requested_number`)."""
 
 SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]

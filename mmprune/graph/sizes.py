@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -28,7 +27,7 @@ from mmprune.graph.tensor_info import TensorTable
 class SizeSource:
     """Where a number was read: the slots ``ids`` of a dimension, or an attribute of a module.
 
-    It holds the constraints of its run by a weak reference, since a size can outlive the run in a cache.
+    The constraints of the run are a weak reference, since a size can outlive the run in a cache.
     ``is_remembered``: the attribute is a ``torch.Size``, so an earlier run has read it from a tensor.
     """
 
@@ -92,7 +91,9 @@ def in_its_run(method: Callable) -> Callable:
 
     @functools.wraps(method)
     def operate(self: 'SymbolicSize', *others: Any) -> Any:
-        others = tuple(int(o) if type(o) is SymbolicSize and not o.source.is_live else o for o in others)
+        others = tuple(
+            int(o) if type(o) is SymbolicSize and not o.source.is_live else o for o in others
+        )
         return method(self, *others) if self.source.is_live else plain(int(self), *others)
 
     return operate
@@ -189,7 +190,9 @@ class SymbolicSize(int):
             other.bind_to(self.source.ids)
         elif self.source.key != other.source.key:
             constraints = self.source.constraints
-            constraints.deferred.append(lambda: constraints.tie_attributes(self.source.key, other.source.key))
+            constraints.deferred.append(
+                lambda: constraints.tie_attributes(self.source.key, other.source.key)
+            )
 
     def _scaled(self, other: Any, by: Fraction, value: int) -> int:
         if isinstance(other, SymbolicSize):
@@ -337,9 +340,9 @@ def symbolic_shape(tensors: TensorTable, constraints: Constraints, tensor: torch
 
 @contextlib.contextmanager
 def symbolic_attributes(constraints: Constraints, model: nn.Module) -> Iterator[None]:
-    """Puts a :class:`SymbolicSize` in the place of each positive integer that a module keeps, also in its
-    lists and tuples, for one run; afterwards all attributes are again what they were, so that nothing
-    that the run left in a module (a shape, a cache by shape) is there in the next one."""
+    """Puts a :class:`SymbolicSize` in the place of each positive integer that a module keeps, also in
+    its lists and tuples, for one run. Afterwards all attributes are what they were before, so that the
+    next run finds nothing that this one left in a module (a shape, a cache by shape)."""
     with attributes_unchanged(model):
         for name, module in model.named_modules():
             for key, value in list(vars(module).items()):

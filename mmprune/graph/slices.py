@@ -1,7 +1,7 @@
-"""Slices whose bounds follow a width: ``x[:, :self.width]``, ``x[:, x.shape[1] // 2 :]``, ``x.narrow(1, 0, n)``.
+"""Slices whose bounds follow a width: ``x[:, :self.width]``, ``x[:, x.shape[1] // 2 :]``, ``narrow``.
 
-The bound of a slice counts channels: the stop of ``x[:, :n]`` counts the first ``n`` of them. It is as good
-as a size in a split: bound to the channels that it counts, it shrinks with them.
+The bound of a slice counts channels: the stop of ``x[:, :n]`` counts the first ``n`` of them. Like a
+size in a split it is bound to the channels that it counts, and shrinks with them.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ class Slice(NamedTuple):
     length: Any = None
 
     def bind(self, ids: Ids) -> Bounds:
-        """Binds the bounds to the channels that they count. Returns those for which that was possible."""
+        """Binds the bounds to the channels that they count. Returns those that are bound."""
         start = bound_to_channels(self.start, ids)
         if self.length is None:
             return start, bound_to_channels(self.stop, ids)

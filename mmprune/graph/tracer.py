@@ -279,12 +279,12 @@ def trace_runs(
 def trace_run(model: nn.Module, run: Forward, tracer: Tracer) -> Any:
     """Traces one run and returns what it gave.
 
-    The model may look up a size in a dictionary or a cache, which may hold entries of earlier runs. To be
-    free of those, sizes differ from all plain numbers first, as after a cut. If the keys of the
-    dictionary stand in the code (``{64: ...}``), such a run fails or takes another way than the model
-    itself. So if a size was looked up, an ordinary run shows whether the model does the same, and
-    otherwise the run is traced again with fewer distinct keys. With none the entry is found, and the
-    size is locked, because it equals a constant.
+    The model may look up a size in a dictionary or a cache, which may hold entries of earlier runs. So
+    that these make no difference, sizes first differ from all plain numbers, as they do after a cut. If
+    the keys of the dictionary stand in the code (``{64: ...}``), such a run fails or takes another path
+    than the model itself. If a size was looked up, an ordinary run therefore shows whether the model
+    does the same. Otherwise the run is traced again with fewer distinct keys; without any, the entry is
+    found and the size is locked, because it equals a constant.
     """
     constraints, ordinary, put_back = tracer.state.constraints, None, random_states(model)
     before = snapshot(constraints), snapshot(tracer.state.profile)
@@ -326,7 +326,9 @@ class OrdinaryRun:
         operations = self.operations
 
         class Recorder(TorchDispatchMode):
-            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            def __torch_dispatch__(
+                self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+            ) -> Any:
                 operations.append(func)
                 return func(*args, **(kwargs or {}))
 

@@ -251,7 +251,7 @@ def unfolded(m, x):
 
 
 def swapped(y, columns, rows):
-    """The channels of ``y`` read as a table and written as its transpose, with sizes as real code has."""
+    """The channels of ``y`` read as a table and written as its transpose."""
     b, _, h, w = y.shape
     return y.view(b, columns, rows, h, w).transpose(1, 2).reshape(b, columns * rows, h, w)
 

@@ -75,8 +75,8 @@ def layer_norm(call: Call) -> Returned:
     """The statistics run over the channels: none of them can go."""
     x = call['input']
     over = len(call['normalized_shape'])
-    for number, dim in zip(call.requested_number('normalized_shape') or (), range(-over, 0), strict=False):
-        call.bind_or_pin(number, call.ids(x, dim))
+    for position, number in enumerate(call.requested_number('normalized_shape') or ()):
+        call.bind_or_pin(number, call.ids(x, position - over))
     call.lock_tensor(x, LockKind.LAYER_NORM, dims=range(x.ndim - over, x.ndim))
     for name in ('weight', 'bias'):
         call.lock_tensor(call.args.get(name), LockKind.LAYER_NORM)

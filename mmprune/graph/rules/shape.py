@@ -254,8 +254,8 @@ def drop(call: Call, dim: int) -> Outcome:
 
 @rule('aten::slice')
 def take_slice(call: Call) -> Returned:
-    """A part of a dimension. The bounds have to follow the channels that they count; a number in the code
-    may have been made of the size in a way that nothing saw, so it locks all of them."""
+    """A part of a dimension. The bounds have to follow the channels that they count. A plain number may
+    have been computed from the size without a trace, so it locks all of them."""
     x = call['self']
     dim = call.args.get('dim', 0) % x.ndim
     labels = dict(call.labels(x))
