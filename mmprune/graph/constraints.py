@@ -1,5 +1,6 @@
 """What a traced run says of which channels live or die together, and which may not die."""
 
+import itertools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +33,10 @@ class DistinctKeys(IntEnum):
     ALL_SIZES = 2
 
 
+EPOCHS = itertools.count()
+"""No two traces have an epoch in common: a key of an ended one may live on in a cache."""
+
+
 class Constraints:
     """Ties, locks and tracked attributes over slot ids.
 
@@ -61,7 +66,7 @@ class Constraints:
         self.weights_read: list[Ids] = []
         self.scales: list[Ids] = []
         self.tracked: list[TrackedAttribute] = []
-        self.epoch = 0
+        self.epoch = next(EPOCHS)
         self.distinct_keys = DistinctKeys.ALL_SIZES
         self.used_as_key = False
         self.ref = weakref.ref(self)

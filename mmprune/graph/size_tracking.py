@@ -36,10 +36,10 @@ class SizeTrackingMode(TorchFunctionMode):
         if name in SIZE_ARGUMENTS:
             self.requested_sizes = current(SIZE_ARGUMENTS[name](self.shape, *args, **kwargs))
         elif numbers and name in NUMBERS_OF_RULES:
-            self.requested_sizes = numbers_of(NUMBERS_OF_RULES[name], args, kwargs)
+            self.requested_sizes = numbers_of(NUMBERS_OF_RULES[name], args, kwargs) or None
         elif numbers and args and name in SLICES:
             labels = self._tensors.info(args[0]).labels
-            self.requested_sizes = bind_slices(SLICES[name](*args, **kwargs), labels)
+            self.requested_sizes = bind_slices(SLICES[name](*args, **kwargs), labels) or None
         if numbers:
             self._pin_values(name, numbers)
             args, kwargs = plain(args), plain(kwargs)  # torch's own Python code is none of ours

@@ -323,7 +323,7 @@ class SymbolicSize(int):
         least = DistinctKeys.TENSOR_SIZES if self.from_tensor else DistinctKeys.ALL_SIZES
         if constraints.distinct_keys < least:
             return hash(int(self))
-        return hash((id(constraints), constraints.epoch, self.key))
+        return hash((constraints.epoch, self.key))
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         return int, (int(self),)  # a copy outlives the run

@@ -29,7 +29,7 @@ from mmprune.contexts import (
 from mmprune.errors import PruneError
 from mmprune.graph import adapters  # noqa: F401, which fills the table
 from mmprune.graph.call import Call, State, bind
-from mmprune.graph.constraints import Constraints, DistinctKeys
+from mmprune.graph.constraints import EPOCHS, Constraints, DistinctKeys
 from mmprune.graph.extensions import intercept
 from mmprune.graph.locks import LockKind
 from mmprune.graph.module_scope import ModuleScope, track_modules
@@ -86,7 +86,7 @@ class Tracer(TorchDispatchMode):
         if rule is not None and rule.is_contraction:
             is_view = False
         zero_safe = all(info.zero_safe for info in carrying)
-        self.operations.append(func)
+        self.operations.append((func, without_values(args), without_values(kwargs)))
         out = func(*args, **kwargs)
         outputs = tensors_in(out)
         before = {id(tensor): info.labels for tensor, info in zip(inputs, known, strict=True)}
@@ -271,7 +271,7 @@ def trace_runs(
                 for ids in state.tensors.info(tensor).labels.values():
                     for array in ids:
                         state.constraints.lock(array, LockKind.OUTPUT)
-    state.constraints.epoch += 1
+    state.constraints.epoch = next(EPOCHS)
     state.constraints.slots.find_aliases(model)
     return TraceRecord(state.constraints, state.profile, failed)
 
@@ -329,7 +329,7 @@ class OrdinaryRun:
             def __torch_dispatch__(
                 self, func: Any, types: Any, args: Any = (), kwargs: Any = None
             ) -> Any:
-                operations.append(func)
+                operations.append((func, without_values(args), without_values(kwargs or {})))
                 return func(*args, **(kwargs or {}))
 
         with opaque_encoders_off(), Recorder():
@@ -339,10 +339,21 @@ class OrdinaryRun:
         """Whether a traced run gave the same, by the same operations and at most those beside that fill
         a cache."""
         traced = iter(operations)
-        if not all(operation in traced for operation in self.operations):
+        if not all(any(same == operation for same in traced) for operation in self.operations):
             return False
         found = tensors_in(out)
         return len(found) == len(self.tensors) and all(map(same_values, found, self.tensors))
+
+
+def without_values(argument: Any) -> Any:
+    """Arguments of an operation, with its shape in the place of each tensor."""
+    if isinstance(argument, torch.Tensor):
+        return argument.shape
+    if isinstance(argument, list | tuple):
+        return [without_values(item) for item in argument]
+    if isinstance(argument, dict):
+        return {key: without_values(item) for key, item in argument.items()}
+    return argument
 
 
 def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -357,7 +368,7 @@ def take_back(state: State, before: tuple[dict[str, Any], dict[str, Any]]) -> No
     for holder, values in zip((state.constraints, state.profile), before, strict=True):
         vars(holder).update({key: copy.copy(value) for key, value in values.items()})
     state.tensors.forget_activations()
-    state.constraints.epoch += 1
+    state.constraints.epoch = next(EPOCHS)
 
 
 def snapshot(holder: Any) -> dict[str, Any]:
