@@ -237,7 +237,7 @@ def prune(
     if outcome.plan is None or plan is None:
         raise PruneError(
             'this would remove nothing: the budget is met already, or no prunable unit is left; ask '
-            f'for less than {wanted.to_meta()}'
+            f'for less than {wanted.to_meta()}' + ''.join(f'; {each}' for each in graph.merged[:3])
         )
     return plan
 

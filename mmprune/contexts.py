@@ -2,6 +2,7 @@
 
 import array
 import contextlib
+import copy
 import functools
 import gc
 import io
@@ -11,7 +12,7 @@ import random
 import sys
 import types
 import weakref
-from collections import deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import (
     AsyncIterable,
     Awaitable,
@@ -192,6 +193,22 @@ def _root(item: Any) -> str:
     return type(item).__module__.split('.')[0]
 
 
+def random_states(model: nn.Module) -> Callable[[], None]:
+    """Notes the states of all random number generators; the function that it returns puts them back."""
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    first = next(model.parameters(), torch.empty(0))
+    on_device = torch.cuda.get_rng_state(first.device) if first.is_cuda else None
+
+    def put_back() -> None:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+        if on_device is not None:
+            torch.cuda.set_rng_state(on_device, first.device)
+
+    return put_back
+
+
 @contextlib.contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Puts buffers (running statistics) and random states back as they were."""
@@ -287,3 +304,32 @@ def one_after_another(*forwards: Forward) -> Forward:
     if len(forwards) == 1:
         return forwards[0]
     return lambda model: [forward(model) for forward in forwards]
+
+
+TORCHS_OWN = frozenset(vars(nn.Module()))
+"""Attributes of every module, which hold parameters, buffers, children and hooks."""
+
+
+@contextlib.contextmanager
+def attributes_unchanged(model: nn.Module) -> Iterator[None]:
+    """Puts the attributes of all modules back as they were, and the items of their dictionaries, lists
+    and sets. So a run leaves nothing behind that the next one could find: a shape, a cached grid."""
+    before = []
+    for module in model.modules():
+        own = {key: value for key, value in vars(module).items() if key not in TORCHS_OWN}
+        filled = [(value, copy.copy(value)) for value in own.values() if type(value) in CONTAINERS]
+        before.append((vars(module), own, filled))
+    try:
+        yield
+    finally:
+        for attributes, own, filled in before:
+            for key in [key for key in attributes if key not in own and key not in TORCHS_OWN]:
+                del attributes[key]
+            attributes.update(own)
+            for container, items in filled:
+                container.clear()
+                add = container.extend if isinstance(container, list) else container.update
+                add(items)
+
+
+CONTAINERS = (dict, OrderedDict, defaultdict, list, set)

@@ -62,8 +62,9 @@ class Lifted:
             if lock.kind is LockKind.KERNEL:
                 never[component[ids]] = True
         component = component[: slots.size]
-        unit_of, groups = group_units(slots, component, never)
-        self.graph: ChannelGraph = replace(couple(record), unit_of=unit_of, groups=groups)
+        graph = couple(record)
+        unit_of, groups = group_units(slots, component, never, graph.tracked)
+        self.graph: ChannelGraph = replace(graph, unit_of=unit_of, groups=groups)
         held = np.flatnonzero(unit_of >= 0)
         first = np.zeros(self.graph.n_units, dtype=np.int64)
         first[unit_of[held][::-1]] = held[::-1]

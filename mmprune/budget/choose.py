@@ -114,7 +114,7 @@ def uneven(graph: ChannelGraph, keep: np.ndarray, budget: Budget) -> list[str]:
 
 
 def first_reasons(graph: ChannelGraph) -> str:
-    shown = '; '.join(str(locked) for locked in graph.locked[:3])
+    shown = '; '.join(str(each) for each in [*graph.merged[:3], *graph.locked[:3]][:4])
     return f'The first reasons: {shown}' if shown else 'No parameter took part in the traced run.'
 
 

@@ -32,7 +32,7 @@ from mmprune.copies import copied
 from mmprune.errors import PruneError
 from mmprune.graph import cost
 from mmprune.graph.cost import CostPolynomial, Product, Term
-from mmprune.graph.coupling import ChannelGraph, components, slots_for
+from mmprune.graph.coupling import ChannelGraph, settled_components, slots_for
 from mmprune.graph.registry import is_contraction
 from mmprune.graph.tracer import Tracer, trace_runs
 from mmprune.surgery.apply import cut
@@ -161,6 +161,7 @@ class _Recorder:
         self.tracer = Tracer(model, observe=self._note)
         self._unit_of = trace.unit_of
         self._calls: list[tuple[Any, tuple, dict]] = []
+        self.tracer.run_again = self._calls.clear
 
     def _note(self, func: Any, args: tuple, kwargs: dict) -> None:
         if is_contraction(func) and tensors_in((args, kwargs)):
@@ -179,7 +180,7 @@ class _Recorder:
     def ops(self) -> list[Op]:
         """The calls of the run, once it has ended: only then is known what goes with what."""
         constraints = self.tracer.state.constraints
-        slot = slots_for(constraints, components(constraints))
+        slot = slots_for(constraints, settled_components(constraints))
         return [self._noted(self._unit_of[slot], *call) for call in self._calls]
 
     def _noted(self, unit_of: np.ndarray, func: Any, args: tuple, kwargs: dict) -> Op:

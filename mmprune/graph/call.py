@@ -13,7 +13,7 @@ from mmprune.graph.constraints import Constraints
 from mmprune.graph.locks import LockKind
 from mmprune.graph.module_scope import ModuleScope
 from mmprune.graph.profile import Profile
-from mmprune.graph.sizes import SymbolicSize
+from mmprune.graph.sizes import SymbolicSize, is_live
 from mmprune.graph.slots import Ids, Labels
 from mmprune.graph.tensor_info import TensorTable
 
@@ -115,6 +115,16 @@ class Call:
         """For a split the same, the sizes of its parts, or the one that all have, or ``None``."""
         return self._requested
 
+    def requested_number(self, name: str) -> Any:
+        """What the function that the code calls is given for an argument, if a size was read for it."""
+        return self._requested.get(name) if isinstance(self._requested, dict) else None
+
+    def requested_bounds(self, dim: int) -> tuple[int | None, int | None]:
+        """The start and the stop of a slice, where they follow the channels along ``dim``."""
+        found = self._requested.get(dim) if isinstance(self._requested, dict) else None
+        start, stop = found[:2] if found else (None, None)
+        return start and int(start), stop and int(stop)
+
     # -- what is said -----------------------------------------------------------------------------
 
     def tie(
@@ -137,6 +147,10 @@ class Call:
         """Ties all rows of ``table`` (rows, units) to its first, column by column."""
         for row in table[1:]:
             self._state.constraints.tie(table[0], row, LockKind.FIXED_CHANNEL, self.name)
+
+    def tie_in_proportion(self, a: Ids, b: Ids, why: LockKind) -> None:
+        """Two dimensions, or parts of them, shrink by the same factor, whichever positions go."""
+        self._state.constraints.tie_in_proportion(a, b, why)
 
     def tie_if(self, ids: tuple[Ids, ...], other: torch.Tensor | None, dim: int = 0) -> None:
         """Ties ``ids`` to one axis of a tensor that may be ``None`` (a bias, a gamma)."""
@@ -209,6 +223,19 @@ class Call:
             number.bind_to(ids)
         elif number is not None and number != -1 and not self.all_locked(ids):
             self.lock((ids,), LockKind.HARD_CODED)
+
+    def bind_number(self, name: str, ids: tuple[Ids, ...]) -> None:
+        """The argument ``name`` of the function that the code calls shrinks with ``ids``; without any
+        it stays."""
+        self.bind_or_pin(self.requested_number(name), ids)
+
+    def bind_or_pin(self, number: Any, ids: tuple[Ids, ...]) -> None:
+        """A number that was read somewhere shrinks with ``ids``; without any it stays."""
+        if is_live(number):
+            if len(ids) == 1 and ids[0].size:
+                number.bind_to(ids[0])
+            else:
+                number.pin(LockKind.PASSED_AS_VALUE, self.name)
 
     def spread(
         self, out: torch.Tensor, dims: Iterable[int], labels: Labels

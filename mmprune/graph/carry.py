@@ -13,7 +13,7 @@ from torch import nn
 
 from mmprune.errors import PruneError
 from mmprune.graph.constraints import TrackedAttribute
-from mmprune.graph.coupling import ChannelGraph, Locked, group_units
+from mmprune.graph.coupling import ChannelGraph, Locked, Merged, group_units
 from mmprune.graph.locks import Lock, LockKind, stated
 from mmprune.graph.profile import CostTerm, Profile
 from mmprune.graph.slots import FIXED, Axis, Ids, SlotTable, named_state
@@ -114,7 +114,8 @@ def _regrouped(
     component = np.where(free, unit_of, unit_of.max(initial=0) + 1)
     is_locked = np.zeros(component.max() + 1, dtype=bool)
     is_locked[component[~free]] = True
-    numbers, groups = group_units(slots, component, is_locked)
+    tracked = changes.get('tracked', graph.tracked)
+    numbers, groups = group_units(slots, component, is_locked, tracked)
     return replace(
         graph,
         slots=slots,
@@ -167,10 +168,8 @@ def to_state(graph: ChannelGraph) -> dict[str, Any]:
         'touched': sorted(profile.touched),
         'readers': [[axis.name, axis.dim] for axis in graph.consumers],
         'producers': [[axis.name, axis.dim] for axis in graph.producers],
-        'locked': [
-            [each.name, each.dim, each.count, list(map(_lock_state, each.reasons))]
-            for each in graph.locked
-        ],
+        'locked': list(map(_entry, graph.locked)),
+        'merged': list(map(_entry, graph.merged)),
     }
     # One tensor: as many as there are arrays would be as many parts of the file.
     return state | {
@@ -204,6 +203,10 @@ def from_state(state: dict[str, Any], model: nn.Module) -> ChannelGraph | None:
         Locked(name, dim, count, tuple(map(_lock_from, reasons)))
         for name, dim, count, reasons in state['locked']
     ]
+    merged = [
+        Merged(name, dim, count, tuple(map(_lock_from, reasons)))
+        for name, dim, count, reasons in state.get('merged', [])
+    ]
     empty = ChannelGraph(
         slots=slots,
         groups=[],
@@ -228,8 +231,13 @@ def from_state(state: dict[str, Any], model: nn.Module) -> ChannelGraph | None:
         ],
         weights_read=axes(state['weights_read']),
         scales=axes(state['scales']),
+        merged=merged,
     )
     return _regrouped(empty, slots, state['unit_of'].numpy().astype(np.int64), locked)
+
+
+def _entry(held: Locked | Merged) -> list[Any]:
+    return [held.name, held.dim, held.count, list(map(_lock_state, held.reasons))]
 
 
 def _lock_state(lock: Lock) -> list[str]:

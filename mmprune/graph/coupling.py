@@ -11,6 +11,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import nn
 
 from mmprune.contexts import Forward
+from mmprune.graph.conditions import joined
 from mmprune.graph.constraints import Constraints, TrackedAttribute
 from mmprune.graph.locks import Lock, LockKind
 from mmprune.graph.module_numbers import Widths, untracked_widths
@@ -52,6 +53,22 @@ class Locked:
         return f'{self.name}: {"; ".join(map(str, self.reasons))}'
 
 
+@dataclass(frozen=True)
+class Merged:
+    """Channels that the traced run made one unit, although several could have been. A layer keeps at
+    least one unit, so none of them is ever removed. ``count``: how many channels of the axis they are;
+    ``reasons``: where they were joined."""
+
+    name: str
+    dim: int
+    count: int
+    reasons: tuple[Lock, ...]
+
+    def __str__(self) -> str:
+        why = '; '.join(map(str, self.reasons))
+        return f'{self.name}: {self.count} channels are one unit, so none can be removed: {why}'
+
+
 @dataclass
 class ChannelGraph:
     """What can be cut from a model, and what that would save.
@@ -67,7 +84,7 @@ class ChannelGraph:
     they are, with the channels that they may count; ``weights_read``: the channels of weights at each
     contraction; ``scales``: those of normalisations' gammas. ``failed``: traced runs that were allowed
     to fail and did, with their errors; ``both_modes``: the first run was traced in training mode and in
-    evaluation mode.
+    evaluation mode. ``merged``: groups that are one unit of several channels, with the reasons.
     """
 
     slots: SlotTable
@@ -84,6 +101,7 @@ class ChannelGraph:
     failed: Mapping[Forward, Exception] = field(default_factory=dict)
     both_modes: bool = False
     stale: list[TrackedAttribute] = field(default_factory=list, repr=False)
+    merged: list[Merged] = field(default_factory=list)
 
     @property
     def n_units(self) -> int:
@@ -143,10 +161,11 @@ def couple(record: TraceRecord) -> ChannelGraph:
         return [replace(term, axes=list(map(settled, term.axes))) for term in found]
 
     weights_read = list(map(settled, constraints.weights_read))
+    tracked = [replace(each, ids=settled(each.ids)) for each in constraints.tracked]
     widths = Widths(constraints, component, locked)
     follows, stale = untracked_widths(profile.calls, widths, settled)
-    component = component[: slots.size]
-    unit_of, groups = group_units(slots, component, locked)
+    all_components, component = component, component[: slots.size]
+    unit_of, groups = group_units(slots, component, locked, tracked)
     entries, lock_of = _locked(slots, component, locked, reasons)
     return ChannelGraph(
         slots=slots,
@@ -162,13 +181,61 @@ def couple(record: TraceRecord) -> ChannelGraph:
             activations=terms(profile.activations),
             calls=[],
         ),
-        tracked=[replace(each, ids=settled(each.ids)) for each in constraints.tracked] + follows,
+        tracked=tracked + follows,
         weights_read=weights_read,
         scales=constraints.scales,
         failed=record.failed,
         both_modes=record.both_modes,
+        merged=merged_groups(constraints, all_components, unit_of, groups),
         stale=stale,
     )
+
+
+def merged_groups(
+    constraints: Constraints, component: np.ndarray, unit_of: np.ndarray, groups: list[Group]
+) -> list[Merged]:
+    """The groups that are one unit of several channels, with the operations that joined these."""
+    found = []
+    for group in groups:
+        axis = min(group.axes, key=lambda axis: group.axes[axis])
+        if len(group) > 1 or group.axes[axis] < 2:
+            continue
+        own = axis.ids[unit_of[axis.ids] == group.units[0]]
+        reasons = tuple(_joined_by(constraints, component, own))
+        found.append(Merged(axis.name, axis.dim, own.size, reasons))
+    return found
+
+
+def _joined_by(constraints: Constraints, component: np.ndarray, own: Ids) -> list[Lock]:
+    """Where the channels ``own`` became one unit: the first ties that joined sets of them."""
+    above: dict[int, int] = {}
+    holds, counts = set(own.tolist()), dict[Lock, int]()
+
+    def root(slot: int) -> int:
+        while (higher := above.get(slot, slot)) != slot:
+            above[slot] = above.get(higher, higher)
+            slot = higher
+        return slot
+
+    for (a, b), origin in zip(constraints.ties, constraints.origins, strict=False):
+        inside = component[a] == component[own[0]]
+        for first, second in zip(a[inside].tolist(), b[inside].tolist(), strict=True):
+            first, second = root(first), root(second)
+            if first == second:
+                continue
+            above[second] = first
+            if second in holds and first in holds:
+                lock = constraints.lock_of(origin)
+                if lock.kind in (LockKind.FIXED_CHANNEL, LockKind.FIXED_CHANNEL_READ):
+                    lock = replace(lock, kind=LockKind.JOINED)
+                counts[lock] = counts.get(lock, 0) + 1
+            elif second in holds:
+                holds.add(first)
+    return sorted(counts, key=lambda lock: -counts[lock])[:MOST_REASONS]
+
+
+MOST_REASONS = 3
+"""As many places are named for channels that are one unit."""
 
 
 def reasons_of(
@@ -199,15 +266,29 @@ def reasons_of(
 
 
 def settled_components(constraints: Constraints) -> np.ndarray:
-    """:func:`components`, with fills tied whose size is a part or a multiple of a channel dimension's:
-    by the units that their positions met."""
+    """:func:`components`, after the ties that the conditions on sizes need.
+
+    Conditions between dimensions of one size come first, because their ties may be all that the others
+    need. Of several sets of ties the one that leaves most units is taken.
+    """
+    while constraints.deferred:
+        constraints.deferred.pop(0)()
     component = components(constraints)
-    if not constraints.deferred:
+    broken = [each for each in constraints.conditions if not each.holds(component)]
+    if not broken:
         return component
-    first = np.zeros(component.max() + 1, dtype=np.int64)
-    first[component[::-1]] = np.arange(component.size)[::-1]
-    for tie in constraints.deferred:
-        tie(first[component])
+    for condition in sorted(broken, key=lambda each: each.is_partial):
+        if condition.holds(component):
+            continue
+        remedies = condition.remedies(component)
+        if not remedies:
+            constraints.lock_all(condition.ids, condition.origin)
+            continue
+        left = [joined(component, pairs) for pairs in remedies]
+        best = max(range(len(left)), key=lambda at: np.unique(left[at][condition.ids]).size)
+        component = left[best]
+        for first, second in remedies[best]:
+            constraints.tie(first, second, *condition.origin)
     return components(constraints)
 
 
@@ -246,17 +327,31 @@ def _axes_in(slots: SlotTable, arrays: list[np.ndarray]) -> list[Axis]:
 
 
 def group_units(
-    slots: SlotTable, component: np.ndarray, locked: np.ndarray
+    slots: SlotTable, component: np.ndarray, locked: np.ndarray, tracked: list[TrackedAttribute]
 ) -> tuple[np.ndarray, list[Group]]:
+    """(for each slot the number of its unit, or -1; groups of units of one shape).
+
+    Units that a tracked attribute counts are no group with others, although they lie on the same axes:
+    each group keeps a unit, and no number of channels may become 0 (``self.k`` in ``x[:, :self.k]``).
+    """
     free = np.flatnonzero(~locked[component])
     unit_of = np.full(slots.size, -1, dtype=np.int64)
     if not free.size:
         return unit_of, []
+    parts = [each.ids for each in tracked if not _is_axis(slots, each.ids)]
+    kinds = len(slots.axes) + len(parts)
     # (component, axis) pairs with their counts are a unit's shape.
     codes, counts = np.unique(
-        component[free].astype(np.int64) * len(slots.axes) + slots.axis_index(free), return_counts=True
+        component[free].astype(np.int64) * kinds + slots.axis_index(free), return_counts=True
     )
-    units, axes = np.divmod(codes, len(slots.axes))
+    for number, ids in enumerate(parts):
+        counted = np.unique(component[ids])
+        counted = counted[~locked[counted]].astype(np.int64) * kinds + len(slots.axes) + number
+        codes = np.concatenate([codes, counted])
+        counts = np.concatenate([counts, np.ones(counted.size, dtype=counts.dtype)])
+    order = np.argsort(codes, kind='stable')
+    codes, counts = codes[order], counts[order]
+    units, axes = np.divmod(codes, kinds)
     starts = np.flatnonzero(np.diff(units, prepend=-1))
     shape = np.stack([axes, counts], axis=1)
     members_of: dict[bytes, list[int]] = {}
@@ -276,11 +371,21 @@ def group_units(
             Group(
                 name=slots.axes[axes[0]].name,
                 units=units,
-                axes={slots.axes[a]: w for a, w in zip(axes, widths, strict=True)},
+                axes={
+                    slots.axes[a]: w for a, w in zip(axes, widths, strict=True) if a < len(slots.axes)
+                },
             )
         )
     unit_of[free] = number[component[free]]
     return unit_of, groups
+
+
+def _is_axis(slots: SlotTable, ids: Ids) -> bool:
+    """Whether ``ids`` are all slots of one axis, in order."""
+    if not ids.size or ids[0] == FIXED:
+        return False
+    axis = slots.axis_of(int(ids[0]))
+    return axis.first == ids[0] and axis.size == ids.size and ids[-1] == ids[0] + ids.size - 1
 
 
 def _locked(

@@ -50,8 +50,10 @@ class LockKind(enum.Enum):
     STRIDED = 'strided view'
     OTHER_DTYPE = 'viewed as another dtype'
     RESHAPED = 'reshaped across the boundaries of channels'
+    JOINED = 'channels that go together'
     MERGED = 'two channel dimensions merged into one'
     UNEQUAL_PARTS = 'split into unequal parts'
+    EQUAL_PARTS = 'split into parts of one size'
     PARTIAL_WRITE = 'written into a part of another tensor'
     OTHER_VIEW = 'read through another view of the memory of'
     # What becomes of their number

@@ -22,9 +22,14 @@ class ModuleScope:
     def name(self) -> str:
         return self._names.get(id(self.stack[-1]), '')
 
+    def label(self, module: nn.Module) -> str:
+        """The name and class of a module; empty for the model itself."""
+        name = self._names.get(id(module), '')
+        return f'{name} ({type(module).__name__})' if name else ''
+
     def __str__(self) -> str:
         """The name and class of the module that runs now; empty for the model itself."""
-        return f'{self.name} ({type(self.module).__name__})' if self.name else ''
+        return self.label(self.module)
 
 
 def place_of(error: Exception) -> str:

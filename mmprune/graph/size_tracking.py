@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from mmprune.graph.constraints import Constraints
 from mmprune.graph.locks import LockKind
 from mmprune.graph.sizes import SymbolicSize, symbolic_shape
+from mmprune.graph.slices import SLICES, bind_slices
 from mmprune.graph.tensor_info import TensorTable
 
 
@@ -33,7 +34,12 @@ class SizeTrackingMode(TorchFunctionMode):
         name = getattr(func, '__name__', '').partition('.')[0]
         numbers = symbolic_in((args, kwargs))
         if name in SIZE_ARGUMENTS:
-            self.requested_sizes = SIZE_ARGUMENTS[name](self.shape, *args, **kwargs)
+            self.requested_sizes = current(SIZE_ARGUMENTS[name](self.shape, *args, **kwargs))
+        elif numbers and name in NUMBERS_OF_RULES:
+            self.requested_sizes = numbers_of(NUMBERS_OF_RULES[name], args, kwargs) or None
+        elif numbers and args and name in SLICES:
+            labels = self._tensors.info(args[0]).labels
+            self.requested_sizes = bind_slices(SLICES[name](*args, **kwargs), labels) or None
         if numbers:
             self._pin_values(name, numbers)
             args, kwargs = plain(args), plain(kwargs)  # torch's own Python code is none of ours
@@ -57,10 +63,9 @@ class SizeTrackingMode(TorchFunctionMode):
 
     def _pin_values(self, name: str, numbers: list[SymbolicSize]) -> None:
         """Of the numbers that a function is given, those that are no sizes are used for their value."""
-        known = numbers if name in SIZE_ARGUMENTS or name in HANDLED_BY_RULE else []
-        if name.endswith('full'):  # what it is full of is no size
-            known = symbolic_in([self.requested_sizes])
-        sizes = {id(number) for number in known}
+        if name in SIZE_ARGUMENTS and not name.endswith('full'):  # what it is full of is no size
+            return
+        sizes = {id(number) for number in symbolic_in([self.requested_sizes])}
         for number in numbers:
             if id(number) not in sizes:
                 number.pin(LockKind.PASSED_AS_VALUE, name)
@@ -90,6 +95,20 @@ class SizeTrackingMode(TorchFunctionMode):
                     self._constraints.lock(array, why, 'torch', detail)
 
 
+def numbers_of(where: tuple[str, int], args: tuple, kwargs: dict) -> dict[str, Any]:
+    """{name of an argument: what a function is given for it}, where that is known to follow a width."""
+    name, position = where
+    value = args[position] if position < len(args) else kwargs.get(name)
+    return {name: value} if symbolic_in([value]) else {}
+
+
+def current(sizes: Any) -> Any:
+    """Requested sizes, with integers in the place of those that an earlier trace left in a cache."""
+    if isinstance(sizes, list):
+        return [current(size) for size in sizes]
+    return int(sizes) if isinstance(sizes, SymbolicSize) and not sizes.source.is_live else sizes
+
+
 def symbolic_in(value: Any, depth: int = 3) -> list[SymbolicSize]:
     """Every :class:`SymbolicSize` among arguments."""
     found: list[SymbolicSize] = []
@@ -100,7 +119,8 @@ def symbolic_in(value: Any, depth: int = 3) -> list[SymbolicSize]:
 def _collect(value: Any, depth: int, found: list[SymbolicSize]) -> None:
     kind = type(value)
     if kind is SymbolicSize:
-        found.append(value)
+        if value.source.is_live:
+            found.append(value)
     elif kind in HOLDERS and depth:
         for item in value.values() if kind is dict else value:
             _collect(item, depth - 1, found)
@@ -174,11 +194,14 @@ SIZE_ARGUMENTS: dict[str, Callable] = {
 """Functions that are asked for in sizes, with what finds those among the arguments. They are torch's
 functions, not operations: most are taken apart before a rule sees them."""
 
-HANDLED_BY_RULE = frozenset({
-    'conv1d', 'conv2d', 'conv3d', 'conv_transpose1d', 'conv_transpose2d', 'conv_transpose3d',
-    'convolution', 'group_norm', 'layer_norm', 'channel_shuffle', 'native_channel_shuffle',
-})  # fmt: skip
-"""Functions that pass numbers on to operations whose rules see to them."""
+NUMBERS_OF_RULES = {
+    **dict.fromkeys(('conv1d', 'conv2d', 'conv3d', 'conv_transpose1d', 'conv_transpose2d',
+                     'conv_transpose3d'), ('groups', 6)),
+    'convolution': ('groups', 8), 'group_norm': ('num_groups', 1),
+    'layer_norm': ('normalized_shape', 1),
+}  # fmt: skip
+"""Functions that pass a number on to an operation whose rule binds it to channels, or locks it: the
+name and the position of that argument (:meth:`mmprune.graph.call.Call.requested_number`)."""
 
 SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]

@@ -59,6 +59,7 @@ def channel_sources(
     """
     tracer = Tracer(model)
     outputs: dict[str, list[dict[int, Ids]]] = {}
+    tracer.run_again = outputs.clear
 
     def note(name: str, out: Any) -> None:
         infos = [tracer.state.tensors.info(tensor) for tensor in tensors_in(out)]

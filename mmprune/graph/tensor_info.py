@@ -71,6 +71,12 @@ class TensorTable:
     def _forget(self, key: int) -> None:
         del self._infos[key], self._alive[key]
 
+    def forget_activations(self) -> None:
+        """Forgets all tensors but the parameters and buffers: a cache may keep some of a run that does
+        not count."""
+        for key in [key for key, info in self._infos.items() if info.name is None]:
+            self._forget(key)
+
     def _adopt(self, tensor: torch.Tensor) -> TensorInfo:
         """A tensor that no traced operation made: a constant, or another face of a parameter
         (``.data`` passes by the dispatcher)."""

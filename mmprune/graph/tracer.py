@@ -22,7 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from mmprune.contexts import (
     Forward,
+    attributes_unchanged,
     outside_inference_mode,
+    random_states,
     tensors_in,
     tensors_of_output,
     unchanged,
@@ -30,7 +32,7 @@ from mmprune.contexts import (
 from mmprune.errors import PruneError
 from mmprune.graph import adapters  # noqa: F401, which fills the table
 from mmprune.graph.call import Call, State, bind
-from mmprune.graph.constraints import Constraints
+from mmprune.graph.constraints import EPOCHS, Constraints, DistinctKeys
 from mmprune.graph.extensions import intercept
 from mmprune.graph.locks import LockKind
 from mmprune.graph.module_numbers import noted_call, numbers_of
@@ -72,8 +74,10 @@ class Tracer(TorchDispatchMode):
         self.sizes = SizeTrackingMode(self.state.tensors, constraints)
         self.observe = observe
         self.run_modules: set[int] = set()  # those that the present run has left
+        self.operations: list[Any] = []  # of the present run
         self.tell_progress: Callable[[int], None] = lambda modules: None
         self.numbers: dict[int, dict[str, int]] = {}  # those that modules keep, by id
+        self.run_again: Callable[[], None] = lambda: None  # called when a run is traced once more
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         if isinstance(func, HigherOrderOperator):
@@ -95,6 +99,7 @@ class Tracer(TorchDispatchMode):
         if rule is not None and rule.is_contraction:
             is_view = False
         zero_safe = all(info.zero_safe for info in carrying)
+        self.operations.append((func, without_values(args), without_values(kwargs)))
         out = func(*args, **kwargs)
         outputs = tensors_in(out)
         before = {id(tensor): info.labels for tensor, info in zip(inputs, known, strict=True)}
@@ -262,20 +267,27 @@ def refuse_scripted(model: nn.Module) -> None:
 @contextlib.contextmanager
 def tracing(tracer: Tracer, model: nn.Module) -> Iterator[None]:
     """Sees all that ``model`` does for one run: modules, compiled functions, sizes, operations."""
+    with (
+        opaque_encoders_off(),
+        track_modules(tracer.state.scope, model, tracer.leave_module),
+        intercept(tracer.call_extension),
+        outside_inference_mode(),
+        torch.no_grad(),
+        symbolic_attributes(tracer.state.constraints, model),
+        tracer.sizes,
+        tracer,
+    ):
+        tracer.numbers = numbers_of(model)
+        yield
+
+
+@contextlib.contextmanager
+def opaque_encoders_off() -> Iterator[None]:
+    """Has encoder layers run operation by operation, not as one opaque kernel."""
     fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # one opaque kernel for a whole encoder layer
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with (
-            track_modules(tracer.state.scope, model, tracer.leave_module),
-            intercept(tracer.call_extension),
-            outside_inference_mode(),
-            torch.no_grad(),
-            symbolic_attributes(tracer.state.constraints, model),
-            tracer.sizes,
-            tracer,
-        ):
-            tracer.numbers = numbers_of(model)
-            yield
+        yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
 
@@ -294,18 +306,15 @@ def trace_runs(
     counted, failed, runs, modules = False, {}, (forward, *also), len(list(model.modules()))
     with unchanged(model), bar('Tracing', len(runs) * modules) as tell:
         for number, run in enumerate(runs):
-            state.profile.counting, state.scope.stack = not counted, [model]
-            tracer.run_modules = set()
+            state.profile.counting = not counted
             tracer.tell_progress = lambda done, before=number * modules: tell(before + done)
             before = snapshot(state.constraints), snapshot(state.profile)
             try:
-                with tracing(tracer, model):
-                    outputs = tensors_of_output(run(model))  # iterators run parts of the model
+                outputs = trace_run(model, run, tracer)
             except REFUSALS as error:
                 if run not in may_fail or isinstance(error, RuleError):
                     raise
-                for holder, values in zip((state.constraints, state.profile), before, strict=True):
-                    vars(holder).update(values)
+                take_back(state, before)
                 failed[run] = error
                 continue
             counted = True
@@ -313,8 +322,103 @@ def trace_runs(
                 for ids in state.tensors.info(tensor).labels.values():
                     for array in ids:
                         state.constraints.lock(array, LockKind.OUTPUT)
+    state.constraints.epoch = next(EPOCHS)
     state.constraints.slots.find_aliases(model)
     return TraceRecord(state.constraints, state.profile, failed)
+
+
+def trace_run(model: nn.Module, run: Forward, tracer: Tracer) -> list[torch.Tensor]:
+    """Traces one run and returns the tensors that it gave.
+
+    The model may look up a size in a dictionary or a cache, which may hold entries of earlier runs. So
+    that these make no difference, sizes first differ from all plain numbers, as they do after a cut. If
+    the keys of the dictionary stand in the code (``{64: ...}``), such a run fails or takes another path
+    than the model itself. If a size was looked up, an ordinary run therefore shows whether the model
+    does the same. Otherwise the run is traced again with fewer distinct keys; without any, the entry is
+    found and the size is locked, because it equals a constant.
+    """
+    constraints, ordinary, put_back = tracer.state.constraints, None, random_states(model)
+    before = snapshot(constraints), snapshot(tracer.state.profile)
+    for distinct in reversed(DistinctKeys):
+        constraints.distinct_keys, constraints.used_as_key = distinct, False
+        tracer.state.scope.stack = [model]
+        tracer.run_modules, tracer.operations = set(), []
+        failed = False
+        try:
+            with tracing(tracer, model):
+                out = tensors_of_output(run(model))  # iterators run parts of the model
+        except REFUSALS as error:
+            if not distinct or not constraints.used_as_key or isinstance(error, PruneError):
+                raise
+            failed = True
+        if not distinct or not constraints.used_as_key:
+            return out
+        if not failed:
+            put_back()
+            ordinary = ordinary or OrdinaryRun(model, run)
+            if ordinary.agrees(out, tracer.operations):
+                return out
+        put_back()  # the next run draws the same random numbers
+        take_back(tracer.state, before)
+        tracer.run_again()
+    raise AssertionError('the last run returns or raises')
+
+
+class OrdinaryRun:
+    """The operations and the outputs of a run without symbolic sizes."""
+
+    def __init__(self, model: nn.Module, run: Forward) -> None:
+        self.operations: list[Any] = []
+        with attributes_unchanged(model), torch.no_grad(), self._recorded():
+            self.tensors = tensors_of_output(run(model))
+
+    @contextlib.contextmanager
+    def _recorded(self) -> Iterator[None]:
+        operations = self.operations
+
+        class Recorder(TorchDispatchMode):
+            def __torch_dispatch__(
+                self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+            ) -> Any:
+                operations.append((func, without_values(args), without_values(kwargs or {})))
+                return func(*args, **(kwargs or {}))
+
+        with opaque_encoders_off(), Recorder():
+            yield
+
+    def agrees(self, out: list[torch.Tensor], operations: list[Any]) -> bool:
+        """Whether a traced run gave the same, by the same operations and at most those beside that fill
+        a cache."""
+        traced = iter(operations)
+        if not all(any(same == operation for same in traced) for operation in self.operations):
+            return False
+        return len(out) == len(self.tensors) and all(map(same_values, out, self.tensors))
+
+
+def without_values(argument: Any) -> Any:
+    """Arguments of an operation, with its shape in the place of each tensor."""
+    if isinstance(argument, torch.Tensor):
+        return argument.shape
+    if isinstance(argument, list | tuple):
+        return [without_values(item) for item in argument]
+    if isinstance(argument, dict):
+        return {key: without_values(item) for key, item in argument.items()}
+    return argument
+
+
+def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are the same up to rounding."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
+def take_back(state: State, before: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    """Forgets a run; sizes that it left somewhere count as plain numbers from now on."""
+    for holder, values in zip((state.constraints, state.profile), before, strict=True):
+        vars(holder).update({key: copy.copy(value) for key, value in values.items()})
+    state.tensors.forget_activations()
+    state.constraints.epoch = next(EPOCHS)
 
 
 def snapshot(holder: Any) -> dict[str, Any]:

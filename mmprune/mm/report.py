@@ -37,6 +37,7 @@ def before(graph: ChannelGraph) -> dict[str, Any]:
             }
             for each in graph.locked
         ],
+        'merged': list(map(str, graph.merged)),
         'failed': {},
     }
 
@@ -67,6 +68,8 @@ def log_trace(logger: logging.Logger, graph: ChannelGraph, counted_as: str) -> N
         logger.warning(f'No rule for {name}: locked what goes into it in {", ".join(where)}')
     for each in graph.locked:
         logger.debug(f'Locked {each.count} of {each.name}[dim {each.dim}]: {each.reasons[0]}')
+    for each in graph.merged:
+        logger.info(str(each))
     locked = sum(each.count for each in graph.locked)
     logger.info(
         f'{graph.n_units} units in {len(graph.groups)} groups may be cut, {locked} are locked '
@@ -185,6 +188,7 @@ def finish(
     content = figures(plan, started['axes']) | {
         'metrics': metrics,
         'locked': started['locked'],
+        'merged': started.get('merged', []),
         'failed': started.get('failed', {}),
     }
     path = Path(runner.work_dir) / FILE

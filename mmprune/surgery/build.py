@@ -60,7 +60,7 @@ def make_plan(
     if keep.all():
         raise PruneError(
             'this would remove nothing: the budget is met already, or no prunable unit is left; ask '
-            f'for less than {dict(asked)}'
+            f'for less than {dict(asked)}' + ''.join(f'; {each}' for each in graph.merged[:3])
         )
     slot_stays = graph.keeps(keep)
     kept: dict[str, dict[int, list[int]]] = {}

@@ -199,6 +199,12 @@ def _(folder):
     mmprune.prune(model, forward, keep_flops=0.5, divisor=1)
 
 
+@meets('One unit')
+def _(folder):
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(1, 8), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    mmprune.prune(model, forward, keep_channels=0.5)
+
+
 @meets('No scores')
 def _(folder):
     mmprune.prune(net(), forward, keep_flops=0.5, score='taylor')

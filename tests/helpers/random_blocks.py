@@ -248,3 +248,104 @@ def folded(m, x):
 
 def unfolded(m, x):
     return m.b(F.unfold(m.a(x), 3, padding=1).unflatten(2, x.shape[2:]))
+
+
+def swapped(y, columns, rows):
+    """The channels of ``y`` read as a table and written as its transpose."""
+    b, _, h, w = y.shape
+    return y.view(b, columns, rows, h, w).transpose(1, 2).reshape(b, columns * rows, h, w)
+
+
+def enlarged(y, first):
+    """Pixel shuffle by hand; the channels that share a pixel follow each other, or lie far apart."""
+    b, c, h, w = y.shape
+    if first:
+        parts = y.view(b, c // 4, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3)
+    else:
+        parts = y.view(b, 2, 2, c // 4, h, w).permute(0, 3, 4, 1, 5, 2)
+    return F.avg_pool2d(parts.reshape(b, c // 4, 2 * h, 2 * w), 2)
+
+
+@block
+def sizes_of_parts(r, c):
+    d = 4 * r.randint(1, 3)
+    run, out = r.choice(
+        [
+            (lambda m, y: swapped(y, 2, y.shape[1] // 2), d),
+            (lambda m, y: swapped(y, y.shape[1] // 2, 2), d),
+            (lambda m, y: swapped(swapped(y, 2, y.shape[1] // 2), y.shape[1] // 4, 4), d),
+            (lambda m, y: swapped(y, m.two, m.n // m.two), d),
+            (lambda m, y: enlarged(y, True), d // 4),
+            (lambda m, y: enlarged(y, False), d // 4),
+            (lambda m, y: y.reshape(len(y), m.n // 2, 2, *y.shape[2:]).amax(2), d // 2),
+            (lambda m, y: swapped(y + m.e(y), 2, m.e(y).shape[1] // 2), d),
+        ]
+    )
+    step = Step(lambda m, x: m.b(run(m, m.a(x).relu())), a=conv(c, d), b=conv(out, c), e=conv(d, d, 1))
+    step.n, step.two = d, 2
+    return step, c
+
+
+@block
+def slices(r, c):
+    d = even(r)
+    k, j = r.randint(1, d - 1), r.randint(1, d - 1)
+    run, out = r.choice(
+        [
+            (lambda m, y: torch.cat([y[:, : m.k], y[:, m.k :].sigmoid()], 1), d),
+            (lambda m, y: torch.cat([y[:, : m.k] + m.e(y)[:, : m.k], y[:, m.k :]], 1), d),
+            (lambda m, y: y[:, : y.shape[1] // 2] * y[:, y.shape[1] // 2 :], d // 2),
+            (lambda m, y: y[:, -y.shape[1] // 2 :].tanh(), d // 2),
+            (lambda m, y: torch.cat([y[:, -m.k :].tanh(), y[:, : -m.k]], 1), d),
+            (lambda m, y: torch.cat([y[:, : m.k].narrow(1, 0, m.k), m.e(y)[:, m.j :]], 1), k + d - j),
+            (lambda m, y: y[None, :, m.k :, ..., 0][0].unsqueeze(3).repeat(1, 1, 1, 4), d - k),
+            (lambda m, y: torch.cat([y[:, :k].abs(), y[:, k:]], 1), d),
+            (lambda m, y: torch.cat([y[:, -k:].abs(), m.e(y)[:, 1:-1]], 1), d + k - 2),
+            (lambda m, y: torch.cat([m.f(y), y[:, : m.f(y).shape[1]].tanh()], 1), 2 * k),
+            (lambda m, y: torch.cat([y[:, : m.n] + m.e(y), y[:, m.n :]], 1), d),
+            (lambda m, y: put_first(y, m.k), d),
+            (lambda m, y: torch.cat([y[:, m.k : 2 * m.k], y[:, : m.k]], 1), min(2 * k, d)),
+            (lambda m, y: torch.cat([y.narrow(1, m.k, m.r), y.narrow(1, 0, m.k).exp()], 1), d),
+        ]
+    )
+    layers = {'a': conv(c, d), 'b': conv(out, c), 'e': conv(d, d, 1), 'f': conv(d, k, 1)}
+    step = Step(lambda m, x: m.b(run(m, m.a(x).relu())), **layers)
+    step.k, step.j, step.n, step.r = k, j, d, d - k
+    return step, c
+
+
+def put_first(y, k):
+    y = y.clone()
+    y[:, :k] = y[:, :k].tanh()
+    return y
+
+
+@block
+def functional(r, c):
+    d, g = even(r), r.choice([1, 2])
+    run = r.choice(
+        [
+            lambda m, y: F.conv2d(y, m.deep, groups=m.n),
+            lambda m, y: F.conv2d(y, m.deep, groups=y.shape[1]),
+            lambda m, y: F.conv2d(y, m.wide, groups=m.g),
+            lambda m, y: F.conv2d(y, m.wide, groups=d // (y.shape[1] // g)),
+            lambda m, y: F.conv_transpose2d(y, m.deep, groups=m.n),
+            lambda m, y: F.conv_transpose2d(y, m.turned, groups=m.g),
+            lambda m, y: F.group_norm(y, m.g, m.scale),
+            lambda m, y: F.group_norm(y, m.half, m.scale),
+            lambda m, y: F.group_norm(y, y.shape[1] // 2, m.scale),
+            lambda m, y: F.layer_norm(y.permute(0, 2, 3, 1), (m.n,)).permute(0, 3, 1, 2),
+            lambda m, y: F.layer_norm(y, y.shape[2:]) * m.scale.view(m.shape),
+        ]
+    )
+    step = Step(
+        lambda m, x: m.b(run(m, m.a(x)).relu()),
+        a=conv(c, d),
+        b=conv(d, c),
+        deep=param(d, 1, 1, 1),
+        wide=param(d, d // g, 1, 1),
+        turned=param(d, d // g, 1, 1),
+        scale=param(d),
+    )
+    step.n, step.g, step.half, step.shape = d, g, d // 2, (1, -1, 1, 1)
+    return step, c

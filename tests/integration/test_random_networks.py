@@ -58,4 +58,4 @@ def test_blocks_in_any_order(request):
         except BaseException as failure:
             failure.add_note(f'try_net({seed})')
             raise
-    assert sum(g > 0 for g in gone) > 0.6 * len(gone), 'most networks should lose something'
+    assert sum(g > 0 for g in gone) > 0.55 * len(gone), 'most networks should lose something'

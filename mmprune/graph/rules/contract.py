@@ -90,6 +90,8 @@ def convolve(
         else:
             reads, gives = tuple(np.tile(ids, groups) for ids in columns), rows
         contract(call, x, channels, weight, reads)
+    if groups > 1:  # a group of a depthwise convolution goes with its channel, others stay
+        call.bind_number('groups', channels if depthwise else ())
     call.tie_if(gives, bias)
     positions = (x if transposed else out).numel() / (n_in if transposed else n_out)
     call.multiply_adds(positions * math.prod(weight.shape), rows, columns)

@@ -62,6 +62,7 @@ def group_norm(call: Call) -> Returned:
     ids = call.ids(x, 1)
     for array in ids:
         call.tie_all(array.reshape(call['group'], -1).T)
+    call.bind_number('num_groups', ids)
     for name in ('weight', 'bias'):
         call.tie_if(ids, call[name])
     call.scale(call['weight'])
@@ -76,6 +77,8 @@ def layer_norm(call: Call) -> Returned:
     the layers which read it are locked for the same reason."""
     x = call['input']
     over = len(call['normalized_shape'])
+    for position, number in enumerate(call.requested_number('normalized_shape') or ()):
+        call.bind_or_pin(number, call.ids(x, position - over))
     why = LockKind.STANDARDIZED if call.is_weight(x) else LockKind.LAYER_NORM
     call.lock_tensor(x, why, dims=range(x.ndim - over, x.ndim))
     labels = dict(call.labels(x))

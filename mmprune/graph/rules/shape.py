@@ -214,7 +214,7 @@ def stack(call: Call) -> Returned:
 @rule('aten::split', 'aten::split_with_sizes', 'aten::unsafe_split', 'aten::unsafe_split_with_sizes')
 def split(call: Call) -> Returned:
     """Parts of sizes that the code was asked for; where torch divided (``chunk``), equal ones stay
-    equal: their positions are tied."""
+    equal."""
     x = call['self']
     dim = call.args.get('dim', 0) % x.ndim
     lengths = [out.shape[dim] for out in call.out]
@@ -223,7 +223,9 @@ def split(call: Call) -> Returned:
     ends = np.cumsum(lengths)[:-1]
     for ids in carried.get(dim, ()):
         if not isinstance(asked, list) and len(set(lengths)) == 1:
-            call.tie_all(ids.reshape(len(lengths), -1))
+            parts = np.split(ids, ends)
+            for part in parts[1:]:
+                call.tie_in_proportion(parts[0], part, LockKind.EQUAL_PARTS)
         elif asked is None:
             call.lock((ids,), LockKind.UNEQUAL_PARTS)
         for piece, size in zip(np.split(ids, ends), sizes, strict=True):
@@ -254,13 +256,26 @@ def drop(call: Call, dim: int) -> Outcome:
 
 @rule('aten::slice')
 def take_slice(call: Call) -> Returned:
-    """A part of a labelled dimension is a number in the code, unless it is all of it."""
+    """A part of a dimension. The bounds have to follow the channels that they count. A plain number may
+    have been computed from the size without a trace, so it locks all of them."""
     x = call['self']
     dim = call.args.get('dim', 0) % x.ndim
     labels = dict(call.labels(x))
-    if dim in labels and call.out.shape[dim] != x.shape[dim]:
+    if dim not in labels or call.out.shape[dim] == x.shape[dim]:
+        return Outcome(labels, AS_INPUTS)
+    start, stop, step = call.args.get('start') or 0, call.args.get('end'), call.args.get('step', 1)
+    known_start, known_stop = call.requested_bounds(dim)
+    follows_start = start == 0 or start == known_start
+    follows_stop = stop is None or stop >= TO_THE_END or stop == known_stop
+    if step != 1 or len(labels[dim]) > 1 or not (follows_start and follows_stop):
         call.lock(labels.pop(dim), LockKind.CONSTANT_SLICE)
+    else:
+        labels[dim] = (labels[dim][0][start:stop],)
     return Outcome(labels, AS_INPUTS)
+
+
+TO_THE_END = 1 << 62
+"""A stop above this is that of ``x[start:]``."""
 
 
 @rule('aten::flip', 'aten::roll')

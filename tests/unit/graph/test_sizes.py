@@ -52,6 +52,11 @@ def written(out):
     return out
 
 
+def written_first(y, count):
+    y[:, :count] = y[:, :count].tanh()
+    return y
+
+
 def filled(y, out):
     out[:, :, 1:] = y[:, :, 1:]
     return out
@@ -116,6 +121,47 @@ FOLLOWS = {
         {'n': 8}, {'n': 4}),
     'a fill that is written in a part': (lambda m, y: filled(y, y.new_zeros(2, m.n, 4, 4)),
                                          {'n': 8}, {'n': 4}),
+    'a channel shuffle by half the size': (
+        lambda m, y: y.view(2, 2, y.shape[1] // 2, 4, 4).transpose(1, 2).reshape(2, y.shape[1], 4, 4),
+        {}, {}),
+    'a channel shuffle by an attribute': (
+        lambda m, y: y.view(2, 2, m.n // 2, 4, 4).transpose(1, 2).reshape(2, m.n, 4, 4),
+        {'n': 8}, {'n': 4}),
+    'pixel shuffle by hand': (
+        lambda m, y: y.view(2, y.shape[1] // 4, 2, 2, 4, 4).permute(0, 1, 4, 2, 5, 3)
+        .reshape(2, y.shape[1] // 4, 8, 8).repeat(1, 4, 1, 1), {}, {}),
+    'a shape with an open size': (
+        lambda m, y: y * m.table[0].view(m.shape) + y.view(2, m.open, 4, 4),
+        {'shape': (1, -1, 1, 1), 'open': -1}, {}),
+    'an equal size of another tensor': (
+        lambda m, y: y + m.other(X).flip(1) if y.shape == m.other(X).shape else None, {}, {}),
+    'an equal part of a size': (lambda m, y: y if y.shape[1] // 2 == m.n else None, {'n': 4}, {'n': 2}),
+    'the groups of a function': (
+        lambda m, y: nn.functional.conv2d(y, m.b.weight[:1].transpose(0, 1), groups=m.n),
+        {'n': 8}, {'n': 4}),
+    'the groups of a transposed function': (
+        lambda m, y: nn.functional.conv_transpose2d(y, m.b.weight[:1].transpose(0, 1), groups=m.n),
+        {'n': 8}, {'n': 4}),
+    'the groups of a norm': (
+        lambda m, y: nn.functional.group_norm(y, num_groups=m.n, weight=m.a.bias), {'n': 4}, {'n': 2}),
+    'slices by an attribute': (
+        lambda m, y: torch.cat([y[:, : m.n] + m.other(X)[:, : m.n], y[:, m.n :].tanh()], 1),
+        {'n': 4}, {'n': 2}),
+    'slices by half a size': (
+        lambda m, y: (y[:, : y.shape[1] // 2] * y[:, y.shape[1] // 2 :].sigmoid()).repeat(1, 2, 1, 1),
+        {}, {}),
+    'slices from the end': (
+        lambda m, y: torch.cat([y[:, -y.shape[1] // 2 :], y[:, : -y.shape[1] // 2].tanh()], 1), {}, {}),
+    'slices behind other entries': (
+        lambda m, y: torch.cat([y[None, :, : m.n, ..., 0:2][0], y[..., m.n :, :, :2]], 1)
+        .repeat(1, 1, 1, 2),
+        {'n': 4}, {'n': 2}),
+    'narrow': (
+        lambda m, y: torch.cat([y.narrow(1, m.n, m.k).exp(), torch.narrow(y, 1, 0, m.n)], 1),
+        {'n': 4, 'k': 4}, {'n': 2, 'k': 2}),
+    'a slice that is written': (lambda m, y: written_first(y.clone(), m.n), {'n': 4}, {'n': 2}),
+    'a slice of everything': (
+        lambda m, y: torch.cat([y[:, : m.n] + m.other(X), y[:, m.n :]], 1), {'n': 8}, {'n': 4}),
 }  # fmt: skip
 
 
@@ -187,6 +233,21 @@ STAYS = {
     'the size of a fixed one': (
         lambda m, y: y + m.weight.view(y.shape[1], 1).sum(),
         {'weight': torch.rand(8)}, 'dimension without channels'),
+    'a part that is not whole': (
+        lambda m, y: y + y.new_zeros(y.shape[1] // 3, 1, 1).sum(), {}, 'used in arithmetic'),
+    'an attribute compared with a number': (
+        lambda m, y: y.reshape(-1, m.n, 4, 4) if m.n == 8 else None, {'n': 8}, 'compared with'),
+    'a slice by a number': (lambda m, y: torch.cat([y[:, :4], y[:, 4:]], 1), {}, 'a constant slice'),
+    'a slice by a number that nothing follows': (
+        lambda m, y: torch.cat(y.tensor_split(2, 1), 1), {}, 'a constant slice'),
+    'a difference of neighbours': (
+        lambda m, y: y + y.diff(dim=1).sum(1, True), {}, 'a constant slice'),
+    'a slice with a step': (
+        lambda m, y: torch.cat([y[:, : m.n : 2], y[:, 1 : m.n : 2]], 1), {'n': 8}, 'a constant slice'),
+    'a slice between': (
+        lambda m, y: torch.cat([y[:, : m.n], y[:, 4:]], 1), {'n': 4}, 'a constant slice'),
+    'a remembered size that is a size': (
+        lambda m, y: y.reshape(m.shape), {'shape': torch.Size((2, 8, 4, 4))}, 'hard-coded size'),
     'a slice': (lambda m, y: y + torch.rand(9)[: y.shape[1], None, None], {}, 'passed as a value to'),
 }  # fmt: skip
 
@@ -233,8 +294,12 @@ def test_integers_are_put_back_and_copies_are_plain():
 
 
 def test_a_width_counts_as_the_integer_that_it_is():
-    model = nn.Conv2d(3, 8, 1)
-    width = SymbolicSize(8, SizeSource(Tracer(model).state.constraints, attribute='out_channels'))
-    assert (width, hash(width), str(width), width // 3, 1 + width - 2) == (8, hash(8), '8', 2, 7)
-    assert {8: 'a'}[width] == 'a' and list(range(width)) == list(range(8))
-    assert width != 7 and width == 8 and width * 2.0 == 16.0 and 2 * width == 16
+    tracer = Tracer(nn.Conv2d(3, 8, 1))
+    width = SymbolicSize(8, SizeSource(tracer.state.constraints, attribute='out_channels'))
+    assert (width, str(width), width // 3, 1 + width - 2) == (8, '8', 2, 7)
+    assert width in (4, 8) and list(range(width)) == list(range(8))
+    assert width != 7 and width == 8 and width * 2.0 == 16.0 and 2 * width == 16 and -width == -8
+    assert hash(width) != hash(8) and {width: 'a'}[width] == 'a'
+
+    tracer.state.constraints.epoch += 1  # the run has ended
+    assert {8: 'a'}[width] == 'a' and width == 8 and width // 2 == 4
