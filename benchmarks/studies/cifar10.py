@@ -179,7 +179,8 @@ def train(name: str, seed: int, data: dict[str, Pair], args: Any) -> dict[str, A
     whole, fifth = left_of(model), round(WINDOW * total)
     options = dict(keep_flops=KEEP, divisor=1, compensate=True) | OURS.get(name, {})
     steps = options.pop('steps', None)
-    times = resolve(None, None, None, steps, False, total, None)  # the hook's by default
+    # The hook's times by default, but for 30 cuts: so short a training has fewer by itself.
+    times = resolve(None, None, None, steps or 30, False, total, None)
     if name in OURS:
         pruner = mmprune.Pruner(model, **options)
     elif name != 'dense':

@@ -33,8 +33,9 @@ from mmprune.errors import PruneError
 from mmprune.graph import cost
 from mmprune.mm.analysis import inputs
 from mmprune.mm.analysis.snippet import budget_in, hook_of, snippet
-from mmprune.mm.analysis.values import higher_is_better, mean_loss, metric_of, total_loss
+from mmprune.mm.analysis.values import mean_loss, metric_of, total_loss
 from mmprune.mm.model_modes import MODES, Runs, runs_of, test_size
+from mmprune.mm.report import higher_is_better
 from mmprune.progress import bar
 from mmprune.pruner import score_batches
 from mmprune.score import IN_TRAINING, Score, make_score

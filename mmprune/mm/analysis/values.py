@@ -16,9 +16,6 @@ from mmprune.errors import PruneError
 from mmprune.mm.analysis.inputs import quiet, validation_loader
 from mmprune.mm.model_modes import loss_of
 
-LOWER = ('loss', 'err', 'nme', 'epe', 'mpjpe', 'mae', 'mse', 'fid', 'dist', 'miss')
-"""Parts of the names of metrics that are better where they are lower."""
-
 
 def total_loss(model: nn.Module, batch: Any) -> torch.Tensor:
     """The sum of the losses of a batch, which training would step down."""
@@ -67,8 +64,3 @@ def metric_of(cfg: Config, name: str) -> Evaluate:
         return float(found[name])
 
     return evaluate
-
-
-def higher_is_better(metric: str) -> bool:
-    """Of a metric, by its name: errors and losses are better where they are lower."""
-    return not any(word in metric.rpartition('/')[2].lower() for word in LOWER)

@@ -12,8 +12,8 @@ from rich.console import Console
 import mmprune
 from mmprune.mm.analysis import page, show
 from mmprune.mm.analysis.run import FILE, Options, analyze_config, duration, write
-from mmprune.mm.analysis.values import higher_is_better
 from mmprune.mm.pages import render
+from mmprune.mm.report import higher_is_better
 from tests.helpers import hook_runs
 
 
