@@ -23,7 +23,7 @@ Seconds = Callable[[np.ndarray], float]
 PER = ('auto', 'budget', *cost.BY_NAME, 'none')
 
 SHORT = 0.01
-"""The fraction of the target by which the last of several cuts may end below it without a second look."""
+"""The fraction of the target by which the last of several cuts may end below it as it is."""
 
 
 def choose(
@@ -195,17 +195,23 @@ class _Choice:
         return self.solve(None, keep)
 
     def is_below_final(self, keep: np.ndarray) -> bool:
-        """Whether ``divisor='auto'`` made blocks so coarse that a cut ends more than ``SHORT`` below the
-        target of the last of several cuts.
+        """Whether ``divisor='auto'`` made blocks so coarse that a cut ends more than ``SHORT`` below
+        the target of the last of several cuts.
 
         The cuts before it leave little to remove, and then a single block can be several times too
         large. In one cut, smaller blocks of other layers fill such a gap.
         """
         targets = self.final.whole.targets
-        asked = self.budget.divisor == 'auto' and targets and targets.keys() <= {'keep_flops', 'keep_params'}
+        asked = (
+            self.budget.divisor == 'auto'
+            and targets
+            and targets.keys() <= {'keep_flops', 'keep_params'}
+        )
         if keep.all() or not asked:
             return False
-        left = [value(keep) / aim for value, aim in self._targets(None, self.final.whole, keep).values()]
+        left = [
+            value(keep) / aim for value, aim in self._targets(None, self.final.whole, keep).values()
+        ]
         return max(left) < 1 - SHORT
 
     def finer(self) -> '_Choice':

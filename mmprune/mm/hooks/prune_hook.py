@@ -9,6 +9,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from mmprune.budget.budget import Budget, make_budget
+from mmprune.budget.measured import Timing
 from mmprune.budget.schedule import SCORED, CutTimes, check_times, resolve, target_at
 from mmprune.distributed import check_rebuildable, is_distributed, raise_together
 from mmprune.errors import PruneError
@@ -131,7 +132,8 @@ class PruneHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         check_rebuildable(runner.model)
-        self._prepare = running.prepare_for_timing(runner, self.budget)
+        prepare = running.prepare_for_timing(runner, self.budget)
+        self._prepare = Timing(prepare) if self.budget.latency is not None else None
         self.state.times = self._times(runner)
 
     def _times(self, runner: Runner) -> CutTimes:
@@ -193,6 +195,8 @@ class PruneHook(Hook):
             forward, per = runs.ordered[0], self.score.per
             args = (graph, scores, self.budget, model, forward, target, state.start, per, self._prepare)
             keep, notes = choose_step(*args)
+            if notes.latency is not None:
+                state.report['latency'] = notes.latency
             self.recorder.note_scores(runner, graph, scores, keep, self.score, self.budget)
             return keep, replace(notes, iteration=runner.iter + 1)
 
