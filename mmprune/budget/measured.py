@@ -136,11 +136,10 @@ def renumbered(
 
 def _positions(plan: Plan | None, axis: Axis, size: int) -> np.ndarray:
     """Positions of the original that a tensor has along a dimension; ``size``: what that is uncut."""
-    kept = plan.keep.get(axis.name, {}).get(axis.dim) if plan is not None else None
-    if kept is not None:
-        return np.asarray(kept)
-    cut = plan is not None and axis.name in plan.fingerprint
-    return np.arange(plan.fingerprint[axis.name][axis.dim] if cut else size)
+    if plan is None or axis.name not in plan.fingerprint:
+        return np.arange(size)
+    original = range(plan.fingerprint[axis.name][axis.dim])
+    return np.asarray(plan.keep.get(axis.name, {}).get(axis.dim, original))
 
 
 def choose_measured(
@@ -216,10 +215,11 @@ def _measured(
     )  # fmt: skip
     log.info('Times were measured in %.0f seconds', time.monotonic() - start)
     before = original.plan.cuts[-1].latency if original.plan and original.plan.cuts else None
+    everything = np.ones(trace.n_units, dtype=bool)
     network = model if is_last or budget.backend != 'eager' else copy.deepcopy(model)
     return _Known(
         table,
-        table(np.ones(trace.n_units, dtype=bool)),
+        table(everything),
         prepare(network),
         1.0 if before is None else before,
         trace,
