@@ -242,8 +242,8 @@ def test_which_metrics_are_near_zero(metrics, near_zero):
 
 
 def test_a_budget_below_the_floor_is_found_when_scoring_begins(tmp_path):
-    """Thirty cuts would have gone on until one of them reached it."""
-    cfg = config(tmp_path, hook=dict(keep_flops=0.05, min_channels=8, interval=1, steps=20))
+    """Five cuts would have gone on until one of them reached it, the first after three iterations."""
+    cfg = config(tmp_path, hook=dict(keep_flops=0.05, min_channels=8, interval=3, steps=5))
     runner = Runner.from_cfg(cfg)
     with pytest.raises(PruneError, match='keep_flops=0.05 is below the floor'):
         runner.train()
@@ -252,7 +252,7 @@ def test_a_budget_below_the_floor_is_found_when_scoring_begins(tmp_path):
 
 def test_the_target_of_a_part_below_its_floor_is_found_too(tmp_path):
     parts = dict(neck=dict(keep_params=0.01, max_cut=0.5))
-    cfg = config(tmp_path, hook=dict(keep_flops=0.9, parts=parts, interval=1, steps=20))
+    cfg = config(tmp_path, hook=dict(keep_flops=0.9, parts=parts, interval=3, steps=5))
     runner = Runner.from_cfg(cfg)
     with pytest.raises(PruneError, match=r'keep_params=0.01 is below the floor .* in neck'):
         runner.train()
