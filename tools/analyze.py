@@ -77,8 +77,7 @@ def fraction(text: str) -> float:
 def main() -> None:
     args = parse_args()
     cfg = Config.fromfile(args.config)
-    if args.cfg_options:
-        cfg.merge_from_dict(args.cfg_options)
+    cli.put_over(cfg, args.cfg_options)
     folder = args.out or Path(cfg.get('work_dir') or Path('work_dirs') / Path(args.config).stem)
     options = run.Options(
         data=args.data,

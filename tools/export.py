@@ -62,8 +62,7 @@ def main() -> None:
     args = parse_args()
     MMLogger.get_instance('mmprune', log_level='INFO')
     config = Config.fromfile(args.config)
-    if args.cfg_options:
-        config.merge_from_dict(args.cfg_options)
+    cli.put_over(config, args.cfg_options)
     if args.out.endswith('.pth'):
         write_checkpoint(config, args)
         return

@@ -23,6 +23,9 @@ Seconds = Callable[[np.ndarray], float]
 
 PER = ('auto', 'budget', *cost.BY_NAME, 'none')
 
+SHORT = 0.01
+"""The fraction of the target by which the last of several cuts may end below it as it is."""
+
 
 def choose(
     graph: ChannelGraph,
@@ -75,10 +78,11 @@ def choose(
         graph, finite(scores), budget, original or Baseline(), protected, latency, per, auto,
         final or budget,
     )  # fmt: skip
-    keep = np.ones(graph.n_units, dtype=bool)
-    for part in budget.parts:
-        keep = choice.solve(part, keep)
-    return choice.solve(None, keep)
+    keep = choice.keep()
+    while final is not None and choice.auto > steps.LEAST and choice.is_below_final(keep):
+        choice = choice.finer()
+        keep = choice.keep()
+    return keep
 
 
 def finite(scores: np.ndarray) -> np.ndarray:
@@ -183,6 +187,41 @@ class _Choice:
         for width in steps.layer_widths(graph):
             for group in width.groups:
                 self.widths[group].append(width)
+
+    def keep(self) -> np.ndarray:
+        """Which units stay: the parts are cut to their own targets first, then the whole model."""
+        keep = np.ones(self.graph.n_units, dtype=bool)
+        for part in self.budget.parts:
+            keep = self.solve(part, keep)
+        return self.solve(None, keep)
+
+    def is_below_final(self, keep: np.ndarray) -> bool:
+        """Whether ``divisor='auto'`` made blocks so coarse that a cut ends more than ``SHORT`` below
+        the target of the last of several cuts.
+
+        The cuts before it leave little to remove, and then a single block can be several times too
+        large. In one cut, smaller blocks of other layers fill such a gap.
+        """
+        targets = self.final.whole.targets
+        asked = (
+            self.budget.divisor == 'auto'
+            and targets
+            and targets.keys() <= {'keep_flops', 'keep_params'}
+        )
+        if keep.all() or not asked:
+            return False
+        left = [
+            value(keep) / aim for value, aim in self._targets(None, self.final.whole, keep).values()
+        ]
+        return max(left) < 1 - SHORT
+
+    def finer(self) -> '_Choice':
+        """The same choice with ``divisor='auto'`` in half as large steps."""
+        half = self.auto // 2 if self.auto % (2 * steps.LEAST) == 0 else steps.LEAST
+        return _Choice(
+            self.graph, self.scores, self.budget, self.original, self.protected, self.latency, self.per,
+            half, self.final,
+        )  # fmt: skip
 
     def solve(self, part: str | None, keep: np.ndarray) -> np.ndarray:
         """``keep`` less what goes for the targets of one part (``None``: of the whole model)."""

@@ -10,7 +10,9 @@ unpruned, cut evenly, and cut as the scores at hand would.
 """
 
 import contextlib
+import logging
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -37,6 +39,8 @@ from mmprune.graph.registry import is_contraction
 from mmprune.graph.tracer import Tracer, trace_runs
 from mmprune.surgery.apply import cut
 from mmprune.surgery.build import make_plan
+
+log = logging.getLogger(__name__)
 
 FILE = 'op_times.json'
 EVENLY = (0.85, 0.75, 0.6, 0.5, 0.35, 0.2)
@@ -244,13 +248,20 @@ def measure(
     device, ratios = device_of(trace), []
     with unchanged(model), evaluating(model):
         ops = _contractions(model, forward, trace)
+        log.info('Timing %d operations, then %d networks', len({op.key for op in ops}), len(keeps) - 1)
         latency = Latency(trace, ops, _table(ops, trace, backend, step, rounds), auto)
         unpruned = prepare(model)
         whole = least_of({0: unpruned}, device, rounds)[0]
         turns = int(np.clip(SECONDS / whole, rounds, MOST_TURNS))
+        start = time.monotonic()
         for keep in track(keeps[1:], f'Timing networks ({backend})', transient=True):
             # In turns with the unpruned network, as a choice is timed in the end.
             ratios.append(ratio_of(prepare(cut_copy(model, trace, keep)), unpruned, device, turns))
+            if len(ratios) in (1, len(keeps) // 2):
+                rest = (len(keeps) - 1 - len(ratios)) * (time.monotonic() - start) / len(ratios)
+                log.info(
+                    'Timed %d of %d networks: %.0f seconds more', len(ratios), len(keeps) - 1, rest
+                )
     latency.fit(keeps, [whole, *(whole * ratio for ratio in ratios)])
     return latency
 

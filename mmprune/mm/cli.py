@@ -6,8 +6,9 @@ The options are those of mmdet's and mmpose's own scripts, so habits and job scr
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS, init_default_scope
@@ -72,12 +73,12 @@ def load_config(args: argparse.Namespace) -> Config:
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = Config.fromfile(args.config)
     cfg.launcher = args.launcher
-    if args.cfg_options:
-        cfg.merge_from_dict(args.cfg_options)
+    put_over(cfg, args.cfg_options)
     if args.work_dir:
         cfg.work_dir = args.work_dir
     elif not cfg.get('work_dir'):
         cfg.work_dir = str(Path('work_dirs') / Path(args.config).stem)
+    check_folder(cfg.work_dir)
     if args.launcher != 'none' and not cfg.get('model_wrapper_cfg'):
         cfg.model_wrapper_cfg = dict(
             type='PrunableDistributedDataParallel',
@@ -85,6 +86,54 @@ def load_config(args: argparse.Namespace) -> Config:
             find_unused_parameters=cfg.get('find_unused_parameters', False),
         )
     return cfg
+
+
+def put_over(cfg: Config, options: Mapping[str, Any] | None) -> None:
+    """Puts the values of ``--cfg-options`` over those of a config.
+
+    Raises:
+        PruneError: the config has no place for one of them.
+    """
+    try:
+        cfg.merge_from_dict(dict(options or {}))
+    except (KeyError, TypeError) as error:
+        raise PruneError(f'--cfg-options: {_problem_of(options or {}, cfg, error)}') from error
+
+
+def _problem_of(options: Mapping[str, Any], cfg: Config, error: Exception) -> str:
+    """The first of the options that the config has no place for, and why, in a sentence."""
+    for key, value in options.items():
+        place: Any = cfg
+        for number, name in enumerate(key.split('.')):
+            where = '.'.join(key.split('.')[:number])
+            if isinstance(place, list | tuple):
+                if not name.isdigit() or int(name) >= len(place):
+                    last = f'{where}.0 to {where}.{len(place) - 1}' if place else 'none'
+                    return (
+                        f'{key}={value!r}: {where} is a list of {len(place)}, so {name!r} is no place '
+                        f'in it; there are {last}'
+                    )
+                place = place[int(name)]
+            elif isinstance(place, Mapping | Config):
+                place = place.get(name, {})
+            else:
+                return (
+                    f'{key}={value!r}: {where} is {place!r}, which has no {name!r}; set {where} itself'
+                )
+    return str(error)
+
+
+def check_folder(path: str) -> None:
+    """Raises a PruneError if a folder is not there and can't be made; it is not made."""
+    folder = Path(path).absolute()
+    there = next(each for each in (folder, *folder.parents) if each.exists())
+    if not there.is_dir():
+        raise PruneError(f'--work-dir {path}: {there} is a file, not a folder; take another folder')
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PruneError(
+            f'--work-dir {path}: {there} can not be written to; take another folder, or change its '
+            'permissions'
+        )
 
 
 def build_runner(cfg: Config) -> Runner:

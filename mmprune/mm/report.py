@@ -43,11 +43,16 @@ def before(graph: ChannelGraph) -> dict[str, Any]:
 
 
 def channels(axes: dict[str, list[list[Any]]], plan: Plan) -> dict[str, dict[str, int]]:
-    """{part: {'before', 'after'}}: output channels of all layers with weights, against the original."""
+    """{part: {'before', 'start', 'after'}}: output channels of all layers with weights, of the
+    original, at the start of this run, and now."""
     found = {}
     for part, entries in axes.items():
         pairs = [width(plan, *entry) for entry in entries]
-        found[part] = {'before': sum(p[0] for p in pairs), 'after': sum(p[1] for p in pairs)}
+        found[part] = {
+            'before': sum(was for was, _ in pairs),
+            'start': sum(size for _, _, size in entries),
+            'after': sum(now for _, now in pairs),
+        }
     return found
 
 
@@ -115,12 +120,14 @@ def log_scores(logger: logging.Logger, collector: Collector) -> None:
     if skipped:
         logger.warning(f'Iterations that were not scored: {skipped}')
     for reader, count in collector.unscored().items():
-        logger.info(f'{count} units stay, since {reader}')
+        logger.debug(f'{count} units stay, since {reader}')  # a warning named them at the first cut
 
 
-def log_cut(logger: logging.Logger, number: int, entry: dict[str, Any]) -> None:
+def log_cut(logger: logging.Logger, number: int, entry: dict[str, Any], steps: int) -> None:
+    """What a cut did. ``steps``: how many cuts the schedule has."""
+    extra = f' (after the {steps} of the schedule, since the budget was not met)' * (number > steps)
     logger.info(
-        f'Cut {number}: {entry["units_removed"]} units removed; '
+        f'Cut {number}{extra}: {entry["units_removed"]} units removed; '
         f'FLOPs {entry["flops"]:,} ({entry["flops"] / entry["flops_before"]:.1%}), '
         f'parameters {entry["params"]:,} ({entry["params"] / entry["params_before"]:.1%})'
     )
@@ -170,6 +177,11 @@ def loss_change(
     }
 
 
+def units_removed(history: list[dict[str, Any]]) -> int:
+    """Units that all cuts of a history removed."""
+    return sum(entry.get('units_removed') or 0 for entry in history)
+
+
 def figures(plan: Plan, axes: dict[str, list[list[Any]]]) -> dict[str, Any]:
     """FLOPs, parameters and channels before and after a plan, and its history: plain data."""
     last = plan.history[-1]
@@ -182,15 +194,29 @@ def figures(plan: Plan, axes: dict[str, list[list[Any]]]) -> dict[str, Any]:
 
 
 def finish(
-    runner: Runner, started: dict[str, Any], plan: Plan, metrics: dict[str, dict[str, float]]
+    runner: Runner,
+    started: dict[str, Any],
+    plan: Plan,
+    metrics: dict[str, dict[str, float]],
+    start: dict[str, float],
 ) -> None:
-    """Writes ``prune_report.json`` into the work directory and prints the table."""
+    """Writes ``prune_report.json`` into the work directory and prints the table.
+
+    Args:
+        started: the result of :func:`before`, and what the run added to it.
+        plan: against the original.
+        metrics, start: of :class:`mmprune.mm.hooks.prune_state.PruneState`.
+    """
     content = figures(plan, started['axes']) | {
         'metrics': metrics,
+        'start': start,
+        'units_removed': units_removed(plan.history),
         'locked': started['locked'],
         'merged': started.get('merged', []),
         'failed': started.get('failed', {}),
     }
+    if started.get('latency') is not None:
+        content |= {'latency': started['latency'], 'backend': plan.budget.get('backend', 'eager')}
     path = Path(runner.work_dir) / FILE
     path.write_text(json.dumps(content, indent=2) + '\n')
     runner.logger.info(f'Wrote {path}\n{as_text(table(content))}')
@@ -200,30 +226,50 @@ def finish(
 
 
 def table(content: dict[str, Any]) -> Table:
-    """The content of ``prune_report.json`` as a table: unpruned, pruned, what is left."""
+    """The content of ``prune_report.json`` as a table: unpruned, pruned, what is left. If the model had
+    been pruned by an earlier run, a column shows it at the start of this run."""
+    start, metrics = content.get('start', {}), content['metrics']
+    again = 'start' in metrics or any(fraction < 1 for fraction in start.values())
     out = Table(title='Pruned', title_justify='left')
     out.add_column('')
-    for name in ('unpruned', 'pruned', 'left'):
+    for name in ('unpruned', *['at the start of this run'] * again, 'pruned', 'left'):
         out.add_column(name, justify='right')
+
+    def add(label: str, was: str, at_start: str, now: str, left: str) -> None:
+        out.add_row(label, was, *[at_start] * again, now, left)
+
     for label, key in (('FLOPs', 'flops'), ('parameters', 'params')):
         was, now = content[key]['before'], content[key]['after']
-        out.add_row(label, f'{was:,}', f'{now:,}', f'{now / was:.1%}')
+        add(label, f'{was:,}', f'{round(was * start.get(key, 1)):,}', f'{now:,}', f'{now / was:.1%}')
     out.add_section()
     for part, widths in content['channels'].items():
         was, now = widths['before'], widths['after']
-        out.add_row(f'channels: {part}', f'{was:,}', f'{now:,}', f'{now / was:.1%}')
-    unpruned, pruned = (content['metrics'].get(k, {}) for k in ('unpruned', 'pruned'))
-    names = [n for n in {**unpruned, **pruned} if is_headline(n)]
+        at_start = f'{widths.get("start", was):,}'
+        add(f'channels: {part}', f'{was:,}', at_start, f'{now:,}', f'{now / was:.1%}')
+    if content.get('latency') is not None:
+        out.add_section()
+        add(f'time ({content.get("backend", "eager")})', '', '', '', f'{content["latency"]:.1%}')
+    unpruned, first, pruned = (metrics.get(k, {}) for k in ('unpruned', 'start', 'pruned'))
+    names = [n for n in {**unpruned, **first, **pruned} if is_headline(n)]
     if names:
         out.add_section()
     for name in names:
-        out.add_row(name, _number(unpruned.get(name)), _number(pruned.get(name)), '')
+        add(name, *(_number(values.get(name)) for values in (unpruned, first, pruned)), '')
     return out
 
 
 def is_headline(name: str) -> bool:
     """Metrics for the table: all are in the JSON; those by object size and recalls stay there."""
     return not name.endswith(('_s', '_m', '_l', '(M)', '(L)', 'data_time', '/time', 'time'))
+
+
+LOWER = ('loss', 'err', 'nme', 'epe', 'mpjpe', 'mae', 'mse', 'fid', 'dist', 'miss')
+"""Parts of the names of metrics that are better where they are lower."""
+
+
+def higher_is_better(metric: str) -> bool:
+    """Of a metric, by its name: errors and losses are better where they are lower."""
+    return not any(word in metric.rpartition('/')[2].lower() for word in LOWER)
 
 
 def _number(value: float | None) -> str:

@@ -251,14 +251,20 @@ class Collector:
 
     def unscored(self) -> dict[str, int]:
         """Why units could not be scored, by the name of the weight that reads them: their number."""
-        found: dict[str, int] = {}
+        return {f'{name} {why}': units.size for (name, why), units in self.held_units().items()}
+
+    def held_units(self) -> dict[tuple[str, str], np.ndarray]:
+        """{(name of a weight, why it gives no score): the units that stay because of it}. Weights that
+        are trained, and had no gradient so far, are not among them."""
+        found: dict[tuple[str, str], np.ndarray] = {}
         if self.score.criterion.needs != 'weights':
             blind = self._blind()
             for entry, why in self._blind_consumers(Units(self.trace)):
                 units = np.unique(self.trace.unit_of[entry.axis.ids])
-                count = int(blind[units[units >= 0]].sum())
-                if count:
-                    found[f'{entry.axis.name} {why}'] = count
+                units = units[units >= 0]
+                units = units[blind[units]]
+                if units.size:
+                    found[entry.axis.name, why] = units
         return found
 
     def _seen(self) -> set[int]:

@@ -14,7 +14,7 @@ from torch import nn
 import mmprune
 from mmprune import PruneError
 from mmprune.budget import measured
-from mmprune.mm import loading
+from mmprune.mm import cli, loading
 from mmprune.mm.checkpoint import load_pruned
 from mmprune.mm.deploy import export, runtime
 from mmprune.mm.hooks import PruneHook
@@ -65,7 +65,8 @@ def forward(model):
 
 
 def train(folder, hook, **more):
-    return hook_runs.train(hook_runs.config(folder, hook=hook, **more))
+    cfg = hook_runs.config(folder, hook=hook, **more)
+    return hook_runs.train(cfg, resume=bool(more.get('resume')))
 
 
 def pruned_checkpoint(folder):
@@ -113,6 +114,30 @@ def _(folder):
 @meets('Too many times')
 def _(folder):
     PruneHook(keep_flops=0.5, end=0.5, interval=50, steps=10)
+
+
+@meets('Several hooks')
+def _(folder):
+    hooks = [dict(type='PruneHook', keep_flops=0.5), dict(type='PruneHook', keep_params=0.3)]
+    train(folder, None, custom_hooks=hooks)
+
+
+@meets('An index out of range')
+def _(folder):
+    cli.put_over(hook_runs.config(folder), {'custom_hooks.2.keep_flops': 0.3})
+
+
+@meets('A folder that can not be made')
+def _(folder):
+    (folder / 'file').touch()
+    cli.check_folder(str(folder / 'file' / 'mine'))
+
+
+@meets('Resumed at its end')
+def _(folder):
+    train(folder / 'dense', None, epochs=1, custom_hooks=[])
+    checkpoint = str(folder / 'dense' / 'epoch_1.pth')
+    train(folder / 'pruned', dict(keep_flops=0.5), epochs=1, load_from=checkpoint, resume=True)
 
 
 @meets('The training is too short')

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import mmengine
+import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.runner import set_random_seed
@@ -15,6 +16,7 @@ from torch import nn
 
 from mmprune import _version
 from mmprune.analysis.analyze import Analysis, analyze
+from mmprune.analysis.floors import lowest
 from mmprune.analysis.sensitivity import (
     FRACTIONS,
     SEEDS,
@@ -29,17 +31,20 @@ from mmprune.analysis.suggest import TOLERANCE, Suggestion, suggest
 from mmprune.budget.budget import Budget, make_budget
 from mmprune.budget.device import device_name
 from mmprune.check.lockstep import random_state, set_random_state
+from mmprune.check.masked import masked_in_place
 from mmprune.errors import PruneError
 from mmprune.graph import cost
+from mmprune.graph.coupling import ChannelGraph
 from mmprune.mm.analysis import inputs
 from mmprune.mm.analysis.snippet import budget_in, hook_of, snippet
-from mmprune.mm.analysis.values import higher_is_better, mean_loss, metric_of, total_loss
+from mmprune.mm.analysis.values import main_metric, mean_loss, metric_of, total_loss
 from mmprune.mm.model_modes import MODES, Runs, runs_of, test_size
+from mmprune.mm.report import higher_is_better
 from mmprune.progress import bar
 from mmprune.pruner import score_batches
 from mmprune.score import IN_TRAINING, Score, make_score
 from mmprune.score.idle import idle_groups, idle_text
-from mmprune.surgery.build import baseline_of, remaining
+from mmprune.surgery.build import baseline_of, make_plan, remaining
 from mmprune.surgery.plan import plan_of
 
 FILE = 'analysis.json'
@@ -228,9 +233,12 @@ def _worth(
     idle = idle_text(idle_groups(found.graph, scores, score))
     if idle:
         notes.append(idle)
+    metric = options.metric
     evaluate, of = _evaluated(cfg, model, batches, options, notes)
-    higher = options.metric is not None and higher_is_better(options.metric)
-    seeds = 1 if options.metric is not None else SEEDS
+    if metric is None and falls_when_broken(model, found.graph, scores, evaluate):
+        metric, evaluate, of = _by_metric(cfg, model, of, notes, say)
+    higher = metric is not None and higher_is_better(metric)
+    seeds = 1 if metric is not None else SEEDS
     total = evaluations(found.graph, options.fractions, seeds)
     start = time.monotonic()
     with bar('Masking', total, patience=0) as tell:
@@ -286,6 +294,45 @@ def _evaluated(
         batches = batches[: options.batches]
         return mean_loss(batches), f'the loss on {counted(batches)} of training data'
     return mean_loss(validation), f'the loss on {counted(validation)} of validation data'
+
+
+def _by_metric(
+    cfg: Config, model: nn.Module, loss: str, notes: list[str], say: Say
+) -> tuple[str, Evaluate, str]:
+    """The config's own metric in place of a loss that measures nothing: (name, function, in words)."""
+    text = f'{loss} falls when the network is destroyed, so it does not measure how good a network is'
+    try:
+        metric = main_metric(cfg, model)
+    except PruneError as error:
+        raise PruneError(f'{text}, and there is no metric: {error}') from error
+    text += f'; {metric} is taken, over all validation data (choose another with --metric)'
+    notes.append(text)
+    say(text)
+    return metric, metric_of(cfg, metric), f'{metric} on the validation data'
+
+
+def falls_when_broken(
+    model: nn.Module, graph: ChannelGraph, scores: np.ndarray, evaluate: Evaluate
+) -> bool:
+    """Whether a loss becomes lower when a network is destroyed. Losses do that if a network without any
+    detection has few positive examples, or is weighted by its own quality (RTMDet).
+
+    Two networks are tried: all but the least of each group is masked, or the better half of each group.
+    """
+    nearly_nothing = lowest(graph, Budget(keep_channels=0.5, divisor=1))
+    worse_half = np.ones(graph.n_units, dtype=bool)
+    for group in graph.groups:
+        if len(group) > 1:
+            order = np.argsort(np.nan_to_num(scores[group.units]), kind='stable')
+            worse_half[group.units[order[len(group) // 2 :]]] = False
+    base = seeded(model, evaluate)
+    for keep in (nearly_nothing, worse_half):
+        if keep.all():
+            continue
+        with masked_in_place(model, make_plan(graph, model, keep, {})):
+            if seeded(model, evaluate) < base:
+                return True
+    return False
 
 
 def _group_meta(each: GroupSensitivity, found: Analysis) -> dict[str, Any]:

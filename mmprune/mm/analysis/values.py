@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,13 +11,10 @@ from mmengine.evaluator import Evaluator
 from torch import nn
 
 from mmprune.analysis.sensitivity import Evaluate
-from mmprune.contexts import evaluating
+from mmprune.contexts import evaluating, unchanged
 from mmprune.errors import PruneError
 from mmprune.mm.analysis.inputs import quiet, validation_loader
 from mmprune.mm.model_modes import loss_of
-
-LOWER = ('loss', 'err', 'nme', 'epe', 'mpjpe', 'mae', 'mse', 'fid', 'dist', 'miss')
-"""Parts of the names of metrics that are better where they are lower."""
 
 
 def total_loss(model: nn.Module, batch: Any) -> torch.Tensor:
@@ -35,6 +32,25 @@ def mean_loss(batches: Sequence[Any]) -> Evaluate:
     return evaluate
 
 
+MAIN = ('bbox_mAP', 'mAP', 'AP', 'top1', 'accuracy', 'PCK', 'AUC', 'NME')
+"""Last parts of the names of metrics, the one that says most first."""
+
+
+def main_metric(cfg: Config, model: nn.Module) -> str:
+    """The name of the metric that says most of what the config's evaluator gives. It runs a validation.
+
+    Raises:
+        PruneError: no data, no evaluator in the config, or no number among its metrics.
+    """
+    with unchanged(model), torch.no_grad():
+        found = _metrics_of(cfg, 'main')(model)
+    names = [name for name, value in found.items() if isinstance(value, int | float)]
+    order = {last: place for place, last in enumerate(MAIN)}
+    if not names:
+        raise PruneError('the evaluator of the config gives no number: name a metric with --metric')
+    return min(names, key=lambda name: order.get(name.rpartition('/')[2], len(MAIN)))
+
+
 def metric_of(cfg: Config, name: str) -> Evaluate:
     """A metric over the whole validation data (metrics of COCO's kind have no sense on a part of it).
 
@@ -42,6 +58,22 @@ def metric_of(cfg: Config, name: str) -> Evaluate:
         PruneError: no data, or no evaluator in the config. The function that is returned raises one for
             an unknown metric; the known ones are listed.
     """
+    metrics = _metrics_of(cfg, name)
+
+    def evaluate(model: nn.Module) -> float:
+        found = metrics(model)
+        if name not in found:
+            raise PruneError(
+                f'--metric {name}: the evaluator of the config gives '
+                f'{", ".join(key for key in found if "copypaste" not in key)}'
+            )
+        return float(found[name])
+
+    return evaluate
+
+
+def _metrics_of(cfg: Config, name: str) -> Callable[[nn.Module], dict[str, Any]]:
+    """All metrics of the config over its validation data. ``name``: of the one that is wanted."""
     if not cfg.get('val_evaluator'):
         raise PruneError(f'--metric {name}: the config has no val_evaluator')
     loader = validation_loader(cfg)
@@ -53,22 +85,11 @@ def metric_of(cfg: Config, name: str) -> Evaluate:
         raise PruneError(f'--metric {name}: the annotations can not be read: {error}') from error
     evaluator.dataset_meta = getattr(loader.dataset, 'metainfo', None)
 
-    def evaluate(model: nn.Module) -> float:
+    def evaluate(model: nn.Module) -> dict[str, Any]:
         model.eval()
         with quiet(), contextlib.redirect_stdout(io.StringIO()):
             for batch in loader:
                 evaluator.process(data_samples=model.val_step(batch), data_batch=batch)
-            found = evaluator.evaluate(len(loader.dataset))
-        if name not in found:
-            raise PruneError(
-                f'--metric {name}: the evaluator of the config gives '
-                f'{", ".join(key for key in found if "copypaste" not in key)}'
-            )
-        return float(found[name])
+            return evaluator.evaluate(len(loader.dataset))
 
     return evaluate
-
-
-def higher_is_better(metric: str) -> bool:
-    """Of a metric, by its name: errors and losses are better where they are lower."""
-    return not any(word in metric.rpartition('/')[2].lower() for word in LOWER)

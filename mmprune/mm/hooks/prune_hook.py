@@ -1,6 +1,7 @@
 """The mmengine hook that prunes: when to trace, to score and to cut."""
 
-from dataclasses import replace
+import inspect
+from dataclasses import fields, replace
 from typing import Any
 
 from mmengine.hooks import Hook
@@ -8,13 +9,15 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from mmprune.budget.budget import Budget, make_budget
-from mmprune.budget.schedule import CutTimes, check_times, resolve, target_at
+from mmprune.budget.measured import Timing
+from mmprune.budget.schedule import SCORED, CutTimes, check_times, resolve, target_at
 from mmprune.distributed import check_rebuildable, is_distributed, raise_together
 from mmprune.errors import PruneError
 from mmprune.graph.coupling import ChannelGraph
 from mmprune.mm import report
-from mmprune.mm.hooks import running
+from mmprune.mm.hooks import preflight, running
 from mmprune.mm.hooks.distill_hook import DistillHook
+from mmprune.mm.hooks.preflight_hook import PreflightHook
 from mmprune.mm.hooks.prune_state import PruneState
 from mmprune.mm.hooks.rebuild_hook import RebuildHook
 from mmprune.mm.hooks.recalibrate_hook import RecalibrateHook
@@ -27,7 +30,6 @@ from mmprune.mm.recording.recorder import Recorder
 from mmprune.score import IN_TRAINING, Score, make_score
 from mmprune.score.idle import idle_groups, idle_text
 from mmprune.session import choose_step, cut_once, most_narrowed
-from mmprune.surgery.plan import plan_of
 
 
 @HOOKS.register_module()
@@ -43,7 +45,8 @@ class PruneHook(Hook):
             loop (mmengine's count), or floats in [0, 1] for fractions of the training.
         end: no cut comes later. By default a fifth of the training after ``begin``.
         interval: between two cuts; follows from ``begin``, ``end`` and ``steps`` where it is not given.
-        steps: number of cuts in which the budget is reached: 30, or 10 where ``interval`` is given.
+        steps: number of cuts in which the budget is reached. By default 30, or fewer in a short
+            training, so that each is scored over three steps of the optimizer; 10 with ``interval``.
         by_epoch: integers of ``begin``, ``end`` and ``interval`` are epochs.
         schedule: how the target comes down, ``'linear'`` or ``'cubic'``.
         samples: images of the batch that the loss is traced and checked on.
@@ -93,6 +96,7 @@ class PruneHook(Hook):
         for name, value, least in (('samples', samples, 1), ('recalibrate', recalibrate, 0)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise PruneError(f'PruneHook: {name}={value!r}: must be an integer >= {least}')
+        preflight.check_options(options, OPTIONS)
         check_times(begin, end, interval, steps, by_epoch)
         target_at(1, 1, 0.5, schedule)  # an unknown schedule is an error now, not at the first cut
         self.requested_times = [begin, end, interval, steps, by_epoch]
@@ -117,9 +121,12 @@ class PruneHook(Hook):
         return self.state.cuts
 
     def before_run(self, runner: Runner) -> None:
+        recalibrate = RecalibrateHook(self.recalibrate) if self.recalibrate else None
+        preflight.check_hooks(runner, self, {'recalibrate': recalibrate, 'distill': self.distill})
         own: list[Hook] = [StateHook(self.state, self.scoring)]
+        own.append(PreflightHook(self.state, self.budget, self.scoring))
         own.append(ReportHook(self.state, self.budget, self.recorder))
-        own += [RecalibrateHook(self.recalibrate)] if self.recalibrate else []
+        own += [recalibrate] if recalibrate is not None else []
         for hook in (RebuildHook(), *own):
             running.ensure_registered(runner, hook, self.priority)
         if self.distill is not None:
@@ -127,32 +134,31 @@ class PruneHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         check_rebuildable(runner.model)
-        self._prepare = running.prepare_for_timing(runner, self.budget)
-        times = self.state.times = self._times(runner)
-        if not self.state.resumed and times.begin + times.interval > runner.max_iters:
-            raise PruneError(
-                f'PruneHook: the first cut would come after iteration {times.begin + times.interval}, '
-                f'and training ends at {runner.max_iters}: lower begin or interval'
-            )
-        if times.last > runner.max_iters:
-            runner.logger.warning(
-                f'PruneHook: training ends at iteration {runner.max_iters}, before the last of '
-                f'{times.steps} cuts: the budget will not be met; lower begin, interval or steps'
-            )
+        prepare = running.prepare_for_timing(runner, self.budget)
+        self._prepare = Timing(prepare) if self.budget.latency is not None else None
+        self.state.times = self._times(runner)
 
     def _times(self, runner: Runner) -> CutTimes:
-        """Those of the run that goes on, where the options are still the same: a training that was
-        made longer does not move its cuts."""
-        count, times = running.accumulation(runner), self.state.times
-        if times is None or self.state.requested_times != self.requested_times:
+        """When cuts come. A resumed run keeps its times if the options are still the same: a training
+        that was made longer does not move its cuts."""
+        state, asked, total = self.state, self.requested_times, runner.max_iters
+        count, times = running.accumulation(runner), state.times
+        scored = SCORED if self.score.criterion.gradients else 1
+        done = 0 if state.resumed else runner.iter
+        if done >= total > 0:
+            preflight.check_first_cut(CutTimes(done, 1, 1), total, done)
+        if times is None or state.requested_times != asked:
             length = running.epoch_length(runner)
-            times = resolve(*self.requested_times, runner.max_iters, length, count)
+            times = resolve(*asked, total, length, count, scored=scored, done=done)
         running.check_accumulation(count, begin=times.begin, interval=times.interval)
-        self.state.requested_times = list(self.requested_times)
-        runner.logger.info(
-            f'PruneHook: {times.steps} cuts, one every {times.interval} iterations from {times.begin} '
-            f'on, the last after {times.last} of {runner.max_iters}'
-        )
+        state.requested_times = list(asked)
+        if not state.resumed:
+            preflight.check_first_cut(times, total, done)
+        runner.logger.info(preflight.plan_of_cuts(times, total, state.cuts, runner.iter))
+        for text in preflight.warnings_of_times(
+            times, asked, total, accumulated=count, scored=scored, resumed_at=done
+        ):
+            runner.logger.warning(text)
         return times
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
@@ -176,11 +182,12 @@ class PruneHook(Hook):
         if self.scoring.trace is None or not self._is_due(runner):
             return
         times, now = self.state.times, runner.iter + 1
-        last = self.state.metrics.get('unpruned', {}).get('iteration')
+        phase = self.state.phase(unwrapped(runner.model))
+        last = self.state.metrics.get(phase, {}).get('iteration')
         recent = last is not None and now - last <= times.interval
-        first = plan_of(unwrapped(runner.model)) is None
+        first = phase != 'pruned'
         if first and self.validate_first and not recent and runner.val_loop is not None:
-            runner.logger.info('Validating the unpruned model before the first cut')
+            runner.logger.info('Validating the model before the first cut')
             running.validate_apart(runner)
         self.cut(runner, data_batch)
 
@@ -205,6 +212,8 @@ class PruneHook(Hook):
             args = (graph, scores, self.budget, model, forward, target, state.start, per, self._prepare)
             keep, notes = choose_step(*args)
             narrowed[:] = most_narrowed(graph, keep)
+            if notes.latency is not None:
+                state.report['latency'] = notes.latency
             self.recorder.note_scores(runner, graph, scores, keep, self.score, self.budget)
             return keep, replace(notes, iteration=runner.iter + 1)
 
@@ -238,7 +247,7 @@ class PruneHook(Hook):
         state.cuts = number
         state.report.setdefault('failed', {}).update(outcome.failed)
         if outcome.plan is None:
-            runner.logger.warning(f'Cut {number} removes nothing: its target is met already')
+            runner.logger.info(f'Cut {number} removes nothing: its target is met already')
         else:
             for ema in ema_models:
                 running.refresh(ema)
@@ -253,3 +262,10 @@ class PruneHook(Hook):
             self.scoring.watch(runner, outcome.trace)
         else:
             self.scoring.finish()
+
+
+OPTIONS = (
+    *list(inspect.signature(PruneHook.__init__).parameters)[1:-1],
+    *(field.name for field in fields(Budget)),
+)
+"""Names of all options of the hook, those of its budget included."""

@@ -15,6 +15,7 @@ from mmprune.graph.coupling import ChannelGraph
 from mmprune.mm.model_modes import MODES
 from mmprune.score.collector import Collector
 from mmprune.surgery.build import remaining
+from mmprune.surgery.plan import plan_of
 
 KEY = 'mmprune_state'
 """Where it stands in a checkpoint."""
@@ -30,7 +31,7 @@ class PruneState:
         times: when cuts come, resolved from that; ``None`` before training.
         start: {'flops', 'params', 'channels': the fraction of the original that the model had before
             the first cut of this run}.
-        metrics: {'unpruned' or 'pruned': {'iteration': of the last validation, name: value}}.
+        metrics: {a result of :meth:`phase`: {'iteration': of the last validation, name: value}}.
         report: :func:`mmprune.mm.report.before`.
         record: what the run's page shows beside (:mod:`mmprune.mm.recording`).
         modes: of :class:`mmprune.mm.model_modes.Runs`, those that work.
@@ -92,6 +93,13 @@ class PruneState:
         self.record = dict(content.get('record', {}))
         self.modes = frozenset(content.get('modes', MODES))
         self.resumed = True
+
+    def phase(self, model: nn.Module) -> str:
+        """``'unpruned'``; ``'start'`` if an earlier run pruned the model and this one has not cut yet;
+        ``'pruned'`` after a cut of this run."""
+        if plan_of(model) is None:
+            return 'unpruned'
+        return 'pruned' if self.cuts else 'start'
 
     def is_done(self, model: nn.Module, budget: Budget) -> bool:
         """Whether the budget is met: all cuts were made, and no fraction is above its target."""

@@ -43,11 +43,10 @@ class ReportHook(Hook):
         self.recorder.end_cut()
         plan = plan_of(unwrapped(runner.model))
         entry = plan.history[-1]
-        report.log_cut(runner.logger, self.state.cuts, entry)
-        runner.visualizer.add_scalars(
-            {f'prune/{name}': entry[name] for name in ('units_removed', 'flops', 'params')},
-            step=runner.iter + 1,
-        )
+        report.log_cut(runner.logger, self.state.cuts, entry, self.state.times.steps)
+        curves = {f'prune/{name}': entry[name] for name in ('flops', 'params')}
+        curves['prune/units_removed_in_all'] = report.units_removed(plan.history)
+        runner.visualizer.add_scalars(curves, step=runner.iter + 1)
         self.recorder.write(runner, plan)
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
@@ -55,7 +54,7 @@ class ReportHook(Hook):
             return
         numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
         plan = plan_of(unwrapped(runner.model))
-        which = 'unpruned' if plan is None else 'pruned'
+        which = self.state.phase(unwrapped(runner.model))
         self.state.metrics[which] = {'iteration': runner.iter} | numbers
         self.recorder.end_validation(runner, which, numbers)
         self.recorder.write(runner, plan)
@@ -73,11 +72,11 @@ class ReportHook(Hook):
                 f'Training ended before the budget {self.budget.to_meta()} was met: '
                 f'{state.cuts} of {state.times.steps} cuts'
             )
-        last = state.metrics.get('pruned', {}).get('iteration')
+        last = state.metrics.get(state.phase(model), {}).get('iteration')
         if runner.val_loop is not None and last != runner.iter:
             validate_apart(runner)  # a run that was ended in its last validation
         if is_main_process():
-            report.finish(runner, state.report, plan, state.metrics)
+            report.finish(runner, state.report, plan, state.metrics, state.start)
             self.recorder.write(runner, plan, finished=True)
             self._write_page(runner)
 

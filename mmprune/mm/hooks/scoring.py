@@ -10,12 +10,13 @@ from mmprune.distributed import all_gather, is_distributed, raise_together
 from mmprune.graph.coupling import ChannelGraph
 from mmprune.graph.unseen import unseen_message
 from mmprune.mm import report
+from mmprune.mm.hooks.preflight import check_floor
 from mmprune.mm.hooks.prune_state import PruneState
 from mmprune.mm.hooks.running import unwrapped
 from mmprune.mm.model_modes import Runs, first_trace, runs_of, test_size
 from mmprune.score import Score
 from mmprune.score.collector import Collector
-from mmprune.surgery.build import remaining
+from mmprune.surgery.build import baseline_of, remaining
 
 PATIENCE = 20
 """Iterations that the trace waits for a batch on which every layer runs (one with boxes, say)."""
@@ -74,6 +75,8 @@ class Scoring:
                     f'({PATIENCE} batches were looked at, and all modes in which the model runs.)',
                 )
             )
+        with raise_together('the floor of the budget'):
+            check_floor(graph, self.budget, baseline_of(model, graph))
         self.watch(runner, graph)
         self._waited, state.modes = 0, runs.modes
         if not state.start:

@@ -13,7 +13,7 @@ from mmprune import Budget, PruneError
 from mmprune.budget.budget import make_budget
 from mmprune.budget.choose import choose, cost_against
 from mmprune.graph import cost
-from mmprune.surgery.build import Baseline
+from mmprune.surgery.build import Baseline, baseline_of
 
 
 class Net(nn.Module):
@@ -497,3 +497,22 @@ def test_a_model_where_nothing_can_be_cut():
         PruneError, match='nothing can be cut: every unit is locked. The first reasons:'
     ):
         choose(traced, np.zeros(0), Budget(prune_num=1))
+
+
+def test_the_last_of_several_cuts_ends_close_to_its_target():
+    """A block of a quarter of a layer is several times as large as what the last cut has to remove."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 128, 3), *(nn.Conv2d(128, 128, 3) for _ in range(3)), nn.Conv2d(128, 8, 1)]
+    model, images = nn.Sequential(*layers), torch.zeros(1, 3, 16, 16)
+    forward = lambda model: model(images)  # noqa: E731
+    mmprune.prune(model, forward, keep_flops=0.52, divisor=1)
+    graph = mmprune.trace(model, forward)
+    scores = np.random.default_rng(0).lognormal(size=graph.n_units)
+    budget, original = Budget(keep_flops=0.5), baseline_of(model, graph)
+
+    def left(**options):
+        keep = choose(graph, scores, budget, original, auto=32, **options)
+        return cost.flops(graph)(keep) / original.flops
+
+    assert left() < 0.495
+    assert 0.495 <= left(final=budget) <= 0.5

@@ -10,11 +10,12 @@ from torch import nn
 import mmprune
 from mmprune import Budget, PruneError
 from mmprune.budget import device as devices
-from mmprune.budget import measured
+from mmprune.budget import latency, measured
 from mmprune.budget.choose import choose
 from mmprune.budget.steps import auto_step
-from mmprune.surgery.build import Baseline
-from mmprune.surgery.history import CutRecord
+from mmprune.surgery.apply import cut
+from mmprune.surgery.build import Baseline, baseline_of, make_plan
+from mmprune.surgery.history import CutNotes, CutRecord
 from mmprune.surgery.plan import Plan
 
 X = torch.randn(2, 3, 24, 24)
@@ -178,3 +179,69 @@ def test_a_second_cut_is_of_the_original_time(monkeypatch, model):
     mmprune.prune(pruned, forward, latency=0.8, check=False)
     mmprune.prune(pruned, forward, latency=0.6, check=False)
     assert seen == [None, 0.8]
+
+
+def test_a_table_of_times_holds_after_cuts(model, traced, tmp_path):
+    """Times of the cut network are those that the table says of the same choice of the whole one."""
+    table = latency.measure(model, forward, traced, rounds=1)
+    pruned, random = copy.deepcopy(model), np.random.default_rng(0)
+    plan = mmprune.prune(pruned, forward, keep_flops=0.6, score=random.random(traced.n_units))
+    graph = mmprune.trace(pruned, forward)
+    number = measured.renumbered(traced, None, graph, plan)
+    later = measured.Renumbered(table, number)
+    assert sorted(number[number >= 0]) == list(range(graph.n_units))
+    assert (number == measured.GONE).sum() == traced.n_units - graph.n_units
+    for share_left in (1.0, 0.7, 0.4):
+        keep = random.random(graph.n_units) < share_left
+        for group in graph.groups:
+            keep[group.units[0]] = True
+        whole = np.append(keep, True)[number] & (number != measured.GONE)
+        assert later(keep) == pytest.approx(table(whole)) == pytest.approx(by_terms(later, keep))
+    other = mmprune.trace(Net(32), forward)
+    assert measured.renumbered(traced, None, other, None) is None
+    again = mmprune.prune(pruned, forward, keep_flops=0.4)
+    third = measured.renumbered(graph, plan, mmprune.trace(pruned, forward), again)
+    assert (third >= 0).sum() < graph.n_units
+
+
+def by_terms(table, keep):
+    """The value of a table as a solver takes it."""
+    axes, terms = table.terms()
+    stays = np.append(keep, True)
+    return sum(float(of([stays[axes[n]].sum() for n in numbers])) for of, numbers in terms)
+
+
+def test_several_cuts_measure_once_and_time_the_last_choice_alone(monkeypatch, model, traced):
+    """Each measurement takes a minute and more in another runtime."""
+    network, counts, timed = copy.deepcopy(model), [], []
+
+    def measure(*args, **kwargs):
+        counts.append(1)
+        return latency.measure(*args, **kwargs, rounds=1)
+
+    def ratio(pruned, original, *_):
+        timed.append(original)
+        return 0.69
+
+    monkeypatch.setattr(measured, 'measure', measure)
+    monkeypatch.setattr(measured, 'ratio_of', ratio)
+    timing, final, graph = measured.Timing(), Budget(latency=0.7), traced
+    for wanted in (0.9, 0.8, 0.7):
+        scores = np.random.default_rng(3).random(graph.n_units)
+        keep, left = measured.choose_measured(
+            network, forward, graph, scores, Budget(latency=wanted), baseline_of(network, graph),
+            prepare=timing, final=final,
+        )  # fmt: skip
+        assert len(timed) == (wanted == 0.7)
+        assert left == 0.69 if timed else left < 1
+        plan = make_plan(graph, network, keep, {}, CutNotes(latency=left))
+        cut(network, plan)
+        graph = mmprune.trace(network, forward)
+    assert len(counts) == 1
+    # The last choice is timed against the network as it was before the first cut.
+    assert timed[0]().shape == (2, 5, 24, 24)
+    assert timed[0].__closure__ and networks_in(timed[0])[0][0].out_channels == 64
+
+
+def networks_in(function):
+    return [c.cell_contents for c in function.__closure__ if isinstance(c.cell_contents, nn.Module)]

@@ -62,7 +62,9 @@ def times(begin=None, end=None, interval=None, steps=None, by_epoch=False, lengt
         (dict(), (0, 12, 30)),
         (dict(steps=5), (0, 72, 5)),
         (dict(begin=0.5), (900, 12, 30)),
-        (dict(begin=0.9), (1620, 6, 30)),  # to the end of the training
+        (dict(begin=0.96), (1728, 3, 24)),  # to the end of the training, three iterations for each cut
+        (dict(begin=0.9, steps=30), (1620, 6, 30)),
+        (dict(begin=100, end=104), (100, 4, 1)),
         # No more cuts than there are iterations.
         (dict(begin=100, end=104, steps=30), (100, 1, 4)),
         (dict(begin=1.0), (1800, 1, 1)),
@@ -86,11 +88,34 @@ def test_options_in_iterations(options, found):
         (dict(end=10, steps=30), (0, 4, 2)),
         (dict(end=3), (0, 4, 1)),
         (dict(interval=0.0001), (0, 4, 10)),
+        (dict(), (0, 12, 30)),  # three steps of the optimizer for each cut
         (dict(begin=5, interval=7), (5, 7, 10)),  # explicit iterations stay
     ],
 )
 def test_cuts_fall_behind_whole_steps_of_accumulated_gradients(options, found):
     assert times(**options, multiple=4) == found
+
+
+def test_scores_that_need_no_iterations_leave_thirty_cuts():
+    found = resolve(None, None, None, None, False, 300, 150, scored=1)
+    assert tuple(found) == (0, 2, 30)
+
+
+@pytest.mark.parametrize(
+    'options, found',
+    [
+        (dict(), (600, 8, 30)),  # in a fifth of what is left
+        (dict(begin=100, steps=4), (600, 60, 4)),
+        (dict(begin=900, steps=4), (900, 60, 4)),
+        (dict(begin=0.0, end=0.5, steps=3), (600, 100, 3)),
+        (dict(interval=50, steps=2), (600, 50, 2)),
+    ],
+)
+def test_a_training_that_is_resumed_is_not_cut_in_the_past(options, found):
+    known = dict(begin=None, end=None, interval=None, steps=None) | options
+    assert tuple(resolve(*known.values(), False, 1800, 150, done=600)) == found
+    with pytest.raises(PruneError, match='end=0.25 is iteration 450 .*resumed at iteration 600'):
+        resolve(None, 0.25, None, None, False, 1800, 150, done=600)
 
 
 def test_the_shortest_training_has_one_cut():

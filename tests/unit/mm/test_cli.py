@@ -1,5 +1,6 @@
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,41 @@ def test_options_are_put_over_the_config(parse, config):
 )
 def test_work_dir(parse, config, arguments, work_dir):
     assert cli.load_config(parse('train', config, *arguments)).work_dir == work_dir
+
+
+@pytest.mark.parametrize('name', ['train', 'test'])
+def test_a_work_dir_that_can_not_be_made_is_named(parse, config, tmp_path, name):
+    more = [config] if name == 'test' else []
+    args = parse(name, config, *more, '--work-dir', f'{config}/mine')
+    with pytest.raises(
+        PruneError, match=r'--work-dir .*tiny.py/mine: .*tiny.py is a file, not a folder'
+    ):
+        cli.load_config(args)
+    args = parse(name, config, *more, '--work-dir', config)
+    with pytest.raises(PruneError, match=r'--work-dir .*tiny.py: .*tiny.py is a file, not a folder'):
+        cli.load_config(args)
+
+
+@pytest.mark.parametrize(
+    'option, told',
+    [
+        (
+            'hooks.2.steps=3',
+            "hooks.2.steps=3: hooks is a list of 1, so '2' is no place in it; there are hook",
+        ),
+        ('hooks.first.steps=3', "hooks is a list of 1, so 'first' is no place in it"),
+        ('none.0=3', "none is a list of 0, so '0' is no place in it; there are none"),
+        (
+            'model.depth.x=3',
+            "model.depth.x=3: model.depth is 18, which has no 'x'; set model.depth itself",
+        ),
+    ],
+)
+def test_an_option_without_a_place_is_named(parse, config, option, told):
+    with open(config, 'a') as file:
+        file.write("hooks = [dict(type='B')]\nnone = []\n")
+    with pytest.raises(PruneError, match=f'--cfg-options: .*{re.escape(told)}'):
+        cli.load_config(parse('train', config, '--cfg-options', option))
 
 
 def test_local_rank_does_not_replace_the_launchers(parse, config):

@@ -2,18 +2,21 @@
 
 import io
 import json
+import re
 
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.registry import MODELS
 from mmengine.runner import Runner
 from rich.console import Console
+from torch.nn import functional as F
 
 import mmprune
-from mmprune.mm.analysis import page, show
+from mmprune.mm.analysis import page, show, values
 from mmprune.mm.analysis.run import FILE, Options, analyze_config, duration, write
-from mmprune.mm.analysis.values import higher_is_better
 from mmprune.mm.pages import render
+from mmprune.mm.report import higher_is_better
 from tests.helpers import hook_runs
 
 
@@ -93,6 +96,53 @@ def test_a_metric_in_the_place_of_the_loss(trained):
         for group in worth['groups']
         if (v := group['values']['0.5']) is not None
     )
+
+
+@MODELS.register_module(force=True)
+class SureOfItself(hook_runs.TwoBranch):
+    """Its loss is weighted by how sure it is, as that of RTMDet: a network without output has none."""
+
+    def forward(self, inputs, labels=None, mode='tensor'):
+        if mode != 'loss':
+            return super().forward(inputs, labels, mode)
+        logits = super().forward(inputs, labels, 'tensor')
+        sure = logits.softmax(1).max(1).values.detach() - 0.25
+        return {'loss': (sure * (1 + F.cross_entropy(logits, labels, reduction='none'))).mean()}
+
+
+def test_a_loss_that_falls_when_the_network_breaks_gives_way_to_the_metric(trained):
+    cfg, dense, _ = trained
+    cfg = cfg.copy()
+    cfg.model = dict(type='SureOfItself')
+    told = []
+    content = analyze_config(cfg, dense, Options(batches=1, fractions=(0.5,), times=False), told.append)
+    assert content['sensitivity']['value'] == 'accuracy on the validation data'
+    assert content['sensitivity']['higher_is_better'] and 0.5 < content['sensitivity']['base'] <= 1
+    assert content['suggestion']['value'] <= 1
+    note = 'the loss on 1 batch of validation data falls when the network is destroyed, .*; accuracy is'
+    assert any(re.match(note, text) for text in content['notes'])
+    assert any(re.match(note, text) for text in told)
+    cfg.val_evaluator = None
+    content = analyze_config(cfg, dense, Options(batches=1, fractions=(0.5,), times=False))
+    assert content['sensitivity'] is None
+    assert any('is destroyed' in text and 'there is no metric' in text for text in content['notes'])
+
+
+@pytest.mark.parametrize(
+    'metrics, main',
+    [
+        (
+            {'coco/bbox_mAP_50': 0.5, 'coco/bbox_mAP': 0.3, 'coco/bbox_mAP_copypaste': '0.3 0.5'},
+            'coco/bbox_mAP',
+        ),
+        ({'pascal_voc/AP50': 0.5, 'pascal_voc/mAP': 0.3}, 'pascal_voc/mAP'),
+        ({'AUC': 0.5, 'NME': 0.3}, 'AUC'),
+        ({'mine': 0.5}, 'mine'),
+    ],
+)
+def test_the_metric_that_says_most(monkeypatch, metrics, main):
+    monkeypatch.setattr(values, '_metrics_of', lambda cfg, name: lambda model: metrics)
+    assert values.main_metric(Config(), torch.nn.Linear(1, 1)) == main
 
 
 def test_a_pruned_checkpoint_is_rebuilt(trained, found):

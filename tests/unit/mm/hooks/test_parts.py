@@ -50,9 +50,10 @@ def test_prune_hook_brings_along_what_it_needs(tmp_path, priority):
     found = names(runner)
     at = found.index('PruneHook')
     brought = [
-        'RebuildHook', 'StateHook', 'ReportHook', 'RecalibrateHook', 'AtomicCheckpointHook'
+        'RebuildHook', 'StateHook', 'PreflightHook', 'ReportHook', 'RecalibrateHook',
+        'AtomicCheckpointHook'
     ]  # fmt: skip
-    assert found[at + 1 : at + 6] == brought
+    assert found[at + 1 : at + 7] == brought
     assert all(found.count(name) == 1 for name in ['PruneHook', *brought])
     assert of(runner, CheckpointHook)[0].backend_args == ATOMIC
     assert 'mmprune' in read_checkpoint(tmp_path / 'epoch_1.pth')['meta']
