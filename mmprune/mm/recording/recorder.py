@@ -1,8 +1,7 @@
 """Notes what a run's page shows, while the run goes on; never stops it."""
 
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from mmprune.distributed import is_main_process
 from mmprune.graph.coupling import ChannelGraph
 from mmprune.mm.atomic_files import replace_file
 from mmprune.mm.hooks.prune_state import PruneState
+from mmprune.mm.optional import optional
 from mmprune.mm.recording import classes, pictures, record, scores
 from mmprune.score import Score
 from mmprune.surgery.plan import Plan
@@ -32,19 +32,6 @@ class Recorder:
         self._found: dict[str, pictures.Found] = {}
         self._by_class: list[classes.ByName] = []
         self._scores: dict[str, Any] | None = None
-        self._complained: set[str] = set()
-
-    @contextmanager
-    def unharmed(self, runner: Runner, what: str, remedy: str = '') -> Iterator[None]:
-        """Whatever goes wrong within, training goes on: it is logged once, with the reason."""
-        try:
-            yield
-        except Exception as error:
-            if what not in self._complained:
-                text = f'{what}: {type(error).__name__}: {error}. Training goes on. {remedy}'
-                runner.logger.error(text.strip())
-                runner.logger.log(logging.DEBUG, 'Where it came from', exc_info=True)
-            self._complained.add(what)
 
     def watch_evaluation(self, runner: Runner) -> None:
         """Has metrics by class noted whenever the run's evaluator evaluates."""
@@ -54,11 +41,16 @@ class Recorder:
         evaluate = evaluator.evaluate
 
         def failed(error: Exception) -> None:
-            with self.unharmed(runner, 'Metrics by class could not be noted for the report'):
+            with optional(runner.logger, 'Metrics by class could not be noted for the report'):
                 raise error
 
         def noting(*args: Any, **kwargs: Any) -> Any:
-            with classes.watched(evaluator.dataset_meta, failed) as self._by_class:
+            with contextlib.ExitStack() as stack:
+                try:
+                    watching = classes.watched(evaluator.dataset_meta, failed)
+                    self._by_class = stack.enter_context(watching)
+                except Exception as error:
+                    failed(error)
                 return evaluate(*args, **kwargs)
 
         evaluator.evaluate = noting
@@ -66,7 +58,7 @@ class Recorder:
     def start_validation(self, runner: Runner) -> None:
         self._found, self._by_class = {}, []
         if self.state.record.get('pictures') is None and is_main_process():
-            with self.unharmed(runner, 'No pictures for the report could be chosen'):
+            with optional(runner.logger, 'No pictures for the report could be chosen'):
                 dataset = runner.val_dataloader.dataset
                 self.state.record['pictures'] = {
                     'files': pictures.choose_files(dataset, get_world_size()),
@@ -80,7 +72,7 @@ class Recorder:
         chosen = (self.state.record.get('pictures') or {}).get('files', ())
         if not chosen or not samples:
             return
-        with self.unharmed(runner, 'The detections for the report could not be noted'):
+        with optional(runner.logger, 'The detections for the report could not be noted'):
             for sample in samples:
                 file = str(getattr(sample, 'metainfo', {}).get('img_path'))
                 found = pictures.found_in(sample) if file in chosen else None
@@ -95,14 +87,15 @@ class Recorder:
             numbers: its metrics.
         """
         noted = self.state.record
-        noted.setdefault('validations', []).append(
-            {'iteration': runner.iter, 'which': which, 'metrics': numbers}
-        )
-        if self._by_class:
-            noted.setdefault('classes', {})[which] = self._by_class
+        with optional(runner.logger, 'A validation could not be noted for the report'):
+            noted.setdefault('validations', []).append(
+                {'iteration': runner.iter, 'which': which, 'metrics': numbers}
+            )
+            if self._by_class:
+                noted.setdefault('classes', {})[which] = self._by_class
         if self._found:
-            noted['pictures']['found'][which] = self._found
-            with self.unharmed(runner, 'The pictures for the report could not be copied'):
+            with optional(runner.logger, 'The pictures for the report could not be copied'):
+                noted['pictures']['found'][which] = self._found
                 self._copy_pictures(Path(runner.work_dir))
 
     def _copy_pictures(self, work_dir: Path) -> None:
@@ -126,7 +119,7 @@ class Recorder:
         budget: Budget,
     ) -> None:
         """Of a choice, which may still come to nothing: see :meth:`end_cut`."""
-        with self.unharmed(runner, 'The scores could not be noted for the report'):
+        with optional(runner.logger, 'The scores could not be noted for the report'):
             told = scores.summary(graph, values, keep, score, budget)
             self._scores = {'iteration': runner.iter + 1} | told
 
@@ -138,6 +131,6 @@ class Recorder:
     def write(self, runner: Runner, plan: Plan | None, finished: bool = False) -> None:
         if not is_main_process():
             return
-        with self.unharmed(runner, f'{record.FOLDER}/{record.FILE} could not be written'):
+        with optional(runner.logger, f'{record.FOLDER}/{record.FILE} could not be written'):
             content = record.content_of(runner, self.state, plan, finished)
             record.write(runner.work_dir, content)
