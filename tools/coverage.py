@@ -343,7 +343,8 @@ def training_cell(found: dict | None) -> str:
     if not found:
         return ''
     if 'failure' not in found:
-        return f'{found["cuts"]} cuts, {found["resumed"]} of them resumed'
+        budget = f', keep_flops={found["keep_flops"]}' if found.get('keep_flops', 0.5) != 0.5 else ''
+        return f'{found["cuts"]} cuts, {found["resumed"]} of them resumed{budget}'
     stage = f'fails in the {found["stage"]} after {found["cuts"]} cuts'
     if found['stage'] in ('import', 'build', 'loss'):
         stage = f'not trained ({found["stage"]})'

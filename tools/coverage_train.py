@@ -33,6 +33,9 @@ CUTS, FIRST = 3, 2
 MOST = 28
 """Iterations of a training: the trace may wait twenty of them for a batch on which every layer runs."""
 
+KEEP_FLOPS = 0.5
+"""The budget. A family that locks more than this leaves gets what :func:`budget_of` gives."""
+
 OPTIMIZER = dict(lr=1e-3, momentum=0.9)
 
 
@@ -82,6 +85,7 @@ def train_with_hook(config: str, how: dict, row: dict, at: Callable, folder: Pat
     from mmprune.mm import zoo
 
     at('build')
+    keep_flops = row['keep_flops'] = how.pop('keep_flops', KEEP_FLOPS)
     cfg = zoo.load(config)
     model, forward = zoo.build(cfg, **how | {'mode': 'loss'})
     samples = drawn_samples(cfg, model, how.get('size', 96))
@@ -90,14 +94,14 @@ def train_with_hook(config: str, how: dict, row: dict, at: Callable, folder: Pat
     scope = cfg.get('default_scope') or 'mmengine'
     at('first run')
     try:
-        runner_of(model, scope, samples, folder, row, stop_after=FIRST).train()
+        runner_of(model, scope, samples, folder, row, keep_flops, FIRST).train()
     except Interrupted:
         at('resumed run')
     else:
         raise RuntimeError('the first run came to its end before it was interrupted')
     del model
     checkpoint = str(folder / 'interrupted.pth')
-    runner = runner_of(zoo.bare(cfg), scope, samples, folder, row, CUTS, checkpoint)
+    runner = runner_of(zoo.bare(cfg), scope, samples, folder, row, keep_flops, CUTS, checkpoint)
     runner.train()
     if not (folder / 'prune_report.json').is_file() or not (folder / 'report.html').is_file():
         raise RuntimeError('the resumed run wrote no report')
@@ -120,8 +124,8 @@ def drawn_samples(cfg, model, size: int) -> list[dict]:
 
 
 def runner_of(
-    model, scope: str, samples: list[dict], folder: Path, row: dict, stop_after: int,
-    checkpoint: str | None = None,
+    model, scope: str, samples: list[dict], folder: Path, row: dict, keep_flops: float,
+    stop_after: int, checkpoint: str | None = None,
 ) -> Any:  # fmt: skip
     """A Runner that trains ``model`` until ``stop_after`` cuts were made.
 
@@ -131,6 +135,7 @@ def runner_of(
         samples: of the data set, in order.
         folder: the work directory.
         row: gets losses, cuts and warnings.
+        keep_flops: the budget.
         stop_after: the number of cuts. After it a run without ``checkpoint`` saves its own and is
             interrupted. A run with a checkpoint ends one iteration later.
         checkpoint: the file to resume from.
@@ -175,7 +180,7 @@ def runner_of(
             type='OptimWrapper', optimizer=dict(type='SGD', **OPTIMIZER), clip_grad=dict(max_norm=1.0)
         ),
         default_hooks=dict(checkpoint=None),
-        custom_hooks=[PruneHook(keep_flops=0.5, interval=1, steps=CUTS), Watch()],
+        custom_hooks=[PruneHook(keep_flops=keep_flops, interval=1, steps=CUTS), Watch()],
         load_from=checkpoint,
         resume=checkpoint is not None,
         log_level='WARNING',
@@ -234,10 +239,20 @@ def train_plainly(config: str, how: dict, row: dict, at: Callable) -> None:
 def train(name: str, config: str, how: dict, limit: int) -> dict:
     """What a training of one family came to, for its row in docs/coverage.json."""
     start = time.monotonic()
+    if not config.startswith('torchvision'):
+        how = how | {'keep_flops': budget_of(name)}
     found = coverage.run(name, config, how, limit, examine)
     return {key: value for key, value in found.items() if key not in ('name', 'config')} | {
         'seconds': round(time.monotonic() - start)
     }
+
+
+def budget_of(name: str) -> float:
+    """The fraction of the FLOPs that a training keeps: half, or, where so much is locked that half could
+    be below the floor, a little more than what is left without 30 % of the channels."""
+    rows = {row['name']: row for row in json.loads(coverage.RESULTS.read_text())}
+    left = rows[name].get('flops_kept', 0)
+    return KEEP_FLOPS if left < 0.55 else round(min(0.95, left + 0.05), 2)
 
 
 def keep(name: str, found: dict) -> None:
