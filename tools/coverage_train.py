@@ -248,7 +248,7 @@ def train(name: str, config: str, how: dict, limit: int) -> dict:
 
 
 def budget_of(name: str) -> float:
-    """The fraction of the FLOPs that a training keeps: half, or, where so much is locked that half could
+    """The fraction of the FLOPs that a training keeps: half, or, where so much is locked that half may
     be below the floor, a little more than what is left without 30 % of the channels."""
     rows = {row['name']: row for row in json.loads(coverage.RESULTS.read_text())}
     left = rows[name].get('flops_kept', 0)

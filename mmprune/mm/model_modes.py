@@ -94,8 +94,8 @@ def runs_of(
     data = _preprocessed(model, batch, count)
     single = _resized(model, first_samples(data, 1), size)
 
-    # Each run has samples of its own: models put predictions into them, and mmdet's RoI heads rename the
-    # boxes of proposals that were loaded.
+    # Each run has samples of its own: models put predictions into them, and mmdet's RoI heads rename
+    # the boxes of proposals that were loaded.
     def loss(module: nn.Module) -> Any:
         return _run(module, _with_own_samples(data), 'loss')
 

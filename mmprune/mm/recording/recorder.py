@@ -30,6 +30,7 @@ class Recorder:
     def __init__(self, state: PruneState) -> None:
         self.state = state
         self._found: dict[str, pictures.Found] = {}
+        self._truth: dict[str, pictures.Found] = {}
         self._by_class: list[classes.ByName] = []
         self._scores: dict[str, Any] | None = None
 
@@ -56,16 +57,14 @@ class Recorder:
         evaluator.evaluate = noting
 
     def start_validation(self, runner: Runner) -> None:
-        self._found, self._by_class = {}, []
+        self._found, self._truth, self._by_class = {}, {}, []
         if self.state.record.get('pictures') is None and is_main_process():
             with optional(runner.logger, 'No pictures for the report could be chosen'):
-                dataset = runner.val_dataloader.dataset
-                self.state.record['pictures'] = {
-                    'files': pictures.choose_files(dataset, get_world_size()),
-                    'meta': pictures.meta_of(getattr(dataset, 'metainfo', None)),
-                    'scales': {},
-                    'found': {},
-                }
+                chosen = pictures.choose(runner.val_dataloader.dataset, get_world_size())
+                self.state.record['pictures'] = chosen
+        if self.state.record.get('tested') is None and is_main_process():
+            with optional(runner.logger, 'The data set of the validation could not be noted'):
+                self.state.record['tested'] = pictures.tested(runner.val_dataloader.dataset)
 
     def see(self, runner: Runner, samples: Sequence[Any] | None) -> None:
         """Notes the predictions for the chosen pictures from one batch of a validation."""
@@ -75,9 +74,13 @@ class Recorder:
         with optional(runner.logger, 'The detections for the report could not be noted'):
             for sample in samples:
                 file = str(getattr(sample, 'metainfo', {}).get('img_path'))
-                found = pictures.found_in(sample) if file in chosen else None
+                if file not in chosen:
+                    continue
+                found, truth = pictures.found_in(sample), pictures.keypoints_of(sample)
                 if found is not None:
                     self._found[file] = pictures.together(self._found.get(file), found)
+                if truth is not None:
+                    self._truth[file] = pictures.together(self._truth.get(file), truth)
 
     def end_validation(self, runner: Runner, which: str, numbers: dict[str, float]) -> None:
         """Takes over what a validation gave.
@@ -96,6 +99,7 @@ class Recorder:
         if self._found:
             with optional(runner.logger, 'The pictures for the report could not be copied'):
                 noted['pictures']['found'][which] = self._found
+                noted['pictures'].setdefault('truth', {}).update(self._truth)
                 self._copy_pictures(Path(runner.work_dir))
 
     def _copy_pictures(self, work_dir: Path) -> None:

@@ -29,7 +29,8 @@ STEPS = [
     ('mmprune.mm.recording.recorder.record.content_of', 'record.json could not be written'),
     ('mmprune.mm.recording.recorder.scores.summary', 'The scores could not be noted'),
     ('mmprune.mm.recording.recorder.classes.watched', 'Metrics by class could not be noted'),
-    ('mmprune.mm.recording.recorder.pictures.choose_files', 'No pictures for the report'),
+    ('mmprune.mm.recording.recorder.pictures.choose', 'No pictures for the report'),
+    ('mmprune.mm.recording.recorder.pictures.tested', 'The data set of the validation could not be'),
     ('mmprune.mm.recording.recorder.pictures.found_in', 'The detections for the report'),
     ('mmprune.mm.recording.recorder.pictures.small_copy', 'The pictures for the report'),
     ('mmprune.mm.recording.page.write_page', 'The report page could not be made'),
@@ -43,8 +44,9 @@ def log_of(folder):
 def trained_with(folder, monkeypatch, place, replacement=broken):
     """A training of two cuts in which the function at ``place`` is ``replacement``."""
     pictures = 'mmprune.mm.recording.recorder.pictures'
-    if place != f'{pictures}.choose_files':  # the samples of these runs name no files
-        monkeypatch.setattr(f'{pictures}.choose_files', lambda *args: ['None'])
+    if place != f'{pictures}.choose':  # the samples of these runs name no files
+        chosen = {'files': ['None'], 'meta': {}, 'truth': {}, 'scales': {}, 'found': {}}
+        monkeypatch.setattr(f'{pictures}.choose', lambda *args: chosen)
     if place == f'{pictures}.small_copy':
         monkeypatch.setattr(f'{pictures}.found_in', lambda sample: {'boxes': []})
     if place == 'mmprune.mm.report.cost':  # the module, which others use too
