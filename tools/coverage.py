@@ -226,10 +226,10 @@ def steps(pruned, forward) -> bool:
 # -- all of them ----------------------------------------------------------------------------------
 
 
-def run(name: str, config: str, how: dict, limit: int) -> dict:
+def run(name: str, config: str, how: dict, limit: int, examine: Callable = examine) -> dict:
     """The row of one family, from a process with a time limit; errors stand in the row."""
     here, there = FORK.Pipe(duplex=False)
-    process = FORK.Process(target=child, args=(there, config, how))
+    process = FORK.Process(target=child, args=(there, config, how, examine))
     process.start()
     there.close()
     row: dict = {'config': config, 'stage': 'import'}
@@ -246,7 +246,7 @@ def run(name: str, config: str, how: dict, limit: int) -> dict:
     return {'name': name} | row
 
 
-def child(pipe, config: str, how: dict) -> None:
+def child(pipe, config: str, how: dict, examine: Callable) -> None:
     """Sends the row after each stage, so that a crash leaves what came before."""
     sink = os.open(os.devnull, os.O_WRONLY)
     os.dup2(sink, 1)
@@ -296,9 +296,12 @@ def write_page(rows: list[dict], path: Path) -> None:
         'checkpoint rebuilds it from the unpruned config, with the same outputs (where the original',
         'comes back so); it takes a step of SGD. *Free*: the share of parameters that hang on channels',
         'which may go; *left*: that of parameters after the cut. *Trace*: seconds to find what can be',
-        'cut, in forwards of the same batch. Made with',
+        'cut, in forwards of the same batch. *Trained with the hook*: a short training with the',
+        'defaults of `PruneHook(keep_flops=0.5)` (torchvision: `Pruner(compensate=True)`), interrupted',
+        'and resumed before its last cut, ends with finite losses. Made with',
         '',
         '    python tools/coverage.py',
+        '    python tools/coverage_train.py',
         '',
         '(mmdet 3.3.0, mmpose 1.3.2, torchvision 0.28.0, torch 2.13.0 on a CPU.)',
         '',
@@ -313,10 +316,13 @@ def write_page(rows: list[dict], path: Path) -> None:
             f'## {zoo}: {exact} exact of {len(built)} that build on a CPU',
             '',
             '| family | result | error | free: backbone | neck | heads | left after the cut '
-            '| trace / forward | locked, beside outputs |',
-            '|---|---|---|---|---|---|---|---|---|',
+            '| trace / forward | trained with the hook | locked, beside outputs |',
+            '|---|---|---|---|---|---|---|---|---|---|',
         ]
         lines += [markdown_row(row) for row in built] + ['']
+        trained = [row['training'] for row in built if 'training' in row]
+        ended = sum('failure' not in found for found in trained)
+        lines += [f'Trained with the hook to the end: {ended} of {len(trained)} that were tried.', '']
         missing = [row for row in own if row not in built]
         if missing:
             lines += ['Does not build here:', '']
@@ -346,8 +352,23 @@ def cells(row: dict) -> list[str]:
         *(f'{free[part]:.0%}' if part in free else '' for part in ('backbone', 'neck', 'heads')),
         f'{row["params_kept"]:.0%}' if 'params_kept' in row else '',
         f'{row["trace_s"] / row["forward_s"]:.1f}' if 'trace_s' in row else '',
+        training_cell(row.get('training')),
         '; '.join(told),
     ]
+
+
+def training_cell(found: dict | None) -> str:
+    """What ``tools/coverage_train.py`` found of a family."""
+    if not found:
+        return ''
+    if 'failure' not in found:
+        budget = f', keep_flops={found["keep_flops"]}' if found.get('keep_flops', 0.5) != 0.5 else ''
+        return f'{found["cuts"]} cuts, {found["resumed"]} of them resumed{budget}'
+    stage = f'fails in the {found["stage"]} after {found["cuts"]} cuts'
+    if found['stage'] in ('import', 'build', 'loss'):
+        stage = f'not trained ({found["stage"]})'
+    where = f' (`{found["where"]}`)' if found.get('where') else ''
+    return f'{stage}: {found["failure"]}{where}'.replace('|', '/')
 
 
 def main() -> None:
@@ -399,7 +420,8 @@ def warm_up() -> None:
 def keep(row: dict) -> None:
     """Puts one row into the JSON file, in the order of the families."""
     known = {r['name']: r for r in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
-    known[row['name']] = row
+    trained = known.get(row['name'], {}).get('training')  # by tools/coverage_train.py
+    known[row['name']] = row | ({'training': trained} if trained else {})
     rows = [known[name] for name in families() if name in known]
     RESULTS.write_text(json.dumps(rows, indent=1) + '\n')
 
@@ -410,7 +432,7 @@ def show(row: dict) -> None:
 
     colours = {'exact': 'green', 'does not build': 'yellow'}
     colour = colours.get(verdict(row), 'red')
-    name, result, error, *free, ratio, told = cells(row)
+    name, result, error, *free, ratio, _, told = cells(row)
     print_to = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     print_to.print(
         f'{row["name"]:30s} [{colour}]{result:15s}[/] {error:13s} free {" ".join(free):19s} '

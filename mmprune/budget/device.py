@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from mmprune.budget.runtimes import loaded, onnx_model, versions
+from mmprune.errors import PruneError
 
 DIVISORS = (1, 2, 4, 8, 16, 32)
 WIDTHS = range(33, 97)
@@ -89,11 +90,27 @@ def divisor_of(device: torch.device, dtype: torch.dtype, backend: str = 'eager')
     if key not in _divisors:
         known = cached(FILE).get(key)
         if known not in DIVISORS:
-            known = best_divisor(times_by_width(device, dtype, backend))
-            keep_cached(FILE, {key: known})
-            log.info('%s: works in steps of %d channels (measured)', key, known)
+            known = _measured_divisor(key, device, dtype, backend)
         _divisors[key] = known
     return _divisors[key]
+
+
+def _measured_divisor(key: str, device: torch.device, dtype: torch.dtype, backend: str) -> int:
+    """Measures and keeps the divisor of ``key``. A measurement that fails costs speed alone, so it is
+    a warning, and widths are free."""
+    try:
+        found = best_divisor(times_by_width(device, dtype, backend))
+    except PruneError:  # a runtime that is not installed, which the user asked for
+        raise
+    except Exception as error:
+        log.warning(
+            '%s: the fast channel multiple could not be measured (%s: %s), so widths are not rounded. '
+            'Give divisor=8, say, to round them', key, type(error).__name__, error,
+        )  # fmt: skip
+        return 1
+    keep_cached(FILE, {key: found})
+    log.info('%s: works in steps of %d channels (measured)', key, found)
+    return found
 
 
 def known_divisors() -> dict[str, int]:

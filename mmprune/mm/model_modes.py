@@ -94,16 +94,18 @@ def runs_of(
     data = _preprocessed(model, batch, count)
     single = _resized(model, first_samples(data, 1), size)
 
+    # Each run has samples of its own: models put predictions into them, and mmdet's RoI heads rename
+    # the boxes of proposals that were loaded.
     def loss(module: nn.Module) -> Any:
-        return _run(module, data, 'loss')
+        return _run(module, _with_own_samples(data), 'loss')
 
     def tensor(module: nn.Module) -> Any:
         with in_evaluation(module):
-            return _run(module, single, 'tensor')
+            return _run(module, _with_own_samples(single), 'tensor')
 
     def predict(module: nn.Module) -> Any:
         with in_evaluation(module):
-            return _run(module, copy.deepcopy(single), 'predict')  # predictions are put into samples
+            return _run(module, _with_own_samples(single), 'predict')
 
     image = f'one image of {_sides(single, size)}'
     return Runs(tensor, predict, loss, modes, image, count_of(data))
@@ -172,6 +174,13 @@ def _preprocessed(model: nn.Module, batch: Any, count: int) -> Any:
         finally:
             if augments is not None:
                 preprocessor.batch_augments = augments
+
+
+def _with_own_samples(data: Any) -> Any:
+    """A preprocessed batch with copies of its data samples. The images are shared."""
+    if not isinstance(data, dict) or 'data_samples' not in data:
+        return copy.deepcopy(data)
+    return data | {'data_samples': copy.deepcopy(data['data_samples'])}
 
 
 def _resized(model: nn.Module, data: Any, size: tuple[int, int] | None) -> Any:

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from mmengine.logging import MMLogger
 from mmengine.runner import Runner
 from rich.console import Console
 from rich.table import Table
 
 from mmprune.graph import cost
 from mmprune.graph.coupling import ChannelGraph
+from mmprune.mm.optional import optional
 from mmprune.score.collector import Collector
 from mmprune.session import Outcome
 from mmprune.surgery.plan import Plan
@@ -24,22 +26,17 @@ def before(graph: ChannelGraph) -> dict[str, Any]:
     """What a trace says of the model before any cut of this run: channels by part (by tensor, so
     that the plan alone tells them later), what is locked and why. Plain data."""
     axes: dict[str, list[list[Any]]] = {}
-    for axis in cost.output_axes(graph):
-        axes.setdefault(cost.part_of(axis.name), []).append([axis.name, axis.dim, axis.size])
-    return {
-        'axes': axes,
-        'locked': [
-            {
-                'name': each.name,
-                'dim': each.dim,
-                'units': each.count,
-                'why': list(map(str, each.reasons)),
-            }
-            for each in graph.locked
-        ],
-        'merged': list(map(str, graph.merged)),
-        'failed': {},
-    }
+    locked: list[dict[str, Any]] = []
+    merged: list[str] = []
+    what = 'The layers and what is locked could not be noted for the report'
+    with optional(MMLogger.get_current_instance(), what):
+        for axis in cost.output_axes(graph):
+            axes.setdefault(cost.part_of(axis.name), []).append([axis.name, axis.dim, axis.size])
+        for each in graph.locked:
+            why = list(map(str, each.reasons))
+            locked.append({'name': each.name, 'dim': each.dim, 'units': each.count, 'why': why})
+        merged += map(str, graph.merged)
+    return {'axes': axes, 'locked': locked, 'merged': merged, 'failed': {}}
 
 
 def channels(axes: dict[str, list[list[Any]]], plan: Plan) -> dict[str, dict[str, int]]:
@@ -76,10 +73,11 @@ def log_trace(logger: logging.Logger, graph: ChannelGraph, counted_as: str) -> N
     for each in graph.merged:
         logger.info(str(each))
     locked = sum(each.count for each in graph.locked)
-    logger.info(
-        f'{graph.n_units} units in {len(graph.groups)} groups may be cut, {locked} are locked '
-        f'(reasons: {FILE}); FLOPs are of {counted_as}\n{as_text(trace_table(graph))}'
-    )
+    with optional(logger, 'The table of what can be cut could not be made'):
+        logger.info(
+            f'{graph.n_units} units in {len(graph.groups)} groups may be cut, {locked} are locked '
+            f'(reasons: {FILE}); FLOPs are of {counted_as}\n{as_text(trace_table(graph))}'
+        )
 
 
 def trace_table(graph: ChannelGraph) -> Table:
@@ -119,8 +117,9 @@ def log_scores(logger: logging.Logger, collector: Collector) -> None:
     skipped = {why: count for why, count in collector.skipped.items() if count}
     if skipped:
         logger.warning(f'Iterations that were not scored: {skipped}')
-    for reader, count in collector.unscored().items():
-        logger.debug(f'{count} units stay, since {reader}')  # a warning named them at the first cut
+    with optional(logger, 'The units without a score could not be listed'):
+        for reader, count in collector.unscored().items():
+            logger.debug(f'{count} units stay, since {reader}')  # a warning named them at the first cut
 
 
 def log_cut(logger: logging.Logger, number: int, entry: dict[str, Any], steps: int) -> None:

@@ -56,20 +56,14 @@ def build(
         name = config.removeprefix('torchvision::')
         model = _torchvision_model(name, seed)
         batch = _torchvision_batch(model, size, seed)
-        return _shaken(model, lambda m: _at_size(m, size)(*copy.deepcopy(batch)), seed)
+        return _shaken(model, lambda m: at_size(m, size)(*copy.deepcopy(batch)), seed)
     config = load(config) if isinstance(config, str) else copy.deepcopy(config)
     model = build_model(config, seed)
-    pose = config.get('default_scope') == 'mmpose' or 'mmpose' in type(model).__module__
     preprocess = copy.deepcopy(model.data_preprocessor)
 
     @functools.cache
     def batch(training: bool) -> dict[str, Any]:
-        if pose:
-            made = pose_batch(config, seed, training)
-        elif isinstance(model, ImageClassifier):
-            made = classification_batch(model, size, seed)
-        else:
-            made = detection_batch(config, size)
+        made = raw_batch(config, model, size, seed, training)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return preprocess(made, training=training)
@@ -155,6 +149,17 @@ def _offline(value: Any) -> Any:
 
 
 # -- batches --------------------------------------------------------------------------------------
+
+
+def raw_batch(
+    config: Config, model: nn.Module, size: int = 96, seed: int = 0, training: bool = True
+) -> dict[str, Any]:
+    """A random batch for the config's model, as a data loader gives it: before the preprocessor."""
+    if config.get('default_scope') == 'mmpose' or 'mmpose' in type(model).__module__:
+        return pose_batch(config, seed, training)
+    if isinstance(model, ImageClassifier):
+        return classification_batch(model, size, seed)
+    return detection_batch(config, size)
 
 
 def detection_batch(config: Config, size: int = 96) -> dict[str, Any]:
@@ -268,14 +273,9 @@ def _pose_sample(dataset: Any, shape: tuple[int, int] = (240, 320)) -> dict[str,
         'invalid_segs': [],
     }
     keys = (
-        'dataset_name',
-        'upper_body_ids',
-        'lower_body_ids',
-        'flip_pairs',
-        'dataset_keypoint_weights',
-        'flip_indices',
-        'skeleton_links',
-    )
+        'dataset_name', 'upper_body_ids', 'lower_body_ids', 'flip_pairs', 'dataset_keypoint_weights',
+        'flip_indices', 'skeleton_links',
+    )  # fmt: skip
     return sample | {key: copy.deepcopy(meta[key]) for key in keys}
 
 
@@ -326,7 +326,7 @@ def _torchvision_batch(model: nn.Module, side: int, seed: int) -> tuple:
     return (list(images), [target, target])
 
 
-def _at_size(model: nn.Module, side: int) -> nn.Module:
+def at_size(model: nn.Module, side: int) -> nn.Module:
     """torchvision's detectors resize their images to 800: to ``side`` instead."""
     if type(model).__module__.startswith('torchvision.models.detection'):
         model.transform.min_size, model.transform.max_size = (side,), side

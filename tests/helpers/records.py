@@ -38,7 +38,7 @@ def content(left: float = 0.5, criterion: str = 'taylor') -> dict:
     ]
     return {
         'format': record.FORMAT, 'finished': True, 'iteration': 200, 'max_iters': 200,
-        'config': {'file': 'my_config.py', 'text': f'keep = {left}\n' + 'x = 1\n' * 50},
+        'config': {'file': 'my_config.py', 'text': f'keep_flops = {left}\n' + 'x = 1\n' * 50},
         'versions': {'torch': '2.13.0', 'mmprune': '0.1.0'},
         'scalars': {
             'loss': [[n, 2 / n] for n in range(1, 201)],
@@ -50,6 +50,15 @@ def content(left: float = 0.5, criterion: str = 'taylor') -> dict:
             {'name': f'backbone.{"a_long_name" * 4}.weight', 'dim': 1, 'units': 3, 'why': ['an image']},
         ],
         'failed': {'neck.odd.weight[0]': 'differs by 0.1'},
+        'jumps': [
+            {
+                'cut': n, 'iteration': 100 + 10 * n, 'before': 0.9, 'after': 2.1 if n == 3 else 0.95,
+                'groups': ['neck.lateral.weight[0]', 'neck.top.weight[0]'], 'refused': n - 1,
+            }
+            for n in range(1, 5)
+        ],
+        'idle': [{'group': 'neck.coarse.weight[0]', 'units': 16, 'share': 0.0004}],
+        'tested': {'data_set': 'CocoDataset', 'count': 60, 'files': ['a.png', 'b.png']},
         'metrics': metrics,
         'validations': [
             {'iteration': at, 'which': which, 'metrics': metrics[which]}
@@ -68,6 +77,7 @@ def content(left: float = 0.5, criterion: str = 'taylor') -> dict:
         'pictures': {
             'files': files, 'meta': {'classes': ['square', 'circle', 'star']},
             'scales': {file: 5.0 for file in files},
+            'truth': {file: {'boxes': [[12, 8, 52, 48]], 'labels': [0]} for file in files},
             'found': {
                 'unpruned': {file: found for file in files},
                 'pruned': {files[0]: found, files[1]: nothing},

@@ -106,9 +106,11 @@ def test_every_section_has_its_drawings_and_pictures(browser, pages, width):
         links = page.eval_on_selector_all('nav a', 'all => all.map(each => each.hash)')
         for address in links:
             assert page.eval_on_selector(address, 'each => each.getBoundingClientRect().height') > 80
-        names = ['result', 'widths', 'history', 'scores', 'classes', 'pictures', 'locked', 'config']
+        names = ['result', 'times', 'widths', 'history', 'scores', 'classes', 'pictures', 'locked']
+        names.append('config')
         assert links == [f'#{name}' for name in names]
-        for name, count in (('widths', 2), ('history', 3), ('scores', 1)):
+        page.eval_on_selector('#scores details', 'each => each.open = true')
+        for name, count in (('widths', 2), ('history', 4), ('scores', 1)):
             shown = page.eval_on_selector_all(
                 f'#{name} svg',
                 'all => all.filter(each => each.getBoundingClientRect().width > 250).length',

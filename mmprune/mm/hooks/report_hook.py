@@ -12,6 +12,7 @@ from mmprune.errors import PruneError
 from mmprune.mm import report
 from mmprune.mm.hooks.prune_state import PruneState
 from mmprune.mm.hooks.running import unwrapped, validate_apart
+from mmprune.mm.optional import optional
 from mmprune.mm.recording.recorder import Recorder
 from mmprune.surgery.plan import plan_of
 
@@ -20,7 +21,8 @@ class ReportHook(Hook):
     """Registered by a ``PruneHook``, whose ``state`` and ``budget`` it reads: keeps the metrics of the
     unpruned and the pruned model, and writes the report and its page when training ends.
 
-    A training that ends without a cut is an error.
+    A training that ends without a cut is an error. A report that fails is a warning, and never ends a
+    training.
     """
 
     priority = 'ABOVE_NORMAL'
@@ -42,11 +44,12 @@ class ReportHook(Hook):
     def after_cut(self, runner: Runner) -> None:
         self.recorder.end_cut()
         plan = plan_of(unwrapped(runner.model))
-        entry = plan.history[-1]
-        report.log_cut(runner.logger, self.state.cuts, entry, self.state.times.steps)
-        curves = {f'prune/{name}': entry[name] for name in ('flops', 'params')}
-        curves['prune/units_removed_in_all'] = report.units_removed(plan.history)
-        runner.visualizer.add_scalars(curves, step=runner.iter + 1)
+        with optional(runner.logger, 'The figures of a cut could not be logged'):
+            entry = plan.history[-1]
+            report.log_cut(runner.logger, self.state.cuts, entry, self.state.times.steps)
+            curves = {f'prune/{name}': entry[name] for name in ('flops', 'params')}
+            curves['prune/units_removed_in_all'] = report.units_removed(plan.history)
+            runner.visualizer.add_scalars(curves, step=runner.iter + 1)
         self.recorder.write(runner, plan)
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
@@ -76,15 +79,12 @@ class ReportHook(Hook):
         if runner.val_loop is not None and last != runner.iter:
             validate_apart(runner)  # a run that was ended in its last validation
         if is_main_process():
-            report.finish(runner, state.report, plan, state.metrics, state.start)
+            with optional(runner.logger, f'{report.FILE} could not be written'):
+                report.finish(runner, state.report, plan, state.metrics, state.start)
             self.recorder.write(runner, plan, finished=True)
-            self._write_page(runner)
+            again = f'Make it again: python tools/report.py {shlex.quote(str(runner.work_dir))}'
+            with optional(runner.logger, 'The report page could not be made', again):
+                # Imported late: only a page needs its texts and drawings.
+                from mmprune.mm.recording.page import write_page
 
-    def _write_page(self, runner: Runner) -> None:
-        again = f'Make it again: python tools/report.py {shlex.quote(str(runner.work_dir))}'
-        with self.recorder.unharmed(runner, 'The report page could not be made', again):
-            from mmprune.mm.recording.page import (
-                write_page,  # late: its texts and drawings wait till here
-            )
-
-            runner.logger.info(f'Wrote {write_page([runner.work_dir])}')
+                runner.logger.info(f'Wrote {write_page([runner.work_dir])}')

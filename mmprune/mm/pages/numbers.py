@@ -33,3 +33,11 @@ def score(value: float | None) -> str:
 def change(before: float | None, after: float | None) -> str:
     """``+0.078``; nothing where one of both is missing."""
     return f'{after - before:+,.3f}' if score(before) and score(after) else ''
+
+
+def faster(before: float | None, after: float | None) -> str:
+    """``1.6 x as fast``, from two times; nothing where one of both is missing or zero."""
+    if not before or not after:
+        return ''
+    ratio = before / after
+    return f'{ratio:.1f} x as fast' if ratio >= 1 else f'{ratio:.2f} x as fast'

@@ -1,11 +1,12 @@
 """Sections on the course of a training: loss, metric, cuts, and the scores of the last one."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from mmprune.mm import pages
 from mmprune.mm.pages import charts
-from mmprune.mm.pages.numbers import percent, score, whole
+from mmprune.mm.pages.numbers import faster, percent, score, whole
 from mmprune.mm.pages.page import Block
 from mmprune.mm.recording.reading import Run
 
@@ -60,7 +61,60 @@ def history(run: Run) -> Blocks:
         )
     if cuts:
         blocks.append(_cuts(cuts))
-    return blocks
+    return blocks + jumps(content.get('jumps') or [])
+
+
+JUMPED = 0.5
+"""A loss that rises by more than this fraction at a cut is marked."""
+
+
+def has_jumped(entry: dict[str, Any]) -> bool:
+    """Whether a cut raised the loss of its batch by more than half, or to no number."""
+    before, after = entry['before'], entry['after']
+    return not math.isfinite(after) or after - before > JUMPED * abs(before)
+
+
+def jumps(entries: Sequence[dict[str, Any]]) -> Blocks:
+    """The loss of one batch before and after each cut; cuts at which it jumped are marked."""
+    if not entries:
+        return []
+    blocks: Blocks = []
+    for entry in filter(has_jumped, entries):
+        groups = ', '.join(f'`{name}`' for name in entry['groups'][:3])
+        more = len(entry['groups']) - 3
+        where = f' It narrowed {groups}{f" and {more} more" if more > 0 else ""}.' if groups else ''
+        text = (
+            f'At cut {entry["cut"]} (iteration {entry["iteration"]}) the loss of the same batch jumped '
+            f'from {score(entry["before"])} to {score(entry["after"]) or "no number"}.{where} '
+            'Take more and smaller cuts, or lock these groups.'
+        )
+        blocks.append(pages.Notice(text, 'warning'))
+    lines = [
+        charts.Line(
+            f'{which} the cut', [(float(entry['cut']), entry[which]) for entry in entries],
+            style, marks=True,
+        )
+        for which, style in (('before', 's1'), ('after', 's2'))
+    ]  # fmt: skip
+    heads = ['cut', 'iteration', 'loss before', 'loss after', 'layers not compensated']
+    rows: list[list[str | pages.Cell]] = [
+        [
+            str(entry['cut']), whole(entry['iteration']), score(entry['before']),
+            pages.Cell(score(entry['after']) or 'no number', mark='fell' if has_jumped(entry) else ''),
+            whole(entry['refused']),
+        ]
+        for entry in entries
+    ]  # fmt: skip
+    moments = [float(entry['cut']) for entry in entries if has_jumped(entry)]
+    title = 'Loss of the same batch before and after each cut'
+    figure = pages.Figure(
+        title,
+        charts.curves(lines, 'cut', 'loss', moments=moments),
+        'Compensation is refused for a layer whose outputs it does not improve on other samples.',
+        charts.key(lines) + ([('the loss jumped by more than half', 'moment')] if moments else []),
+        pages.Table(title, heads, rows, heads),
+    )
+    return [*blocks, figure]
 
 
 def _cuts(cuts: Sequence[dict[str, Any]]) -> Block:
@@ -91,11 +145,11 @@ def _cuts(cuts: Sequence[dict[str, Any]]) -> Block:
             str(number), whole(cut.get('iteration')), whole(cut.get('units_removed')),
             whole(cut['flops']), percent(cut['flops'], cut['flops_before']),
             whole(cut['params']), percent(cut['params'], cut['params_before']),
-            *([percent(cut.get('latency'))] if timed else []),
+            *([faster(1.0, cut.get('latency'))] if timed else []),
         ]
         for number, cut in enumerate(cuts, 1)
     ]  # fmt: skip
-    heads += ['time left'] if timed else []
+    heads += ['speed'] if timed else []
     return pages.Figure(
         'What each cut left of FLOPs and parameters, in percent',
         charts.curves(lines, 'cut', 'left, %', from_zero=True),
@@ -156,4 +210,8 @@ def scores(run: Run) -> Blocks:
     heads = ['part', 'units', 'went', 'share']
     parts = [[p, whole(n), whole(g), percent(g, n)] for p, (n, g) in told['parts'].items()]
     blocks.append(pages.Table('Units of the last cut by part', heads, parts, heads[1:]))
-    return blocks
+    intro = pages.Text(
+        f'At iteration {told["iteration"]} {stay:,} units stayed and {gone:,} went, by the criterion '
+        f'`{told["criterion"]}`.'
+    )
+    return [intro, pages.Fold('The scores as a histogram and by part', blocks)]

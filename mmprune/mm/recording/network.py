@@ -1,5 +1,7 @@
 """Sections on the network: how wide its layers are, what is locked, the config it was made with."""
 
+from typing import Any
+
 from mmprune.mm import pages
 from mmprune.mm.pages import charts
 from mmprune.mm.pages.numbers import percent, whole
@@ -53,6 +55,7 @@ def locked(run: Run) -> Blocks:
         )
         for name, why in run.content.get('failed', {}).items()
     ]
+    blocks += _idle(run.content.get('idle') or [])
     if not entries:
         return [*blocks, pages.Text('Nothing was locked.')]
     rows = [
@@ -66,7 +69,40 @@ def locked(run: Run) -> Blocks:
     heads = ['tensor', 'dim', 'units', 'why they stay']
     caption = f'{total:,} units that stay whatever their score, each where it is made or first read'
     table = pages.Table(caption, heads, rows, ['dim', 'units'])
-    return [*blocks, table if len(rows) <= 20 else pages.Fold(f'All {len(rows)}', [table])]
+    reasons: dict[str, int] = {}
+    for entry in entries:
+        reason = str(entry['why'][0]) if entry['why'] else 'no reason on record'
+        reasons[reason] = reasons.get(reason, 0) + entry['units']
+    ordered = sorted(reasons.items(), key=lambda pair: -pair[1])
+    short = [[reason, whole(units)] for reason, units in ordered[:MOST_REASONS]]
+    if len(ordered) > MOST_REASONS:
+        rest = sum(units for _, units in ordered[MOST_REASONS:])
+        short.append([f'{len(ordered) - MOST_REASONS} other reasons', whole(rest)])
+    title = f'{total:,} locked units by their first reason'
+    summary = pages.Table(title, ['reason', 'units'], short, ['units'])
+    return [*blocks, summary, pages.Fold(f'The {len(rows)} tensors by name', [table])]
+
+
+MOST_REASONS = 8
+"""Reasons that are listed before the others are summed up."""
+
+
+def _idle(groups: list[dict[str, Any]]) -> Blocks:
+    """What the data hardly uses: groups whose scores are near zero everywhere."""
+    if not groups:
+        return []
+    heads = ['group', 'units', "mean score, as a fraction of the median group's"]
+    rows = [
+        [pages.Cell(each['group'], code=True), whole(each['units']), f'{each["share"]:.1e}']
+        for each in groups
+    ]
+    text = (
+        f'The data hardly uses {len(groups)} of the groups of channels. One example is a pyramid level '
+        'for sizes that its objects do not have. Scores there are near zero everywhere, so which of '
+        'their channels stay is nearly arbitrary.'
+    )
+    table = pages.Table('Groups that the data hardly uses', heads, rows, heads[1:])
+    return [pages.Notice(text, 'warning'), pages.Fold(f'The {len(groups)} groups by name', [table])]
 
 
 def _reasons(why: list[str]) -> str:

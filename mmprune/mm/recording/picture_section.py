@@ -20,7 +20,8 @@ def found(run: Run) -> Blocks:
                 'kind that is not drawn here (boxes and 2D keypoints are).'
             )
         ]
-    rows, missing = [], []
+    rows, missing, failed = [], [], ''
+    truth = told.get('truth') or {}
     for number, file in enumerate(told['files']):
         if not any(file in both.get(which, {}) for which in both):
             continue
@@ -34,26 +35,52 @@ def found(run: Run) -> Blocks:
                 continue
             each = both[which].get(file)
             jpeg = copy.read_bytes()
-            if each is not None:
-                jpeg = pictures.drawn(jpeg, told['scales'][file], each, told['meta'])
+            try:
+                of = told['scales'][file], each or NOTHING, told['meta'], truth.get(file)
+                jpeg = pictures.drawn(jpeg, *of) if each or file in truth else jpeg
+            except Exception as error:  # of a visualizer, whatever it lacks: the picture is left out
+                failed = f'{type(error).__name__}: {error}'
+                continue
             label, words = _in_words(each, told['meta'])
             strip.append(
                 pages.Picture(f'{which}: {label}', address_of(jpeg), f'{which} network, {words}')
             )
-        rows.append((file.rsplit('/', 1)[-1], strip))
+        if strip:
+            rows.append((file.rsplit('/', 1)[-1] + _annotated(truth.get(file)), strip))
+    marks = (
+        ' What is annotated is drawn in white: boxes dashed, keypoints as crosses.'
+        if truth
+        else ' What is annotated was not recorded.'
+    )
     blocks: Blocks = [
         pages.Text(
             'Pictures of the validation set with what the unpruned network found at its last '
             'validation before the first cut, and the pruned one at its last. Scores above '
-            f'{pictures.THRESHOLD} are drawn.'
-        )
+            f'{pictures.THRESHOLD} are drawn.{marks}'
+        ),
+        pages.Text(
+            'Fewer boxes can mean a better AP. AP counts false and double boxes against a network, it '
+            'also counts boxes with scores below those that are drawn, and it rewards boxes that fit '
+            'tightly. Compare the boxes with the annotations rather than their numbers with each other.'
+        ),
     ]
+    if failed:
+        blocks.append(pages.Notice(f'Some pictures could not be drawn: {failed}.', 'warning'))
     if rows:
         blocks.append(pages.Pictures(rows))
     if missing:
         names = ', '.join(f'`{name}`' for name in missing)
         blocks.append(pages.Notice(f'No copy of these pictures is in the work directory: {names}.'))
     return blocks
+
+
+NOTHING: dict[str, Any] = {'boxes': [], 'labels': [], 'scores': []}
+
+
+def _annotated(truth: dict[str, Any] | None) -> str:
+    if truth is None:
+        return ''
+    return f': {len(truth["keypoints"] if "keypoints" in truth else truth["boxes"])} annotated'
 
 
 def _in_words(each: Any, meta: dict[str, Any]) -> tuple[str, str]:

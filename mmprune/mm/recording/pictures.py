@@ -18,17 +18,69 @@ THRESHOLD = 0.3
 
 Found = dict[str, list[Any]]
 """``boxes`` [[x1, y1, x2, y2]], ``labels``, ``scores``; or ``keypoints`` [[[x, y]]],
-``keypoint_scores``: in pixels of the data set's file."""
+``keypoint_scores``: in pixels of the data set's file. Annotations have no scores of boxes; their
+``keypoint_scores`` say what is visible."""
 
 
-def choose_files(dataset: Any, processes: int = 1) -> list[str]:
-    """Names of ``COUNT`` files spread over a data set of mmengine's kind, of those that the first of
-    several processes evaluates; none of a data set that can't say."""
+def choose(dataset: Any, processes: int = 1) -> dict[str, Any]:
+    """Chooses the pictures of a run.
+
+    Args:
+        dataset: a data set of mmengine's kind; one that cannot name its files gives none.
+        processes: of these only the first one's share of the data set is chosen from.
+
+    Returns:
+        {'files': names of ``COUNT`` files spread over the data set, 'meta': :func:`meta_of` it,
+        'truth': {file: boxes that are annotated}, 'scales': {}, 'found': {}}.
+    """
+    chosen = {'meta': meta_of(getattr(dataset, 'metainfo', None)), 'scales': {}, 'found': {}}
+    infos = spread(dataset, processes)
+    truth = {str(info['img_path']): boxes_of(info) for info in infos}
+    return chosen | {
+        'files': list(truth),
+        'truth': {file: boxes for file, boxes in truth.items() if boxes is not None},
+    }
+
+
+def spread(dataset: Any, processes: int = 1) -> list[Mapping[str, Any]]:
+    """What a data set says of ``COUNT`` samples that are spread over it and have a file."""
     if not hasattr(dataset, 'get_data_info') or not len(dataset):
         return []
     numbers = np.linspace(0, len(dataset) - 1, 2 * COUNT + 1)[1::2].astype(int)
     infos = [dataset.get_data_info(int(n - n % processes)) for n in numbers]
-    return list(dict.fromkeys(str(info['img_path']) for info in infos if info.get('img_path')))
+    return [info for info in infos if info.get('img_path')]
+
+
+def tested(dataset: Any) -> dict[str, Any]:
+    """Identifies the pictures of a data set: its class, their number, and the names of a few files."""
+    names = [Path(str(info['img_path'])).name for info in spread(dataset)]
+    count = len(dataset) if hasattr(dataset, '__len__') else None
+    return {'data_set': type(dataset).__name__, 'count': count, 'files': names}
+
+
+def boxes_of(info: Mapping[str, Any]) -> Found | None:
+    """The annotated boxes of a sample of mmdet's data sets, those of ignored regions left out; ``None``
+    if it has none of these annotations."""
+    instances = info.get('instances')
+    if not isinstance(instances, list) or not all('bbox' in each for each in instances):
+        return None
+    told = [each for each in instances if not each.get('ignore_flag')]
+    return {
+        'boxes': [[round(float(side), 1) for side in each['bbox']] for each in told],
+        'labels': [int(each.get('bbox_label', 0)) for each in told],
+    }
+
+
+def keypoints_of(sample: Any) -> Found | None:
+    """The annotated keypoints of a data sample, in pixels of the data set's file."""
+    instances = getattr(sample, 'gt_instances', None)
+    if instances is None or not {'keypoints', 'keypoints_visible'} <= set(instances.keys()):
+        return None
+    points, visible = _array(instances.keypoints), _array(instances.keypoints_visible)
+    if points.ndim != 3 or points.shape[-1] != 2 or visible.shape[:2] != points.shape[:2]:
+        return None
+    visible = visible.reshape(*points.shape[:2], -1)[..., 0]
+    return {'keypoints': points.round(1).tolist(), 'keypoint_scores': visible.tolist()}
 
 
 def found_in(sample: Any) -> Found | None:
@@ -85,11 +137,49 @@ def small_copy(file: str) -> tuple[bytes, float] | None:
     return _jpeg(cv2.resize(image, size, interpolation=kind), 92), scale
 
 
-def drawn(picture: bytes, scale: float, found: Found, meta: Mapping[str, Any]) -> bytes:
-    """A JPEG of ``picture`` with what was found in it, by mmdet's or mmpose's own visualizer."""
+def drawn(
+    picture: bytes, scale: float, found: Found, meta: Mapping[str, Any], truth: Found | None = None
+) -> bytes:
+    """A JPEG of ``picture`` with what was found in it, by mmdet's or mmpose's own visualizer.
+
+    Args:
+        picture: a JPEG.
+        scale: pixels of ``picture`` for one of the data set's file.
+        found: what was found.
+        meta: of the data set.
+        truth: what is annotated, or ``None``. Drawn over all else: boxes dashed in white on black,
+            keypoints as white crosses.
+    """
     image = cv2.imdecode(np.frombuffer(picture, np.uint8), cv2.IMREAD_COLOR)
     kind = _draw_pose if 'keypoints' in found else _draw_boxes
-    return _jpeg(kind(image[..., ::-1], scale, found, meta)[..., ::-1], 85)
+    image = np.ascontiguousarray(kind(image[..., ::-1], scale, found, meta)[..., ::-1])
+    _draw_truth(image, scale, truth or {})
+    return _jpeg(image, 85)
+
+
+WHITE, BLACK = (255, 255, 255), (0, 0, 0)
+DASH = 6
+"""Pixels of a dash, and of the gap after it."""
+
+
+def _draw_truth(image: np.ndarray, scale: float, truth: Found) -> None:
+    for box in truth.get('boxes', ()):
+        x1, y1, x2, y2 = (round(side * scale) for side in box)
+        cv2.rectangle(image, (x1, y1), (x2, y2), BLACK, 1)
+        for x in range(x1, x2, 2 * DASH):
+            for y in (y1, y2):
+                cv2.line(image, (x, y), (min(x + DASH, x2), y), WHITE, 2)
+        for y in range(y1, y2, 2 * DASH):
+            for x in (x1, x2):
+                cv2.line(image, (x, y), (x, min(y + DASH, y2)), WHITE, 2)
+    for points, visible in zip(
+        truth.get('keypoints', ()), truth.get('keypoint_scores', ()), strict=True
+    ):
+        for (x, y), is_visible in zip(points, visible, strict=True):
+            if is_visible:
+                centre = round(x * scale), round(y * scale)
+                cv2.drawMarker(image, centre, BLACK, cv2.MARKER_TILTED_CROSS, 11, 4)
+                cv2.drawMarker(image, centre, WHITE, cv2.MARKER_TILTED_CROSS, 9, 2)
 
 
 def _draw_boxes(image: np.ndarray, scale: float, found: Found, meta: Mapping[str, Any]) -> np.ndarray:

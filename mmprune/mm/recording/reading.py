@@ -16,7 +16,30 @@ BENCHMARK = 'benchmark.json'
 """What ``tools/benchmark.py --json`` wrote into the directory: times of both networks."""
 
 WHICH = 'unpruned', 'pruned'
-TRAINING_STEP = 'a training step, with its data'
+TRAINING_STEP = 'training'
+"""Stands for a runtime: the time of a training step, which depends on what else the machine did."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A time of both networks.
+
+    Args:
+        runtime: the runtime that ran them, such as ``'onnxruntime'``, or ``TRAINING_STEP``.
+        how: how it was measured, in a few words.
+        before, after: the times of the unpruned and of the pruned network.
+        unit: of ``before`` and ``after``; empty if they are fractions of the unpruned network's time.
+    """
+
+    runtime: str
+    how: str
+    before: float
+    after: float
+    unit: str
+
+    @property
+    def is_inference(self) -> bool:
+        return self.runtime != TRAINING_STEP
 
 
 @dataclass(frozen=True)
@@ -59,25 +82,37 @@ class Run:
         return pair['after'] / pair['before'] if pair else None
 
     @property
-    def times(self) -> list[tuple[str, float, float, str]]:
-        """(how it was measured, before, after, unit), the most telling first."""
+    def runtime(self) -> str | None:
+        """The runtime that the budget names; ``None`` if it names neither a runtime nor a time."""
+        budget = self.content.get('budget') or {}
+        if budget.get('backend'):
+            return str(budget['backend'])
+        return 'eager' if budget.get('latency') is not None else None
+
+    @property
+    def times(self) -> list[Timing]:
+        """All times, first those in the runtime that the budget names."""
         found = [
-            (
-                f'{row["mode"]}, batch of {row["batch"]} (`tools/benchmark.py`)',
-                row['unpruned']['median_ms'],
-                row['pruned']['median_ms'],
-                'ms',
+            Timing(
+                row['mode'], f'batch of {row["batch"]}, `tools/benchmark.py`',
+                row['unpruned']['median_ms'], row['pruned']['median_ms'], 'ms',
             )
             for row in self.benchmark
             if 'failure' not in row
-        ]
+        ]  # fmt: skip
         history = self.content.get('history', [])
         latencies = [cut['latency'] for cut in history if cut.get('latency') is not None]
         if latencies:
-            backend = self.content.get('budget', {}).get('backend', 'eager')
-            found.append((f'at the last cut, in {backend}', 1.0, latencies[-1], 'of the unpruned'))
+            found.append(Timing(self.runtime or 'eager', 'at the last cut', 1.0, latencies[-1], ''))
         step = self._step_times()
-        return found + ([(TRAINING_STEP, *step, 's')] if step else [])
+        found += [Timing(TRAINING_STEP, 'a step with its data, median', *step, 's')] if step else []
+        return sorted(found, key=lambda timing: timing.runtime != (self.runtime or timing.runtime))
+
+    @property
+    def headline_time(self) -> Timing | None:
+        """The first time of inference in the runtime that was asked for; in any if none was."""
+        fits = (t for t in self.times if t.is_inference and t.runtime == (self.runtime or t.runtime))
+        return next(fits, None)
 
     def _step_times(self) -> tuple[float, float] | None:
         """Medians of a training step's seconds before the first cut, and after the last."""
@@ -92,10 +127,24 @@ class Run:
         return statistics.median(before), statistics.median(after)
 
     @property
-    def time_left(self) -> float | None:
-        """The fraction of the time that remains by the most telling measurement."""
-        times = self.times
-        return times[0][2] / times[0][1] if times and times[0][1] else None
+    def tested_on(self) -> str | None:
+        """Identifies the pictures that the run was validated on, without their folder; ``None`` if the
+        record does not say."""
+        tested = self.content.get('tested')
+        if isinstance(tested, dict):
+            return json.dumps(tested, sort_keys=True)
+        told = self.content.get('pictures')
+        files = told.get('files') if isinstance(told, dict) else None
+        return json.dumps([Path(file).name for file in files]) if files else None
+
+    @property
+    def tested_in_words(self) -> str:
+        """``60 pictures (a.png ...)``."""
+        tested = self.content.get('tested')
+        told = tested if isinstance(tested, dict) else {}
+        files = told.get('files') or (self.content.get('pictures') or {}).get('files') or []
+        count = f'{told["count"]} pictures' if told.get('count') else 'pictures'
+        return count + (f' ({Path(files[0]).name} ...)' if files else '')
 
 
 def read_run(folder: str | Path) -> Run:

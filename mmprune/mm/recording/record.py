@@ -42,6 +42,8 @@ def content_of(runner: Runner, state: PruneState, plan: Plan | None, finished: b
         'layers': layers(axes, plan),
         'locked': state.report.get('locked', []),
         'failed': state.report.get('failed', {}),
+        'jumps': state.report.get('jumps', []),
+        'idle': state.report.get('idle', []),
         'metrics': state.metrics,
         **state.record,
     }

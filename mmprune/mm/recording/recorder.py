@@ -1,8 +1,7 @@
 """Notes what a run's page shows, while the run goes on; never stops it."""
 
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from mmprune.distributed import is_main_process
 from mmprune.graph.coupling import ChannelGraph
 from mmprune.mm.atomic_files import replace_file
 from mmprune.mm.hooks.prune_state import PruneState
+from mmprune.mm.optional import optional
 from mmprune.mm.recording import classes, pictures, record, scores
 from mmprune.score import Score
 from mmprune.surgery.plan import Plan
@@ -30,21 +30,9 @@ class Recorder:
     def __init__(self, state: PruneState) -> None:
         self.state = state
         self._found: dict[str, pictures.Found] = {}
+        self._truth: dict[str, pictures.Found] = {}
         self._by_class: list[classes.ByName] = []
         self._scores: dict[str, Any] | None = None
-        self._complained: set[str] = set()
-
-    @contextmanager
-    def unharmed(self, runner: Runner, what: str, remedy: str = '') -> Iterator[None]:
-        """Whatever goes wrong within, training goes on: it is logged once, with the reason."""
-        try:
-            yield
-        except Exception as error:
-            if what not in self._complained:
-                text = f'{what}: {type(error).__name__}: {error}. Training goes on. {remedy}'
-                runner.logger.error(text.strip())
-                runner.logger.log(logging.DEBUG, 'Where it came from', exc_info=True)
-            self._complained.add(what)
 
     def watch_evaluation(self, runner: Runner) -> None:
         """Has metrics by class noted whenever the run's evaluator evaluates."""
@@ -54,38 +42,45 @@ class Recorder:
         evaluate = evaluator.evaluate
 
         def failed(error: Exception) -> None:
-            with self.unharmed(runner, 'Metrics by class could not be noted for the report'):
+            with optional(runner.logger, 'Metrics by class could not be noted for the report'):
                 raise error
 
         def noting(*args: Any, **kwargs: Any) -> Any:
-            with classes.watched(evaluator.dataset_meta, failed) as self._by_class:
+            with contextlib.ExitStack() as stack:
+                try:
+                    watching = classes.watched(evaluator.dataset_meta, failed)
+                    self._by_class = stack.enter_context(watching)
+                except Exception as error:
+                    failed(error)
                 return evaluate(*args, **kwargs)
 
         evaluator.evaluate = noting
 
     def start_validation(self, runner: Runner) -> None:
-        self._found, self._by_class = {}, []
+        self._found, self._truth, self._by_class = {}, {}, []
         if self.state.record.get('pictures') is None and is_main_process():
-            with self.unharmed(runner, 'No pictures for the report could be chosen'):
-                dataset = runner.val_dataloader.dataset
-                self.state.record['pictures'] = {
-                    'files': pictures.choose_files(dataset, get_world_size()),
-                    'meta': pictures.meta_of(getattr(dataset, 'metainfo', None)),
-                    'scales': {},
-                    'found': {},
-                }
+            with optional(runner.logger, 'No pictures for the report could be chosen'):
+                chosen = pictures.choose(runner.val_dataloader.dataset, get_world_size())
+                self.state.record['pictures'] = chosen
+        if self.state.record.get('tested') is None and is_main_process():
+            with optional(runner.logger, 'The data set of the validation could not be noted'):
+                self.state.record['tested'] = pictures.tested(runner.val_dataloader.dataset)
 
     def see(self, runner: Runner, samples: Sequence[Any] | None) -> None:
         """Notes the predictions for the chosen pictures from one batch of a validation."""
         chosen = (self.state.record.get('pictures') or {}).get('files', ())
         if not chosen or not samples:
             return
-        with self.unharmed(runner, 'The detections for the report could not be noted'):
+        with optional(runner.logger, 'The detections for the report could not be noted'):
             for sample in samples:
                 file = str(getattr(sample, 'metainfo', {}).get('img_path'))
-                found = pictures.found_in(sample) if file in chosen else None
+                if file not in chosen:
+                    continue
+                found, truth = pictures.found_in(sample), pictures.keypoints_of(sample)
                 if found is not None:
                     self._found[file] = pictures.together(self._found.get(file), found)
+                if truth is not None:
+                    self._truth[file] = pictures.together(self._truth.get(file), truth)
 
     def end_validation(self, runner: Runner, which: str, numbers: dict[str, float]) -> None:
         """Takes over what a validation gave.
@@ -95,14 +90,16 @@ class Recorder:
             numbers: its metrics.
         """
         noted = self.state.record
-        noted.setdefault('validations', []).append(
-            {'iteration': runner.iter, 'which': which, 'metrics': numbers}
-        )
-        if self._by_class:
-            noted.setdefault('classes', {})[which] = self._by_class
+        with optional(runner.logger, 'A validation could not be noted for the report'):
+            noted.setdefault('validations', []).append(
+                {'iteration': runner.iter, 'which': which, 'metrics': numbers}
+            )
+            if self._by_class:
+                noted.setdefault('classes', {})[which] = self._by_class
         if self._found:
-            noted['pictures']['found'][which] = self._found
-            with self.unharmed(runner, 'The pictures for the report could not be copied'):
+            with optional(runner.logger, 'The pictures for the report could not be copied'):
+                noted['pictures']['found'][which] = self._found
+                noted['pictures'].setdefault('truth', {}).update(self._truth)
                 self._copy_pictures(Path(runner.work_dir))
 
     def _copy_pictures(self, work_dir: Path) -> None:
@@ -126,7 +123,7 @@ class Recorder:
         budget: Budget,
     ) -> None:
         """Of a choice, which may still come to nothing: see :meth:`end_cut`."""
-        with self.unharmed(runner, 'The scores could not be noted for the report'):
+        with optional(runner.logger, 'The scores could not be noted for the report'):
             told = scores.summary(graph, values, keep, score, budget)
             self._scores = {'iteration': runner.iter + 1} | told
 
@@ -138,6 +135,6 @@ class Recorder:
     def write(self, runner: Runner, plan: Plan | None, finished: bool = False) -> None:
         if not is_main_process():
             return
-        with self.unharmed(runner, f'{record.FOLDER}/{record.FILE} could not be written'):
+        with optional(runner.logger, f'{record.FOLDER}/{record.FILE} could not be written'):
             content = record.content_of(runner, self.state, plan, finished)
             record.write(runner.work_dir, content)

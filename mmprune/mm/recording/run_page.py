@@ -4,13 +4,13 @@ from collections.abc import Callable
 
 from mmprune.errors import PruneError
 from mmprune.mm import pages
-from mmprune.mm.pages.numbers import change, percent, score, short, whole
+from mmprune.mm.pages.numbers import change, faster, percent, score, short, whole
 from mmprune.mm.pages.page import Block
 from mmprune.mm.recording.class_section import by_class
 from mmprune.mm.recording.course import history, scores
 from mmprune.mm.recording.network import config, locked, widths
 from mmprune.mm.recording.picture_section import found
-from mmprune.mm.recording.reading import TRAINING_STEP, Run
+from mmprune.mm.recording.reading import Run, Timing
 from mmprune.mm.report import is_headline
 
 Blocks = list[Block]
@@ -23,6 +23,7 @@ def page_of(run: Run) -> pages.Page:
         pages.Section(name, title, guarded(make, run))
         for name, title, make in (
             ('result', 'Before and after', result),
+            ('times', 'Times', times),
             ('widths', 'Width of every layer', widths),
             ('history', 'The course of the training', history),
             ('scores', 'Scores at the last cut', scores),
@@ -86,10 +87,45 @@ def facts(run: Run) -> Blocks:
         before, after = (run.metrics[which].get(name) for which in ('unpruned', 'pruned'))
         told = f'{score(before)} before the first cut' if score(before) else ''
         found.append((name, score(after) or score(before), told if score(after) else 'unpruned'))
-    if run.times and run.times[0][0] != TRAINING_STEP:  # which is as slow as its machine was busy
-        how, before, after, _ = run.times[0]
-        found.append(('Time left', percent(after, before), how))
+    timing = run.headline_time
+    if timing:
+        value = faster(timing.before, timing.after)
+        found.append((f'Speed in {timing.runtime}', value, f'{_spent(timing)}, {timing.how}'))
     return [pages.Facts(found)] if found else []
+
+
+def _spent(timing: Timing) -> str:
+    """``8 ms to 3 ms``."""
+    if not timing.unit:
+        return f'{percent(timing.after)} of the time remains'
+    return f'{short(timing.before)} {timing.unit} to {short(timing.after)} {timing.unit}'
+
+
+def times(run: Run) -> Blocks:
+    """The table of times, and what to do for one of the runtime that was asked for."""
+    blocks: Blocks = []
+    rows: list[list[str | pages.Cell]] = [
+        [
+            timing.runtime, timing.how,
+            *(f'{short(time)} {timing.unit}'.strip() for time in (timing.before, timing.after)),
+            faster(timing.before, timing.after),
+        ]
+        for timing in run.times
+    ]  # fmt: skip
+    if rows:
+        heads = ['runtime', 'measured', 'unpruned', 'pruned', 'speed']
+        caption = 'Times; without a unit they are fractions of the unpruned time'
+        blocks.append(pages.Table(caption, heads, rows, heads[2:]))
+    modes = f' --modes {run.runtime}' if run.runtime else ''
+    if not run.benchmark:
+        told = 'The whole networks were not timed on a machine that does nothing else.'
+    elif run.headline_time is None:
+        told = f'The benchmark has no times in {run.runtime}, the runtime of the budget.'
+    else:
+        return blocks
+    command = f'python tools/benchmark.py CONFIG CHECKPOINT{modes} --json {run.folder}/benchmark.json'
+    blocks.append(pages.Notice(f'{told} `{command}` does so; then make this page again.'))
+    return blocks
 
 
 def result(run: Run) -> Blocks:
@@ -103,8 +139,6 @@ def result(run: Run) -> Blocks:
     for part, pair in content.get('channels', {}).items():
         numbers = [whole(pair['before']), whole(pair['after'])]
         rows.append([f'channels: {part}', *numbers, percent(pair['after'], pair['before'])])
-    for how, before, after, unit in run.times:
-        rows.append([f'time: {how}, {unit}', short(before), short(after), percent(after, before)])
     unpruned, pruned = run.metrics.values()
     metrics: list[list[str | pages.Cell]] = [
         [name, score(unpruned.get(name)), score(pruned.get(name)),
@@ -115,14 +149,6 @@ def result(run: Run) -> Blocks:
     if rows:
         heads = ['what', 'unpruned', 'pruned', 'left']
         blocks.append(pages.Table('What is left', heads, rows, heads[1:]))
-    if not run.benchmark:
-        blocks.append(
-            pages.Notice(
-                'Times of inference were not measured; on a machine that does nothing else: `python '
-                f'tools/benchmark.py CONFIG CHECKPOINT --json {run.folder}/benchmark.json`, then '
-                'make this page again.'
-            )
-        )
     if metrics:
         at = [str(run.metrics[which].get('iteration', '?')) for which in ('unpruned', 'pruned')]
         heads = ['metric', 'unpruned', 'pruned', 'change']

@@ -63,6 +63,20 @@ def test_what_can_not_be_read_is_measured_anew(monkeypatch, tmp_path, content):
     assert list(json.loads((tmp_path / device.FILE).read_text()).values()) == [8]
 
 
+def test_a_measurement_that_fails_is_a_warning_and_widths_are_free(monkeypatch, tmp_path, caplog):
+    def failing(*args):
+        raise RuntimeError('no memory left')
+
+    monkeypatch.setenv(device.ENVIRONMENT, str(tmp_path))
+    monkeypatch.setattr(device, '_divisors', {})
+    monkeypatch.setattr(device, 'times_by_width', failing)
+    with caplog.at_level(logging.WARNING, 'mmprune'):
+        assert [device.divisor_of(CPU, torch.float32) for _ in range(2)] == [1, 1]
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert 'could not be measured (RuntimeError: no memory left)' in told and 'divisor=8' in told
+    assert not (tmp_path / device.FILE).exists()  # the next process measures
+
+
 def test_a_folder_that_can_not_be_written_is_said(monkeypatch, tmp_path, caplog):
     (tmp_path / 'file').write_text('')
     monkeypatch.setenv(device.ENVIRONMENT, str(tmp_path / 'file' / 'below'))

@@ -5,6 +5,7 @@ import pytest
 import torch
 from mmengine.logging import MMLogger
 from mmengine.model import BaseModel
+from mmengine.structures import BaseDataElement
 from torch import nn
 
 import mmprune
@@ -53,6 +54,26 @@ def test_inference_is_counted_and_the_rest_seen():
     assert model.training and BATCH['data_samples'] == []
     trace = mmprune.trace(model, counted, also=also)
     assert trace.flops == 16 * (3 * 8 + 8 * 2) and trace.unused_parameters == []
+
+
+@pytest.mark.parametrize('mode', ['loss', 'tensor', 'predict'])
+def test_a_run_that_changes_its_samples_changes_neither_the_batch_nor_the_next_run(mode):
+    """mmdet's Fast R-CNN renames the boxes of the proposals that its batch brings."""
+
+    class Renaming(Model):
+        def forward(self, inputs, data_samples=None, mode='tensor'):
+            for sample in data_samples:
+                sample.priors = sample.pop('bboxes')
+            x = self.head(self.stem(inputs))
+            return {'loss': x.mean()} if mode == 'loss' else x
+
+    samples = [BaseDataElement(bboxes=number) for number in (1, 2)]
+    batch = {'inputs': torch.rand(2, 3, 4, 4), 'data_samples': samples}
+    run = getattr(runs_of(Renaming(), batch), mode)
+    model = Renaming()
+    run(model)
+    run(model)
+    assert [sample.bboxes for sample in batch['data_samples']] == [1, 2]
 
 
 def test_flops_are_of_one_image_of_the_size_that_is_tested_at():

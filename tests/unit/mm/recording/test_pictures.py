@@ -50,6 +50,8 @@ def test_what_is_not_drawn_here_is_not_noted():
 
 
 class Files:
+    instances = None
+
     def __init__(self, names):
         self.names = names
 
@@ -57,17 +59,49 @@ class Files:
         return len(self.names)
 
     def get_data_info(self, index):
-        return {'img_path': self.names[index]}
+        told = {'img_path': self.names[index]}
+        return told if self.instances is None else told | {'instances': self.instances}
+
+
+def chosen(names, processes=1):
+    return pictures.choose(Files(names), processes)['files']
 
 
 def test_chooses_files_all_over_the_data_set():
     names = [f'{n}.png' for n in range(100)]
 
-    assert pictures.choose_files(Files(names)) == ['12.png', '37.png', '61.png', '86.png']
+    assert chosen(names) == ['12.png', '37.png', '61.png', '86.png']
     # Of four processes the first one sees every fourth.
-    assert pictures.choose_files(Files(names), 4) == ['12.png', '36.png', '60.png', '84.png']
-    assert pictures.choose_files(Files(['a.png'])) == ['a.png']
-    assert pictures.choose_files(Files([])) == pictures.choose_files([1, 2, 3]) == []
+    assert chosen(names, 4) == ['12.png', '36.png', '60.png', '84.png']
+    assert chosen(['a.png']) == ['a.png']
+    assert chosen([]) == pictures.choose([1, 2, 3])['files'] == []
+
+
+def test_notes_the_annotated_boxes_without_ignored_regions():
+    files = Files(['a.png'])
+    assert pictures.choose(files)['truth'] == {}  # a data set without annotations
+    files.instances = [
+        {'bbox': [1, 2, 3.04, 4], 'bbox_label': 2, 'ignore_flag': 0},
+        {'bbox': [0, 0, 9, 9], 'bbox_label': 0, 'ignore_flag': 1},
+    ]
+    assert pictures.choose(files)['truth'] == {
+        'a.png': {'boxes': [[1.0, 2.0, 3.0, 4.0]], 'labels': [2]}
+    }
+
+
+def test_notes_the_annotated_keypoints():
+    points, visible = np.array([[[1.0, 2.0], [3.0, 4.0]]]), np.array([[1, 0]])
+    people = InstanceData(keypoints=points, keypoints_visible=visible)
+    found = pictures.keypoints_of(DetDataSample(gt_instances=people))
+    assert found == {'keypoints': [[[1.0, 2.0], [3.0, 4.0]]], 'keypoint_scores': [[1, 0]]}
+    assert pictures.keypoints_of(DetDataSample()) is None
+    assert pictures.keypoints_of(1.0) is None
+
+
+def test_says_which_pictures_a_run_was_tested_on():
+    told = pictures.tested(Files(['x/a.png', 'x/b.png']))
+    assert told['count'] == 2 and set(told['files']) <= {'a.png', 'b.png'}
+    assert pictures.tested([1, 2, 3]) == {'data_set': 'list', 'count': 3, 'files': []}
 
 
 @pytest.mark.parametrize(('size', 'scale'), [((64, 96), 5.0), ((600, 500), 1.0), ((1280, 640), 0.5)])
@@ -114,6 +148,27 @@ def test_draws_keypoints_where_they_are(tmp_path):
     there = changed(pictures.drawn(picture, scale, found, meta), picture)
 
     rows, columns = np.nonzero(there)
+    assert (columns.mean() / scale, rows.mean() / scale) == pytest.approx((30, 30), abs=1)
+
+
+def test_draws_what_is_annotated_over_what_was_found(tmp_path):
+    picture, scale = pictures.small_copy(jpeg(tmp_path))
+    nothing = {'boxes': [], 'labels': [], 'scores': []}
+    truth = {'boxes': [[60, 20, 90, 50]], 'labels': [0]}
+
+    rows, columns = np.nonzero(changed(pictures.drawn(picture, scale, nothing, {}, truth), picture))
+
+    assert (columns.min() / scale, columns.max() / scale) == pytest.approx((60, 90), abs=1)
+    assert (rows.min() / scale, rows.max() / scale) == pytest.approx((20, 50), abs=1)
+
+
+def test_draws_crosses_at_annotated_keypoints_that_are_visible(tmp_path):
+    picture, scale = pictures.small_copy(jpeg(tmp_path))
+    nothing = {'keypoints': [], 'keypoint_scores': []}
+    truth = {'keypoints': [[[30.0, 30.0], [80.0, 30.0]]], 'keypoint_scores': [[1, 0]]}
+
+    rows, columns = np.nonzero(changed(pictures.drawn(picture, scale, nothing, {}, truth), picture))
+
     assert (columns.mean() / scale, rows.mean() / scale) == pytest.approx((30, 30), abs=1)
 
 

@@ -1,0 +1,32 @@
+"""Steps that a training does not need: one that fails is reported once and left out."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
+
+_reported: WeakKeyDictionary[logging.Logger, set[str]] = WeakKeyDictionary()
+"""What was reported in each run, by the run's logger."""
+
+
+@contextmanager
+def optional(logger: logging.Logger, what: str, remedy: str = '') -> Iterator[None]:
+    """Leaves out the rest of a block that fails, so that the training goes on.
+
+    The first failure of ``what`` is logged as a warning with the exception's text. Its traceback, and
+    every later failure of the same step, are logged at level DEBUG.
+
+    Args:
+        logger: the logger of the run.
+        what: the failure as a sentence without its full stop, such as ``'The report page could not be
+            made'``. It identifies the step.
+        remedy: a sentence that says what the user can do, or nothing.
+    """
+    try:
+        yield
+    except Exception as error:
+        reported = _reported.setdefault(logger, set())
+        text = f'{what}: {type(error).__name__}: {error}. The training goes on without it. {remedy}'
+        logger.log(logging.DEBUG if what in reported else logging.WARNING, text.strip())
+        logger.debug('The failure happened here:', exc_info=True)
+        reported.add(what)
