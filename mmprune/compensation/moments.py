@@ -21,10 +21,11 @@ ROWS = 512
 """Positions of one call of a layer that :class:`InputMoments` takes, spread evenly."""
 
 EVERY = 4
-"""Training steps of which :class:`InputMoments` takes one."""
+"""Training steps of which :class:`InputMoments` takes one, if cuts are far enough apart."""
 
-DECAY = 0.5
-"""Weight of what was seen before a cut against what is seen after it."""
+DECAY = 0.8
+"""Weight of what was seen before a cut against what is seen after it. A cut changes the inputs of layers a
+little, and so does the training between two cuts."""
 
 PLAIN_FORWARDS = frozenset(
     {'torch.nn.modules.conv', 'torch.nn.modules.linear', 'mmcv.cnn.bricks.wrappers'}
@@ -151,19 +152,26 @@ def _is_plain(module: nn.Module) -> bool:
     )
 
 
+def steps_between(interval: int) -> int:
+    """Of how many training steps one is taken, with a cut every ``interval`` of them: at least four between
+    two cuts, if there are so many."""
+    return max(1, min(EVERY, interval // 4))
+
+
 class InputMoments:
     """Gathers the moments of layers' inputs over training steps, for the compensation of the next cut.
 
-    One of :data:`EVERY` steps is taken, and at most :data:`ROWS` positions of a layer's call, so that
+    One of ``every`` steps is taken, and at most :data:`ROWS` positions of a layer's call, so that
     gathering costs little. No random number is drawn.
 
     Args:
         graph: of ``model`` as it is.
         model: hooks are registered on its layers until :meth:`close`.
+        every: steps of which one is taken.
     """
 
-    def __init__(self, graph: ChannelGraph, model: nn.Module) -> None:
-        self.enabled = False
+    def __init__(self, graph: ChannelGraph, model: nn.Module, every: int = 1) -> None:
+        self.enabled, self.every = False, every
         self.moments: dict[str, Moments] = {}
         self._steps = self._calls = 0
         self._handles: list[Any] = []
@@ -188,8 +196,8 @@ class InputMoments:
             self._handles.append(module.register_forward_pre_hook(see))
 
     def begin_step(self, wanted: bool = True) -> None:
-        """Called before each training step. One that is not ``wanted`` is not gathered."""
-        self.enabled = wanted and self._steps % EVERY == 0
+        """Called before each training step, which is gathered at most if it is ``wanted``."""
+        self.enabled = wanted and self._steps % self.every == 0
         self._steps += wanted
 
     def end_step(self) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 import mmprune
 from mmprune.compensation import Compensation, InputMoments
 from mmprune.compensation.fit import RIDGE
-from mmprune.compensation.moments import DECAY, block_of
+from mmprune.compensation.moments import DECAY, block_of, steps_between
 from mmprune.surgery.apply import cut
 from mmprune.surgery.build import make_plan
 from tests.helpers.equality import assert_same
@@ -284,8 +284,8 @@ def batches(count):
     return [torch.randn(2, 3, 7, 7, generator=generator) for _ in range(count)]
 
 
-def gathered_over(model, graph, data):
-    gathered = InputMoments(graph, model)
+def gathered_over(model, graph, data, every=1):
+    gathered = InputMoments(graph, model, every)
     for x in data:
         gathered.begin_step()
         model(x)
@@ -294,8 +294,7 @@ def gathered_over(model, graph, data):
     return gathered
 
 
-def test_steps_are_added_up(monkeypatch):
-    monkeypatch.setattr('mmprune.compensation.moments.EVERY', 1)
+def test_steps_are_added_up():
     model, data = relu_net(), batches(3)
     gathered = gathered_over(model, mmprune.trace(model, run), data)
     with torch.no_grad():
@@ -309,7 +308,7 @@ def test_steps_are_added_up(monkeypatch):
 def test_one_of_several_steps_is_taken_and_some_positions(monkeypatch):
     monkeypatch.setattr('mmprune.compensation.moments.ROWS', 20)
     model, data = relu_net(), batches(9)
-    gathered = gathered_over(model, mmprune.trace(model, run), data)
+    gathered = gathered_over(model, mmprune.trace(model, run), data, every=4)
     moments = gathered.moments['2']
     assert moments.count == pytest.approx(3 * 50)  # of nine steps three, of two times 25 positions
     with torch.no_grad():
@@ -318,8 +317,12 @@ def test_one_of_several_steps_is_taken_and_some_positions(monkeypatch):
     assert far(mean, seen.mean(1)) < 0.2 and not torch.allclose(mean, seen.mean(1), rtol=1e-4)
 
 
-def test_a_step_that_is_not_finite_is_left_out(monkeypatch):
-    monkeypatch.setattr('mmprune.compensation.moments.EVERY', 1)
+@pytest.mark.parametrize('interval, every', [(1, 1), (3, 1), (8, 2), (12, 3), (16, 4), (1000, 4)])
+def test_four_steps_are_gathered_between_two_cuts_if_there_are_so_many(interval, every):
+    assert steps_between(interval) == every
+
+
+def test_a_step_that_is_not_finite_is_left_out():
     model, data = relu_net(), batches(2)
     graph = mmprune.trace(model, run)
     gathered = gathered_over(model, graph, [*data, torch.full_like(data[0], torch.nan)])
@@ -349,9 +352,9 @@ def test_moments_are_restored_from_a_state():
     model = relu_net()
     graph = mmprune.trace(model, run)
     data = batches(12)
-    whole = gathered_over(model, graph, data)
-    state = gathered_over(model, graph, data[:5]).state_dict()
-    resumed = InputMoments(graph, model)
+    whole = gathered_over(model, graph, data, every=4)
+    state = gathered_over(model, graph, data[:5], every=4).state_dict()
+    resumed = InputMoments(graph, model, every=4)
     resumed.load_state_dict(state)
     for x in data[5:]:
         resumed.begin_step()

@@ -11,6 +11,7 @@ from mmengine.runner import Runner
 from mmprune.budget.budget import Budget, make_budget
 from mmprune.budget.measured import Timing
 from mmprune.budget.schedule import SCORED, CutTimes, check_times, resolve, target_at
+from mmprune.compensation.moments import steps_between
 from mmprune.distributed import check_rebuildable, is_distributed, raise_together
 from mmprune.errors import PruneError
 from mmprune.graph.coupling import ChannelGraph
@@ -137,6 +138,7 @@ class PruneHook(Hook):
         prepare = running.prepare_for_timing(runner, self.budget)
         self._prepare = Timing(prepare) if self.budget.latency is not None else None
         self.state.times = self._times(runner)
+        self.scoring.gather_every = steps_between(self.state.times.interval)
 
     def _times(self, runner: Runner) -> CutTimes:
         """When cuts come. A resumed run keeps its times if the options are still the same: a training

@@ -40,6 +40,7 @@ class Scoring:
         self.trace: ChannelGraph | None = None
         self.collector: Collector | None = None
         self.gathered: InputMoments | None = None
+        self.gather_every = 1  # training steps
         # Of a resumed run, for the next trace:
         self.scores_so_far: dict[str, Any] | None = None
         self.moments_so_far: dict[str, Any] | None = None
@@ -93,7 +94,7 @@ class Scoring:
             collector.load_state_dict(self.scores_so_far)
         self.trace, self.collector, self.scores_so_far = graph, collector, None
         if self.compensate and self.gathered is None:
-            self.gathered = InputMoments(graph, unwrapped(runner.model))
+            self.gathered = InputMoments(graph, unwrapped(runner.model), self.gather_every)
             if self.moments_so_far is not None:
                 self.gathered.load_state_dict(self.moments_so_far)
                 self.moments_so_far = None
