@@ -63,20 +63,20 @@ def reasons(model, forward):
 def test_non_local_shrinks_its_three_projections_together():
     model = Between(NonLocal2d(8, reduction=2, use_scale=False), 8)
     attributes = check(model, lambda m: m(images()))
-    assert attributes['module'] == {'inter_channels': 2}
+    assert attributes['module'] == {'inter_channels': 2, 'in_channels': 4}
 
 
 def test_non_local_with_a_scale_keeps_its_inner_width():
     model = Between(NonLocal2d(8, reduction=2), 8)
     attributes = check(model, lambda m: m(images()))
-    assert 'module' not in attributes
+    assert attributes['module'] == {'in_channels': 4}
     assert 'channel count used in arithmetic' in reasons(model, lambda m: m(images()))
 
 
 def test_generalized_attention_narrows_its_heads():
     model = Between(GeneralizedAttention(16, num_heads=2, attention_type='1111'), 16)
     attributes = check(model, lambda m: m(images()))
-    assert attributes['module'] == {'qk_embed_dim': 4, 'v_dim': 4}
+    assert attributes['module'] == {'qk_embed_dim': 4, 'v_dim': 4, 'in_channels': 8}
 
 
 def test_modulated_deformable_convolution_without_bias_is_free():
@@ -140,7 +140,7 @@ def test_dynamic_relu_follows_its_input():
 def test_res2net_splits_a_narrower_width():
     block = Bottle2neck(16, 4, scales=4, base_width=32, base_channels=4, stage_type='normal')
     attributes = check(Between(block, 16), lambda m: m(images()))
-    assert attributes['module'] == {'width': block.width} and block.width == 16
+    assert attributes['module'] == {'width': 16, 'inplanes': 8} and block.width == 16
 
 
 @pytest.mark.parametrize('fcs', [0, 1])
@@ -167,7 +167,7 @@ def test_side_aware_head_views_by_its_regression_width(fcs):
             return torch.cat([scores.flatten(), buckets.flatten(), offsets.flatten()])
 
     attributes = check(Net(), lambda m: m(images(7)))
-    assert attributes['head'] == {'reg_in_channels': 4}
+    assert attributes['head'] == {'reg_in_channels': 4, 'cls_in_channels': 4}
 
 
 def test_roi_extractor_allocates_what_the_neck_has_left():
