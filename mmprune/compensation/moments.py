@@ -24,8 +24,8 @@ EVERY = 4
 """Training steps of which :class:`InputMoments` takes one, if cuts are far enough apart."""
 
 DECAY = 0.8
-"""Weight of what was seen before a cut against what is seen after it. A cut changes the inputs of layers a
-little, and so does the training between two cuts."""
+"""Weight of what was seen before a cut against what is seen after it. A cut changes the inputs of
+layers a little, and so does the training between two cuts."""
 
 PLAIN_FORWARDS = frozenset(
     {'torch.nn.modules.conv', 'torch.nn.modules.linear', 'mmcv.cnn.bricks.wrappers'}
@@ -153,8 +153,8 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def steps_between(interval: int) -> int:
-    """Of how many training steps one is taken, with a cut every ``interval`` of them: at least four between
-    two cuts, if there are so many."""
+    """Of how many training steps one is taken, with a cut every ``interval`` of them: at least four
+    between two cuts, if there are so many."""
     return max(1, min(EVERY, interval // 4))
 
 
