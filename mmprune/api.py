@@ -239,6 +239,8 @@ def prune(
             'this would remove nothing: the budget is met already, or no prunable unit is left; ask '
             f'for less than {wanted.to_meta()}' + ''.join(f'; {each}' for each in graph.merged[:3])
         )
+    if outcome.stale:
+        warnings.warn(outcome.stale, stacklevel=2)
     return plan
 
 

@@ -227,6 +227,8 @@ class Pruner:
             warn=lambda text: warnings.warn(text, stacklevel=4),
         )
         step = outcome.plan
+        if outcome.stale:
+            warnings.warn(outcome.stale, stacklevel=2)
         if step is None and not self.limits.targets.keys() - {'prune_num'}:
             raise PruneError(f'prune_num={prune_num}: no prunable unit left')
         self._start(outcome.trace)

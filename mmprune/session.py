@@ -62,6 +62,7 @@ class Outcome:
         failed: {name of a group that was locked since it failed the check: why}.
         compensated: layers whose kept weights were changed to compensate for the removed channels.
         refused: layers that were not, since it would not have made their output better.
+        stale: a sentence on numbers of modules that may be widths and stay; empty if there are none.
     """
 
     plan: Plan | None
@@ -69,6 +70,7 @@ class Outcome:
     failed: dict[str, str]
     compensated: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
+    stale: str = ''
 
 
 def cut_once(
@@ -163,8 +165,6 @@ def cut_once(
         graph, left = without(graph, blamed, FAILED)
         scores = scores[left]
     stale = [each for each in graph.stale if not graph.keeps(keep)[each.ids].all()]
-    if stale and warn is not None:
-        warn(stale_text(stale))
     with together('planning'):
         notes = noted if isinstance(noted, CutNotes) else CutNotes(**noted)
         step = make_plan(graph, model, keep, budget.to_meta(), notes)
@@ -193,7 +193,7 @@ def cut_once(
     accepted, refused = (
         (tuple(compensation.accepted), tuple(compensation.refused)) if compensation else ((), ())
     )
-    return Outcome(step, left, failed, accepted, refused)
+    return Outcome(step, left, failed, accepted, refused, stale_text(stale))
 
 
 def _text_of(error: Exception) -> str:
@@ -271,13 +271,15 @@ def to_blame(suspects: list[Any], fails: Callable[[list[Any]], Any]) -> list[Any
 
 
 def stale_text(numbers: list[TrackedAttribute]) -> str:
-    """The warning of a cut that leaves numbers of modules behind."""
+    """A sentence on numbers of modules that a cut leaves as they are; empty without any."""
+    if not numbers:
+        return ''
     names = list(dict.fromkeys(map(str, numbers)))
     more = f' and {len(names) - 4} more' if len(names) > 4 else ''
     return (
-        f'{", ".join(names[:4])}{more}: equal to a channel count that this cut changes, and left as '
-        'they are, since the traced run does not say that they are channel counts. If another method '
-        'reads them as such (a conversion for deployment), declare them with mmprune.adapter'
+        f'{", ".join(names[:4])}{more}: equal to a channel count that this cut changes, and left as is, '
+        'since the traced run does not say whether it is that count. If another method reads it as such '
+        '(a conversion for deployment), declare it with mmprune.adapter'
     )
 
 

@@ -245,6 +245,8 @@ class PruneHook(Hook):
             strict=self.strict,
             warn=runner.logger.warning,
         )
+        if outcome.stale:
+            runner.logger.info(outcome.stale)
         self.scoring.close()
         state.cuts = number
         state.report.setdefault('failed', {}).update(outcome.failed)
