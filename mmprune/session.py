@@ -277,9 +277,9 @@ def stale_text(numbers: list[TrackedAttribute]) -> str:
     names = list(dict.fromkeys(map(str, numbers)))
     more = f' and {len(names) - 4} more' if len(names) > 4 else ''
     return (
-        f'{", ".join(names[:4])}{more}: equal to a channel count that this cut changes, and left as is, '
-        'since the traced run does not say whether it is that count. If another method reads it as such '
-        '(a conversion for deployment), declare it with mmprune.adapter'
+        f'{", ".join(names[:4])}{more}: equal to a channel count that this cut changes and left as is, '
+        'since the traced run does not say whether it is that count. If another method reads it as '
+        'such (a conversion for deployment), declare it with mmprune.adapter'
     )
 
 
