@@ -236,22 +236,21 @@ def train_plainly(config: str, how: dict, row: dict, at: Callable) -> None:
 # -- all of them ----------------------------------------------------------------------------------
 
 
-def train(name: str, config: str, how: dict, limit: int) -> dict:
-    """What a training of one family came to, for its row in docs/coverage.json."""
+def train(name: str, config: str, how: dict, limit: int, known: dict) -> dict:
+    """What a training of one family came to, for its row in docs/coverage.json. ``known``: that row."""
     start = time.monotonic()
     if not config.startswith('torchvision'):
-        how = how | {'keep_flops': budget_of(name)}
+        how = how | {'keep_flops': budget_of(known)}
     found = coverage.run(name, config, how, limit, examine)
     return {key: value for key, value in found.items() if key not in ('name', 'config')} | {
         'seconds': round(time.monotonic() - start)
     }
 
 
-def budget_of(name: str) -> float:
+def budget_of(row: dict) -> float:
     """The fraction of the FLOPs that a training keeps: half, or, where so much is locked that half may
     be below the floor, a little more than what is left without 30 % of the channels."""
-    rows = {row['name']: row for row in json.loads(coverage.RESULTS.read_text())}
-    left = rows[name].get('flops_kept', 0)
+    left = row.get('flops_kept', 0)
     return KEEP_FLOPS if left < 0.55 else round(min(0.95, left + 0.05), 2)
 
 
@@ -282,7 +281,10 @@ def main() -> None:
         parser.error(f'--only {arguments.only}: no such family to train')
     coverage.warm_up()
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        pending = {n: pool.submit(train, n, *f, arguments.limit) for n, f in chosen.items()}
+        pending = {
+            name: pool.submit(train, name, *family, arguments.limit, rows[name])
+            for name, family in chosen.items()
+        }
         for name, future in pending.items():
             found = future.result()
             print(f'{name:36s} {found["seconds"]:4d} s  {coverage.training_cell(found)}', flush=True)

@@ -21,19 +21,25 @@ def test_every_source_is_there_and_its_command_on_a_page():
         assert any(source.command in text for text in PAGES.values()), source.command
 
 
+JOB = FIGURES['main_job']['values']
+AP, FIRST = JOB['pruned']['AP'], JOB['unpruned']['AP']
+LEFT, AFTER = JOB['params']['left'], JOB['params']['after']
+FAULTS = FIGURES['planted_faults']['values']
+
+
 @pytest.mark.parametrize(
     ('page', 'right', 'wrong', 'told'),
     [
-        ('README.md', 'AP 0.498', 'AP 0.512', 'README.md says: with FPN'),
-        ('docs/results.md', '1,146,106 │ 29.5% │', '1,345,678 │ 34.6% │', 'says: │ parameters'),
-        ('docs/results.md', '0.421 │       0.498 │', '0.421 │       0.512 │', 'lacks: │ coco/bbox_mAP'),
+        ('README.md', f'AP {AP:.3f}', 'AP 0.111', 'README.md says: with FPN'),
+        ('docs/results.md', f'{AFTER:,} │ {LEFT:.1f}% │', '1,345 │ 34.6% │', 'says: │ parameters'),
         (
             'docs/results.md',
-            '| 29.5 % | 0.498 |',
-            '| 32.8 % | 0.494 |',
-            'says: | pruned | 49.9 % | 32.8',
+            f'{FIRST:.3f} │       {AP:.3f} │',
+            f'{FIRST:.3f} │       0.111 │',
+            'lacks: │ coco/bbox_mAP',
         ),
-        ('docs/cuts.md', 'into 146 exact', 'into 147 exact', 'says: plants faults into 147'),
+        ('docs/results.md', f'| {LEFT:.1f} % | {AP:.3f} |', '| 11.1 % | 0.111 |', 'says: | pruned |'),
+        ('docs/cuts.md', f'into {FAULTS["planted"]} exact', 'into 7 exact', 'says: plants faults into 7'),
     ],
 )
 def test_another_number_is_seen(page, right, wrong, told):
@@ -44,9 +50,9 @@ def test_another_number_is_seen(page, right, wrong, told):
 
 def test_the_same_words_with_another_number_are_seen_on_any_page():
     page = 'docs/glossary.md'
-    text = PAGES['docs/cuts.md'].replace('the 88 that', 'the 89 that')
+    text = PAGES['docs/cuts.md'].replace(f'the {FAULTS["matter"]} that', 'the 7 that')
     (line,) = contradictions(FIGURES, PAGES | {page: text})
-    assert line.startswith(f'{page} says: the 89 that')
+    assert line.startswith(f'{page} says: the 7 that')
 
 
 def test_pages_that_have_figures_are_there():
