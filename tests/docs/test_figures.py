@@ -39,7 +39,12 @@ FAULTS = FIGURES['planted_faults']['values']
             'lacks: │ coco/bbox_mAP',
         ),
         ('docs/results.md', f'| {LEFT:.1f} % | {AP:.3f} |', '| 11.1 % | 0.111 |', 'says: | pruned |'),
-        ('docs/cuts.md', f'into {FAULTS["planted"]} exact', 'into 7 exact', 'says: plants faults into 7'),
+        (
+            'docs/cuts.md',
+            f'into {FAULTS["planted"]} exact',
+            'into 7 exact',
+            'says: plants faults into 7',
+        ),
     ],
 )
 def test_another_number_is_seen(page, right, wrong, told):
