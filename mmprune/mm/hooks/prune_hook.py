@@ -200,10 +200,7 @@ class PruneHook(Hook):
             runs = self.scoring.runs(runner, batch, state.modes)
             scores = self.scoring.collector.scores()
         report.log_scores(runner.logger, self.scoring.collector)
-        if 'idle' not in state.report:  # of the whole network, before its first cut
-            state.report['idle'] = idle_groups(self.scoring.trace, scores, self.score)
-            if state.report['idle']:
-                runner.logger.info(idle_text(state.report['idle']))
+        idle = idle_groups(self.scoring.trace, scores, self.score)
         ema_models, steps = running.averaged_models(runner), state.times.steps
 
         def target(final: float) -> float:
@@ -247,6 +244,10 @@ class PruneHook(Hook):
         )
         if outcome.stale:
             runner.logger.info(outcome.stale)
+        if 'idle' not in state.report:  # of the whole network, before its first cut
+            state.report['idle'] = idle
+            if idle:
+                runner.logger.info(idle_text(idle))
         self.scoring.close()
         state.cuts = number
         state.report.setdefault('failed', {}).update(outcome.failed)

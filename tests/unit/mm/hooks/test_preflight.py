@@ -110,7 +110,7 @@ def test_steps_that_became_fewer_are_a_warning(tmp_path):
 
 def test_the_default_in_a_short_training_says_that_it_makes_fewer_cuts(tmp_path):
     train(config(tmp_path, epochs=20, hook=dict(keep_flops=0.5)))
-    assert '2 cuts instead of 30, so that each is scored over 12 optimizer steps' in warned(tmp_path)
+    assert '8 cuts instead of 30, so that each is scored over 3 optimizer steps' in warned(tmp_path)
     assert 'only, and scores of' not in warned(tmp_path)
 
 
