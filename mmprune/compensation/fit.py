@@ -63,7 +63,7 @@ class _Layer:
 
 
 class Compensation:
-    """The compensation of one cut: :meth:`prepare` before the cut, :meth:`apply` after it.
+    """The compensation of one cut: ``prepare`` comes before the cut, ``apply`` after it.
 
     Args:
         model: as it is before the cut.
