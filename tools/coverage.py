@@ -298,7 +298,7 @@ def write_page(rows: list[dict], path: Path) -> None:
         'which may go; *left*: that of parameters after the cut. *Trace*: seconds to find what can be',
         'cut, in forwards of the same batch. *Trained with the hook*: a short training with the',
         'defaults of `PruneHook(keep_flops=0.5)` (torchvision: `Pruner(compensate=True)`), interrupted',
-        'and resumed before its last cut, ends with finite losses. Made with',
+        'and resumed before its last cut, ends with finite losses; empty: not run. Made with',
         '',
         '    python tools/coverage.py',
         '    python tools/coverage_train.py',
