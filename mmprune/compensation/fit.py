@@ -102,7 +102,7 @@ class Compensation:
             for one in moments.values():
                 one.all_reduce()
         with together('fitting the compensation'):
-            self.layers = {}
+            self.layers, self._narrowed = {}, list(narrowed)
             for name, (module, _) in narrowed.items():
                 layer = _fitted(module, moments[name], plan.keep[f'{name}.weight'])
                 if layer is not None:
@@ -119,8 +119,10 @@ class Compensation:
 
     @property
     def refused(self) -> list[str]:
-        """Layers that are cut without compensation, since it would not make their output better."""
-        return [name for name, layer in self.layers.items() if not layer.accepted]
+        """Layers that are cut without compensation: nothing was seen of their inputs, or it would not
+        make their output better."""
+        accepted = set(self.accepted)
+        return [name for name in self._narrowed if name not in accepted]
 
     @torch.no_grad()
     def prepare(self, models: Iterable[nn.Module]) -> None:

@@ -230,7 +230,7 @@ class InputMoments:
         self._handles = []
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain data and four tensors: of each symmetric matrix the upper triangle."""
+        """Plain data and three tensors: of each symmetric matrix the upper triangle."""
         every = list(self.moments.values())
         none = [torch.zeros(0)]
         return {

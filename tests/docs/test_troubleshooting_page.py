@@ -340,7 +340,7 @@ def _(folder):
     mmprune.prune(net(), forward, keep_flops=0.5, optimizer=torch.optim.SGD(net().parameters(), lr=0.1))
 
 
-@meets('An optimizer with tensors of its own')
+@meets('An optimizer that keeps extra tensors')
 def _(folder):
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -236,7 +236,9 @@ def test_another_architecture(run, detector, tmp_path):
 
 def test_unpruned_checkpoints_load_as_ever(tmp_path):
     torch.save({'state_dict': TwoBranch(width=8).state_dict(), 'meta': {}}, tmp_path / 'x.pth')
-    load_checkpoint(TwoBranch(), str(tmp_path / 'x.pth'))  # mmengine prints what does not fit
+    model = TwoBranch()
+    load_checkpoint(model, str(tmp_path / 'x.pth'))  # mmengine prints what does not fit
+    assert mmprune.plan_of(model) is None and model.stem[0].weight.shape[0] == 16
 
 
 def test_it_can_be_undone(run):
