@@ -155,7 +155,7 @@ def loss_change(
     before, after = losses
     done, refused = len(result.compensated), len(result.refused)
     if done or refused:
-        text = f', {refused} refused: their output would not become better, or was not seen' if refused else ''
+        text = f', {refused} refused: no better output, or inputs not seen' if refused else ''
         runner.logger.info(f'Cut {number}: {done} layers compensated{text}')
         runner.logger.debug(f'Refused: {", ".join(result.refused)}')
     if not after - before <= JUMP * abs(before):
