@@ -30,8 +30,13 @@ class InexactCut(PruneError):
     """
 
 
+REMOVED_OPTIONS: dict[str, str] = {}
+"""What to use in place of each option that earlier versions had: {option: replacement, as a sentence}."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of an error message about an unknown option: the most similar known name, then all.
+    """Ends an error message about an unknown option: the replacement of an option that was removed, or
+    the most similar known name and the list of all.
 
     Args:
         name: the option that somebody wrote.
@@ -41,6 +46,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
         >>> did_you_mean('keep_flop', ['keep_flops', 'divisor'])
         'did you mean keep_flops? Expected one of keep_flops, divisor'
     """
+    if name in REMOVED_OPTIONS:
+        return f'{name} was removed: {REMOVED_OPTIONS[name]}'
     names = list(known)
     similar = get_close_matches(str(name), names, 1)
     expected = f'xpected one of {", ".join(names)}'
