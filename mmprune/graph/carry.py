@@ -1,9 +1,17 @@
-"""What a graph says of the same model later: after a cut, with groups locked, in a resumed run.
+"""The graph of a model later on: after a cut, with groups locked, or in a resumed training.
 
-A cut takes whole units away and leaves all that is known of the others, so the model need not be
-traced again. The numbers of units and groups are those that a new trace would give.
+*Problem.* Tracing a detector takes a run of the model and needs a batch. A training cuts many times and
+may resume from a checkpoint.
+
+*Idea.* A cut removes entire units and changes nothing that is known of the others. So the graph of the
+cut model follows from the graph before it: slots, units and groups are renumbered, and costs shrink in
+proportion. Units and groups get the numbers that a new trace would give them.
+
+*Example.* A layer with the slots 1 to 8 loses its channels 2 and 5 (counted from 1). The remaining
+slots 1, 3, 4, 6, 7, 8 become 1 to 6, and the slots of all later layers move up.
 """
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -15,32 +23,38 @@ from mmprune.errors import PruneError
 from mmprune.graph.constraints import TrackedAttribute
 from mmprune.graph.coupling import ChannelGraph, Locked, Merged, group_units
 from mmprune.graph.locks import Lock, LockKind, stated
-from mmprune.graph.profile import CostTerm, Profile
-from mmprune.graph.slots import FIXED, Axis, Ids, SlotTable, named_state
+from mmprune.graph.record import CostTerm, Profile
+from mmprune.graph.slots import FIXED, Ids, SlotTable, named_state
 
 FORMAT = 1
-"""Version of what :func:`to_state` gives."""
+"""The version of what :func:`to_state` returns."""
 
 
 def after_cut(graph: ChannelGraph, model: nn.Module, keep: np.ndarray) -> ChannelGraph:
-    """The graph of ``model``, from the one before it was cut to the units in ``keep`` (n_units, bool).
+    """The graph of a model after a cut.
 
-    Costs are in proportion to what is left, exactly: a product's FLOPs are.
+    Args:
+        graph: the graph before the cut.
+        model: the model after the cut.
+        keep: (n_units,) whether each unit of ``graph`` remains.
+
+    Raises:
+        PruneError: the model was cut in another way.
     """
     slots, stays = SlotTable(model, graph.slots.tensors), graph.keeps(keep)
-    number = np.full(graph.slots.size, FIXED, dtype=np.int64)
+    new_slot = np.full(graph.slots.size, FIXED, dtype=np.int64)
     for axis in graph.slots.axes:
-        new = slots.by_key.get((axis.name, axis.dim))  # none: a single channel is left
-        left = axis.ids[stays[axis.ids]]
-        if left.size != (1 if new is None else new.size):
+        new_axis = slots.by_key.get((axis.name, axis.dim))  # None if a single channel remains
+        remaining = axis.ids[stays[axis.ids]]
+        if remaining.size != (1 if new_axis is None else new_axis.size):
             raise PruneError(
-                f'{axis} has {left.size} channels by the plan: the model was cut by another'
+                f'{axis} has {remaining.size} channels by the plan: the model was cut by another'
             )
-        if new is not None:
-            number[left] = new.ids
+        if new_axis is not None:
+            new_slot[remaining] = new_axis.ids
 
     def moved(ids: Ids) -> Ids:
-        return number[ids[stays[ids]]]
+        return new_slot[ids[stays[ids]]]
 
     def shrunk(term: CostTerm) -> CostTerm:
         count = term.count
@@ -48,89 +62,78 @@ def after_cut(graph: ChannelGraph, model: nn.Module, keep: np.ndarray) -> Channe
             count *= int(stays[ids].sum()) / ids.size
         return CostTerm(term.where, count, list(map(moved, term.axes)))
 
-    def elements(term: CostTerm) -> CostTerm:
-        left = shrunk(term)
-        return replace(left, count=round(left.count))
+    def shrunk_elements(term: CostTerm) -> CostTerm:
+        smaller = shrunk(term)
+        return replace(smaller, count=round(smaller.count))
 
-    single = np.zeros(graph.n_units, dtype=bool)
-    lost = np.flatnonzero(stays & (number == FIXED) & (graph.unit_of >= 0))
-    single[graph.unit_of[lost]] = True
+    # A unit with the only channel that remains on some axis is locked from now on.
+    is_single = np.zeros(graph.n_units, dtype=bool)
+    lost = np.flatnonzero(stays & (new_slot == FIXED) & (graph.unit_of >= 0))
+    is_single[graph.unit_of[lost]] = True
+    single_axes = [axis for axis in graph.slots.axes if (axis.name, axis.dim) not in slots.by_key]
+    single = [Locked(a.name, a.dim, 1, (Lock(LockKind.ONLY_CHANNEL),)) for a in single_axes]
+
+    held = np.flatnonzero(stays & (new_slot > FIXED))
     unit_of = np.full(slots.size, -1, dtype=np.int64)
-    held = np.flatnonzero(stays & (number > FIXED))
-    unit_of[number[held]] = graph.unit_of[held]
-    unit_of[single[unit_of] & (unit_of >= 0)] = -1
+    unit_of[new_slot[held]] = graph.unit_of[held]
+    unit_of[is_single[unit_of] & (unit_of >= 0)] = -1
     lock_of = np.full(slots.size, -1, dtype=np.int64)
-    lock_of[number[held]] = graph.lock_of[held]
-    locked = [
-        Locked(axis.name, axis.dim, 1, (Lock(LockKind.ONLY_CHANNEL),))
-        for axis in graph.slots.axes
-        if (axis.name, axis.dim) not in slots.by_key
-    ]
-    return _regrouped(
+    lock_of[new_slot[held]] = graph.lock_of[held]
+    profile = replace(
+        graph.profile,
+        multiply_adds=list(map(shrunk, graph.profile.multiply_adds)),
+        activations=list(map(shrunk_elements, graph.profile.activations)),
+    )
+    smaller = replace(
         graph,
-        slots,
-        unit_of,
-        graph.locked + locked,
+        slots=slots,
+        locked=graph.locked + single,
         lock_of=lock_of,
-        profile=replace(
-            graph.profile,
-            multiply_adds=list(map(shrunk, graph.profile.multiply_adds)),
-            activations=list(map(elements, graph.profile.activations)),
-        ),
-        tracked=[replace(each, ids=moved(each.ids)) for each in graph.tracked],
+        profile=profile,
+        tracked=[replace(entry, ids=moved(entry.ids)) for entry in graph.tracked],
         stale=[replace(e, ids=moved(e.ids)) for e in graph.stale if stays[e.ids].all()],
         scales=list(map(moved, graph.scales)),
         weights_read=list(map(moved, graph.weights_read)),
     )
+    return _regrouped(smaller, unit_of)
 
 
 def without_guesses(graph: ChannelGraph, numbers: list[TrackedAttribute]) -> ChannelGraph:
-    """The graph in which these numbers of modules stay as they are, and may become stale."""
-    left = [each for each in graph.tracked if not any(each is number for number in numbers)]
-    return replace(
-        graph, tracked=left, stale=graph.stale + [replace(e, guessed=False) for e in numbers]
-    )
+    """The graph in which these numbers of modules keep their value and are listed as stale."""
+    follows = [entry for entry in graph.tracked if not any(entry is number for number in numbers)]
+    stale = [replace(number, guessed=False) for number in numbers]
+    return replace(graph, tracked=follows, stale=graph.stale + stale)
 
 
 def without(graph: ChannelGraph, groups: list[int], reason: str) -> tuple[ChannelGraph, np.ndarray]:
-    """The graph with these groups locked, and which of its units are left (n_units, bool)."""
+    """Locks groups, given by their indices, for a reason, given as a sentence.
+
+    Returns:
+        (the new graph, (n_units,) whether each unit of ``graph`` is still removable).
+    """
     gone = np.concatenate([graph.groups[number].units for number in groups])
-    left = np.ones(graph.n_units, dtype=bool)
-    left[gone] = False
-    unit_of = np.where(graph.keeps(left), graph.unit_of, -1)
-    locked, lock_of = [], graph.lock_of.copy()
+    free = np.ones(graph.n_units, dtype=bool)
+    free[gone] = False
+    unit_of = np.where(graph.keeps(free), graph.unit_of, -1)
+    locked, lock_of = list(graph.locked), graph.lock_of.copy()
     for number in groups:
         axis = next(iter(graph.groups[number].axes))
-        lock_of[np.isin(graph.unit_of, graph.groups[number].units)] = len(graph.locked) + len(locked)
+        lock_of[np.isin(graph.unit_of, graph.groups[number].units)] = len(locked)
         locked.append(Locked(axis.name, axis.dim, len(graph.groups[number]), (stated(reason),)))
-    return _regrouped(graph, graph.slots, unit_of, graph.locked + locked, lock_of=lock_of), left
+    return _regrouped(replace(graph, locked=locked, lock_of=lock_of), unit_of), free
 
 
-def _regrouped(
-    graph: ChannelGraph, slots: SlotTable, unit_of: np.ndarray, locked: list[Locked], **changes: Any
-) -> ChannelGraph:
-    """A graph of these units (slots that bear the same number), numbered as :func:`couple` does."""
+def _regrouped(graph: ChannelGraph, unit_of: np.ndarray) -> ChannelGraph:
+    """``graph`` with the units ``unit_of`` (slots,), numbered as a new trace would number them. Slots
+    with equal values are one unit, and -1 marks slots that cannot be removed."""
     free = unit_of >= 0
     component = np.where(free, unit_of, unit_of.max(initial=0) + 1)
     is_locked = np.zeros(component.max() + 1, dtype=bool)
     is_locked[component[~free]] = True
-    tracked = changes.get('tracked', graph.tracked)
-    numbers, groups = group_units(slots, component, is_locked, tracked)
-    return replace(
-        graph,
-        slots=slots,
-        groups=groups,
-        locked=locked,
-        unit_of=numbers,
-        consumers=_same_axes(graph.consumers, slots),
-        producers=_same_axes(graph.producers, slots),
-        **changes,
-    )
-
-
-def _same_axes(axes: list[Axis], slots: SlotTable) -> list[Axis]:
-    found = [slots.by_key.get((axis.name, axis.dim)) for axis in axes]
-    return [axis for axis in found if axis is not None]
+    numbers, groups = group_units(graph.slots, component, is_locked, graph.tracked)
+    consumers = [graph.slots.by_key.get((axis.name, axis.dim)) for axis in graph.consumers]
+    consumers = [axis for axis in consumers if axis is not None]
+    return replace(graph, groups=groups, unit_of=numbers, consumers=consumers)
 
 
 # -- in a checkpoint ----------------------------------------------------------------------------------
@@ -141,15 +144,19 @@ def to_state(graph: ChannelGraph) -> dict[str, Any]:
     numbers: dict[bytes, int] = {}
     arrays: list[np.ndarray] = []
 
-    def kept(ids: Ids) -> int:
+    def stored(ids: Ids) -> int:
+        """The index of an id array; equal arrays are stored once."""
         key = ids.tobytes()
         if key not in numbers:
             numbers[key] = len(arrays)
             arrays.append(ids.astype(np.int32))
         return numbers[key]
 
-    def terms(found: list[CostTerm]) -> list[list[Any]]:
-        return [[term.where, term.count, list(map(kept, term.axes))] for term in found]
+    def terms(costs: list[CostTerm]) -> list[list[Any]]:
+        return [[term.where, term.count, list(map(stored, term.axes))] for term in costs]
+
+    def attributes(entries: list[TrackedAttribute]) -> list[list[Any]]:
+        return [[entry.module, entry.attribute, stored(entry.ids)] for entry in entries]
 
     profile = graph.profile
     state = {
@@ -159,19 +166,18 @@ def to_state(graph: ChannelGraph) -> dict[str, Any]:
         'lock_of': torch.from_numpy(graph.lock_of.astype(np.int32)),
         'work': terms(profile.multiply_adds),
         'elements': terms(profile.activations),
-        'follows': [[each.module, each.attribute, kept(each.ids)] for each in graph.tracked],
-        'guessed': [each.guessed for each in graph.tracked],
-        'stale': [[each.module, each.attribute, kept(each.ids)] for each in graph.stale],
-        'scales': list(map(kept, graph.scales)),
-        'weights_read': list(map(kept, graph.weights_read)),
+        'follows': attributes(graph.tracked),
+        'guessed': [entry.guessed for entry in graph.tracked],
+        'stale': attributes(graph.stale),
+        'scales': list(map(stored, graph.scales)),
+        'weights_read': list(map(stored, graph.weights_read)),
         'unknown_ops': {name: list(where) for name, where in profile.unknown_ops.items()},
         'touched': sorted(profile.touched),
         'readers': [[axis.name, axis.dim] for axis in graph.consumers],
-        'producers': [[axis.name, axis.dim] for axis in graph.producers],
         'locked': list(map(_entry, graph.locked)),
         'merged': list(map(_entry, graph.merged)),
     }
-    # One tensor: as many as there are arrays would be as many parts of the file.
+    # All arrays in one tensor, because each tensor would become a separate part of the file.
     return state | {
         'ids': torch.from_numpy(np.concatenate([*arrays, np.zeros(0, dtype=np.int32)])),
         'sizes': [ids.size for ids in arrays],
@@ -179,8 +185,9 @@ def to_state(graph: ChannelGraph) -> dict[str, Any]:
 
 
 def from_state(state: dict[str, Any], model: nn.Module) -> ChannelGraph | None:
-    """The graph that was saved; ``None`` where it is of another format, or of a model of other sizes:
-    then ``model`` has to be traced."""
+    """The graph that :func:`to_state` stored, or ``None`` if the state has another format or is of a
+    model of other sizes. Then ``model`` has to be traced. States of earlier versions may lack
+    entries."""
     names = {name for name, _ in named_state(model)}
     if state.get('format') != FORMAT or not names.issuperset(state['names']):
         return None
@@ -192,60 +199,47 @@ def from_state(state: dict[str, Any], model: nn.Module) -> ChannelGraph | None:
     def axes(numbers: list[int]) -> list[Ids]:
         return [arrays[number] for number in numbers]
 
-    def named(entries: list[list[Any]]) -> list[Axis]:
-        return [slots.by_key[name, dim] for name, dim in entries]
-
     def terms(entries: list[list[Any]]) -> list[CostTerm]:
         return [CostTerm(where, count, axes(numbers)) for where, count, numbers in entries]
 
-    guessed = state.get('guessed', [False] * len(state['follows']))  # of an earlier version
-    locked = [
-        Locked(name, dim, count, tuple(map(_lock_from, reasons)))
-        for name, dim, count, reasons in state['locked']
-    ]
-    merged = [
-        Merged(name, dim, count, tuple(map(_lock_from, reasons)))
-        for name, dim, count, reasons in state.get('merged', [])
-    ]
-    empty = ChannelGraph(
+    def attributes(entries: Iterable[list[Any]], guessed: list[bool]) -> list[TrackedAttribute]:
+        return [
+            TrackedAttribute(module, name, arrays[number], guess)
+            for (module, name, number), guess in zip(entries, guessed, strict=True)
+        ]
+
+    stale = state.get('stale', [])
+    graph = ChannelGraph(
         slots=slots,
         groups=[],
-        locked=[],
+        locked=[Locked(*_entry_fields(entry)) for entry in state['locked']],
         unit_of=np.zeros(0),
         lock_of=state.get('lock_of', torch.full((slots.size,), -1)).numpy().astype(np.int64),
-        consumers=named(state['readers']),
-        producers=named(state['producers']),
+        consumers=[slots.by_key[name, dim] for name, dim in state['readers']],
         profile=Profile(
-            terms(state['work']),
-            terms(state['elements']),
-            set(state['touched']),
-            state['unknown_ops'],
+            terms(state['work']), terms(state['elements']), set(state['touched']), state['unknown_ops']
         ),
-        tracked=[
-            TrackedAttribute(module, name, arrays[number], guessed)
-            for (module, name, number), guessed in zip(state['follows'], guessed, strict=True)
-        ],
-        stale=[
-            TrackedAttribute(module, name, arrays[number])
-            for module, name, number in state.get('stale', ())
-        ],
+        tracked=attributes(state['follows'], state.get('guessed', [False] * len(state['follows']))),
+        stale=attributes(stale, [False] * len(stale)),
         weights_read=axes(state['weights_read']),
         scales=axes(state['scales']),
-        merged=merged,
+        merged=[Merged(*_entry_fields(entry)) for entry in state.get('merged', [])],
     )
-    return _regrouped(empty, slots, state['unit_of'].numpy().astype(np.int64), locked)
+    return _regrouped(graph, state['unit_of'].numpy().astype(np.int64))
 
 
-def _entry(held: Locked | Merged) -> list[Any]:
-    return [held.name, held.dim, held.count, list(map(_lock_state, held.reasons))]
+def _entry(entry: Locked | Merged) -> list[Any]:
+    locks = [[lock.kind.name, lock.op, lock.module, lock.detail] for lock in entry.reasons]
+    return [entry.name, entry.dim, entry.count, locks]
 
 
-def _lock_state(lock: Lock) -> list[str]:
-    return [lock.kind.name, lock.op, lock.module, lock.detail]
+def _entry_fields(entry: list[Any]) -> tuple[str, int, int, tuple[Lock, ...]]:
+    name, dim, count, locks = entry
+    return name, dim, count, tuple(map(_lock_from, locks))
 
 
 def _lock_from(saved: list[str] | str) -> Lock:
-    """Once a reason was a sentence; one of a kind that is gone becomes that again."""
+    """A stored lock. Earlier versions stored a sentence; a kind that no longer exists becomes one."""
     if isinstance(saved, str):
         return stated(saved)
     kind, op, module, detail = saved

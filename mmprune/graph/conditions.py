@@ -1,19 +1,26 @@
-"""Conditions on units that sizes impose: what has to shrink by the same factor, or to stay an integer.
+"""Conditions that sizes impose on units: what shrinks by the same factor, and what stays an integer.
 
-A view asks for ``c // 2`` positions of a dimension that carries ``c`` channels. Whether the two shrink
-alike depends on which channels form one unit, which is known only at the end of the traced run. A
-channel shuffle shows it: after ``view(b, 2, c // 2, h, w)`` channels ``i`` and ``i + c / 2`` are one
-unit, and transposed they lie side by side. Compared by position, channel 1 of ``c`` would be tied to
-the second copy of channel 0, and so on until all are one unit. Compared by unit nothing has to be
-tied: each unit has two positions in both dimensions.
+*Problem.* A view that asks for ``c // 2`` positions of a dimension with ``c`` channels works after a
+cut only if the new dimension shrinks by the same factor as the old one. A position-by-position tie can
+be far too strict for that. Take a channel shuffle: after ``view(b, 2, c // 2, h, w)`` the channels
+``i`` and ``i + c / 2`` are one unit, and the transpose puts them side by side. Comparing ``c`` with ``c
+// 2`` by position would tie channel 1 to the second copy of channel 0, and so on until all channels are
+one unit.
 
-Joining units never breaks a condition: sums of counts that are in proportion are in proportion. So the
-conditions are settled one after another, and only those that do not hold add ties
-(:func:`mmprune.graph.coupling.settled_components`).
+*Idea.* Compare by unit instead of by position. Two dimensions shrink alike if each unit has the same
+share of the positions of both. In the shuffle each unit has two positions on either side, so no tie is
+needed. Which channels form a unit is known only at the end of the traced run, so conditions are
+recorded and settled then (:func:`mmprune.graph.coupling.settled_components`).
+
+Joining two units never breaks a condition that holds: if two counts are in proportion for each of two
+units, their sums are too. So conditions are settled one by one, and only broken ones add ties.
+
+*Example.* ``Proportion(a=[1, 2, 3, 4], b=[1, 2])`` holds if 1 and 3 are one unit and 2 and 4 another
+one: each has two of the four positions and one of the two. It does not hold if 1 and 2 are one unit.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from torch import nn
@@ -22,12 +29,18 @@ from mmprune.graph.locks import LockKind
 from mmprune.graph.slots import FIXED, Ids
 
 Pairs = list[tuple[Ids, Ids]]
-"""Arrays of ids that are tied position by position."""
+"""Pairs of id arrays that are tied position by position."""
 
 
 class Origin(NamedTuple):
-    """What a report needs of a tie or a condition: the reason, the operation, the end of the reason's
-    sentence, and the module that ran."""
+    """What a report needs to know of a tie or a condition.
+
+    Args:
+        why: the kind of reason.
+        op: the name of the operation.
+        detail: completes the sentence of ``why``.
+        module: the module that ran.
+    """
 
     why: LockKind
     op: str
@@ -35,32 +48,9 @@ class Origin(NamedTuple):
     module: nn.Module
 
 
-class Condition(Protocol):
-    @property
-    def origin(self) -> Origin: ...
-
-    @property
-    def ids(self) -> Ids:
-        """All ids that it speaks of."""
-        ...
-
-    @property
-    def is_partial(self) -> bool:
-        """Whether it compares dimensions of different sizes."""
-        ...
-
-    def holds(self, component: np.ndarray) -> bool:
-        """Whether it holds for these units: ``component`` is the number of the unit of each id."""
-        ...
-
-    def remedies(self, component: np.ndarray) -> list[Pairs]:
-        """Alternative sets of ties, after each of which it holds; none: its ids have to be locked."""
-        ...
-
-
 @dataclass(frozen=True)
 class Proportion:
-    """Two dimensions, which carry ``a`` and ``b``, shrink by the same factor."""
+    """Two dimensions, which carry the ids ``a`` and ``b``, shrink by the same factor."""
 
     a: Ids
     b: Ids
@@ -72,83 +62,96 @@ class Proportion:
 
     @property
     def is_partial(self) -> bool:
+        """Whether the condition compares dimensions of different sizes."""
         return self.a.size != self.b.size
 
     def holds(self, component: np.ndarray) -> bool:
+        """Whether the condition holds; ``component`` gives the number of the unit of each id."""
         in_a, in_b = self._counts(np.unique(component[self.ids], return_inverse=True)[1])
         return np.array_equal(in_a * self.b.size, in_b * self.a.size)
 
-    def _counts(self, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """How many positions of ``a`` and of ``b`` each unit has; ``number``: of the unit of each."""
-        most = number.max(initial=-1) + 1
-        in_a = np.bincount(number[: self.a.size], minlength=most)
-        return in_a, np.bincount(number[self.a.size :], minlength=most)
+    def _counts(self, unit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """How many positions of ``a`` and of ``b`` each unit has, given the unit of each of ``ids``."""
+        n_units = unit.max(initial=-1) + 1
+        in_a = np.bincount(unit[: self.a.size], minlength=n_units)
+        return in_a, np.bincount(unit[self.a.size :], minlength=n_units)
 
     def remedies(self, component: np.ndarray) -> list[Pairs]:
-        """The bigger one is several copies of the smaller one; or it has several neighbouring positions
-        for each of its positions; or units that are not in proportion are joined to others that make up
-        for them, wherever they lie."""
-        found = []
+        """Alternative sets of ties, after each of which the condition holds.
+
+        1. The larger dimension is several copies of the smaller one.
+        2. It has several neighbouring positions for each position of the smaller one.
+        3. Each unit with a surplus on one side is joined to one with the same surplus on the other
+           side.
+
+        If the list is empty, the ids have to be locked.
+        """
+        remedies = []
         small, big = sorted((self.a, self.b), key=len)
         if small.size and not big.size % small.size:
-            found.append([(small, row) for row in big.reshape(-1, small.size)])
+            remedies.append([(small, row) for row in big.reshape(-1, small.size)])
             if big.size > small.size > 1:
-                found.append([(small, column) for column in big.reshape(small.size, -1).T])
-        return [*found, *self._balanced(component)]
+                remedies.append([(small, column) for column in big.reshape(small.size, -1).T])
+        return [*remedies, *self._balanced(component)]
 
     def _balanced(self, component: np.ndarray) -> list[Pairs]:
-        """One remedy: pairs of units of which one has as much too many in ``a`` as the other has in
-        ``b``, and one unit of all that are left over. None if constants are among the positions."""
+        """The third remedy. Units without a counterpart are joined into one. If a constant is among the
+        positions, there is no such remedy."""
         ids = self.ids
         if (ids == FIXED).any():
             return []
         _, first, number = np.unique(component[ids], return_index=True, return_inverse=True)
         in_a, in_b = self._counts(number)
         surplus = in_a * self.b.size - in_b * self.a.size
-        waiting: dict[int, list[int]] = {}
-        pairs, left = [], []
+        waiting: dict[int, list[int]] = {}  # {surplus: units that have it and no counterpart yet}
+        pairs = []
         for unit in np.argsort(first):
-            much = int(surplus[unit])
-            if waiting.get(-much):
-                pairs.append((waiting[-much].pop(0), unit))
-            elif much:
-                waiting.setdefault(much, []).append(unit)
-        left = [unit for units in waiting.values() for unit in units]
-        pairs += [(left[0], unit) for unit in left[1:]]
+            amount = int(surplus[unit])
+            if waiting.get(-amount):
+                pairs.append((waiting[-amount].pop(0), unit))
+            elif amount:
+                waiting.setdefault(amount, []).append(unit)
+        unmatched = [unit for units in waiting.values() for unit in units]
+        pairs += [(unmatched[0], unit) for unit in unmatched[1:]]
         a, b = (np.array([first[pair[side]] for pair in pairs], dtype=np.int64) for side in (0, 1))
         return [[(ids[a], ids[b])]]
 
 
 @dataclass(frozen=True)
 class Multiple:
-    """The number ``whole`` shrinks in proportion to the positions ``ids`` and stays an integer, so each
-    unit has a multiple of ``ids.size / whole`` positions."""
+    """A number shrinks in proportion to the positions ``ids`` and stays an integer.
+
+    ``ids`` has ``ids.size / number`` positions for each channel that the number counts, so each unit
+    must hold a multiple of as many positions.
+    """
 
     ids: Ids
-    whole: int
+    number: int
     origin: Origin
 
-    @property
-    def is_partial(self) -> bool:
-        return True
+    is_partial = True
 
     @property
-    def _each(self) -> int:
-        return self.ids.size // self.whole
+    def _ratio(self) -> int:
+        return self.ids.size // self.number
 
     def holds(self, component: np.ndarray) -> bool:
-        return not (np.unique(component[self.ids], return_counts=True)[1] % self._each).any()
+        """As :meth:`Proportion.holds`."""
+        return not (np.unique(component[self.ids], return_counts=True)[1] % self._ratio).any()
 
     def remedies(self, component: np.ndarray) -> list[Pairs]:
-        """The positions are several copies of what the number counts, or each one that it counts has
-        several neighbouring positions."""
-        rows = self.ids.reshape(self._each, self.whole)
-        columns = self.ids.reshape(self.whole, self._each).T
+        """As :meth:`Proportion.remedies`: the positions are several copies of the counted channels, or
+        each counted channel has several neighbouring positions."""
+        rows = self.ids.reshape(self._ratio, self.number)
+        columns = self.ids.reshape(self.number, self._ratio).T
         return [[(table[0], row) for row in table[1:]] for table in (rows, columns)]
 
 
+Condition = Proportion | Multiple
+
+
 def joined(component: np.ndarray, pairs: Pairs) -> np.ndarray:
-    """The units after these ties: the number of the unit of each id, not consecutive any more."""
+    """The number of the unit of each id after further ties. The numbers are not consecutive."""
     parent: dict[int, int] = {}
 
     def root(number: int) -> int:

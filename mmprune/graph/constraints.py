@@ -1,4 +1,4 @@
-"""What a traced run says of which channels live or die together, and which may not die."""
+"""What a traced run says about channels: which are removed together, and which may not be removed."""
 
 import itertools
 import weakref
@@ -18,10 +18,14 @@ from mmprune.graph.slots import FIXED, Ids, SlotTable
 
 @dataclass(frozen=True)
 class TrackedAttribute:
-    """A number in a module that is proportional to the size of the axis ``ids``.
+    """A number in a module that shrinks in proportion to the channels ``ids``.
 
-    ``guessed``: the run does not read the number, and the two are equal
-    (:mod:`mmprune.graph.module_numbers`).
+    Args:
+        module: the name of the module.
+        attribute: the name of the attribute; ``widths[0]`` is an entry of a list.
+        ids: the channels that the number counts, or is a multiple of.
+        guessed: whether no traced run reads the number, so that its meaning was inferred from its name
+            and value (:mod:`mmprune.graph.module_numbers`).
     """
 
     module: str
@@ -34,7 +38,8 @@ class TrackedAttribute:
 
 
 class DistinctKeys(IntEnum):
-    """Which sizes never equal a plain number when a dictionary compares its keys."""
+    """Which sizes never equal a plain number when a dictionary compares its keys
+    (:func:`mmprune.graph.tracer.trace_run`)."""
 
     NONE = 0
     TENSOR_SIZES = 1
@@ -42,24 +47,30 @@ class DistinctKeys(IntEnum):
 
 
 EPOCHS = itertools.count()
-"""No two traces have an epoch in common: a key of an ended one may live on in a cache."""
+"""Numbers of runs, unique in a process: a size of an ended run may survive in a cache of the model."""
 
 
 class Constraints:
-    """Ties, locks and tracked attributes over slot ids.
+    """Ties, locks, conditions and tracked attributes over slot ids.
 
-    ``read``, ``weights_read``: channels of activations, and of weights, that contractions sum over;
-    ``scales``: those of normalisations' gammas. Ids above the slots' are *stand-ins*: positions of
-    fills whose size follows a channel dimension (:meth:`stand_in`).
+    Ids from ``slots.size`` on are *placeholders*. They stand for the positions of a tensor that the
+    code made with a channel count, such as ``torch.zeros(self.width)``, until ties show which channels
+    those are (:meth:`placeholder`).
 
-    Sizes are compared after the run, when all ties are known: ``conditions`` lists what the units have
-    to fulfil, and ``deferred`` lists functions that add such conditions. ``origins`` holds, for each
-    entry of ``ties``, what its report needs.
-
-    ``epoch`` changes when a run ends or is taken back. The sizes of an earlier epoch may live on in the
-    caches of a model; they count as plain numbers (:class:`~mmprune.graph.sizes.SymbolicSize`).
-    ``distinct_keys`` says which sizes differ from plain numbers when they are keys of a dictionary, and
-    ``used_as_key`` whether any size was such a key (:func:`mmprune.graph.tracer.trace_runs`).
+    Attributes:
+        ties: pairs of id arrays that are tied position by position.
+        origins: for each entry of ``ties`` what its report needs.
+        conditions: what the units have to fulfil. Sizes are compared after the run, because only then
+            all ties are known.
+        deferred: functions to call after the run, which add further conditions.
+        locks: (ids, reason) of channels that may not be removed.
+        read: channels of activations that contractions sum over.
+        weights_read: channels of weights that contractions sum over.
+        scales: channels of the gammas of normalisations.
+        epoch: the number of the present run. It changes when a run ends or is undone; sizes of other
+            epochs count as plain numbers.
+        distinct_keys: which sizes differ from plain numbers as dictionary keys.
+        used_as_key: whether the run used any size as a dictionary key.
     """
 
     def __init__(self, slots: SlotTable, scope: ModuleScope) -> None:
@@ -80,30 +91,32 @@ class Constraints:
         self.ref = weakref.ref(self)
         self._pinned: dict[tuple[str, str], Lock] = {}
         self._ids_of: dict[tuple[str, str], tuple[Ids, ...]] = {}
-        self._stand_ins: dict[tuple, Ids] = {}
+        self._placeholders: dict[tuple, Ids] = {}
         self._locked = np.arange(slots.size) == FIXED
 
     @property
     def size(self) -> int:
-        """How many ids there are: slots, and stand-ins behind them."""
+        """The number of ids: slots, followed by placeholders."""
         return self._locked.size
 
     def tie(
-        self,
-        a: Ids,
-        b: Ids,
-        why: LockKind,
-        op: str,
-        detail: str = '',
-        module: nn.Module | None = None,
+        self, a: Ids, b: Ids, why: LockKind, op: str, detail: str = '', module: nn.Module | None = None
     ) -> None:
-        """The positions of ``a`` and ``b`` live or die together, one by one; where one of them is
-        ``FIXED``, the other is locked for the reason ``why``. ``module``: the one that the report
-        names; by default the module that runs now."""
+        """Removes the positions of ``a`` and ``b`` only together, one by one.
+
+        Args:
+            a: ids of one dimension.
+            b: ids of another one, as many. Where one of the two is ``FIXED``, the other is locked.
+            why: the reason of such a lock.
+            op: the operation that ties them.
+            detail: completes the sentence of ``why``.
+            module: the module that a report names; by default the one that runs now.
+        """
         origin = Origin(why, op, detail, module or self.scope.module)
         if a.size != b.size:
             raise PruneError(
-                f'{self.lock_of(origin)}: ties {a.size} channels to {b.size}: a rule or adapter errs'
+                f'{self.lock_of(origin)}: ties {a.size} channels to {b.size}; the rule or adapter of '
+                'this operation is wrong'
             )
         if a is b:
             return
@@ -117,28 +130,27 @@ class Constraints:
     def tie_in_proportion(self, a: Ids, b: Ids, why: LockKind, detail: str = '') -> None:
         """Two dimensions, which carry ``a`` and ``b``, shrink by the same factor."""
         if a is not b and not np.array_equal(a, b):
-            origin = Origin(why, 'sizes', detail, self.scope.module)
-            self.conditions.append(Proportion(a, b, origin))
+            self.conditions.append(Proportion(a, b, Origin(why, 'sizes', detail, self.scope.module)))
 
-    def require_multiple(self, ids: Ids, whole: int, why: LockKind, detail: str) -> None:
-        """The number ``whole`` shrinks in proportion to the positions ``ids`` (several of them for each
-        one that it counts) and has to stay an integer."""
-        origin = Origin(why, 'sizes', detail, self.scope.module)
-        self.conditions.append(Multiple(ids, whole, origin))
+    def require_multiple(self, ids: Ids, number: int, why: LockKind, detail: str) -> None:
+        """``number`` shrinks in proportion to the positions ``ids``, of which there are several for
+        each channel that it counts, and stays an integer."""
+        self.conditions.append(Multiple(ids, number, Origin(why, 'sizes', detail, self.scope.module)))
 
     def lock(self, ids: Ids, why: LockKind | str, op: str = '', detail: str = '') -> None:
-        """No slot among ``ids`` may be removed."""
+        """No slot among ``ids`` may be removed; ``why`` is a kind, or the whole sentence of the
+        report."""
         if isinstance(why, str):
             self._add(ids, Lock(LockKind.STATED, op, str(self.scope) if op else '', why))
         else:
-            self._add(ids, self.lock_of(Origin(why, op, detail, self.scope.module)))
+            self.lock_by(ids, Origin(why, op, detail, self.scope.module))
 
-    def lock_all(self, ids: Ids, origin: Origin) -> None:
-        """:meth:`lock` for the reason of a condition."""
+    def lock_by(self, ids: Ids, origin: Origin) -> None:
+        """Locks ``ids`` for the reason of a tie or a condition."""
         self._add(ids, self.lock_of(origin))
 
     def all_locked(self, ids: Ids) -> bool:
-        """Whether all of ``ids`` were locked themselves (not only something that they are tied to)."""
+        """Whether each of ``ids`` is locked itself, not only tied to something that is locked."""
         return bool(self._locked[ids].all())
 
     def lock_of(self, origin: Origin) -> Lock:
@@ -150,10 +162,8 @@ class Constraints:
         self.locks.append((ids[ids != FIXED], lock))
         self._locked[ids] = True
 
-    # -- attributes and fills -------------------------------------------------------------------------
-
     def track_attribute(self, module: str, attribute: str, ids: Ids) -> None:
-        """A module's number shrinks with ``ids``; what it stands for elsewhere shrinks alike."""
+        """A module's number shrinks with ``ids``, and so does every other dimension that it counts."""
         key = (module, attribute)
         known = self._ids_of.get(key, ())
         if any(np.array_equal(ids, other) for other in known):
@@ -166,20 +176,19 @@ class Constraints:
         self.tracked.append(TrackedAttribute(module, attribute, ids))
 
     def pin_attribute(self, module: str, attribute: str, why: LockKind, detail: str = '') -> None:
-        """A module's number is used for its value, so the channels that it stands for stay."""
-        key = (module, attribute)
-        at = f'{module}.{attribute}'
-        self._pinned.setdefault(key, Lock(why, module=at, detail=detail))
+        """The code uses the value of a module's number, so the channels that it counts are locked."""
+        key, lock = (module, attribute), Lock(why, module=f'{module}.{attribute}', detail=detail)
+        self._pinned.setdefault(key, lock)
         for ids in self._ids_of.get(key, ()):
-            self._add(ids, Lock(why, module=at, detail=detail))
+            self._add(ids, lock)
 
     def tie_attributes(self, first: tuple[str, str], second: tuple[str, str]) -> None:
-        """The run found two numbers of modules equal: they shrink alike."""
-        known, others = self._ids_of.get(first), self._ids_of.get(second)
-        if known and others:
-            self.tie_in_proportion(known[0], others[0], LockKind.SHARED_ATTRIBUTE, second[1])
-        elif known or others:
-            self.pin_attribute(*(first if known else second), LockKind.COMPARED)
+        """The code found two numbers of modules equal, so they shrink by the same factor."""
+        first_ids, second_ids = self._ids_of.get(first), self._ids_of.get(second)
+        if first_ids and second_ids:
+            self.tie_in_proportion(first_ids[0], second_ids[0], LockKind.SHARED_ATTRIBUTE, second[1])
+        elif first_ids or second_ids:
+            self.pin_attribute(*(first if first_ids else second), LockKind.COMPARED)
 
     def is_tracked(self, module: str, attribute: str) -> bool:
         return (module, attribute) in self._ids_of
@@ -187,11 +196,19 @@ class Constraints:
     def is_pinned(self, module: str, attribute: str) -> bool:
         return (module, attribute) in self._pinned
 
-    def stand_in(self, key: tuple, count: int) -> tuple[Ids, bool]:
-        """(ids for the positions of a fill, whether they are new), by where its size came from."""
-        known = self._stand_ins.get(key)
+    def placeholder(self, key: tuple, count: int) -> tuple[Ids, bool]:
+        """Ids for the positions of a dimension that the code sized with a number.
+
+        Args:
+            key: where the number came from. Equal keys give the same ids.
+            count: the size of the dimension.
+
+        Returns:
+            (ids, whether they are new).
+        """
+        known = self._placeholders.get(key)
         if known is not None:
             return known, False
-        ids = self._stand_ins[key] = np.arange(self.size, self.size + count)
+        ids = self._placeholders[key] = np.arange(self.size, self.size + count)
         self._locked = np.append(self._locked, np.zeros(count, dtype=bool))
         return ids, True

@@ -1,7 +1,17 @@
-"""What a choice of units costs: FLOPs, parameters, channels, activations.
+"""What remains after a choice of units: FLOPs, parameters, channels, activations.
 
-One multiply-add counts as one FLOP; only convolutions and matrix products count. A module called on
-five levels counts five times, its parameters once.
+*Problem.* The FLOPs of a layer depend on how many of its input channels and of its output channels
+remain, so the cost of a unit depends on what else is removed. A budget evaluates thousands of choices.
+
+*Idea.* Each cost is a polynomial: a sum of terms ``count * product over axes of (kept / size)``. It is
+compiled once into arrays (which unit has how many positions of which axis), and evaluating it for a
+choice is one sparse product.
+
+*Example.* A 1 x 1 convolution with 4 inputs and 8 outputs on 100 positions has the term 3200 * (kept
+inputs / 4) * (kept outputs / 8). If half of each remain, 800 multiply-adds remain.
+
+One multiply-add counts as one FLOP, and only convolutions and matrix products count. A module that is
+called on five levels counts five times; its parameters count once.
 """
 
 import math
@@ -14,93 +24,86 @@ from scipy.sparse import csr_array
 from torch import nn
 
 from mmprune.graph.coupling import ChannelGraph
-from mmprune.graph.slots import Axis
+from mmprune.graph.slots import Axis, Ids
 
 
 class Product:
-    """``factor`` times the product of how many positions of some axes are kept."""
+    """``factor`` times the product of the numbers of kept positions of some axes."""
 
     def __init__(self, factor: float) -> None:
         self.factor = factor
 
     def __call__(self, counts: Sequence[np.ndarray]) -> np.ndarray:
-        return cast(np.ndarray, self.factor * math.prod(counts))  # a number where there is no axis
+        return cast(np.ndarray, self.factor * math.prod(counts))  # a plain number if there is no axis
 
 
 Term = tuple[Callable[[Sequence[np.ndarray]], np.ndarray], tuple[int, ...]]
-"""(kept positions of its axes, as arrays that broadcast -> amount; the numbers of the axes)."""
+"""(function of the kept positions of its axes, as arrays that broadcast; the numbers of the axes)."""
 
 
 class CostPolynomial:
-    """A sum of terms ``count * product over axes of (kept / size)``, ready to be evaluated often.
+    """A sum of terms ``count * product over axes of (kept / size)``.
 
-    ``terms``: (count, list of slot id arrays).
+    Args:
+        graph: the graph whose units are chosen.
+        terms: (count, slot ids of each axis).
     """
 
-    def __init__(self, graph: ChannelGraph, terms: list[tuple[float, list[np.ndarray]]]) -> None:
-        # Equal axes are counted once: a head that runs on five levels has the same ids five times.
-        self._known: dict[bytes, int] = {}
-        ids: list[np.ndarray] = []
-        members: list[list[int]] = []
+    def __init__(self, graph: ChannelGraph, terms: list[tuple[float, list[Ids]]]) -> None:
+        # Equal axes are stored once: a head that runs on five levels has the same ids five times.
+        number_of: dict[bytes, int] = {}
+        self._ids: list[Ids] = []
         merged: dict[tuple[int, ...], float] = {}
         for count, axes in terms:
-            numbers = []
+            numbers: tuple[int, ...] = ()
             for axis in axes:
-                key = axis.tobytes()
-                if key not in self._known:
-                    self._known[key] = len(ids)
-                    ids.append(axis)
-                numbers.append(self._known[key])
-            merged[tuple(numbers)] = merged.get(tuple(numbers), 0.0) + count
-        self._ids = ids
-        self._sizes = np.array([axis.size for axis in ids] + [1], dtype=np.float64)
-        self._n_axes = len(ids)
-        # (axis, unit) -> how many of the axis's positions the unit holds; locked ones apart.
-        rows, columns = [], []
-        self._units: list[np.ndarray] = []
-        fixed = np.zeros(len(ids) + 1)
-        for number, axis in enumerate(ids):
-            units = graph.unit_of[axis]
-            self._units.append(units)
-            fixed[number] = (units < 0).sum()
-            units = units[units >= 0]
-            rows.append(np.full(units.size, number))
-            columns.append(units)
-        rows = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
-        columns = np.concatenate(columns) if columns else np.zeros(0, dtype=np.int64)
-        self._members = csr_array(
-            (np.ones(rows.size), (rows, columns)), shape=(len(ids) + 1, max(graph.n_units, 1))
-        )
-        fixed[-1] = 1  # the axis of terms that have none
-        self._fixed = fixed
+                number = number_of.setdefault(axis.tobytes(), len(self._ids))
+                if number == len(self._ids):
+                    self._ids.append(axis)
+                numbers += (number,)
+            merged[numbers] = merged.get(numbers, 0.0) + count
+        n_axes = self._n_axes = len(self._ids)
+        self._units = [graph.unit_of[axis] for axis in self._ids]
+        # One more axis, of size 1 and never cut, fills up the terms that have fewer axes than others.
+        self._sizes = np.array([axis.size for axis in self._ids] + [1], dtype=np.float64)
+        self._fixed = np.array([(units < 0).sum() for units in self._units] + [1], dtype=np.float64)
+        # _members[axis, unit]: how many positions of the axis the unit has.
+        removable = [units[units >= 0] for units in self._units]
+        lengths = np.array([units.size for units in removable], dtype=np.int64)
+        rows = np.repeat(np.arange(n_axes), lengths)
+        columns = np.concatenate([np.zeros(0, dtype=np.int64), *removable])
+        shape = (n_axes + 1, max(graph.n_units, 1))
+        self._members = csr_array((np.ones(rows.size), (rows, columns)), shape=shape)
         self._counts = np.array(list(merged.values()) or [0.0])
-        width = max((len(m) for m in merged), default=1) or 1
-        members = [list(m) + [self._n_axes] * (width - len(m)) for m in merged]
-        self._terms = np.array(members or [[self._n_axes]], dtype=np.int64)
+        width = max(map(len, merged), default=1) or 1
+        padded = [[*numbers, *[n_axes] * (width - len(numbers))] for numbers in merged]
+        self._terms = np.array(padded or [[n_axes]], dtype=np.int64)
 
     def _fractions(self, keep: np.ndarray) -> np.ndarray:
-        held = keep.astype(np.float64) if keep.size else np.zeros(1)  # a matrix has a column at least
-        return (self._fixed + self._members @ held) / self._sizes
+        """The kept fraction of each axis."""
+        kept = keep.astype(np.float64) if keep.size else np.zeros(1)  # a matrix has at least one column
+        return (self._fixed + self._members @ kept) / self._sizes
 
     def __call__(self, keep: np.ndarray) -> float:
-        """The sum when only the units in ``keep`` (n_units, bool) stay."""
+        """The sum if only the units in ``keep`` (n_units, bool) remain."""
         return float(self._counts @ self._fractions(keep)[self._terms].prod(axis=1))
 
     def terms(self) -> tuple[list[np.ndarray], list[Term]]:
-        """(units at the positions of each axis, -1 where locked; the terms over these axes)."""
-        found: list[Term] = []
+        """(for each axis the unit at each position, -1 where locked; the terms over these axes)."""
+        terms: list[Term] = []
         for count, numbers in zip(self._counts.tolist(), self._terms.tolist(), strict=True):
             axes = tuple(number for number in numbers if number < self._n_axes)
-            found.append((Product(count / math.prod(self._sizes[list(axes)].tolist())), axes))
-        return self._units, found
+            terms.append((Product(count / math.prod(self._sizes[list(axes)].tolist())), axes))
+        return self._units, terms
 
     def rescaled(self, growth: np.ndarray) -> float:
-        """The sum were each slot ``growth`` (n_slots,) times as many."""
+        """The sum if each slot were as many slots as ``growth`` (slots,) says."""
         fractions = np.array([growth[ids].mean() for ids in self._ids] + [1.0])
         return float(self._counts @ fractions[self._terms].prod(axis=1))
 
     def unit_gradient(self, keep: np.ndarray) -> np.ndarray:
-        """For each unit what it accounts for now: the first derivative of the sum, (n_units,)."""
+        """(n_units,) what each unit accounts for at present: the derivative of the sum by its
+        presence."""
         fractions = self._fractions(keep)
         values = fractions[self._terms]
         weight = np.zeros(self._n_axes + 1)
@@ -111,33 +114,61 @@ class CostPolynomial:
 
 
 def flops(graph: ChannelGraph, part: str | None = None) -> CostPolynomial:
-    """Multiply-adds of the traced forward (of one part of it)."""
-    return CostPolynomial(
-        graph,
-        [
-            (term.count, term.axes)
-            for term in graph.profile.multiply_adds
-            if part is None or in_part(term.where, part)
-        ],
-    )
+    """Multiply-adds of the traced forward, or of one part of the model."""
+    terms = graph.profile.multiply_adds
+    return CostPolynomial(graph, [(t.count, t.axes) for t in terms if in_part(t.where, part)])
 
 
 def params(graph: ChannelGraph, part: str | None = None) -> CostPolynomial:
-    """Number of parameters."""
+    """The number of parameters of the model, or of one part of it."""
     terms = []
     for name, tensor in graph.slots.tensors.items():
-        if isinstance(tensor, nn.Parameter) and (part is None or in_part(name, part)):
+        if isinstance(tensor, nn.Parameter) and in_part(name, part):
             axes = [graph.slots.by_key.get((name, dim)) for dim in range(tensor.ndim)]
             count = float(graph.slots.shapes[name].numel())
             terms.append((count, [axis.ids for axis in axes if axis is not None]))
     return CostPolynomial(graph, terms)
 
 
+def memory(graph: ChannelGraph) -> CostPolynomial:
+    """Elements of the activations of the traced forward. Views do not count."""
+    return CostPolynomial(graph, [(float(term.count), term.axes) for term in graph.profile.activations])
+
+
+ELEMENT = 32.0
+"""The number of multiply-adds that take as long as one element of an activation, which is written,
+normalised and read again. Processors do 30 to 60 multiply-adds for each element that memory moves."""
+
+
+def work(graph: ChannelGraph) -> CostPolynomial:
+    """An estimate of time in multiply-adds: those of the traced forward, and ``ELEMENT`` for each
+    element of its activations. Dense 3 x 3 convolutions are dominated by the former; depthwise
+    convolutions, pooling and norms by the latter."""
+    terms = [(term.count, term.axes) for term in graph.profile.multiply_adds]
+    terms += [(ELEMENT * term.count, term.axes) for term in graph.profile.activations]
+    return CostPolynomial(graph, terms)
+
+
+BY_NAME = {'flops': flops, 'memory': memory, 'work': work, 'params': params}
+"""The costs that scores can be divided by."""
+
+
+def channels(graph: ChannelGraph, part: str | None = None) -> CostPolynomial:
+    """Output channels of all convolutions and linear layers, or of those in one part."""
+    axes = [axis for axis in output_axes(graph) if in_part(axis.name, part)]
+    return CostPolynomial(graph, [(float(axis.size), [axis.ids]) for axis in axes])
+
+
 def before(
     graph: ChannelGraph, shapes: Mapping[str, Sequence[int]] | None, terms: CostPolynomial
 ) -> float:
-    """What a sum was when the tensors of the traced model had ``shapes`` (before its first cut);
-    ``None``: they have them now."""
+    """A cost of the traced model before its first cut.
+
+    Args:
+        graph: the graph of the model as it is.
+        shapes: {tensor: its shape before the first cut}; ``None`` if the model was not cut.
+        terms: the cost.
+    """
     if shapes is None:
         return terms(np.ones(graph.n_units, dtype=bool))
     growth = np.ones(graph.slots.size)
@@ -148,60 +179,32 @@ def before(
     return terms.rescaled(growth)
 
 
-def memory(graph: ChannelGraph) -> CostPolynomial:
-    """Elements of the activations of the traced forward (views aside)."""
-    return CostPolynomial(graph, [(float(term.count), term.axes) for term in graph.profile.activations])
-
-
-ELEMENT = 32.0
-"""Multiply-adds that take as long as one element of an activation that is written, normalised and read
-again: processors do 30 to 60 of them for each element that memory moves."""
-
-
-def work(graph: ChannelGraph) -> CostPolynomial:
-    """What time goes by, in multiply-adds: those of the traced forward, and ``ELEMENT`` for each
-    element of its activations. The first outweigh the others in dense 3 x 3 convolutions, and the
-    others in depthwise ones, pooling and norms."""
-    terms = [(term.count, term.axes) for term in graph.profile.multiply_adds]
-    terms += [(ELEMENT * term.count, term.axes) for term in graph.profile.activations]
-    return CostPolynomial(graph, terms)
-
-
-BY_NAME = {'flops': flops, 'memory': memory, 'work': work, 'params': params}
-"""Costs that scores can be set against."""
-
-
-def channels(graph: ChannelGraph, part: str | None = None) -> CostPolynomial:
-    """Output channels of everything with a weight: convolutions, linear layers."""
-    return CostPolynomial(
-        graph,
-        [
-            (float(axis.size), [axis.ids])
-            for axis in output_axes(graph)
-            if part is None or in_part(axis.name, part)
-        ],
-    )
-
-
 def output_axes(graph: ChannelGraph) -> list[Axis]:
-    """For each weight that reads channels, the axis of those that it makes."""
+    """For each weight that reads channels, the axis of the channels that it produces."""
     others = [graph.slots.by_key.get((axis.name, 1 - axis.dim)) for axis in graph.consumers]
     return [axis for axis in others if axis is not None]
 
 
 def part_of(name: str) -> str:
-    """The part that a module or tensor belongs to: its first name, or the first two below a
-    container of heads (``roi_head.bbox_head``)."""
+    """The part that a module or tensor belongs to: the first component of its name, or the first two
+    inside a container of heads (``roi_head.bbox_head``)."""
     names = name.split('.')
     return '.'.join(names[:2]) if names[0] == 'roi_head' and len(names) > 1 else names[0]
 
 
-def in_part(name: str, part: str) -> bool:
-    """Whether a module or tensor belongs to a part, which is given as :func:`part_of` does, by the
-    start of its names, or by a pattern."""
+def in_part(name: str, part: str | None) -> bool:
+    """Whether a module or tensor belongs to a part of the model.
+
+    Args:
+        name: the name of the module or tensor.
+        part: a part as :func:`part_of` gives it, the start of module names, or a pattern. ``None`` is
+            the entire model.
+    """
+    if part is None:
+        return True
     return part_of(name) == part or f'{name}.'.startswith(f'{part}.') or fnmatchcase(name, part)
 
 
 def parts_of(graph: ChannelGraph) -> list[str]:
-    """The parts that have weights, in the model's order."""
+    """The parts that have weights, in the order of the model."""
     return list(dict.fromkeys(part_of(axis.name) for axis in output_axes(graph)))

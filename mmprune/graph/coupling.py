@@ -1,4 +1,17 @@
-"""Ties -> units and groups: units are the connected components of everything that was tied."""
+"""From ties to units and groups.
+
+*Problem.* A traced run yields thousands of statements such as "these eight positions are tied to those
+eight". Which channels can be removed independently?
+
+*Idea.* Slots are the nodes of a graph and ties are its edges; a unit is a connected component. This
+replaces all code for particular structures: a residual stream, shared heads, concatenations and an
+FPN's top-down sums are all just ties. A unit is locked if any of its slots is locked, and if no weight
+reads it, because then it must be an output. Units with the same numbers of slots on the same axes form
+a group.
+
+*Example.* In ``conv2(relu(conv1(x)) + x2)`` output channel 5 of conv1, channel 5 of what makes ``x2``,
+and input channel 5 of conv2 are one unit. The group has as many units as the sum has channels.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -15,17 +28,22 @@ from mmprune.graph.conditions import joined
 from mmprune.graph.constraints import Constraints, TrackedAttribute
 from mmprune.graph.locks import Lock, LockKind
 from mmprune.graph.module_numbers import Widths, untracked_widths
-from mmprune.graph.profile import CostTerm, Profile
-from mmprune.graph.record import TraceRecord
+from mmprune.graph.record import CostTerm, Profile, TraceRecord
 from mmprune.graph.slots import FIXED, Axis, Ids, SlotTable
+from mmprune.graph.unseen import untouched_parameters
+
+MOST_REASONS = 3
+"""The number of operations that a report names for channels that are one unit."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Units of one shape: the same parameters and dimensions, as many slots of each.
+    """Units of one shape: they have the same number of slots in the same parameters and dimensions.
 
-    ``units``: their numbers; ``axes``: {axis: slots of it in each unit}. ``name`` is the first
-    axis's tensor.
+    Args:
+        name: the name of the first tensor.
+        units: the numbers of the units.
+        axes: {axis: number of its slots in each unit}.
     """
 
     name: str
@@ -42,7 +60,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Locked:
-    """Units that may not be removed: how many, on which axis, and why."""
+    """Units that may not be removed, for the same reasons.
+
+    Args:
+        name: the name of the tensor that the first slot of each unit is in.
+        dim: its dimension.
+        count: the number of units.
+        reasons: why they are locked.
+    """
 
     name: str
     dim: int
@@ -53,16 +78,10 @@ class Locked:
         return f'{self.name}: {"; ".join(map(str, self.reasons))}'
 
 
-@dataclass(frozen=True)
-class Merged:
-    """Channels that the traced run made one unit, although several could have been. A layer keeps at
-    least one unit, so none of them is ever removed. ``count``: how many channels of the axis they are;
-    ``reasons``: where they were joined."""
-
-    name: str
-    dim: int
-    count: int
-    reasons: tuple[Lock, ...]
+class Merged(Locked):
+    """Channels that the traced run joined into a single unit. A layer keeps at least one unit, so none
+    of these channels is ever removed. ``count`` is their number, and ``reasons`` are the operations
+    that joined them."""
 
     def __str__(self) -> str:
         why = '; '.join(map(str, self.reasons))
@@ -71,20 +90,24 @@ class Merged:
 
 @dataclass
 class ChannelGraph:
-    """What can be cut from a model, and what that would save.
+    """What can be cut from a model, and what a cut saves.
 
-    ``groups``: lists of removable units; ``locked``: the others with their reasons; ``flops``:
-    multiply-adds of the traced forward; ``params``: number of parameters; ``unknown_ops``: operations
-    without a rule, with the modules that they happened in.
-
-    ``unit_of``: for each slot the number of its unit, or -1 where it can't be removed. ``lock_of``: for
-    each slot the number of its entry in ``locked``, or -1 where it has none. ``consumers``,
-    ``producers``: axes of weights that contractions sum over, and axes that make what they do.
-    ``tracked``: attributes that shrink with channels; ``stale``: numbers that may be widths and stay as
-    they are, with the channels that they may count; ``weights_read``: the channels of weights at each
-    contraction; ``scales``: those of normalisations' gammas. ``failed``: traced runs that were allowed
-    to fail and did, with their errors; ``both_modes``: the first run was traced in training mode and in
-    evaluation mode. ``merged``: groups that are one unit of several channels, with the reasons.
+    Args:
+        slots: the slots of the model.
+        groups: the removable units.
+        locked: the other units, with their reasons.
+        unit_of: (slots,) the unit of each slot, or -1 if the slot cannot be removed.
+        lock_of: (slots,) the index in ``locked`` of each slot's entry, or -1 if it has none.
+        consumers: axes of weights that contractions sum over.
+        profile: what the first traced run costs, and what took part in any run.
+        tracked: attributes of modules that shrink with channels.
+        weights_read: the channels of a weight, for each contraction.
+        scales: the channels of each normalisation's gamma.
+        failed: {traced run that was allowed to fail and did: its error}.
+        both_modes: whether the first run was traced in training mode and in evaluation mode.
+        stale: numbers of modules that may be widths but keep their value, with the channels that they
+            may count.
+        merged: groups that consist of one unit of several channels, with the reasons.
     """
 
     slots: SlotTable
@@ -93,7 +116,6 @@ class ChannelGraph:
     unit_of: np.ndarray
     lock_of: np.ndarray
     consumers: list[Axis]
-    producers: list[Axis]
     profile: Profile = field(repr=False)
     tracked: list[TrackedAttribute] = field(repr=False)
     weights_read: list[Ids] = field(repr=False)
@@ -109,44 +131,43 @@ class ChannelGraph:
 
     @property
     def unknown_ops(self) -> dict[str, list[str]]:
+        """{operation without a rule: names of the modules in which it ran}."""
         return self.profile.unknown_ops
-
-    @property
-    def unused(self) -> list[str]:
-        """Parameters and buffers that the run did not touch."""
-        return sorted(set(self.slots.tensors) - self.profile.touched)
 
     @cached_property
     def flops(self) -> int:
+        """Multiply-adds of the first traced run."""
         return round(sum(term.count for term in self.profile.multiply_adds))
 
     @cached_property
     def params(self) -> int:
+        """The number of parameters of the model."""
         slots = self.slots
         names = [name for name, t in slots.tensors.items() if isinstance(t, nn.Parameter)]
         return sum(slots.shapes[name].numel() for name in names)
 
     @property
     def unused_parameters(self) -> list[str]:
-        """Trained parameters that took no part in the run, so what hangs on them was not seen."""
-        unused = [(name, self.slots.tensors[name]) for name in self.unused]
-        return [name for name, t in unused if isinstance(t, nn.Parameter) and t.requires_grad]
+        """Names of trained parameters that took no part in the runs, so that it is unknown what they
+        read."""
+        unused = untouched_parameters(self.slots, self.profile)
+        return sorted(name for name in unused if self.slots.tensors[name].requires_grad)
 
     @cached_property
     def group_of(self) -> np.ndarray:
-        """For each unit the number of its group."""
-        found = np.empty(self.n_units, dtype=np.int64)
+        """(n_units,) the index of the group of each unit."""
+        group_of = np.empty(self.n_units, dtype=np.int64)
         for number, group in enumerate(self.groups):
-            found[group.units] = number
-        return found
+            group_of[group.units] = number
+        return group_of
 
     def keeps(self, keep: np.ndarray) -> np.ndarray:
-        """For each slot whether it stays, from the same for each unit."""
+        """(slots,) whether each slot stays, given ``keep`` (n_units,), whether each unit stays."""
         return np.where(self.unit_of < 0, True, keep[self.unit_of])
 
 
 def couple(record: TraceRecord) -> ChannelGraph:
-    """Connected components, what is locked among them, and groups of one shape."""
+    """Makes a graph of what traced runs have recorded."""
     constraints, profile = record.constraints, record.profile
     slots = constraints.slots
     component = settled_components(constraints)
@@ -154,31 +175,29 @@ def couple(record: TraceRecord) -> ChannelGraph:
     slot = slots_for(constraints, component)
 
     def settled(ids: Ids) -> Ids:
-        """With slots in the place of stand-ins."""
+        """The ids, with a slot in place of each placeholder."""
         return ids if constraints.size == slots.size else slot[ids]
 
-    def terms(found: list[CostTerm]) -> list[CostTerm]:
-        return [replace(term, axes=list(map(settled, term.axes))) for term in found]
+    def settled_terms(terms: list[CostTerm]) -> list[CostTerm]:
+        return [replace(term, axes=list(map(settled, term.axes))) for term in terms]
 
     weights_read = list(map(settled, constraints.weights_read))
-    tracked = [replace(each, ids=settled(each.ids)) for each in constraints.tracked]
+    tracked = [replace(entry, ids=settled(entry.ids)) for entry in constraints.tracked]
     widths = Widths(constraints, component, locked)
     follows, stale = untracked_widths(profile.calls, widths, settled)
-    all_components, component = component, component[: slots.size]
-    unit_of, groups = group_units(slots, component, locked, tracked)
-    entries, lock_of = _locked(slots, component, locked, reasons)
+    unit_of, groups = group_units(slots, component[: slots.size], locked, tracked)
+    entries, lock_of = _locked_units(slots, component[: slots.size], locked, reasons)
     return ChannelGraph(
         slots=slots,
         groups=groups,
         locked=entries,
         unit_of=unit_of,
         lock_of=lock_of,
-        consumers=_axes_in(slots, weights_read),
-        producers=_axes_in(slots, constraints.read),
+        consumers=_axes_of(slots, weights_read),
         profile=replace(
             profile,
-            multiply_adds=terms(profile.multiply_adds),
-            activations=terms(profile.activations),
+            multiply_adds=settled_terms(profile.multiply_adds),
+            activations=settled_terms(profile.activations),
             calls=[],
         ),
         tracked=tracked + follows,
@@ -186,62 +205,138 @@ def couple(record: TraceRecord) -> ChannelGraph:
         scales=constraints.scales,
         failed=record.failed,
         both_modes=record.both_modes,
-        merged=merged_groups(constraints, all_components, unit_of, groups),
+        merged=merged_groups(constraints, component, unit_of, groups),
         stale=stale,
     )
 
 
-def merged_groups(
-    constraints: Constraints, component: np.ndarray, unit_of: np.ndarray, groups: list[Group]
-) -> list[Merged]:
-    """The groups that are one unit of several channels, with the operations that joined these."""
-    found = []
-    for group in groups:
-        axis = min(group.axes, key=lambda axis: group.axes[axis])
-        if len(group) > 1 or group.axes[axis] < 2:
+def components(constraints: Constraints) -> np.ndarray:
+    """For each id the number of its connected component. Slot 0 is always alone."""
+    size, ties = constraints.size, constraints.ties
+    nothing = np.zeros(0, dtype=np.int64)
+    rows = np.concatenate([nothing, *(a for a, _ in ties)])
+    columns = np.concatenate([nothing, *(b for _, b in ties)])
+    graph = coo_array((np.ones(rows.size, dtype=bool), (rows, columns)), shape=(size, size))
+    return connected_components(graph, directed=False)[1]
+
+
+def settled_components(constraints: Constraints) -> np.ndarray:
+    """:func:`components` after adding the ties that the conditions on sizes need.
+
+    Conditions between dimensions of one size come first, because their ties may be sufficient for the
+    others. Among several sets of ties, the one that leaves the most units is chosen.
+    """
+    while constraints.deferred:
+        constraints.deferred.pop(0)()
+    component = components(constraints)
+    broken = [condition for condition in constraints.conditions if not condition.holds(component)]
+    if not broken:
+        return component
+    for condition in sorted(broken, key=lambda condition: condition.is_partial):
+        if condition.holds(component):
             continue
-        own = axis.ids[unit_of[axis.ids] == group.units[0]]
-        reasons = tuple(_joined_by(constraints, component, own))
-        found.append(Merged(axis.name, axis.dim, own.size, reasons))
-    return found
+        remedies = condition.remedies(component)
+        if not remedies:
+            constraints.lock_by(condition.ids, condition.origin)
+            continue
+        results = [joined(component, pairs) for pairs in remedies]
+        n_units = [np.unique(result[condition.ids]).size for result in results]
+        best = n_units.index(max(n_units))
+        component = results[best]
+        for first, second in remedies[best]:
+            constraints.tie(first, second, *condition.origin)
+    return components(constraints)
 
 
-def _joined_by(constraints: Constraints, component: np.ndarray, own: Ids) -> list[Lock]:
-    """Where the channels ``own`` became one unit: the first ties that joined sets of them."""
-    above: dict[int, int] = {}
-    holds, counts = set(own.tolist()), dict[Lock, int]()
-
-    def root(slot: int) -> int:
-        while (higher := above.get(slot, slot)) != slot:
-            above[slot] = above.get(higher, higher)
-            slot = higher
-        return slot
-
-    for (a, b), origin in zip(constraints.ties, constraints.origins, strict=False):
-        inside = component[a] == component[own[0]]
-        for first, second in zip(a[inside].tolist(), b[inside].tolist(), strict=True):
-            first, second = root(first), root(second)
-            if first == second:
-                continue
-            above[second] = first
-            if second in holds and first in holds:
-                lock = constraints.lock_of(origin)
-                if lock.kind in (LockKind.FIXED_CHANNEL, LockKind.FIXED_CHANNEL_READ):
-                    lock = replace(lock, kind=LockKind.JOINED)
-                counts[lock] = counts.get(lock, 0) + 1
-            elif second in holds:
-                holds.add(first)
-    return sorted(counts, key=lambda lock: -counts[lock])[:MOST_REASONS]
+def slots_for(constraints: Constraints, component: np.ndarray) -> np.ndarray:
+    """For each id a slot: itself, or for a placeholder the first slot of its unit. A placeholder that
+    was tied to no slot gets ``FIXED``."""
+    size = constraints.slots.size
+    slot = np.arange(component.size)
+    first = np.zeros(component.max() + 1, dtype=np.int64)
+    first[component[size - 1 :: -1]] = slot[size - 1 :: -1]
+    slot[size:] = first[component[size:]]
+    return slot
 
 
-MOST_REASONS = 3
-"""As many places are named for channels that are one unit."""
+def _axes_of(slots: SlotTable, arrays: list[Ids]) -> list[Axis]:
+    """The axes that any of the ids lies on."""
+    numbers: set[int] = set()
+    for ids in arrays:
+        real = ids[(ids > 0) & (ids < slots.size)]
+        numbers.update(np.unique(slots.axis_index(real)).tolist())
+    return [slots.axes[number] for number in sorted(numbers)]
+
+
+def group_units(
+    slots: SlotTable, component: np.ndarray, locked: np.ndarray, tracked: list[TrackedAttribute]
+) -> tuple[np.ndarray, list[Group]]:
+    """Groups units of one shape, and numbers the units group by group.
+
+    Units that a tracked attribute counts form a group apart from others on the same axes, because each
+    group keeps a unit and no counted number of channels may become 0 (``self.k`` in ``x[:, :self.k]``).
+
+    Args:
+        slots: the slots of the model.
+        component: (slots,) the connected component of each slot.
+        locked: (components,) whether each component is locked.
+        tracked: the attributes that shrink with channels.
+
+    Returns:
+        ((slots,) the unit of each slot or -1, the groups).
+    """
+    free = np.flatnonzero(~locked[component])
+    unit_of = np.full(slots.size, -1, dtype=np.int64)
+    if not free.size:
+        return unit_of, []
+    # A unit's shape is a list of (kind, count). A kind is an axis, or an attribute that counts a part
+    # of one. Each pair (component, kind) is encoded in one integer, so that np.unique can count it.
+    n_axes = len(slots.axes)
+    parts = [entry.ids for entry in tracked if not _is_axis(slots, entry.ids)]
+    n_kinds = n_axes + len(parts)
+    codes, counts = np.unique(
+        component[free].astype(np.int64) * n_kinds + slots.axis_index(free), return_counts=True
+    )
+    for number, ids in enumerate(parts):
+        counted = np.unique(component[ids])
+        counted = counted[~locked[counted]].astype(np.int64) * n_kinds + n_axes + number
+        codes = np.concatenate([codes, counted])
+        counts = np.concatenate([counts, np.ones(counted.size, dtype=counts.dtype)])
+    order = np.argsort(codes, kind='stable')
+    members, kinds = np.divmod(codes[order], n_kinds)
+    pairs = np.stack([kinds, counts[order]], axis=1)
+    starts = np.flatnonzero(np.diff(members, prepend=-1)).tolist()
+    members_of: dict[bytes, list[int]] = {}  # {shape: components}; bytes are fast to hash
+    for start, end in zip(starts, [*starts[1:], len(members)], strict=True):
+        members_of.setdefault(pairs[start:end].tobytes(), []).append(int(members[start]))
+    shapes = {
+        tuple(map(tuple, np.frombuffer(key, dtype=pairs.dtype).reshape(-1, 2).T.tolist())): members
+        for key, members in members_of.items()
+    }
+    number_of = np.full(len(locked), -1, dtype=np.int64)
+    groups, first = [], 0
+    for (kinds, counts), members in sorted(shapes.items(), key=lambda item: item[0]):
+        units = np.arange(first, first + len(members))
+        number_of[members] = units
+        first += len(members)
+        axes = {slots.axes[k]: count for k, count in zip(kinds, counts, strict=True) if k < n_axes}
+        groups.append(Group(slots.axes[kinds[0]].name, units, axes))
+    unit_of[free] = number_of[component[free]]
+    return unit_of, groups
+
+
+def _is_axis(slots: SlotTable, ids: Ids) -> bool:
+    """Whether ``ids`` are all slots of one axis, in order."""
+    if not ids.size or ids[0] == FIXED:
+        return False
+    axis = slots.axis_of(int(ids[0]))
+    return axis.first == ids[0] and axis.size == ids.size and ids[-1] == ids[0] + ids.size - 1
 
 
 def reasons_of(
     constraints: Constraints, profile: Profile, component: np.ndarray
 ) -> tuple[np.ndarray, dict[int, dict[Lock, None]]]:
-    """For each component whether it is locked, and why."""
+    """((components,) whether each is locked, {component: its locks in order})."""
     reasons: dict[int, dict[Lock, None]] = {}
     locked = np.zeros(component.max() + 1, dtype=bool)
     locked[component[FIXED]] = True
@@ -265,147 +360,73 @@ def reasons_of(
     return locked | unread, reasons
 
 
-def settled_components(constraints: Constraints) -> np.ndarray:
-    """:func:`components`, after the ties that the conditions on sizes need.
-
-    Conditions between dimensions of one size come first, because their ties may be all that the others
-    need. Of several sets of ties the one that leaves most units is taken.
-    """
-    while constraints.deferred:
-        constraints.deferred.pop(0)()
-    component = components(constraints)
-    broken = [each for each in constraints.conditions if not each.holds(component)]
-    if not broken:
-        return component
-    for condition in sorted(broken, key=lambda each: each.is_partial):
-        if condition.holds(component):
-            continue
-        remedies = condition.remedies(component)
-        if not remedies:
-            constraints.lock_all(condition.ids, condition.origin)
-            continue
-        left = [joined(component, pairs) for pairs in remedies]
-        best = max(range(len(left)), key=lambda at: np.unique(left[at][condition.ids]).size)
-        component = left[best]
-        for first, second in remedies[best]:
-            constraints.tie(first, second, *condition.origin)
-    return components(constraints)
-
-
-def components(constraints: Constraints) -> np.ndarray:
-    """For each slot, and each stand-in after them, the number of its connected component; slot 0
-    stands alone."""
-    size = constraints.size
-    if constraints.ties:
-        rows = np.concatenate([a for a, _ in constraints.ties])
-        columns = np.concatenate([b for _, b in constraints.ties])
-    else:
-        rows = columns = np.zeros(0, dtype=np.int64)
-    graph = coo_array((np.ones(rows.size, dtype=bool), (rows, columns)), shape=(size, size))
-    return connected_components(graph, directed=False)[1]
-
-
-def slots_for(constraints: Constraints, component: np.ndarray) -> np.ndarray:
-    """For each id a slot: its own, or for a stand-in one of the same unit; where it was tied to none,
-    ``FIXED``."""
-    size = constraints.slots.size
-    slot = np.arange(component.size)
-    first = np.zeros(component.max() + 1, dtype=np.int64)
-    first[component[size - 1 :: -1]] = slot[size - 1 :: -1]
-    slot[size:] = first[component[size:]]
-    return slot
-
-
-def _axes_in(slots: SlotTable, arrays: list[np.ndarray]) -> list[Axis]:
-    """The axes that any of the id arrays lies on."""
-    hit: set[int] = set()
-    for ids in arrays:
-        real = ids[(ids > 0) & (ids < slots.size)]
-        if real.size:
-            hit.update(np.unique(slots.axis_index(real)).tolist())
-    return [slots.axes[i] for i in sorted(hit)]
-
-
-def group_units(
-    slots: SlotTable, component: np.ndarray, locked: np.ndarray, tracked: list[TrackedAttribute]
-) -> tuple[np.ndarray, list[Group]]:
-    """(for each slot the number of its unit, or -1; groups of units of one shape).
-
-    Units that a tracked attribute counts are no group with others, although they lie on the same axes:
-    each group keeps a unit, and no number of channels may become 0 (``self.k`` in ``x[:, :self.k]``).
-    """
-    free = np.flatnonzero(~locked[component])
-    unit_of = np.full(slots.size, -1, dtype=np.int64)
-    if not free.size:
-        return unit_of, []
-    parts = [each.ids for each in tracked if not _is_axis(slots, each.ids)]
-    kinds = len(slots.axes) + len(parts)
-    # (component, axis) pairs with their counts are a unit's shape.
-    codes, counts = np.unique(
-        component[free].astype(np.int64) * kinds + slots.axis_index(free), return_counts=True
-    )
-    for number, ids in enumerate(parts):
-        counted = np.unique(component[ids])
-        counted = counted[~locked[counted]].astype(np.int64) * kinds + len(slots.axes) + number
-        codes = np.concatenate([codes, counted])
-        counts = np.concatenate([counts, np.ones(counted.size, dtype=counts.dtype)])
-    order = np.argsort(codes, kind='stable')
-    codes, counts = codes[order], counts[order]
-    units, axes = np.divmod(codes, kinds)
-    starts = np.flatnonzero(np.diff(units, prepend=-1))
-    shape = np.stack([axes, counts], axis=1)
-    members_of: dict[bytes, list[int]] = {}
-    for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(units)], strict=True):
-        members_of.setdefault(shape[start:end].tobytes(), []).append(start)
-    shapes = {
-        tuple(map(tuple, np.frombuffer(key, dtype=shape.dtype).reshape(-1, 2).T.tolist())): units[at]
-        for key, at in members_of.items()
-    }
-    number = np.full(len(locked), -1, dtype=np.int64)
-    groups, at = [], 0
-    for (axes, widths), members in sorted(shapes.items(), key=lambda item: item[0]):
-        units = np.arange(at, at + len(members))
-        number[members] = units
-        at += len(members)
-        groups.append(
-            Group(
-                name=slots.axes[axes[0]].name,
-                units=units,
-                axes={
-                    slots.axes[a]: w for a, w in zip(axes, widths, strict=True) if a < len(slots.axes)
-                },
-            )
-        )
-    unit_of[free] = number[component[free]]
-    return unit_of, groups
-
-
-def _is_axis(slots: SlotTable, ids: Ids) -> bool:
-    """Whether ``ids`` are all slots of one axis, in order."""
-    if not ids.size or ids[0] == FIXED:
-        return False
-    axis = slots.axis_of(int(ids[0]))
-    return axis.first == ids[0] and axis.size == ids.size and ids[-1] == ids[0] + ids.size - 1
-
-
-def _locked(
+def _locked_units(
     slots: SlotTable, component: np.ndarray, locked: np.ndarray, reasons: dict[int, dict[Lock, None]]
 ) -> tuple[list[Locked], np.ndarray]:
-    """(locked units by the axis of their first slot and by reason, (n_slots,) numbers of these entries,
-    -1 for none). Positions of kernels have none."""
+    """(locked units, counted by the axis of their first slot and by reason; (slots,) the index of each
+    slot's entry, or -1 if it has none, as kernel positions do)."""
     ids = np.flatnonzero(locked[component])
     ids = ids[ids > 0]
     units, first = np.unique(component[ids], return_index=True)
-    found: dict[tuple[int, tuple[Lock, ...]], int] = {}
     axes = slots.axis_index(ids[first])
-    entry_of, numbers = np.full(locked.size, -1, dtype=np.int64), dict[Any, int]()
+    counts = dict[tuple[int, tuple[Lock, ...]], int]()
+    numbers = dict[Any, int]()
+    entry_of = np.full(locked.size, -1, dtype=np.int64)
     for unit, axis in zip(units.tolist(), axes.tolist(), strict=True):
         if unit in reasons:
             key = (axis, tuple(reasons[unit]))
-            found[key] = found.get(key, 0) + 1
+            counts[key] = counts.get(key, 0) + 1
             entry_of[unit] = numbers.setdefault(key, len(numbers))
     entries = [
         Locked(slots.axes[axis].name, slots.axes[axis].dim, count, why)
-        for (axis, why), count in found.items()
+        for (axis, why), count in counts.items()
     ]
     return entries, entry_of[component]
+
+
+def merged_groups(
+    constraints: Constraints, component: np.ndarray, unit_of: np.ndarray, groups: list[Group]
+) -> list[Merged]:
+    """The groups that consist of one unit of several channels, with the operations that joined
+    these."""
+    merged = []
+    for group in groups:
+        axis = min(group.axes, key=lambda axis: group.axes[axis])
+        if len(group) > 1 or group.axes[axis] < 2:
+            continue
+        channels = axis.ids[unit_of[axis.ids] == group.units[0]]
+        reasons = tuple(_joined_by(constraints, component, channels))
+        merged.append(Merged(axis.name, axis.dim, channels.size, reasons))
+    return merged
+
+
+def _joined_by(constraints: Constraints, component: np.ndarray, channels: Ids) -> list[Lock]:
+    """The operations that made ``channels`` one unit, those with the most ties first.
+
+    The ties of the unit are added again in their order (union-find). A tie counts if each of the two
+    sets that it joins already contains some of the channels.
+    """
+    parent: dict[int, int] = {}
+    holding, counts = set(channels.tolist()), dict[Lock, int]()  # roots of sets that contain channels
+
+    def root(slot: int) -> int:
+        while (higher := parent.get(slot, slot)) != slot:
+            parent[slot] = parent.get(higher, higher)
+            slot = higher
+        return slot
+
+    for (a, b), origin in zip(constraints.ties, constraints.origins, strict=False):
+        inside = component[a] == component[channels[0]]
+        for first, second in zip(a[inside].tolist(), b[inside].tolist(), strict=True):
+            first, second = root(first), root(second)
+            if first == second:
+                continue
+            parent[second] = first
+            if second in holding and first in holding:
+                lock = constraints.lock_of(origin)
+                if lock.kind in (LockKind.FIXED_CHANNEL, LockKind.FIXED_CHANNEL_READ):
+                    lock = replace(lock, kind=LockKind.JOINED)
+                counts[lock] = counts.get(lock, 0) + 1
+            elif second in holding:
+                holding.add(first)
+    return sorted(counts, key=lambda lock: -counts[lock])[:MOST_REASONS]

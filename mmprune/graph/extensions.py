@@ -1,4 +1,5 @@
-"""Compiled functions outside torch's dispatcher, which have to be replaced to be seen."""
+"""Compiled functions outside torch's dispatcher. They must be replaced for a trace to notice their
+calls."""
 
 import contextlib
 import sys
@@ -6,20 +7,20 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 COMPILED = {'mmcv': 'mmcv._ext'}
-"""Extension modules with compiled functions, by the namespace that their rules have."""
+"""{namespace of the rules: the extension module that holds the compiled functions}."""
 
 Handler = Callable[[str, Callable, tuple, dict], Any]
 
 
 @contextlib.contextmanager
 def intercept(handler: Handler) -> Iterator[None]:
-    """Has ``handler(name, function, args, kwargs)`` in the place of each compiled function, which the
-    dispatcher never sees."""
+    """Calls ``handler(name, function, args, kwargs)`` instead of each compiled function. Its result
+    becomes that of the call."""
 
     def handled(name: str, function: Callable) -> Callable:
         return lambda *args, **kwargs: handler(name, function, args, kwargs)
 
-    put_back = []
+    replaced = []
     for namespace, name in COMPILED.items():
         module = sys.modules.get(name)
         if module is None:
@@ -28,9 +29,9 @@ def intercept(handler: Handler) -> Iterator[None]:
             function = getattr(module, attribute)
             if callable(function) and not attribute.startswith('_'):
                 setattr(module, attribute, handled(f'{namespace}::{attribute}', function))
-                put_back.append((module, attribute, function))
+                replaced.append((module, attribute, function))
     try:
         yield
     finally:
-        for module, attribute, function in put_back:
+        for module, attribute, function in replaced:
             setattr(module, attribute, function)

@@ -1,11 +1,12 @@
-"""Why channels may not be removed: a kind, with the place where it was found."""
+"""Why channels may not be removed: a kind of reason, with the place where it arose."""
 
 import enum
 from dataclasses import dataclass
 
 
 class LockKind(enum.Enum):
-    """The reasons; the value is the sentence, which a lock's ``detail`` may end."""
+    """The kinds of reasons. The value is the sentence of a report; a lock's ``detail`` may complete
+    it."""
 
     # What the channels are
     OUTPUT = 'output of the model'
@@ -14,10 +15,10 @@ class LockKind(enum.Enum):
     UNUSED = 'not used in the traced run'
     ONLY_CHANNEL = 'only channel left'
     INPUT_CHANNELS = 'input channels (image or constant)'
-    KERNEL = 'kernel positions'  # no channels at all, so no report shows it
+    KERNEL = 'kernel positions'  # these are no channels, so no report shows this reason
     POSITIONS = 'sampling positions'
     RANDOM = 'random numbers drawn for each channel'
-    # What they meet
+    # What the channels are combined with
     FIXED_OPERAND = 'combined elementwise with a constant of fixed size'
     OTHER_SIZE = 'combined elementwise with a tensor of another size'
     FIXED_MATRIX = 'multiplied with a constant matrix of fixed size'
@@ -25,7 +26,7 @@ class LockKind(enum.Enum):
     FIXED_CHANNEL_READ = 'contracted with a channel that cannot be removed'
     ZERO_ON_NEITHER_SIDE = 'a product in which a removed channel would be zero on neither side'
     ZERO_MOVED = 'summed over channels where a removed one would not be zero'
-    # What is computed along them
+    # What is computed along the channel dimension
     SPATIAL = 'spatial op along the channel dimension'
     REDUCED = 'mean / max / norm over the channel dimension'
     SEQUENTIAL = 'softmax / sort / cumulative op over the channel dimension'
@@ -38,7 +39,7 @@ class LockKind(enum.Enum):
     ATTENTION_SCALE = 'attention scale computed from the channel count'
     ATTENTION_MASK = 'attention mask'
     GROUPED_TRANSPOSED = 'channels of a grouped transposed convolution'
-    # What picks or moves them
+    # What selects or moves channels
     CONSTANT_INDEX = 'channels selected by a constant index'
     CONSTANT_SLICE = 'channels selected by a constant slice'
     SCATTERED = 'scattered along the channel dimension'
@@ -56,7 +57,7 @@ class LockKind(enum.Enum):
     EQUAL_PARTS = 'split into parts of one size'
     PARTIAL_WRITE = 'written into a part of another tensor'
     OTHER_VIEW = 'read through another view of the memory of'
-    # What becomes of their number
+    # How their number is used
     HARD_CODED = 'hard-coded size in view / split / expand'
     ARITHMETIC = 'channel count used in arithmetic'
     PASSED_AS_VALUE = 'channel count passed as a value to'
@@ -67,20 +68,23 @@ class LockKind(enum.Enum):
     SHARED_ATTRIBUTE = 'channel dimensions of different sizes share the attribute'
     NOT_A_MULTIPLE = 'not in whole proportion to the attribute'
     HARD_CODED_MODULE = 'sizes hard-coded by'
-    # What is not known
+    # What the trace could not find out
     NO_RULE = 'no rule for this operation'
     UNKNOWN_FORM = 'form of the operation that its rule does not cover'
     PYTHON_VALUE = 'read as a Python value'
     LEAVES_TORCH = 'leaves torch by'
-    STATED = ''  # ``detail`` says all: an adapter's own words, or those of a saved trace
+    STATED = ''  # ``detail`` is the whole sentence, of an adapter or of a saved trace
 
 
 @dataclass(frozen=True)
 class Lock:
     """Why channels may not be removed.
 
-    ``op``: the operation; ``module``: the name and class of the module that it ran in, or the
-    attribute that stands for the channels; ``detail``: the end of the sentence.
+    Args:
+        kind: the kind of reason.
+        op: the operation at which the reason arose; empty if there is none.
+        module: the name and class of the module that ran, or the attribute that counts the channels.
+        detail: completes the sentence of ``kind``.
     """
 
     kind: LockKind
@@ -90,7 +94,7 @@ class Lock:
 
     @property
     def text(self) -> str:
-        """The sentence, without the place."""
+        """The reason as a sentence, without the operation and the module."""
         return ' '.join(filter(None, (self.kind.value, self.detail)))
 
     def __str__(self) -> str:
@@ -99,5 +103,5 @@ class Lock:
 
 
 def stated(text: str) -> Lock:
-    """A lock with a sentence of its own."""
+    """A lock whose whole reason is ``text``."""
     return Lock(LockKind.STATED, detail=text)

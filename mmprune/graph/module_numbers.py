@@ -1,19 +1,29 @@
-"""Numbers that a module keeps and that no traced run reads: which of them are its widths.
+"""Which of the integers that a module keeps, and that no run reads, are widths that follow a cut.
 
-A block that merges its branches for deployment (RepVGG, MobileOne) keeps ``in_channels`` for a method
-that training never calls. The run shows nothing of it, so that nothing ties the number to a channel
-dimension; what it shows are the shapes of the module's inputs and outputs. A number is taken for the
-width of one of them if
+*Problem.* A block that merges its branches for deployment (RepVGG, MobileOne) keeps ``in_channels`` for
+``switch_to_deploy()``, which training never calls. A traced run cannot tie the number to a channel
+dimension, because nothing reads it. If it keeps its value, the conversion fails after a cut.
 
-- it equals the size of that dimension in every call of every module of its class,
-- its name says that it is a width, or the modules of the class hold different numbers (one that is the
-  same in all of them, like a kernel size, may equal a width by chance); a number of groups is a width
-  where a depthwise layer inside the module has as many; and
-- there is one width that it can be: all dimensions that it equals keep the same channels, or its name
-  says whether it is of the input or of the output.
+*Idea.* The run does show the shapes of the module's inputs and outputs. A number is taken for the width
+of one of them if
 
-Such a number follows the cut. One that could be a width, but does not meet all three, stays, and is
-reported as stale by the cut that changes the width.
+1. it equals the size of that dimension in every call of every module of its class;
+2. its name says that it is a width, or the modules of the class hold different numbers;
+3. only one width is possible: all dimensions that it equals carry the same channels, or its name says
+   whether it is of the input or of the output.
+
+A number of groups is a width if a depthwise layer inside the module has as many groups.
+
+*Why names count.* Equal sizes alone prove little: ``groups = 16`` or ``kernel_size = 3`` may equal a
+width by chance, and no measurement can distinguish the two, since no run uses the number. If modules of
+one class hold different numbers and each equals its own width, chance is unlikely; a single module
+leaves only the name. A wrong guess cannot make a pruned model inexact: if a run reads the number in a
+way that the trace cannot see, the check of the cut fails and the number keeps its value. A number that
+could be a width but does not meet all three conditions also keeps its value, and a cut reports it as
+stale.
+
+*Example.* ``RepVGG(in_channels=16, out_channels=24)`` has an input with 16 channels and an output with
+24, so both numbers follow. With 16 and 16, the names decide which is which.
 """
 
 import re
@@ -32,30 +42,50 @@ from mmprune.graph.slots import Axis, Ids
 from mmprune.graph.tensor_info import TensorTable
 
 Place = tuple[str, int, int]
-"""Where a size stands: ``'in'`` or ``'out'``, the number of the tensor there, and its dimension."""
+"""A dimension of an input or output: (``'in'`` or ``'out'``, index of the tensor, dimension)."""
 
-INPUT = frozenset({'in', 'c1', 'inp', 'input', 'inc', 'cin', 'inplanes', 'inplane', 'inchannels'})
-OUTPUT = frozenset(
-    {'out', 'c2', 'oup', 'output', 'outc', 'cout', 'outplanes', 'outplane', 'outchannels'}
+_IN = 'inp inc cin inplanes inplane inchannels c1'
+_OUT = 'oup outc cout outplanes outplane outchannels c2'
+INPUT = frozenset(f'in input {_IN}'.split())
+OUTPUT = frozenset(f'out output {_OUT}'.split())
+WIDTH = frozenset(
+    'channel channels chan chans ch chs c d plane planes dim dims feature features feat feats width '
+    f'embed embedding hidden filter filters nf {_IN} {_OUT}'.split()
 )
-WIDTH = frozenset({
-    'channel', 'channels', 'chan', 'chans', 'ch', 'chs', 'c', 'd', 'plane', 'planes', 'dim', 'dims',
-    'feature', 'features', 'feat', 'feats', 'width', 'embed', 'embedding', 'hidden', 'filter',
-    'filters', 'nf', 'inp', 'oup', 'inc', 'outc', 'cin', 'cout', 'inplanes', 'inplane', 'outplanes',
-    'outplane', 'c1', 'c2', 'inchannels', 'outchannels',
-})  # fmt: skip
-NO_WIDTH = frozenset({
-    'kernel', 'stride', 'size', 'head', 'heads', 'class', 'classes', 'layers', 'blocks', 'levels',
-    'stages', 'ratio', 'scale', 'padding', 'dilation',
-})  # fmt: skip
+NO_WIDTH = frozenset(
+    [
+        'kernel',
+        'stride',
+        'size',
+        'head',
+        'heads',
+        'class',
+        'classes',
+        'layers',
+        'blocks',
+        'levels',
+        'stages',
+        'ratio',
+        'scale',
+        'padding',
+        'dilation',
+    ]
+)
 GROUPS = frozenset({'group', 'groups'})
-"""Words in names: of the width of either side, of any width, of what is never one, and of groups."""
+"""Words in the names of numbers: of an input width, an output width, any width, no width, groups."""
 
 
 @dataclass(frozen=True)
 class ModuleCall:
-    """One call of a module: the plain integers that it holds, and the sizes of all dimensions of its
-    inputs and outputs, with the channels that they carry (``None``: a fixed size)."""
+    """One call of a module that holds integers.
+
+    Args:
+        module: the name of the module.
+        kind: its class.
+        numbers: {attribute: integer}.
+        sizes: {dimension of an input or output: (its size, the channels that it carries, or ``None`` if
+            it carries none)}.
+    """
 
     module: str
     kind: type[nn.Module]
@@ -64,30 +94,24 @@ class ModuleCall:
 
 
 def numbers_of(model: nn.Module) -> dict[int, dict[str, int]]:
-    """{id of a module: its plain integers, as the objects that they are}. One is no width."""
-    found = {}
+    """{id of a module: its integers above 1, as the objects that it holds}."""
+    numbers = {}
     for module in model.modules():
-        numbers = {
+        integers = {
             key: value
             for key, value in vars(module).items()
             if isinstance(value, int) and not isinstance(value, bool) and int(value) > 1
         }
-        if numbers:
-            found[id(module)] = numbers
-    return found
+        if integers:
+            numbers[id(module)] = integers
+    return numbers
 
 
 def noted_call(
-    name: str,
-    module: nn.Module,
-    numbers: dict[str, int],
-    tensors: TensorTable,
-    args: Any,
-    out: Any,
+    name: str, module: nn.Module, numbers: dict[str, int], tensors: TensorTable, args: Any, out: Any
 ) -> ModuleCall:
-    """What is to be known of a call. A number that the run has set anew is left out: it is no setting
-    of the module, and a new one made from the same config may lack it."""
-    held = vars(module)
+    """Describes a call of a module that held ``numbers`` before the run. A number that the run itself
+    has set is left out: a module that is built anew from the same config may lack it."""
     sizes: dict[Place, tuple[int, Ids | None]] = {}
     for side, values in (('in', args), ('out', out)):
         for number, tensor in enumerate(tensors_in(values)):
@@ -95,26 +119,29 @@ def noted_call(
             for dim, size in enumerate(torch.Tensor.size(tensor)):
                 ids = labels.get(dim, ())
                 sizes[side, number, dim] = int(size), ids[0] if len(ids) == 1 else None
-    own = {key: int(value) for key, value in numbers.items() if held.get(key) is value}
-    return ModuleCall(name, type(module), own, sizes)
+    unchanged = {key: int(value) for key, value in numbers.items() if vars(module).get(key) is value}
+    return ModuleCall(name, type(module), unchanged, sizes)
 
 
 def words(name: str) -> set[str]:
-    """The words of a name, with the digits that follow them and without."""
+    """The words of a name, with and without the digits that follow them."""
     return {*re.findall('[a-z]+', name.lower()), *re.findall('[a-z]+[0-9]+', name.lower())}
 
 
 def named_side(name: str) -> str:
-    """``'in'``, ``'out'``, or an empty string where the name says neither or both."""
+    """``'in'`` or ``'out'`` if the name mentions one of them, otherwise an empty string."""
     sides = [side for side, tokens in (('in', INPUT), ('out', OUTPUT)) if words(name) & tokens]
     return sides[0] if len(sides) == 1 else ''
 
 
 @dataclass
 class Widths:
-    """Which widths of a traced model are the same: those whose positions belong to the same units.
+    """Tells which widths of a traced model lose the same channels.
 
-    ``component``: for each slot id the number of its unit; ``locked``: for each unit whether it stays.
+    Args:
+        constraints: the constraints of the traced runs.
+        component: (ids,) the number of the unit of each id.
+        locked: (units,) whether each unit is locked.
     """
 
     constraints: Constraints
@@ -122,80 +149,86 @@ class Widths:
     locked: np.ndarray
 
     def units(self, ids: Ids | None) -> bytes:
-        """Equal for widths that lose the same channels; empty for a fixed size."""
+        """Equal for widths that lose the same channels; empty for a dimension without channels."""
         return b'' if ids is None else np.sort(self.component[ids]).tobytes()
 
     def is_free(self, ids: Ids | None) -> bool:
+        """Whether the dimension can lose channels."""
         return ids is not None and not bool(self.locked[self.component[ids]].all())
 
     @cached_property
     def _axes_in(self) -> dict[str, list[Axis]]:
-        """{module: the dimensions of the tensors inside it}."""
-        found: dict[str, list[Axis]] = {}
+        """{module: axes of the tensors inside it}."""
+        axes: dict[str, list[Axis]] = {}
         for axis in self.constraints.slots.axes:
             parts = axis.name.split('.')
             for length in range(len(parts)):
-                found.setdefault('.'.join(parts[:length]), []).append(axis)
-        return found
+                axes.setdefault('.'.join(parts[:length]), []).append(axis)
+        return axes
 
     def inside(self, module: str, size: int) -> dict[tuple[str, int], bytes]:
-        """The widths of this size that the layers of a module have, by the name in the module and the
-        dimension of a tensor."""
+        """The units of all axes of this size inside a module: {(name in the module, dim): units}."""
         axes = (axis for axis in self._axes_in.get(module, ()) if axis.size == size)
         return {(a.name[len(module) :], a.dim): self.units(a.ids) for a in axes}
 
     def is_depthwise(self, module: str, ids: Ids) -> bool:
-        """Whether a layer in a module has as many groups as channels, of this width."""
+        """Whether a layer in a module has as many groups as it has channels, and these are ``ids``."""
         start = f'{module}.' if module else ''
         return any(
-            each.attribute == 'groups' and each.module.startswith(start)
-            and self.units(each.ids) == self.units(ids)
-            for each in self.constraints.tracked
-        )  # fmt: skip
+            entry.attribute == 'groups'
+            and entry.module.startswith(start)
+            and self.units(entry.ids) == self.units(ids)
+            for entry in self.constraints.tracked
+        )
 
 
 def untracked_widths(
     calls: Iterable[ModuleCall], widths: Widths, settled: Callable[[Ids], Ids]
 ) -> tuple[list[TrackedAttribute], list[TrackedAttribute]]:
-    """(numbers that follow, numbers that may become stale), of those that nothing else tracks.
+    """Finds the widths among the numbers that no run reads.
 
     Args:
-        calls: of all modules in the traced runs.
-        widths: of the traced model.
-        settled: gives slots in the place of stand-ins.
+        calls: the calls of all modules in the traced runs.
+        widths: the widths of the traced model.
+        settled: replaces placeholders by slots.
+
+    Returns:
+        (numbers that follow a cut, numbers that keep their value and may become stale).
     """
-    by_number: dict[tuple[type, str], list[ModuleCall]] = {}
+    calls_of: dict[tuple[type, str], list[ModuleCall]] = {}
     for call in calls:
         for attribute in call.numbers:
-            by_number.setdefault((call.kind, attribute), []).append(call)
+            calls_of.setdefault((call.kind, attribute), []).append(call)
     follows, stale = [], []
-    for (_, attribute), own in by_number.items():
-        shared = set.intersection(*(equal_places(call, attribute) for call in own))
+    for (_, attribute), of_class in calls_of.items():
+        shared = set.intersection(*(equal_places(call, attribute) for call in of_class))
         if not shared or words(attribute) & NO_WIDTH:
             continue
-        varies = len({call.numbers[attribute] for call in own}) > 1
-        inner = [widths.inside(call.module, call.numbers[attribute]) for call in own]
+        varies = len({call.numbers[attribute] for call in of_class}) > 1
+        inner = [widths.inside(call.module, call.numbers[attribute]) for call in of_class]
         shared_inner = set.intersection(*map(set, inner))
-        by_module: dict[str, list[ModuleCall]] = {}
-        for call in own:
-            by_module.setdefault(call.module, []).append(call)
-        for module, its in by_module.items():
-            found = [call.sizes[place][1] for call in its for place in carrying(call, shared, '')]
-            free = [ids for ids in found if ids is not None and widths.is_free(ids)]
+        members: dict[str, list[int]] = {}
+        for index, call in enumerate(of_class):
+            members.setdefault(call.module, []).append(index)
+        for module, indices in members.items():
+            of_module = [of_class[index] for index in indices]
+            carried = [
+                call.sizes[place][1] for call in of_module for place in carrying(call, shared, '')
+            ]
+            free = [ids for ids in carried if ids is not None and widths.is_free(ids)]
             if not free or is_known(widths.constraints, module, attribute):
                 continue
-            others = {each[key] for call, each in zip(own, inner, strict=True) if call.module == module
-                      for key in shared_inner}  # fmt: skip
-            ids = the_width(its, attribute, shared, others, widths, varies)
+            inner_widths = {inner[index][key] for index in indices for key in shared_inner}
+            ids = the_width(of_module, attribute, shared, inner_widths, widths, varies)
             if ids is None:
-                stale += [TrackedAttribute(module, attribute, settled(each)) for each in free]
+                stale += [TrackedAttribute(module, attribute, settled(width)) for width in free]
             elif widths.is_free(ids):
                 follows.append(TrackedAttribute(module, attribute, settled(ids), guessed=True))
     return follows, stale
 
 
 def is_known(constraints: Constraints, module: str, attribute: str) -> bool:
-    """Whether the run says what a number is: a width, or one that is used for its value."""
+    """Whether the run has shown what a number is: a width, or a number that is used for its value."""
     return constraints.is_tracked(module, attribute) or constraints.is_pinned(module, attribute)
 
 
@@ -207,25 +240,28 @@ def the_width(
     widths: Widths,
     varies: bool,
 ) -> Ids | None:
-    """The one width that a number of a module can be; ``None`` where that is not certain.
+    """The only width that a number can be, or ``None`` if several are possible.
 
     Args:
-        calls: of the module.
-        shared: the places where all modules of the class have a width of this size.
-        inner: widths of this size between the layers of the module, as of all modules of the class.
-        varies: whether these modules hold different numbers.
+        calls: the calls of the module.
+        attribute: the name of the number.
+        shared: dimensions that equal the number in every call of every module of the class.
+        inner: units of widths of this size between the layers of the module, if every module of the
+            class has one in this place.
+        widths: the widths of the traced model.
+        varies: whether the modules of the class hold different numbers.
     """
     side, named = named_side(attribute), words(attribute)
-    meant = [call.sizes[place][1] for call in calls for place in carrying(call, shared, side)]
-    choices = set(map(widths.units, meant))
-    if len(choices) != 1 or meant[0] is None:
+    possible = [call.sizes[place][1] for call in calls for place in carrying(call, shared, side)]
+    choices = set(map(widths.units, possible))
+    if len(choices) != 1 or possible[0] is None:
         return None
     if named & GROUPS:
-        return meant[0] if widths.is_depthwise(calls[0].module, meant[0]) else None
+        return possible[0] if widths.is_depthwise(calls[0].module, possible[0]) else None
     if not varies and not named & WIDTH:
         return None
-    # A name that tells no side may be that of a width between the layers of the module, too.
-    return meant[0] if side or inner <= choices else None
+    # A name without a side may also be that of a width between the layers of the module.
+    return possible[0] if side or inner <= choices else None
 
 
 def equal_places(call: ModuleCall, attribute: str) -> set[Place]:
@@ -233,8 +269,8 @@ def equal_places(call: ModuleCall, attribute: str) -> set[Place]:
 
 
 def carrying(call: ModuleCall, places: set[Place], side: str) -> list[Place]:
-    """Those of ``places`` that are of one side (of both where it is empty); of a tensor that has
-    channels on one of them, as an image of 64 x 64 with 64 channels, only that one."""
-    own = sorted(place for place in places if side in ('', place[0]))
-    with_channels = {place[:2] for place in own if call.sizes[place][1] is not None}
-    return [p for p in own if call.sizes[p][1] is not None or p[:2] not in with_channels]
+    """The places on one side, or on both if ``side`` is empty. If a tensor has channels at one of them,
+    its other dimensions are left out, e.g. those of a 64 x 64 map with 64 channels."""
+    on_side = sorted(place for place in places if side in ('', place[0]))
+    with_channels = {place[:2] for place in on_side if call.sizes[place][1] is not None}
+    return [p for p in on_side if call.sizes[p][1] is not None or p[:2] not in with_channels]

@@ -8,7 +8,7 @@ from torch import nn
 
 
 class ModuleScope:
-    """The modules that were entered and not left yet; the last one runs now."""
+    """The stack of modules whose ``forward`` is running; the last one is the innermost."""
 
     def __init__(self, model: nn.Module) -> None:
         self._names = {id(module): name for name, module in model.named_modules()}
@@ -23,17 +23,18 @@ class ModuleScope:
         return self._names.get(id(self.stack[-1]), '')
 
     def label(self, module: nn.Module) -> str:
-        """The name and class of a module; empty for the model itself."""
+        """The name and class of a module, e.g. ``neck.conv (Conv2d)``; empty for the model itself."""
         name = self._names.get(id(module), '')
         return f'{name} ({type(module).__name__})' if name else ''
 
     def __str__(self) -> str:
-        """The name and class of the module that runs now; empty for the model itself."""
+        """The name and class of the innermost running module; empty for the model itself."""
         return self.label(self.module)
 
 
 def place_of(error: Exception) -> str:
-    """The name and class of the innermost module that an error was raised in, where it was tracked."""
+    """The name and class of the innermost tracked module in which an error was raised; empty if no
+    tracked module raised it."""
     return vars(error).get('_mmprune_place', '')
 
 
@@ -44,9 +45,18 @@ def track_modules(
     leave: Callable[[Any, Any], None],
     enter: Callable[[], None] = lambda: None,
 ) -> Iterator[None]:
-    """Keeps ``scope`` up to date while ``model`` runs, and calls ``enter()`` before and
-    ``leave(args, out)`` after each call of a module, which both times is the scope's. In the place of
-    hooks, because those miss a ``forward`` that is called as a plain method (mmpose's heads are)."""
+    """Keeps ``scope`` up to date while ``model`` runs, and calls functions around each module.
+
+    It wraps ``forward`` instead of registering hooks, because torch calls no hooks where code calls
+    ``forward`` (or a method that calls it) directly, as mmpose's heads do.
+
+    Args:
+        scope: the stack of running modules, which this function keeps.
+        model: the model whose modules are tracked.
+        leave: called after each module with its positional inputs and its output. ``scope.module`` is
+            that module.
+        enter: called before each module. ``scope.module`` is that module.
+    """
 
     def tracked(module: nn.Module, forward: Callable) -> Callable:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -64,7 +74,7 @@ def track_modules(
                 del scope.stack[depth:]
             return out
 
-        # Less than functools.wraps does, thousands of times a trace; signatures are found by this.
+        # inspect.signature needs this; functools.wraps would copy more, thousands of times a trace.
         run.__wrapped__ = forward  # type: ignore[attr-defined]
         return run
 
@@ -74,7 +84,7 @@ def track_modules(
     try:
         yield
     finally:
-        for module, own in before:
+        for module, instance_forward in before:
             del vars(module)['forward']
-            if own is not None:
-                vars(module)['forward'] = own
+            if instance_forward is not None:
+                vars(module)['forward'] = instance_forward

@@ -1,4 +1,4 @@
-"""What a rule returns: what the outputs of an operation carry, and what is known of zero there."""
+"""What a rule returns: the channels that each output carries, and whether zero stays zero there."""
 
 import enum
 from collections.abc import Collection
@@ -12,7 +12,11 @@ from mmprune.graph.slots import Labels
 
 
 class Zero(enum.Enum):
-    """Whether a channel whose weights are all zero is zero in an output too."""
+    """Whether a channel whose weights are all zero is zero in an output too.
+
+    A cut is exact only if a removed channel adds nothing where it was read. A ReLU leaves zero at zero;
+    a sigmoid makes 0.5 of it, so a sum over such channels cannot lose one.
+    """
 
     STAYS = 'zero stays zero'
     MOVES = 'may not be zero'
@@ -24,21 +28,22 @@ ZERO_STAYS, ZERO_MOVES, AS_INPUTS = Zero.STAYS, Zero.MOVES, Zero.AS_INPUTS
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an output carries.
+    """What an output of an operation carries.
 
     Args:
         labels: {dimension: channels}, e.g. ``{1: call.ids(x, 1)}``.
-        zero: ``ZERO_STAYS``, ``ZERO_MOVES`` or ``AS_INPUTS``. There is no default: a sum over channels
-            that are not zero where their weights are would be wrong after a cut.
-        fits: other dimensions, along which the output is the same everywhere and has the size of
-            whatever it meets.
-        is_constant_fill: it is made of constants alone.
-        tensor: the output that is meant, of a compiled function that writes into its arguments.
+        zero: ``ZERO_STAYS``, ``ZERO_MOVES`` or ``AS_INPUTS``. There is no default, because a wrong
+            value makes cuts inexact.
+        broadcast_dims: dimensions without channels along which all values are equal and whose size
+            torch derived. Such a dimension takes the size of any tensor that it meets.
+        is_constant_fill: whether the output is made of constants only, such as ``torch.zeros``.
+        tensor: the argument that a compiled function wrote this output into. ``None`` for an output
+            that the function returned.
     """
 
     labels: Labels
     zero: Zero
-    fits: Collection[int] = ()
+    broadcast_dims: Collection[int] = ()
     is_constant_fill: bool = False
     tensor: torch.Tensor | None = None
 
@@ -48,52 +53,54 @@ class LocksOnly:
 
 
 LOCKS_ONLY = LocksOnly()
-"""A rule returns this when it has locked what goes in: new outputs carry nothing, and a tensor that
-was written in place carries what it did before."""
+"""A rule returns this when it has locked the channels of its inputs. New outputs then carry nothing,
+and a tensor that was written in place carries what it did before."""
 
 CARRIES_NOTHING = Outcome({}, AS_INPUTS)
-"""Of outputs that have no channels: indices, saved statistics."""
+"""The outcome of outputs without channels, such as indices and saved statistics."""
 
 Returned = Outcome | list[Outcome] | LocksOnly
 
 
 class RuleError(PruneError, TypeError):
-    """A rule that does not say what its outputs carry."""
+    """A rule returned something other than the outcomes of its outputs."""
 
 
 def first_output(out: Any, outcome: Outcome) -> Returned:
-    """``outcome`` for the only output, or for the first of several that carry nothing else."""
+    """``outcome`` for the only output, or for the first of several, of which the others carry
+    nothing."""
     if isinstance(out, torch.Tensor):
         return outcome
     return [outcome, *[CARRIES_NOTHING] * (len(out) - 1)]
 
 
 def outcomes_of(returned: Any, out: Any) -> list[tuple[torch.Tensor, Outcome]] | None:
-    """The outputs of a call with what its rule returned for each; ``None``: they stay as they are.
+    """Pairs each output of a call with what its rule ``returned``; ``None`` for ``LOCKS_ONLY``.
 
     Raises:
-        RuleError: it returned something else, or not as many as there are outputs.
+        RuleError: the rule returned another type, or a number of outcomes that differs from that of the
+            outputs.
     """
     if returned is LOCKS_ONLY:
         return None
-    outputs = out if isinstance(out, list | tuple) else [out]
+    outputs = list(out) if isinstance(out, list | tuple) else [out]
     if isinstance(returned, Outcome):
-        if returned.tensor is not None:
-            outputs = [returned.tensor]
-        pairs = [(tensor, returned) for tensor in outputs]
-    elif isinstance(returned, list | tuple) and all(isinstance(each, Outcome) for each in returned):
-        named = bool(returned) and all(each.tensor is not None for each in returned)
-        if not named and len(returned) != len(outputs):
-            raise RuleError(f'returned {len(returned)} outcomes for {len(outputs)} outputs')
-        pairs = [
-            (tensor if each.tensor is None else each.tensor, each)
-            for tensor, each in zip([None] * len(returned) if named else outputs, returned, strict=True)
-        ]
+        outcomes = [returned] * (1 if returned.tensor is not None else len(outputs))
+    elif isinstance(returned, list | tuple) and all(isinstance(item, Outcome) for item in returned):
+        outcomes = list(returned)
     else:
         raise RuleError(f'returned {returned!r}: return an Outcome for each output, or LOCKS_ONLY')
-    for _, outcome in pairs:
+    if outcomes and all(outcome.tensor is not None for outcome in outcomes):
+        outputs = [outcome.tensor for outcome in outcomes]
+    if len(outcomes) != len(outputs):
+        raise RuleError(f'returned {len(outcomes)} outcomes for {len(outputs)} outputs')
+    pairs = []
+    for tensor, outcome in zip(outputs, outcomes, strict=True):
         if not isinstance(outcome.zero, Zero):
             raise RuleError(
                 f'returned zero={outcome.zero!r}: expected one of ZERO_STAYS, ZERO_MOVES, AS_INPUTS'
             )
-    return [(tensor, outcome) for tensor, outcome in pairs if isinstance(tensor, torch.Tensor)]
+        written = tensor if outcome.tensor is None else outcome.tensor
+        if isinstance(written, torch.Tensor):
+            pairs.append((written, outcome))
+    return pairs

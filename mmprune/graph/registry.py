@@ -1,4 +1,4 @@
-"""The one table of rules and adapters, and the decorators that fill it."""
+"""The table of rules and adapters, and the decorators that fill it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from mmprune.graph.outcome import Returned
 
 RuleFunction = Callable[[Call], Returned]
 Adapter = Callable[[Call], Any]
-"""A module's adapter returns nothing; that of an operation is a rule."""
+"""An adapter of a module returns nothing; one of an operation is a rule and returns outcomes."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """``function``: what it does; the rest as in :func:`rule`."""
+    """An entry of the table; :func:`rule` describes the fields."""
 
     function: RuleFunction
     is_contraction: bool = False
@@ -33,17 +33,20 @@ BY_NAME: dict[str, Adapter] = {}
 def rule(
     *names: str, is_contraction: bool = False, makes_size: bool = False
 ) -> Callable[[RuleFunction], RuleFunction]:
-    """Registers a rule: a function of a :class:`Call` that ties and locks channels of the inputs, and
+    """Registers a rule: a function of a :class:`Call` that ties and locks channels of the inputs and
     returns an :class:`~mmprune.graph.outcome.Outcome` for each output.
 
     Args:
-        names: of operations, without overload (``aten::cat``, ``mmcv::roi_align_forward``).
-        is_contraction: it sums products over channels: its output is no view of a weight, however its
-            inputs are, and latency tables have it.
-        makes_size: it may make a channel dimension of a tensor that has none, so it is asked then too.
+        names: names of operations without their overload, e.g. ``aten::cat`` or
+            ``mmcv::roi_align_forward``.
+        is_contraction: whether the operation sums products over channels. Its output is then never
+            treated as a rearranged weight, even if all inputs are weights, and tables of operation
+            times list it.
+        makes_size: whether the operation can make a channel dimension of tensors that have none. The
+            rule then runs even if no input carries channels.
 
     Raises:
-        PruneError: a name that has a rule already, or no namespace.
+        PruneError: a name has a rule already, or lacks a namespace.
     """
 
     def register(function: RuleFunction) -> RuleFunction:
@@ -59,20 +62,28 @@ def rule(
     return register
 
 
+def aten(names: str, **options: bool) -> Callable[[RuleFunction], RuleFunction]:
+    """:func:`rule` for torch's operations. Their names are separated by spaces: ``aten('mm bmm')``."""
+    return rule(*[f'aten::{name}' for name in names.split()], **options)
+
+
 def adapter(*keys: type[nn.Module] | str) -> Callable[[Adapter], Adapter]:
-    """Declares what the dispatcher can not see. The function gets a :class:`Call` after each call.
+    """Declares what the dispatcher cannot show about a module class or an operation.
+
+    The decorated function gets a :class:`Call` after each call of the module or operation. For a
+    module, ``call.args`` are the positional inputs, ``call.out`` is the result, ``call.module`` is the
+    module itself, and the function returns nothing. Subclasses inherit an adapter unless they have one
+    themselves. For an operation the function is a rule, as :func:`rule` describes.
 
     Args:
-        keys: module classes, or the dotted names of some (imported only when a model has them): there
-            ``call.args`` are the positional inputs, ``call.out`` is the result, ``call.module`` the
-            module itself, and nothing is returned. Subclasses inherit an adapter until they have their
-            own. Or names of operations (``mmcv::roi_align_forward``): as :func:`rule`.
+        keys: module classes, dotted names of module classes (which are not imported, so that the
+            package need not be installed), or names of operations such as ``mmcv::roi_align_forward``.
 
     Returns:
         A decorator, which leaves the function as it is.
 
     Raises:
-        PruneError: a key is of another type or registered before.
+        PruneError: a key is of another type, or is registered already.
     """
 
     def register(function: Adapter) -> Adapter:
@@ -99,13 +110,13 @@ def adapter(*keys: type[nn.Module] | str) -> Callable[[Adapter], Adapter]:
 def module_adapter(kind: type[nn.Module]) -> Adapter | None:
     """The adapter of a module class, or of the nearest class that it inherits from."""
     for base in kind.__mro__:
-        found = MODULES.get(base) or BY_NAME.get(f'{base.__module__}.{base.__qualname__}')
-        if found is not None:
-            return found
+        adapter_of_base = MODULES.get(base) or BY_NAME.get(f'{base.__module__}.{base.__qualname__}')
+        if adapter_of_base is not None:
+            return adapter_of_base
     return None
 
 
 def is_contraction(func: torch._ops.OpOverload) -> bool:
     """Whether an operation sums products over channels."""
-    found = RULES.get(func._schema.name)
-    return found is not None and found.is_contraction
+    entry = RULES.get(func._schema.name)
+    return entry is not None and entry.is_contraction

@@ -1,10 +1,27 @@
-"""What the dispatcher is not told of: ways out of torch, faces of a tensor without an operation, and
-where the sizes come from that a view, a split or a fill is asked for."""
+"""Which numbers the code passes to torch's functions as sizes, and where those numbers came from.
+
+*Problem.* When a rule sees ``aten::view``, the dispatcher has already turned all sizes into plain
+integers, and composite functions such as ``reshape`` or ``unflatten`` have been taken apart. Where a
+size came from is lost. Some functions never reach the dispatcher: ``x.shape``, ``x.data``,
+``x.numpy()``.
+
+*Idea.* A function mode runs above the dispatcher and sees each call of a torch function with its
+original arguments. It answers ``x.shape`` with symbolic sizes (:mod:`mmprune.graph.sizes`). For a
+function that takes sizes it notes the requested sizes, passes plain integers on, and the rule of the
+operation below asks for the note (:meth:`mmprune.graph.call.Call.requested_sizes`). A symbolic number
+that is an argument but no size is used for its value, so the channels that it counts are locked.
+
+*Example.* ``x.view(b, self.width, -1)`` leaves the note ``[b, SymbolicSize(width), -1]``. The rule of
+``aten::view`` ties dimension 1 to the attribute ``width``. ``x.mul(self.width)`` pins it.
+
+The bounds of slices are sizes too: the stop of ``x[:, :n]`` counts the first ``n`` channels. It is
+bound to these channels and shrinks with them.
+"""
 
 import operator
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -12,14 +29,14 @@ from torch.overrides import TorchFunctionMode
 
 from mmprune.graph.constraints import Constraints
 from mmprune.graph.locks import LockKind
-from mmprune.graph.sizes import SymbolicSize, symbolic_shape
-from mmprune.graph.slices import SLICES, bind_slices
+from mmprune.graph.sizes import SymbolicSize, is_live, symbolic_shape
+from mmprune.graph.slots import Ids, Labels
 from mmprune.graph.tensor_info import TensorTable
 
 
 class SizeTrackingMode(TorchFunctionMode):
-    """A function mode beside the dispatch mode, for one traced run. ``requested_sizes``: those that the
-    function which runs now is asked for, in the order of its operation."""
+    """The function mode of one traced run. ``requested_sizes`` is the note of the function that runs
+    now: a list of sizes, {argument: number}, {dimension: slice bounds}, or ``None``."""
 
     def __init__(self, tensors: TensorTable, constraints: Constraints) -> None:
         super().__init__()
@@ -34,27 +51,27 @@ class SizeTrackingMode(TorchFunctionMode):
         name = getattr(func, '__name__', '').partition('.')[0]
         numbers = symbolic_in((args, kwargs))
         if name in SIZE_ARGUMENTS:
-            self.requested_sizes = current(SIZE_ARGUMENTS[name](self.shape, *args, **kwargs))
+            self.requested_sizes = without_stale(SIZE_ARGUMENTS[name](self.shape, *args, **kwargs))
         elif numbers and name in NUMBERS_OF_RULES:
-            self.requested_sizes = numbers_of(NUMBERS_OF_RULES[name], args, kwargs) or None
+            self.requested_sizes = named_number(NUMBERS_OF_RULES[name], args, kwargs) or None
         elif numbers and args and name in SLICES:
             labels = self._tensors.info(args[0]).labels
             self.requested_sizes = bind_slices(SLICES[name](*args, **kwargs), labels) or None
         if numbers:
             self._pin_values(name, numbers)
-            args, kwargs = plain(args), plain(kwargs)  # torch's own Python code is none of ours
+            args, kwargs = plain(args), plain(kwargs)  # torch's own Python code gets plain integers
         try:
             out = func(*args, **kwargs)
         finally:
             self.requested_sizes = None
-        if func == DATA:  # another face: all that is known of the one holds for the other
+        if func == DATA:  # another view of the same memory, of which the same is known
             self._tensors[out] = self._tensors.info(args[0])
         elif func in LEAVES:
             self._lock(args[:1], LockKind.LEAVES_TORCH, detail=LEAVES[func])
         elif func in COUNTS:
             return self._count(out, args[0])
         elif func is nn.functional.scaled_dot_product_attention and kwargs.get('scale') is None:
-            # Where no fused kernel fits, this is taken apart and the scale is a number.
+            # Without a fused kernel, torch decomposes this and computes the scale from a width.
             self._lock(args[:2], LockKind.ATTENTION_SCALE, last=1)
         return out
 
@@ -62,8 +79,9 @@ class SizeTrackingMode(TorchFunctionMode):
         return symbolic_shape(self._tensors, self._constraints, tensor)
 
     def _pin_values(self, name: str, numbers: list[SymbolicSize]) -> None:
-        """Of the numbers that a function is given, those that are no sizes are used for their value."""
-        if name in SIZE_ARGUMENTS and not name.endswith('full'):  # what it is full of is no size
+        """Pins those of a function's symbolic arguments that are not sizes, because it uses their
+        value."""
+        if name in SIZE_ARGUMENTS and not name.endswith('full'):  # a fill value is not a size
             return
         sizes = {id(number) for number in symbolic_in([self.requested_sizes])}
         for number in numbers:
@@ -75,7 +93,7 @@ class SizeTrackingMode(TorchFunctionMode):
         return sizes if dim is None else sizes[dim]
 
     def _count(self, number: int, tensor: torch.Tensor) -> int:
-        """The number of elements, which follows the one dimension that can shrink."""
+        """The number of elements. If exactly one dimension can shrink, the number follows it."""
         sizes = [size for size in self.shape(tensor) if isinstance(size, SymbolicSize)]
         if len(sizes) != 1:
             return number
@@ -88,51 +106,39 @@ class SizeTrackingMode(TorchFunctionMode):
         last: int | None = None,
         detail: str = '',
     ) -> None:
-        """Locks what tensors carry, on their ``last`` dimensions (all by default)."""
+        """Locks the channels of tensors, on their ``last`` dimensions only if that is given."""
         for tensor in tensors:
             for dim, ids in self._tensors.info(tensor).labels.items():
                 for array in ids if last is None or dim >= tensor.ndim - last else ():
                     self._constraints.lock(array, why, 'torch', detail)
 
 
-def numbers_of(where: tuple[str, int], args: tuple, kwargs: dict) -> dict[str, Any]:
-    """{name of an argument: what a function is given for it}, where that is known to follow a width."""
-    name, position = where
-    value = args[position] if position < len(args) else kwargs.get(name)
-    return {name: value} if symbolic_in([value]) else {}
-
-
-def current(sizes: Any) -> Any:
-    """Requested sizes, with integers in the place of those that an earlier trace left in a cache."""
-    if isinstance(sizes, list):
-        return [current(size) for size in sizes]
-    return int(sizes) if isinstance(sizes, SymbolicSize) and not sizes.source.is_live else sizes
-
-
-def symbolic_in(value: Any, depth: int = 3) -> list[SymbolicSize]:
-    """Every :class:`SymbolicSize` among arguments."""
-    found: list[SymbolicSize] = []
-    _collect(value, depth, found)
-    return found
-
-
-def _collect(value: Any, depth: int, found: list[SymbolicSize]) -> None:
-    kind = type(value)
-    if kind is SymbolicSize:
-        if value.source.is_live:
-            found.append(value)
-    elif kind in HOLDERS and depth:
-        for item in value.values() if kind is dict else value:
-            _collect(item, depth - 1, found)
-    elif kind is slice:
-        _collect((value.start, value.stop, value.step), 1, found)
-
+# -- symbolic sizes among arguments -------------------------------------------------------------------
 
 HOLDERS = frozenset({list, tuple, dict, torch.Size})
 
 
+def symbolic_in(value: Any, depth: int = 3) -> list[SymbolicSize]:
+    """Every live :class:`SymbolicSize` among arguments, in containers up to ``depth`` levels deep."""
+    sizes: list[SymbolicSize] = []
+    _collect(value, depth, sizes)
+    return sizes
+
+
+def _collect(value: Any, depth: int, sizes: list[SymbolicSize]) -> None:
+    kind = type(value)
+    if kind is SymbolicSize:
+        if value.source.is_live:
+            sizes.append(value)
+    elif kind in HOLDERS and depth:
+        for item in value.values() if kind is dict else value:
+            _collect(item, depth - 1, sizes)
+    elif kind is slice:
+        _collect((value.start, value.stop, value.step), 1, sizes)
+
+
 def plain(value: Any) -> Any:
-    """The same arguments, with integers in the place of symbolic sizes."""
+    """The same arguments, with an integer in place of each symbolic size."""
     if isinstance(value, SymbolicSize):
         return int(value)
     if isinstance(value, slice):
@@ -144,6 +150,22 @@ def plain(value: Any) -> Any:
     return value
 
 
+def without_stale(sizes: Any) -> Any:
+    """Requested sizes, with an integer in place of each size that an earlier trace left in a cache."""
+    if isinstance(sizes, list):
+        return [without_stale(size) for size in sizes]
+    return int(sizes) if isinstance(sizes, SymbolicSize) and not sizes.source.is_live else sizes
+
+
+def named_number(argument: tuple[str, int], args: tuple, kwargs: dict) -> dict[str, Any]:
+    """{name: value} of an argument (name, position) for which a symbolic size was passed."""
+    name, position = argument
+    value = args[position] if position < len(args) else kwargs.get(name)
+    return {name: value} if symbolic_in([value]) else {}
+
+
+# -- functions that take sizes ------------------------------------------------------------------------
+
 ShapeOf = Callable[[torch.Tensor], torch.Size]
 """Gives the shape of a tensor with its symbolic sizes."""
 
@@ -153,7 +175,7 @@ def after_self(shape: ShapeOf, x: Any, *sizes: Any, **kwargs: Any) -> list | Non
     given = sizes[0] if sizes and isinstance(sizes[0], list | tuple) else sizes
     for key in ('size', 'shape'):
         given = kwargs.get(key, given)
-    try:  # numbers of numpy, and of torch, are numbers too
+    try:  # integers of numpy and of torch are sizes too
         return [n if isinstance(n, int) else operator.index(n) for n in given] or None
     except TypeError:  # a dtype
         return None
@@ -169,11 +191,11 @@ def of_other(shape: ShapeOf, x: torch.Tensor, other: torch.Tensor) -> list:
     return list(shape(other))
 
 
-def of_one(shape: ShapeOf, x: torch.Tensor, dim: int, sizes: Any) -> list:
-    """``x.unflatten(dim, sizes)``: the other dimensions stay."""
-    whole: list = list(shape(x))
+def of_one_dim(shape: ShapeOf, x: torch.Tensor, dim: int, sizes: Any) -> list:
+    """``x.unflatten(dim, sizes)``, which leaves the other dimensions as they are."""
+    before: list = list(shape(x))
     dim %= x.ndim
-    return [*whole[:dim], *sizes, *whole[dim + 1 :]]
+    return [*before[:dim], *sizes, *before[dim + 1 :]]
 
 
 def of_parts(shape: ShapeOf, x: Any, *sizes: Any, **kwargs: Any) -> Any:
@@ -182,33 +204,130 @@ def of_parts(shape: ShapeOf, x: Any, *sizes: Any, **kwargs: Any) -> Any:
     return list(given) if isinstance(given, list | tuple) else given
 
 
-SIZE_ARGUMENTS: dict[str, Callable] = {
-    **dict.fromkeys(('view', '_unsafe_view', '_reshape_alias', 'reshape', 'expand', 'as_strided',
-                     'as_strided_', 'new_zeros', 'new_ones', 'new_full', 'new_empty'), after_self),
-    **dict.fromkeys(('zeros', 'ones', 'full', 'empty'), from_start),
-    'broadcast_to': after_self,
-    **dict.fromkeys(('view_as', 'reshape_as', 'expand_as'), of_other),
-    **dict.fromkeys(('split', 'split_with_sizes', 'unsafe_split', 'unsafe_split_with_sizes'), of_parts),
-    'unflatten': of_one,
-}  # fmt: skip
-"""Functions that are asked for in sizes, with what finds those among the arguments. They are torch's
-functions, not operations: most are taken apart before a rule sees them."""
+READERS: dict[Callable, str] = {
+    after_self: (
+        'view _unsafe_view _reshape_alias reshape expand broadcast_to as_strided as_strided_ new_zeros '
+        'new_ones new_full new_empty'
+    ),
+    from_start: 'zeros ones full empty',
+    of_other: 'view_as reshape_as expand_as',
+    of_parts: 'split split_with_sizes unsafe_split unsafe_split_with_sizes',
+    of_one_dim: 'unflatten',
+}
+SIZE_ARGUMENTS = {name: reader for reader, names in READERS.items() for name in names.split()}
+"""{torch function that takes sizes: what reads them from its arguments}. These are functions, not
+operations of the dispatcher: torch decomposes most of them before a rule sees them."""
 
+CONVOLUTIONS = 'conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d'
 NUMBERS_OF_RULES = {
-    **dict.fromkeys(('conv1d', 'conv2d', 'conv3d', 'conv_transpose1d', 'conv_transpose2d',
-                     'conv_transpose3d'), ('groups', 6)),
-    'convolution': ('groups', 8), 'group_norm': ('num_groups', 1),
+    **dict.fromkeys(CONVOLUTIONS.split(), ('groups', 6)),
+    'convolution': ('groups', 8),
+    'group_norm': ('num_groups', 1),
     'layer_norm': ('normalized_shape', 1),
-}  # fmt: skip
-"""Functions that pass a number on to an operation whose rule binds it to channels, or locks it: the
-name and the position of that argument (:meth:`mmprune.graph.call.Call.requested_number`)."""
+}
+"""{torch function: name and position of an argument that the rule of its operation binds to channels or
+pins} (:meth:`mmprune.graph.call.Call.requested_number`)."""
 
 SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 COUNTS = frozenset({torch.Tensor.numel, torch.Tensor.nelement, torch.numel})
 
 LEAVES = {
-    torch.Tensor.numpy: 'numpy()', torch.Tensor.__array__: 'numpy', torch.Tensor.tolist: 'tolist()',
+    torch.Tensor.numpy: 'numpy()',
+    torch.Tensor.__array__: 'numpy',
+    torch.Tensor.tolist: 'tolist()',
     torch.Tensor.__dlpack__: 'dlpack',
-}  # fmt: skip
-"""Ways out of torch, as a lock names them."""
+}
+"""{function after which the dispatcher no longer sees the values: its name in a lock}."""
+
+
+# -- slices -------------------------------------------------------------------------------------------
+
+Bounds = tuple[SymbolicSize | int | None, ...]
+"""Start and stop of a slice; a third entry is the length from which the stop was computed."""
+
+
+class Slice(NamedTuple):
+    """A slice of one dimension of a tensor, as the code wrote it.
+
+    Args:
+        dim: the dimension of the indexed tensor.
+        at_operation: the same dimension when ``aten::slice`` runs. Earlier entries of the index have
+            dropped dimensions or added new ones by then.
+        start: the first position.
+        stop: the position after the last one.
+        length: replaces ``stop`` where the code gives a length.
+    """
+
+    dim: int
+    at_operation: int
+    start: Any
+    stop: Any
+    length: Any = None
+
+    def bind(self, ids: Ids) -> Bounds:
+        """Binds the bounds to the channels that they count, and returns those that were bound."""
+        start = _bind_bound(self.start, ids)
+        if self.length is None:
+            return start, _bind_bound(self.stop, ids)
+        length = _bind_bound(self.length, ids[int(self.start) :])
+        return start, None if length is None else int(self.start) + int(length), length
+
+
+def _bind_bound(bound: Any, ids: Ids) -> SymbolicSize | None:
+    """Binds a positive bound to the channels before it, a negative one to those after it. Returns the
+    bound, or ``None`` if it is a constant or lies beyond the end."""
+    if not is_live(bound) or abs(int(bound)) > ids.size:
+        return None
+    if int(bound) > 0:
+        bound.bind_to(ids[: int(bound)])
+    else:
+        counted = SymbolicSize(-int(bound), bound.source, -bound.ratio)
+        counted.bind_to(ids[int(bound) :])
+    return bound
+
+
+def bind_slices(slices: list[Slice], labels: Labels) -> dict[int, Bounds]:
+    """{dimension when the operation runs: bounds that follow its channels}."""
+    return {
+        part.at_operation: part.bind(labels[part.dim][0])
+        for part in slices
+        if len(labels.get(part.dim, ())) == 1
+    }
+
+
+def slices_of_index(x: torch.Tensor, index: Any, values: Any = None) -> list[Slice]:
+    """``x[1, None, :n]`` and ``x[:, :n] = values``. An index with tensors or lists has no slices."""
+    entries = list(index) if isinstance(index, tuple) else [index]
+    known = all(entry is None or isinstance(entry, slice | int | type(...)) for entry in entries)
+    if not known or any(isinstance(entry, bool) for entry in entries):
+        return []
+    slices, dim, at_operation = [], 0, 0
+    for number, entry in enumerate(entries):
+        if entry is ...:
+            skipped = x.ndim - dim - sum(later is not None for later in entries[number + 1 :])
+            dim, at_operation = dim + skipped, at_operation + skipped
+        elif entry is None:
+            at_operation += 1
+        elif isinstance(entry, slice):
+            if entry.step is None or entry.step == 1:
+                slices.append(Slice(dim, at_operation, entry.start, entry.stop))
+            dim, at_operation = dim + 1, at_operation + 1
+        else:
+            dim += 1
+    return slices
+
+
+def slice_of_narrow(x: torch.Tensor, dim: int, start: Any, length: Any) -> list[Slice]:
+    """``x.narrow(1, 0, n)``."""
+    if not isinstance(start, int) or int(start) < 0:
+        return []
+    return [Slice(dim % x.ndim, dim % x.ndim, start, None, length)]
+
+
+SLICES: dict[str, Callable[..., list[Slice]]] = {
+    '__getitem__': slices_of_index,
+    '__setitem__': slices_of_index,
+    'narrow': slice_of_narrow,
+}
+"""{torch function that takes a part of a dimension: what reads the bounds from its arguments}."""

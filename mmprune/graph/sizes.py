@@ -1,10 +1,19 @@
-"""Numbers that remember which channel count they stand for.
+"""Integers that remember which channel count they stand for.
 
-A view, a split or a fill is asked for in integers. Which of them follows when channels go? One that was
-read from a tensor's shape does so by itself (``C // heads``); one that a module keeps has to be told
-(``self.width``); one that stands in the code never does (``256``), and then the channels must stay.
-For one traced run the sizes of tensors and the integers of modules are :class:`SymbolicSize`, so that a
-rule can tell them apart. What arithmetic does not keep track of becomes a plain number, which locks.
+*Problem.* A view, a split or a fill is requested with integers, e.g. ``x.view(b, heads, width)``. After
+a cut some of these numbers must shrink. A number that the code reads from a tensor's shape does so by
+itself (``x.shape[1] // heads``). A number that a module keeps must be changed by the cut
+(``self.width``). A number that is written in the code never changes (``256``), so the channels have to
+stay. To torch all three are the same integer.
+
+*Idea.* During a traced run, the sizes of tensors and the integers of modules are :class:`SymbolicSize`:
+integers that carry their source and follow multiplication and division. A rule that sees one ties the
+dimension to the source; a rule that sees a plain integer locks the dimension. Arithmetic that is not
+followed (``width ** 0.5``) yields a plain number and locks the channels that were counted.
+
+*Example.* In ``x.view(b, self.heads, x.shape[1] // self.heads, h, w)`` the last factor has the source
+"channels of x" and the ratio 1/heads. A cut of x shrinks it without any change to the module.
+``self.heads`` was used as a divisor, so its value is *pinned*: it may not change.
 """
 
 import contextlib
@@ -25,10 +34,16 @@ from mmprune.graph.tensor_info import TensorTable
 
 
 class SizeSource:
-    """Where a number was read: the slots ``ids`` of a dimension, or an attribute of a module.
+    """Where a number was read: from the channels of a dimension, or from an attribute of a module.
 
-    The constraints of the run are a weak reference, since a size can outlive the run in a cache.
-    ``is_remembered``: the attribute is a ``torch.Size``, so an earlier run has read it from a tensor.
+    Args:
+        constraints: the constraints of the run. Only a weak reference is kept, because the size may
+            survive the run in a cache.
+        ids: the slot ids of the dimension; ``None`` for an attribute.
+        module: the name of the module.
+        attribute: the name of the attribute; ``shape[1]`` is an entry of a list.
+        is_remembered: whether the attribute is a ``torch.Size``, which an earlier run read from a
+            tensor.
     """
 
     __slots__ = ('_constraints', '_epoch', 'attribute', 'ids', 'is_remembered', 'module')
@@ -48,18 +63,18 @@ class SizeSource:
 
     @property
     def constraints(self) -> Constraints:
-        found = self._constraints()
-        assert found is not None, 'a size was used after its trace'
-        return found
+        constraints = self._constraints()
+        assert constraints is not None, 'a size was used after its trace'
+        return constraints
 
     @property
     def is_live(self) -> bool:
-        """Whether the run in which it was read is still going on."""
+        """Whether the run in which the number was read is still going on."""
         constraints = self._constraints()
         return constraints is not None and constraints.epoch == self._epoch
 
     def pin(self, why: LockKind, detail: str = '') -> None:
-        """The number's value counts for itself, so it has to stay what it is."""
+        """Locks the counted channels, because the code uses the value of the number."""
         if self.ids is not None:
             self.constraints.lock(self.ids, why, 'sizes', detail)
         else:
@@ -67,27 +82,33 @@ class SizeSource:
 
     @property
     def is_pinned(self) -> bool:
-        """Whether it is known to stay already."""
+        """Whether the number is already known to keep its value."""
         if self.ids is not None:
             return self.constraints.all_locked(self.ids)
         return self.constraints.is_pinned(self.module, self.attribute)
 
     @property
     def key(self) -> tuple:
-        """Equal for sources that are the same."""
+        """Equal for equal sources."""
         return (self.ids.tobytes(),) if self.ids is not None else (self.module, self.attribute)
 
 
 def is_live(value: Any) -> bool:
-    """Whether ``value`` is a symbolic size of the run that goes on now."""
+    """Whether ``value`` is a symbolic size of the present run."""
     return type(value) is SymbolicSize and value.source.is_live
 
 
-def in_its_run(method: Callable) -> Callable:
-    """Decorates an operator of :class:`SymbolicSize`: a size that is older than this run is an integer,
-    as the first operand or as the second."""
+def during_its_run(method: Callable) -> Callable:
+    """Decorates an operator of :class:`SymbolicSize`. An operand that is left from an earlier run
+    counts as a plain integer, on either side of the operator."""
     name = method.__name__.strip('_')
-    plain = getattr(operator, name, None) or REFLECTED.get(name, float)
+    if name == 'float':
+        plain: Callable = float
+    elif hasattr(operator, name):
+        plain = getattr(operator, name)
+    else:  # a reflected operator, such as rsub
+        forward = getattr(operator, name.removeprefix('r'))
+        plain = lambda a, b: forward(b, a)  # noqa: E731
 
     @functools.wraps(method)
     def operate(self: 'SymbolicSize', *others: Any) -> Any:
@@ -99,19 +120,26 @@ def in_its_run(method: Callable) -> Callable:
     return operate
 
 
-REFLECTED: dict[str, Callable] = {
-    'radd': lambda a, b: b + a,
-    'rsub': lambda a, b: b - a,
-    'rmul': lambda a, b: b * a,
-    'rtruediv': lambda a, b: b / a,
-    'rfloordiv': lambda a, b: b // a,
-}
-"""Operators of which the operands are in the other order."""
+def value_only(name: str) -> Any:
+    """Makes an operator whose result is a plain number. The code uses the value of the size, so the
+    counted channels are locked."""
+
+    def operate(self: 'SymbolicSize', other: Any) -> Any:
+        return self._value(name, other)
+
+    operate.__name__ = name
+    return during_its_run(operate)
 
 
 class SymbolicSize(int):
-    """An integer with a ``source``; ``ratio`` is its value over the value that was read there. Where
-    two modules' numbers were multiplied, ``other`` is the second."""
+    """An integer that knows where it was read.
+
+    Args:
+        value: the integer.
+        source: where it was read.
+        ratio: the value divided by the number that was read there.
+        other: the second factor, if the numbers of two modules were multiplied.
+    """
 
     source: SizeSource
     ratio: Fraction
@@ -124,66 +152,68 @@ class SymbolicSize(int):
         ratio: Fraction = Fraction(1),
         other: 'SymbolicSize | None' = None,
     ) -> 'SymbolicSize':
-        made = super().__new__(cls, value)
-        made.source, made.ratio, made.other = source, ratio, other
-        return made
+        size = super().__new__(cls, value)
+        size.source, size.ratio, size.other = source, ratio, other
+        return size
 
     @property
     def from_tensor(self) -> bool:
-        """Whether it was read from a tensor's shape, and so follows by itself."""
+        """Whether the number was read from a tensor's shape, so that it shrinks by itself."""
         return self.source.ids is not None
 
     def pin(self, why: LockKind, detail: str = '') -> None:
-        """Its value counts for itself, so what it was read from has to stay."""
+        """Locks the counted channels, because the code uses the value of the number."""
         self.source.pin(why, detail)
         if self.other is not None:
             self.other.pin(why, detail)
 
     @property
     def key(self) -> tuple:
-        """Equal for numbers that come from the same place in the same way."""
+        """Equal for numbers that were computed from the same source in the same way."""
         return int(self), self.source.key, self.ratio, self.other and self.other.key
 
     @property
     def ids(self) -> Ids:
-        """What a dimension carries that is made with this size: it follows the number."""
+        """The ids that a dimension of this size carries, so that it shrinks with the number."""
         constraints = self.source.constraints
         if self.source.ids is not None and self.ratio == 1:
             return self.source.ids
-        ids, new = constraints.stand_in(self.key, int(self))
+        ids, new = constraints.placeholder(self.key, int(self))
         if new and self.other is None:
             self.bind_to(ids)
-        elif new:  # which of the two numbers shrinks, the whole run shows
+        elif new:  # only the complete run shows which of the two factors shrinks
             constraints.deferred.append(lambda: self.bind_to(ids))
         return ids
 
     def bind_to(self, ids: Ids) -> None:
-        """It is the size of a dimension that carries ``ids``: the two shrink by the same factor."""
+        """The number is the size of a dimension that carries ``ids``, so both shrink by the same
+        factor."""
         source, constraints = self.source, self.source.constraints
         if source.is_remembered:
             constraints.lock(ids, LockKind.HARD_CODED, 'sizes', source.attribute)
             return
-        if self.other is not None:  # num_heads * width: the one that is tracked elsewhere, or the last
+        if self.other is not None:
+            # num_heads * head_width: the factor that counts channels elsewhere shrinks, else the last.
             first = SymbolicSize(self, source, self.ratio)
             last = SymbolicSize(self, self.other.source, self.other.ratio)
-            known = constraints.is_tracked(source.module, source.attribute)
-            shrinks, stays = (first, last) if known or last.source.is_pinned else (last, first)
+            first_counts = constraints.is_tracked(source.module, source.attribute)
+            shrinks, stays = (first, last) if first_counts or last.source.is_pinned else (last, first)
             stays.pin(LockKind.FACTOR)
             shrinks.bind_to(ids)
             return
         if source.ids is not None:
             constraints.tie_in_proportion(source.ids, ids, LockKind.OTHER_TENSORS_SIZE)
             return
-        whole = int(int(self) / self.ratio)  # the attribute's own value
-        if max(ids.size, whole) % min(ids.size, whole):
+        value = int(int(self) / self.ratio)  # the value of the attribute itself
+        if max(ids.size, value) % min(ids.size, value):
             constraints.lock(ids, LockKind.NOT_A_MULTIPLE, 'sizes', source.attribute)
             return
-        if ids.size > whole:
-            constraints.require_multiple(ids, whole, LockKind.NOT_A_MULTIPLE, source.attribute)
+        if ids.size > value:
+            constraints.require_multiple(ids, value, LockKind.NOT_A_MULTIPLE, source.attribute)
         constraints.track_attribute(source.module, source.attribute, ids)
 
-    def bind_to_size(self, other: 'SymbolicSize') -> None:
-        """Both shrink by the same factor."""
+    def _bind_to_size(self, other: 'SymbolicSize') -> None:
+        """Both numbers shrink by the same factor."""
         if other.source.ids is not None:
             self.bind_to(other.source.ids)
         elif self.source.ids is not None:
@@ -194,15 +224,20 @@ class SymbolicSize(int):
                 lambda: constraints.tie_attributes(self.source.key, other.source.key)
             )
 
-    def _scaled(self, other: Any, by: Fraction, value: int) -> int:
-        if isinstance(other, SymbolicSize):
-            other.pin(LockKind.FACTOR)
+    # Multiplication and division are followed.
+
+    def _scaled(self, by: Any, ratio: Fraction, value: int) -> int:
+        """``value``, which is ``ratio`` times this number; ``by`` is the operand that scaled it."""
+        if isinstance(by, SymbolicSize):
+            by.pin(LockKind.FACTOR)
         if self.other is not None or not value:
             return value
-        return SymbolicSize(value, self.source, self.ratio * by)
+        return SymbolicSize(value, self.source, self.ratio * ratio)
 
-    @in_its_run
+    @during_its_run
     def __mul__(self, other: Any) -> Any:
+        """One factor shrinks and the other is pinned; a size of a tensor shrinks rather than an
+        attribute. For two attributes that is decided later (:meth:`bind_to`)."""
         if not isinstance(other, int):
             return self._value('__mul__', other)
         value = int(self) * int(other)
@@ -213,26 +248,24 @@ class SymbolicSize(int):
         if self.from_tensor and not other.from_tensor:
             return self._scaled(other, Fraction(int(other)), value)
         if self.from_tensor or self.other is not None or other.other is not None:
-            for one in (self, other):
-                one.pin(LockKind.FACTOR)
+            self.pin(LockKind.FACTOR)
+            other.pin(LockKind.FACTOR)
             return value
-        first = Fraction(value, int(self)) * self.ratio
-        return SymbolicSize(
-            value, self.source, first, SymbolicSize(other, other.source, other.ratio * int(self))
-        )
+        second = SymbolicSize(other, other.source, other.ratio * int(self))
+        return SymbolicSize(value, self.source, Fraction(value, int(self)) * self.ratio, second)
 
-    @in_its_run
+    @during_its_run
     def __rmul__(self, other: Any) -> Any:
         return self * other
 
-    @in_its_run
+    @during_its_run
     def __neg__(self) -> Any:
-        """Counts from the end, as the bound of a slice."""
+        """A negative bound of a slice counts from the end."""
         if self.other is not None or abs(int(self)) == 1:
             return self._value('__neg__')
         return SymbolicSize(-int(self), self.source, -self.ratio)
 
-    @in_its_run
+    @during_its_run
     def __floordiv__(self, other: Any) -> Any:
         if not isinstance(other, int) or isinstance(other, SymbolicSize) and other.from_tensor:
             return self._value('__floordiv__', other)
@@ -240,60 +273,54 @@ class SymbolicSize(int):
             return self._value('__floordiv__', other) if self.from_tensor else int(self) // int(other)
         return self._scaled(other, Fraction(1, int(other)), int(self) // int(other))
 
-    def _value(self, operation: str, *others: Any) -> Any:
-        """An operation after which only the value is left."""
-        if any(isinstance(other, torch.Tensor) for other in others):  # which sees to it itself
-            return NotImplemented
-        for one in (self, *others):
-            if isinstance(one, SymbolicSize):
-                one.pin(LockKind.ARITHMETIC)
+    # Other arithmetic yields plain numbers.
+
+    def _value(self, name: str, *others: Any) -> Any:
+        """Computes an operator with the values only, and locks the channels that the sizes count."""
+        if any(isinstance(other, torch.Tensor) for other in others):
+            return NotImplemented  # the tensor's operator gets this size as its argument, and pins it
+        for size in (self, *others):
+            if isinstance(size, SymbolicSize):
+                size.pin(LockKind.ARITHMETIC)
         plain = [int(other) if isinstance(other, SymbolicSize) else other for other in others]
-        return getattr(int(self), operation)(*plain)
+        return getattr(int(self), name)(*plain)
 
-    @in_its_run
+    def _counts_with(self, other: Any) -> bool:
+        """Whether one of two operands was read from a tensor. The sum of two attributes is a plain
+        number that locks only what it sizes."""
+        return self.from_tensor or isinstance(other, SymbolicSize) and other.from_tensor
+
+    @during_its_run
     def __add__(self, other: Any) -> Any:
-        if self.from_tensor or isinstance(other, SymbolicSize) and other.from_tensor:
-            return self._value('__add__', other)
-        return int(self) + other
+        return self._value('__add__', other) if self._counts_with(other) else int(self) + other
 
-    @in_its_run
+    @during_its_run
     def __radd__(self, other: Any) -> Any:
         return self + other
 
-    @in_its_run
+    @during_its_run
     def __sub__(self, other: Any) -> Any:
-        if self.from_tensor or isinstance(other, SymbolicSize) and other.from_tensor:
-            return self._value('__sub__', other)
-        return int(self) - other
+        return self._value('__sub__', other) if self._counts_with(other) else int(self) - other
 
-    @in_its_run
+    @during_its_run
     def __rsub__(self, other: Any) -> Any:
         return self._value('__rsub__', other) if self.from_tensor else other - int(self)
 
-    @in_its_run
-    def __truediv__(self, other: Any) -> Any:
-        return self._value('__truediv__', other)
+    __truediv__ = value_only('__truediv__')
+    __rtruediv__ = value_only('__rtruediv__')
+    __rfloordiv__ = value_only('__rfloordiv__')
+    __pow__ = value_only('__pow__')
 
-    @in_its_run
-    def __pow__(self, other: Any) -> Any:  # type: ignore[override]
-        return self._value('__pow__', other)
-
-    @in_its_run
-    def __rtruediv__(self, other: Any) -> Any:
-        return self._value('__rtruediv__', other)
-
-    @in_its_run
-    def __rfloordiv__(self, other: Any) -> Any:
-        return self._value('__rfloordiv__', other)
-
-    @in_its_run
+    @during_its_run
     def __float__(self) -> float:
         self.pin(LockKind.ARITHMETIC)
         return float(int(self))
 
-    @in_its_run
+    # Comparisons, dictionary keys and copies.
+
+    @during_its_run
     def __eq__(self, other: object) -> bool:
-        """Two sizes that are equal shrink alike, and one that equals a constant stays."""
+        """Two sizes that the code finds equal shrink alike; a size that equals a constant is locked."""
         if isinstance(other, torch.Tensor):
             return NotImplemented
         if int(self) != (int(other) if isinstance(other, SymbolicSize) else other):
@@ -302,20 +329,20 @@ class SymbolicSize(int):
             self.pin(LockKind.COMPARED)
             return True
         if self.source.is_remembered != other.source.is_remembered:
-            # After a cut the two differ, and the model computes anew what it remembers.
+            # After a cut the two differ, so the model computes anew what it remembers.
             self.source.constraints.used_as_key = True
             return False
-        self.bind_to_size(other)
+        self._bind_to_size(other)
         return True
 
-    @in_its_run
+    @during_its_run
     def __ne__(self, other: object) -> bool:
         equal = self.__eq__(other)
         return equal if equal is NotImplemented else not equal
 
     def __hash__(self) -> int:
-        """The key of a dictionary or of a cache: while the model is traced it equals keys from the same
-        source alone, and neither plain numbers of an earlier run nor sizes of an earlier trace."""
+        """As the key of a dictionary or cache, a live size equals only sizes from the same source:
+        neither plain numbers of an earlier run nor sizes of an earlier trace."""
         if not self.source.is_live:
             return hash(int(self))
         constraints = self.source.constraints
@@ -326,7 +353,7 @@ class SymbolicSize(int):
         return hash((constraints.epoch, self.key))
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        return int, (int(self),)  # a copy outlives the run
+        return int, (int(self),)  # a copy may outlive the run
 
 
 def symbolic_shape(tensors: TensorTable, constraints: Constraints, tensor: torch.Tensor) -> torch.Size:
@@ -340,32 +367,30 @@ def symbolic_shape(tensors: TensorTable, constraints: Constraints, tensor: torch
 
 @contextlib.contextmanager
 def symbolic_attributes(constraints: Constraints, model: nn.Module) -> Iterator[None]:
-    """Puts a :class:`SymbolicSize` in the place of each positive integer that a module keeps, also in
-    its lists and tuples, for one run. Afterwards all attributes are what they were before, so that the
-    next run finds nothing that this one left in a module (a shape, a cache by shape)."""
+    """Replaces each positive integer that a module keeps, also in lists and tuples, by a
+    :class:`SymbolicSize` for one run. Afterwards all attributes are what they were, so that the next
+    run finds nothing in a module that this run left there, such as a remembered shape."""
     with attributes_unchanged(model):
         for name, module in model.named_modules():
             for key, value in list(vars(module).items()):
-                made = _symbolic(constraints, name, key, value)
-                if made is not value:
-                    vars(module)[key] = made
+                symbolic = _symbolic(constraints, name, key, value)
+                if symbolic is not value:
+                    vars(module)[key] = symbolic
         yield
 
 
 def _symbolic(constraints: Constraints, module: str, key: str, value: Any) -> Any:
-    """An attribute's value with symbolic sizes in the place of its positive integers."""
+    """An attribute's value with a symbolic size in place of each positive integer."""
     kind = type(value)
     if kind is int and value > 0:
         return SymbolicSize(value, SizeSource(constraints, None, module, key))
     if kind not in (list, tuple, torch.Size) or not all(type(item) is int for item in value):
         return value
     remembered = kind is torch.Size
-    if remembered and not constraints.distinct_keys:
+    if not value or remembered and not constraints.distinct_keys:
         return value
-    sizes = [
-        SymbolicSize(item, SizeSource(constraints, None, module, f'{key}[{i}]', remembered))
-        if item > 0
-        else item
-        for i, item in enumerate(value)
+    sources = [
+        SizeSource(constraints, None, module, f'{key}[{i}]', remembered) for i in range(len(value))
     ]
-    return kind(sizes) if sizes else value
+    sizes = zip(value, sources, strict=True)
+    return kind([SymbolicSize(item, source) if item > 0 else item for item, source in sizes])

@@ -1,4 +1,10 @@
-"""Channel slots: a number for every (tensor name, dimension, index) that a model's state has."""
+"""Channel slots: one integer for each (tensor name, dimension, index) of a model's state.
+
+Everything that a trace learns is expressed in these integers. For ``nn.Sequential(nn.Conv2d(3, 8, 1),
+nn.Conv2d(8, 2, 1))`` the output channels of the first weight may be the slots 1 to 8, its input
+channels 9 to 11, and so on; "output channel 5 of the first layer feeds input channel 5 of the second
+one" is then a pair of integers.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,22 +16,28 @@ from torch import nn
 FIXED = 0
 """The id of every position that no cut can remove: a constant, an image channel, padding."""
 
-
 Ids = np.ndarray
 """Slot ids, one for each position of a dimension."""
 
 Labels = dict[int, tuple[Ids, ...]]
-"""What a tensor carries: for a dimension, one or more arrays of slot ids, each as long as the
-dimension is. Removing a slot removes the positions that carry its id."""
+"""The channels that a tensor carries: {dimension: one or more arrays of slot ids, each as long as the
+dimension}. Removing a slot removes the positions that carry its id."""
 
 
-def fixed_ids(count: int) -> np.ndarray:
+def fixed_ids(count: int) -> Ids:
     return np.full(count, FIXED, dtype=np.int64)
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One dimension of one parameter or buffer: ``size`` slots from ``first`` on."""
+    """One dimension of one parameter or buffer.
+
+    Args:
+        name: the name of the parameter or buffer in the model's state.
+        dim: the dimension, counted from 0.
+        first: the slot of index 0; the others follow it without gaps.
+        size: the length of the dimension.
+    """
 
     name: str
     dim: int
@@ -33,7 +45,7 @@ class Axis:
     size: int
 
     @property
-    def ids(self) -> np.ndarray:
+    def ids(self) -> Ids:
         return np.arange(self.first, self.first + self.size)
 
     def __str__(self) -> str:
@@ -41,22 +53,27 @@ class Axis:
 
 
 class SlotTable:
-    """All axes of a model. Slot 0 is ``FIXED``; the others are numbered in the model's own order.
+    """All axes of a model. Slot 0 is ``FIXED``; the others are numbered in the order of the model's
+    state.
 
     A tensor that the model holds under several names (tied weights) has one set of slots, under its
-    first name. Dimensions of size 1, integer buffers, and the kernels of convolutions have none:
-    nothing of them can be removed.
+    first name. Dimensions of size 1, integer buffers and the kernel positions of convolutions have no
+    slots, because a cut removes nothing from them.
+
+    Args:
+        model: the model whose parameters and buffers get slots.
+        names: the tensors to take, in this order, e.g. those of an earlier table of the same model. By
+            default every tensor, under its first name.
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str] | None = None) -> None:
-        """``names``: those to take, of an earlier table of the same model; by default first names."""
         self.axes: list[Axis] = []
         self.tensors: dict[str, torch.Tensor] = {}
-        self.shapes: dict[str, torch.Size] = {}  # as they were: a cut narrows the tensors
+        self.shapes: dict[str, torch.Size] = {}  # kept here, because a cut narrows the tensors in place
         self.by_key: dict[tuple[str, int], Axis] = {}
         size, kernels, state = 1, kernel_weights(model), dict(named_state(model))
-        again = aliases_of(model)
-        for name in names if names is not None else [name for name in state if name not in again]:
+        further_names = aliases_of(model)
+        for name in names if names is not None else [n for n in state if n not in further_names]:
             tensor = state[name]
             self.tensors[name] = tensor
             self.shapes[name] = tensor.shape
@@ -73,13 +90,14 @@ class SlotTable:
         self._firsts = np.array([axis.first for axis in self.axes], dtype=np.int64)
 
     def find_aliases(self, model: nn.Module) -> None:
-        """Notes all names of the tensors: a run may have given a module one more."""
-        own = {id(tensor): name for name, tensor in self.tensors.items()}
-        names = [(name, own.get(id(tensor), name)) for name, tensor in named_state(model)]
+        """Reads the further names of all tensors again, because a run may have given a module one
+        more."""
+        first_names = {id(tensor): name for name, tensor in self.tensors.items()}
+        names = [(name, first_names.get(id(tensor), name)) for name, tensor in named_state(model)]
         self.aliases = {name: first for name, first in names if name != first}
 
     def axis_index(self, ids: np.ndarray) -> np.ndarray:
-        """The number of the axis that each slot id lies on (ids above 0 only)."""
+        """The positions in ``axes`` of the axes that slot ids lie on. The ids must be above 0."""
         return np.searchsorted(self._firsts, ids, side='right') - 1
 
     def axis_of(self, slot: int) -> Axis:
@@ -87,7 +105,8 @@ class SlotTable:
 
 
 def kernel_weights(model: nn.Module) -> set[str]:
-    """Names of weights (C_out, C_in, kernel ...): of modules that have a ``kernel_size``."""
+    """Names of weights of shape (C_out, C_in, kernel ...): those of modules that have a
+    ``kernel_size``."""
     return {
         f'{name}.weight' if name else 'weight'
         for name, module in model.named_modules(remove_duplicate=False)
@@ -103,8 +122,7 @@ def aliases_of(model: nn.Module) -> dict[str, str]:
 
 
 def named_state(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Every parameter and buffer by name, shared ones under each of their names, buffers that are
-    not saved included."""
-    found = list(model.named_parameters(remove_duplicate=False))
-    found += list(model.named_buffers(remove_duplicate=False))
-    return found
+    """Every parameter and buffer with its name. Shared tensors appear under each of their names, and
+    buffers that checkpoints do not store (``persistent=False``) are included."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    return [*parameters, *model.named_buffers(remove_duplicate=False)]

@@ -1,4 +1,7 @@
-"""Which weights' channels a module's outputs have, so that a plan says which of them stay."""
+"""Which weights' channels the outputs of a module have, so that a plan says which of them remain.
+
+Distillation compares feature maps of the pruned and of the unpruned model in this way.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +27,10 @@ class ChannelSource:
     """Where the channels of one tensor come from.
 
     Args:
-        dim: the dimension that they lie on; ``None`` where none of the tensor's can lose any.
-        axes: dimensions of weights.
-        axis: (C,) which of them each channel is of, -1 for one that always stays, and
-        position: (C,) where on it.
+        dim: the dimension of the tensor that has channels; ``None`` if no dimension can lose any.
+        axes: axes of weights.
+        axis: (C,) for each channel an index into ``axes``, or -1 if the channel always remains.
+        position: (C,) for each channel its index on that axis.
     """
 
     dim: int | None
@@ -36,23 +39,30 @@ class ChannelSource:
     position: np.ndarray | None = None
 
     def kept(self, keep: Keep) -> np.ndarray | None:
-        """(C',) indices of the channels that a plan leaves; ``None``: all of them."""
+        """(C',) indices of the channels that remain after a plan; ``None`` if all do."""
         if self.dim is None or self.axis is None or self.position is None:
             return None
         stays = np.ones(self.axis.size, dtype=bool)
         for number, axis in enumerate(self.axes):
-            left = keep.get(axis.name, {}).get(axis.dim)
-            if left is not None:
-                own = self.axis == number
-                stays[own] = np.isin(self.position[own], left)
+            indices = keep.get(axis.name, {}).get(axis.dim)
+            if indices is not None:
+                on_axis = self.axis == number
+                stays[on_axis] = np.isin(self.position[on_axis], indices)
         return None if stays.all() else np.flatnonzero(stays)
 
 
 def channel_sources(
     model: nn.Module, forward: Forward, names: Iterable[str]
 ) -> dict[str, list[ChannelSource]]:
-    """For each tensor that the modules of these names return in ``forward(model)``, in order (of all
-    calls), which channels it has. ``model`` is unpruned, and is left as it was.
+    """Finds the sources of the channels of modules' outputs.
+
+    Args:
+        model: the unpruned model, which is left as it was.
+        forward: runs the model.
+        names: names of modules.
+
+    Returns:
+        {module: the source of each tensor that it returns, in the order of all its calls}.
 
     Raises:
         PruneError: there is no such module, or it does not run.
@@ -81,7 +91,7 @@ def channel_sources(
     missing = [name for name in names if name not in outputs]
     if missing:
         raise PruneError(f'{missing[0]} does not run in {type(model).__name__}, or returns no tensor')
-    slots = slots_for(constraints, settled_components(constraints))
+    slot = slots_for(constraints, settled_components(constraints))
 
     def source(labels: dict[int, Ids]) -> ChannelSource:
         if not labels:
@@ -89,14 +99,13 @@ def channel_sources(
         if len(labels) > 1:
             raise PruneError(f'channels on dimensions {sorted(labels)} of one tensor: expected one')
         ((dim, ids),) = labels.items()
-        ids = slots[ids]
+        ids = slot[ids]
         free = ids != FIXED
-        numbers = constraints.slots.axis_index(ids[free])
-        used, at = np.unique(numbers, return_inverse=True)
-        axes = tuple(constraints.slots.axes[number] for number in used)
+        used, number = np.unique(constraints.slots.axis_index(ids[free]), return_inverse=True)
+        axes = tuple(constraints.slots.axes[index] for index in used)
         axis = np.full(ids.size, -1, dtype=np.int64)
-        axis[free] = at
-        firsts = np.array([each.first for each in axes] + [0], dtype=np.int64)
+        axis[free] = number
+        firsts = np.array([entry.first for entry in axes] + [0], dtype=np.int64)
         return ChannelSource(dim, axes, axis, np.where(free, ids - firsts[axis], 0))
 
-    return {name: [source(labels) for labels in found] for name, found in outputs.items()}
+    return {name: [source(labels) for labels in of_module] for name, of_module in outputs.items()}

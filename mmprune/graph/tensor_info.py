@@ -1,4 +1,4 @@
-"""What a traced run knows of each tensor: one object, in one table."""
+"""What a traced run knows of each tensor: one object per tensor, in one table."""
 
 import weakref
 from collections.abc import Collection
@@ -15,18 +15,21 @@ from mmprune.graph.slots import Labels
 
 @dataclass(eq=False)
 class TensorInfo:
-    """``labels``: the slots on each dimension that can lose channels. ``fits``: other dimensions along
-    which the tensor is the same everywhere and that torch sized by itself, so that they have the size
-    of whatever they meet. ``zero_safe``: a channel whose weights are zero is zero here too; behind a
-    sigmoid it is 0.5. Only a sum, or a product of two activations, cares. ``name``: of the parameter
-    or buffer that it is. ``is_weight_view``: it is one, or was only moved about or rescaled since.
-    ``is_constant_fill``: it is made of constants alone.
+    """What is known of one tensor. Two views of one memory (``x`` and ``x.data``) share the object.
 
-    Two faces of one memory (``.data``) share them.
+    Args:
+        labels: the channels on each dimension that can lose some.
+        broadcast_dims: dimensions without channels along which all values are equal and whose size
+            torch derived. Such a dimension takes the size of any tensor that it meets.
+        zero_safe: whether a channel whose weights are zero is zero here too. After a sigmoid it is 0.5.
+            Only sums over channels, and products of two activations, depend on it.
+        name: the name of the parameter or buffer that the tensor is; ``None`` for an activation.
+        is_weight_view: whether the tensor is a weight, or was only rearranged or rescaled since.
+        is_constant_fill: whether the tensor is made of constants only.
     """
 
     labels: Labels = field(default_factory=dict)
-    fits: Collection[int] = ()
+    broadcast_dims: Collection[int] = ()
     zero_safe: bool = True
     name: str | None = None
     is_weight_view: bool = False
@@ -34,27 +37,30 @@ class TensorInfo:
 
 
 class TensorTable:
-    """Infos by tensor, as long as that lives. An entry goes when its tensor does, before another one
-    can have the same address; so a look-up is that of a plain dict, which is what most of a trace's
-    time of its own is spent with."""
+    """The :class:`TensorInfo` of each living tensor.
+
+    The key is ``id(tensor)``, because a plain dictionary is fast and look-ups dominate the overhead of
+    a trace. A weak reference deletes each entry together with its tensor, before another tensor can get
+    the same id. Parameters and buffers are entered at once.
+    """
 
     def __init__(self, constraints: Constraints) -> None:
-        """Begins with the parameters and buffers, which carry their own slots."""
         self._infos: dict[int, TensorInfo] = {}
         self._alive: dict[int, weakref.ref] = {}
         self._constraints = constraints
-        self._storages: dict[int, str] = {}
+        self._names_by_address: dict[int, str] = {}
         slots = constraints.slots
         for name, tensor in slots.tensors.items():
             axes = {dim: slots.by_key.get((name, dim)) for dim in range(tensor.ndim)}
             labels = {dim: (axis.ids,) for dim, axis in axes.items() if axis is not None}
-            own = isinstance(tensor, nn.Parameter)  # buffers are not masked
-            self[tensor] = TensorInfo(labels, zero_safe=own, name=name, is_weight_view=True)
-            self._storages[address(tensor)] = name
+            is_masked = isinstance(tensor, nn.Parameter)  # masking a channel sets no buffer to zero
+            self[tensor] = TensorInfo(labels, zero_safe=is_masked, name=name, is_weight_view=True)
+            self._names_by_address[address(tensor)] = name
 
     def info(self, tensor: torch.Tensor) -> TensorInfo:
-        found = self._infos.get(id(tensor))
-        return self._adopt(tensor) if found is None else found
+        """What is known of ``tensor``, which gets an entry if it has none."""
+        info = self._infos.get(id(tensor))
+        return self._adopt(tensor) if info is None else info
 
     def __getitem__(self, tensor: torch.Tensor) -> TensorInfo:
         return self._infos[id(tensor)]
@@ -72,17 +78,17 @@ class TensorTable:
         del self._infos[key], self._alive[key]
 
     def forget_activations(self) -> None:
-        """Forgets all tensors but the parameters and buffers: a cache may keep some of a run that does
-        not count."""
+        """Forgets all tensors except parameters and buffers. A cache of the model may hold tensors of a
+        run that was undone."""
         for key in [key for key, info in self._infos.items() if info.name is None]:
             self._forget(key)
 
     def _adopt(self, tensor: torch.Tensor) -> TensorInfo:
-        """A tensor that no traced operation made: a constant, or another face of a parameter
-        (``.data`` passes by the dispatcher)."""
+        """Enters a tensor that no traced operation made: a constant, or another view of a parameter
+        (``.data``, which the dispatcher does not show)."""
         info = TensorInfo()
         try:
-            name = self._storages.get(address(tensor)) if tensor.numel() else None
+            name = self._names_by_address.get(address(tensor)) if tensor.numel() else None
         except NotImplementedError as error:
             place = str(self._constraints.scope) or 'the model'
             raise PruneError(
@@ -91,16 +97,16 @@ class TensorTable:
                 'torch.nn.functional.scaled_dot_product_attention'
             ) from error
         if name is not None:
-            own = self._constraints.slots.tensors[name]
-            if own.shape == tensor.shape and own.stride() == tensor.stride():
-                info = self[own]
+            parameter = self._constraints.slots.tensors[name]
+            if parameter.shape == tensor.shape and parameter.stride() == tensor.stride():
+                info = self[parameter]
             else:
-                for ids in self[own].labels.values():
+                for ids in self[parameter].labels.values():
                     self._constraints.lock(ids[0], LockKind.OTHER_VIEW, detail=name)
         self[tensor] = info
         return info
 
 
 def address(tensor: torch.Tensor) -> int:
-    """The address of what a tensor shows; 0 for a sparse one."""
+    """The address of the memory that a tensor shows; 0 for a sparse tensor."""
     return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0

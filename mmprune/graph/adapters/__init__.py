@@ -1,13 +1,13 @@
-"""Structure adapters: the three things that the dispatcher can not see.
+"""Structure adapters declare what the dispatcher cannot show.
 
-- *opaque operations*: compiled functions outside the dispatcher (mmcv's), by the name that
-  ``mmcv::`` and the function make;
-- *stale attributes*: channel counts that a module keeps as Python numbers and that must follow a cut;
-- *hard-coded sizes*: code whose channel count can not change.
+- *Opaque operations*: compiled functions outside the dispatcher, such as mmcv's. Their names consist of
+  the package and the function: ``mmcv::roi_align_forward``.
+- *Stale attributes*: channel counts that a module keeps as Python numbers and that must follow a cut.
+- *Hard-coded sizes*: code whose channel count cannot change.
 
-All three are functions of a :class:`~mmprune.graph.call.Call`, registered with one decorator,
-:func:`adapter`. See ``docs/adapters.md``. None needs the library it is for: they name the classes that
-they know by dotted paths.
+All three are functions of a :class:`~mmprune.graph.call.Call` that one decorator registers,
+:func:`adapter`. See ``docs/adapters.md``. No adapter imports the library that it is for: classes are
+given by dotted names.
 """
 
 from mmprune.graph.adapters import mmcv, mmdet, torch_nn  # noqa: F401

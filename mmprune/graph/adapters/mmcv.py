@@ -1,4 +1,8 @@
-"""mmcv's compiled operations, which the dispatcher does not see."""
+"""mmcv's compiled operations, which the dispatcher does not show.
+
+``call.args`` is (positional arguments, keyword arguments), as mmcv calls its extension. Most functions
+write their result into an argument; the outcome names that tensor.
+"""
 
 from dataclasses import replace
 
@@ -13,8 +17,18 @@ from mmprune.graph.rules.contract import convolve
 from mmprune.graph.slots import Labels
 
 
+def mmcv(names: str) -> list[str]:
+    return [f'mmcv::{name}' for name in names.split()]
+
+
+def written(out: torch.Tensor, labels: Labels) -> Outcome:
+    """The outcome of an argument that the function writes its result into."""
+    return Outcome(labels, AS_INPUTS, tensor=out)
+
+
+@adapter(*mmcv('roi_align_forward roi_pool_forward roi_align_rotated_forward prroi_pool_forward'))
 def pooled(call: Call) -> Returned:
-    """(image features (N, C, H, W), rois (K, 5), out (K, C, h, w), ...): channel by channel."""
+    """(features (N, C, H, W), rois (K, 5), out (K, C, h, w), ...). Channels stay apart."""
     args, _ = call.args
     features, rois, out = args[:3]
     call.lock_tensor(features, LockKind.SPATIAL, dims=[0, 2, 3])
@@ -23,23 +37,15 @@ def pooled(call: Call) -> Returned:
     return [written(tensor, {1: call.ids(features, 1)}) for tensor in (out, *indices)]
 
 
-def written(out: torch.Tensor, labels: Labels) -> Outcome:
-    """Of an argument that the function writes its result into."""
-    return Outcome(labels, AS_INPUTS, tensor=out)
-
-
-adapter(
-    'mmcv::roi_align_forward', 'mmcv::roi_pool_forward', 'mmcv::roi_align_rotated_forward',
-    'mmcv::prroi_pool_forward',
-)(pooled)  # fmt: skip
-
-
 @adapter(
-    'mmcv::nms', 'mmcv::softnms', 'mmcv::nms_match', 'mmcv::nms_rotated', 'mmcv::bbox_overlaps',
-    'mmcv::sigmoid_focal_loss_forward', 'mmcv::softmax_focal_loss_forward', 'mmcv::pixel_group',
-    'mmcv::contour_expand', 'mmcv::points_in_polygons_forward', 'mmcv::min_area_polygons',
-)  # fmt: skip
-def taken_as_a_whole(call: Call) -> Returned:
+    *mmcv(
+        'nms softnms nms_match nms_rotated bbox_overlaps sigmoid_focal_loss_forward '
+        'softmax_focal_loss_forward pixel_group contour_expand points_in_polygons_forward '
+        'min_area_polygons'
+    )
+)
+def taken_entirely(call: Call) -> Returned:
+    """The result depends on the entire inputs, so no channel of them can be removed."""
     for value in [*call.args[0], *call.args[1].values()]:
         if isinstance(value, torch.Tensor):
             call.lock_tensor(value, LockKind.WHOLE)
@@ -52,7 +58,7 @@ def modulated_deform_conv(call: Call) -> Returned:
     x, weight, bias, _, offset, mask, out = args[:7]
     group = kwargs.get('group', args[-3] if len(args) > 10 else 1)
     deform_group = kwargs.get('deformable_group', args[-2] if len(args) > 10 else 1)
-    if bias.numel() != out.shape[1]:  # stands in for none
+    if bias.numel() != out.shape[1]:  # mmcv passes an empty tensor if there is no bias
         bias = None
     return _deformed(call, x, weight, bias, (offset, mask), out, group, deform_group)
 
@@ -61,16 +67,8 @@ def modulated_deform_conv(call: Call) -> Returned:
 def deform_conv(call: Call) -> Returned:
     args, kwargs = call.args
     x, weight, offset, out = args[:4]
-    return _deformed(
-        call,
-        x,
-        weight,
-        None,
-        (offset,),
-        out,
-        kwargs.get('group', 1),
-        kwargs.get('deformable_group', 1),
-    )
+    group, deform_group = kwargs.get('group', 1), kwargs.get('deformable_group', 1)
+    return _deformed(call, x, weight, None, (offset,), out, group, deform_group)
 
 
 def _deformed(
@@ -83,7 +81,8 @@ def _deformed(
     group: int,
     deform_group: int,
 ) -> Outcome:
-    """A convolution at offsets: those are numbers of positions, not channels."""
+    """A convolution whose kernel positions are offset by ``positions``, which have no channels. All
+    deformable groups lose the same positions."""
     for tensor in positions:
         call.lock_tensor(tensor, LockKind.POSITIONS)
     for ids in call.ids(x, 1):
@@ -94,7 +93,7 @@ def _deformed(
 
 @adapter('mmcv::deform_roi_pool_forward')
 def deform_roi_pool(call: Call) -> Returned:
-    """(features (N, C, H, W), rois (K, 5), offset, out (K, C, h, w)): channel by channel."""
+    """(features (N, C, H, W), rois (K, 5), offset, out (K, C, h, w)). Channels stay apart."""
     features, rois, offset, out = call.args[0][:4]
     call.lock_tensor(features, LockKind.SPATIAL, dims=[0, 2, 3])
     for tensor in (rois, offset):
@@ -104,8 +103,7 @@ def deform_roi_pool(call: Call) -> Returned:
 
 @adapter('mmcv::carafe_forward')
 def carafe(call: Call) -> Returned:
-    """(features (N, C, H, W), masks, rfeatures, routput, rmasks, out (N, C, sH, sW)): the channels
-    of each of ``group_size`` equal groups share a kernel."""
+    """(features (N, C, H, W), masks, rfeatures, routput, rmasks, out (N, C, sH, sW))."""
     args, options = call.args
     return reassembled(call, args[0], args[1], args[5], options['group_size'])
 
@@ -119,6 +117,8 @@ def carafe_naive(call: Call) -> Returned:
 def reassembled(
     call: Call, features: torch.Tensor, kernels: torch.Tensor, out: torch.Tensor, groups: int
 ) -> Outcome:
+    """Each of ``groups`` equal groups of channels has one kernel. All groups lose the same
+    positions."""
     call.lock_tensor(features, LockKind.SPATIAL, dims=[0, 2, 3])
     call.lock_tensor(kernels, LockKind.POSITIONS)
     ids = call.ids(features, 1)
@@ -148,7 +148,7 @@ def masked_col2im(call: Call) -> Returned:
 @adapter('mmcv::ms_deform_attn_forward')
 def deformable_attention(call: Call) -> Returned:
     """(value (N, keys, heads, width), shapes, starts, locations, weights) -> (N, queries, heads *
-    width). All heads keep one width."""
+    width). All heads lose the same positions."""
     value, _, _, locations, weights = call.args[0][:5]
     for tensor in (locations, weights):
         call.lock_tensor(tensor, LockKind.POSITIONS)

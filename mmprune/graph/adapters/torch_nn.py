@@ -1,4 +1,4 @@
-"""torch.nn: the channel counts that its modules keep as numbers, and those that are hard-coded."""
+"""torch.nn: channel counts that its modules keep as numbers, and modules whose sizes are hard-coded."""
 
 import torch
 from torch import nn
@@ -11,8 +11,9 @@ from mmprune.graph.registry import adapter
 from mmprune.graph.slots import Ids
 
 
-def own_ids(call: Call, name: str, dim: int) -> tuple[Ids, ...]:
-    """The channels on one dimension of a parameter or buffer of the module; none where it has none."""
+def ids_of(call: Call, name: str, dim: int) -> tuple[Ids, ...]:
+    """The channels on one dimension of the module's parameter or buffer ``name``, which may be
+    ``None``."""
     tensor = getattr(call.module, name)
     return call.ids(tensor, dim) if isinstance(tensor, torch.Tensor) else ()
 
@@ -20,27 +21,24 @@ def own_ids(call: Call, name: str, dim: int) -> tuple[Ids, ...]:
 @adapter(_ConvNd)
 def convolution(call: Call) -> None:
     conv = call.module
-    in_dim, out_dim = (0, 1) if isinstance(conv, _ConvTransposeNd) else (1, 0)
-    if conv.groups == 1:
-        call.track_attribute('in_channels', own_ids(call, 'weight', in_dim))
-        call.track_attribute('out_channels', own_ids(call, 'weight', out_dim))
-    elif conv.groups == conv.in_channels:  # depthwise: a group goes with its channel
+    if conv.groups != 1 and conv.groups == conv.in_channels:  # depthwise: groups go with their channels
         for attribute in ('groups', 'in_channels', 'out_channels'):
-            call.track_attribute(attribute, own_ids(call, 'weight', 0))
-    else:  # every group loses the same positions
-        call.track_attribute('in_channels', own_ids(call, 'weight', in_dim))
-        call.track_attribute('out_channels', own_ids(call, 'weight', out_dim))
+            call.track_attribute(attribute, ids_of(call, 'weight', 0))
+        return
+    in_dim, out_dim = (0, 1) if isinstance(conv, _ConvTransposeNd) else (1, 0)
+    call.track_attribute('in_channels', ids_of(call, 'weight', in_dim))
+    call.track_attribute('out_channels', ids_of(call, 'weight', out_dim))
 
 
 @adapter(nn.Linear)
 def linear(call: Call) -> None:
-    call.track_attribute('in_features', own_ids(call, 'weight', 1))
-    call.track_attribute('out_features', own_ids(call, 'weight', 0))
+    call.track_attribute('in_features', ids_of(call, 'weight', 1))
+    call.track_attribute('out_features', ids_of(call, 'weight', 0))
 
 
 @adapter(_NormBase)
 def batch_norm(call: Call) -> None:
-    ids = own_ids(call, 'weight', 0) or own_ids(call, 'running_mean', 0) or call.ids(call.out, 1)
+    ids = ids_of(call, 'weight', 0) or ids_of(call, 'running_mean', 0) or call.ids(call.out, 1)
     call.track_attribute('num_features', ids)
 
 
@@ -53,18 +51,12 @@ def group_norm(call: Call) -> None:
 
 @adapter(nn.PReLU)
 def prelu(call: Call) -> None:
-    call.track_attribute('num_parameters', own_ids(call, 'weight', 0))
+    call.track_attribute('num_parameters', ids_of(call, 'weight', 0))
 
 
-@adapter(nn.RNNBase, nn.RNNCellBase)
-def recurrent(call: Call) -> None:
-    """Widths are checked against the constructor's, and the weights lie in one block of memory."""
+@adapter(nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
+def hard_coded(call: Call) -> None:
+    """These modules check or split widths by the numbers of their constructor."""
+    kind = next(base for base in type(call.module).__mro__ if base.__module__.startswith('torch.nn'))
     for tensor in call.module.parameters():
-        call.lock_tensor(tensor, LockKind.HARD_CODED_MODULE, detail=f'nn.{type(call.module).__name__}')
-
-
-@adapter(nn.MultiheadAttention)
-def multihead_attention(call: Call) -> None:
-    """The embedding is split by numbers fixed in the constructor."""
-    for tensor in call.module.parameters():
-        call.lock_tensor(tensor, LockKind.HARD_CODED_MODULE, detail='nn.MultiheadAttention')
+        call.lock_tensor(tensor, LockKind.HARD_CODED_MODULE, detail=f'nn.{kind.__name__}')

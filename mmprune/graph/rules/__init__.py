@@ -1,8 +1,11 @@
-"""The table of rules: what each operation ties together and what its output carries.
+"""The table of rules: which channels each operation ties together, and what its output carries.
 
-An operation is in one of four states: it has a rule here; it is elementwise by torch's own tag
-(:data:`torch.Tag.pointwise`); it makes no labelled output from no labelled input, and is ignored; or
-it is unknown, and locks every channel that goes in, under its name.
+An operation is in one of four states:
+
+- it has a rule here;
+- torch tags it as elementwise (:data:`torch.Tag.pointwise`), which has one rule for all;
+- no input carries channels, so it is ignored;
+- it is unknown: every channel of its inputs is locked, and reports list the operation by name.
 """
 
 import torch
@@ -14,8 +17,8 @@ ELEMENTWISE = Rule(pointwise.pointwise)
 
 
 def rule_of(func: torch._ops.OpOverload, name: str) -> Rule | None:
-    """The rule of an operation, or ``None`` where it is unknown."""
-    found = RULES.get(name)
-    if found is None and torch.Tag.pointwise in func.tags:
+    """The rule of an operation, or ``None`` if it is unknown."""
+    entry = RULES.get(name)
+    if entry is None and torch.Tag.pointwise in func.tags:
         return ELEMENTWISE
-    return found
+    return entry

@@ -1,4 +1,4 @@
-"""Contractions: convolutions and matrix products. The only places where channels are summed away."""
+"""Contractions: convolutions and matrix products, the only operations that sum channels away."""
 
 import math
 
@@ -7,14 +7,8 @@ import torch
 
 from mmprune.graph.call import Call
 from mmprune.graph.locks import LockKind
-from mmprune.graph.outcome import (
-    ZERO_MOVES,
-    ZERO_STAYS,
-    Outcome,
-    Returned,
-    first_output,
-)
-from mmprune.graph.registry import rule
+from mmprune.graph.outcome import ZERO_MOVES, ZERO_STAYS, Outcome, Returned, first_output
+from mmprune.graph.registry import aten
 from mmprune.graph.rules.pointwise import Operand, broadcast, operand
 from mmprune.graph.slots import Ids, Labels
 
@@ -22,20 +16,28 @@ from mmprune.graph.slots import Ids, Labels
 def contract(
     call: Call, x: torch.Tensor, a: tuple[Ids, ...], w: torch.Tensor, b: tuple[Ids, ...]
 ) -> None:
-    """Ties the two sides of a sum over channels: ``x`` carries ``a`` there, ``w`` carries ``b``."""
+    """Ties the two sides of a sum over channels.
+
+    Args:
+        call: the call of the operation.
+        x: the first factor.
+        a: the channels of ``x`` on the summed dimension.
+        w: the second factor, usually a weight.
+        b: the channels of ``w`` on the summed dimension.
+    """
     if not a and not b:
         return
     if a and not b:
         call.lock(a, LockKind.FIXED_MATRIX)
     elif b and not a:
-        if x.numel():  # of no proposals nothing is read
+        if x.numel():  # a batch without proposals is empty, and then nothing is read
             call.lock(b, LockKind.INPUT_CHANNELS)
     else:
         call.tie(a, b, LockKind.FIXED_CHANNEL_READ)
         if not call.zero_safe(x) and not call.zero_safe(w):
             free = tuple(ids for ids in a + b if not call.all_locked(ids))
             call.lock(free, LockKind.ZERO_ON_NEITHER_SIDE)
-    if call.is_weight(w):  # queries that are learned are no layer: a layer reads them
+    if call.is_weight(w):  # then x is the input of a layer, even if x is a parameter (learned queries)
         call.read(a)
     else:
         call.consume(x, a)
@@ -51,11 +53,19 @@ def convolve(
     groups: int,
     transposed: bool = False,
 ) -> Outcome:
-    """A convolution of any rank and grouping; also the rule of the compiled ones.
+    """A convolution of any rank and grouping; compiled convolutions use this rule too.
 
-    ``x``: (N, C_in, ...), ``weight``: (C_out, C_in / groups, ...), or (C_in, C_out / groups, ...)
-    where ``transposed``. In each group the same positions go. A depthwise one (one channel in
-    each group) ties inputs to outputs, and loses groups.
+    All groups lose the same positions, so that they keep one width. A depthwise convolution (one
+    channel in each group) ties its inputs to its outputs and loses whole groups.
+
+    Args:
+        call: the call of the operation.
+        x: the input (N, C_in, ...).
+        weight: (C_out, C_in / groups, ...), or (C_in, C_out / groups, ...) if ``transposed``.
+        bias: (C_out,) or ``None``.
+        out: the output (N, C_out, ...).
+        groups: the number of groups.
+        transposed: whether the convolution is transposed.
     """
     weight_labels = call.labels(weight)
     in_dim, out_dim = (0, 1) if transposed else (1, 0)
@@ -70,19 +80,18 @@ def convolve(
         reads, gives = weight_labels.get(in_dim, ()), weight_labels.get(out_dim, ())
         contract(call, x, channels, weight, reads)
     elif depthwise:
-        # One row of the weight for each output (or input, transposed): input i makes outputs
-        # i * n_out / groups and on, all of one unit with it.
+        # The weight has one row for each output (for each input, if transposed). Input i makes the
+        # outputs from i * n_out / groups on, and all of these are one unit with it.
         per = rows[0].size // groups if rows else 1
         reads = tuple(ids[::per] for ids in rows)
         for ids in rows:
             call.tie_all(ids.reshape(groups, per).T)
         if transposed:
             call.lock(columns, LockKind.GROUPED_TRANSPOSED)
-        # It passes a channel on and mixes it with no other, so it does not consume it.
+        # The channel is passed on and not mixed with others, so the weight does not consume it.
         call.tie(channels, reads, LockKind.FIXED_CHANNEL_READ)
         gives = tuple(np.repeat(ids, n_out // groups) for ids in reads)
     else:
-        # The same position of every group is one unit, so that all groups keep one width.
         for ids in rows + channels:
             call.tie_all(ids.reshape(groups, -1))
         if transposed:
@@ -90,12 +99,12 @@ def convolve(
         else:
             reads, gives = tuple(np.tile(ids, groups) for ids in columns), rows
         contract(call, x, channels, weight, reads)
-    if groups > 1:  # a group of a depthwise convolution goes with its channel, others stay
+    if groups > 1:  # a depthwise convolution loses groups, any other keeps their number
         call.bind_number('groups', channels if depthwise else ())
     call.tie_if(gives, bias)
     positions = (x if transposed else out).numel() / (n_in if transposed else n_out)
     call.multiply_adds(positions * math.prod(weight.shape), rows, columns)
-    # A zero row of the weight makes zeros of anything; depthwise, so does a zero channel.
+    # A row of zeros in the weight makes zeros of any input; a depthwise weight also keeps zeros.
     safe = call.zero_safe(weight) or depthwise and call.zero_safe(x)
     if bias is not None:
         safe = safe and call.zero_safe(bias) and not samples
@@ -103,21 +112,15 @@ def convolve(
     return Outcome(labels, ZERO_STAYS if safe else ZERO_MOVES)
 
 
-@rule('aten::convolution', is_contraction=True)
+@aten('convolution', is_contraction=True)
 def convolution(call: Call) -> Returned:
-    return convolve(
-        call,
-        call['input'],
-        call['weight'],
-        call['bias'],
-        call.out,
-        call['groups'],
-        call.args.get('transposed', False),
-    )
+    x, weight, bias = call['input'], call['weight'], call['bias']
+    transposed = call.args.get('transposed', False)
+    return convolve(call, x, weight, bias, call.out, call['groups'], transposed)
 
 
 def matrix_product(call: Call, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> Outcome:
-    """``a``: (..., M, K), ``b``: (..., K, N), with equal leading dimensions."""
+    """``a`` (..., M, K) times ``b`` (..., K, N), with equal leading dimensions."""
     n = a.ndim
     contract(call, a, call.ids(a, n - 1), b, call.ids(b, n - 2))
     labels = broadcast(call, [_leading(call, a, n - 2), _leading(call, b, n - 2)], out.shape[: n - 2])
@@ -131,7 +134,7 @@ def matrix_product(call: Call, a: torch.Tensor, b: torch.Tensor, out: torch.Tens
         call.ids(b, n - 2) or call.ids(a, n - 1),
         *(labels.get(d, ()) for d in range(n - 1)),
     )
-    # What one side carries beside the sum is zero where that side is, whatever the other holds.
+    # A channel that is not summed is zero where the factor that carries it is zero.
     moves = any(
         not call.zero_safe(t) and set(call.labels(t)) - {d} for t, d in ((a, n - 1), (b, n - 2))
     )
@@ -139,17 +142,17 @@ def matrix_product(call: Call, a: torch.Tensor, b: torch.Tensor, out: torch.Tens
 
 
 def _leading(call: Call, tensor: torch.Tensor, dims: int) -> Operand:
-    """The leading dimensions alone."""
+    """The first ``dims`` dimensions of a tensor."""
     labels = {d: ids for d, ids in call.labels(tensor).items() if d < dims}
-    return Operand(tensor.shape[:dims], labels, [d for d in call.fits(tensor) if d < dims])
+    return Operand(tensor.shape[:dims], labels, [d for d in call.broadcast_dims(tensor) if d < dims])
 
 
-@rule('aten::mm', 'aten::bmm', is_contraction=True)
+@aten('mm bmm', is_contraction=True)
 def mm(call: Call) -> Returned:
     return matrix_product(call, call['self'], call['mat2'], call.out)
 
 
-@rule('aten::addmm', 'aten::baddbmm', is_contraction=True)
+@aten('addmm baddbmm', is_contraction=True)
 def addmm(call: Call) -> Returned:
     a = call.args.get('mat1', call.args.get('batch1'))
     b = call.args.get('mat2', call.args.get('batch2'))
@@ -157,15 +160,15 @@ def addmm(call: Call) -> Returned:
 
 
 def _add(call: Call, product: Outcome) -> Outcome:
-    """``self`` is added to a product."""
+    """``product`` plus the argument ``self``."""
     bias, shape = call['self'], call.out.shape
-    own = {d + len(shape) - bias.ndim for d in call.labels(bias)}
+    bias_dims = {d + len(shape) - bias.ndim for d in call.labels(bias)}
     labels = broadcast(call, [operand(call, bias), Operand(shape, product.labels)], shape)
-    safe = product.zero is ZERO_STAYS and call.zero_safe(bias) and own.issuperset(labels)
+    safe = product.zero is ZERO_STAYS and call.zero_safe(bias) and bias_dims.issuperset(labels)
     return Outcome(labels, ZERO_STAYS if safe else ZERO_MOVES)
 
 
-@rule('aten::mv', 'aten::dot', 'aten::vdot', 'aten::addmv', is_contraction=True)
+@aten('mv dot vdot addmv', is_contraction=True)
 def mv(call: Call) -> Returned:
     a = call.args.get('mat', call['self'])
     b = call.args.get('vec', call.args.get('tensor', call.args.get('other')))
@@ -178,30 +181,29 @@ def mv(call: Call) -> Returned:
 
 
 def heads_of(call: Call, tensor: torch.Tensor, count: int) -> Operand:
-    """The heads of a query, key, value or mask (..., H, N, D) beside ``count`` heads of the query.
+    """The heads of a query, key, value or mask (..., H, N, D), matched with ``count`` heads of the
+    query.
 
-    With grouped queries (``enable_gqa=True``) the kernels take fewer heads of keys and values, and each
-    serves ``count / H`` neighbouring heads of the query: these go with it, as one unit.
+    With grouped queries (``enable_gqa=True``) there are fewer heads of keys and values than of the
+    query. Each then serves ``count / H`` neighbouring heads of the query, which form one unit with it.
     """
     dim = tensor.ndim - 3
     heads = operand(call, tensor, [d for d in range(tensor.ndim) if d != dim])
-    own = heads.shape[dim] if dim >= 0 else 1
-    if own in (1, count) or count % own:
+    n_heads = heads.shape[dim] if dim >= 0 else 1
+    if n_heads in (1, count) or count % n_heads:
         return heads
     shape = [count if d == dim else n for d, n in enumerate(heads.shape)]
-    labels = {d: tuple(np.repeat(ids, count // own) for ids in i) for d, i in heads.labels.items()}
+    labels = {d: tuple(np.repeat(i, count // n_heads) for i in ids) for d, ids in heads.labels.items()}
     return heads._replace(shape=shape, labels=labels)
 
 
-@rule(
-    'aten::_scaled_dot_product_flash_attention_for_cpu',
-    'aten::_scaled_dot_product_flash_attention',
-    'aten::_scaled_dot_product_efficient_attention',
-    'aten::_scaled_dot_product_cudnn_attention',
+@aten(
+    '_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention '
+    '_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention'
 )
 def attention(call: Call) -> Returned:
-    """Query and key (B, H, N, D): the scale is taken from D, so D is locked for them unless the
-    caller gave one; the value's width is free."""
+    """Query, key and value (B, H, N, D). Unless the caller gives a scale, the kernel computes it from
+    D, so D is locked for queries and keys. The width of the values is free."""
     query, key, value = call['query'], call['key'], call['value']
     if call.args.get('scale') is None:
         call.lock_tensor(query, LockKind.ATTENTION_SCALE, dims=[3])
@@ -210,12 +212,12 @@ def attention(call: Call) -> Returned:
     for tensor in (query, key, value):
         call.lock_tensor(tensor, LockKind.ATTENTION, dims=[0, 2])
     mask = call.args.get('attn_mask', call.args.get('attn_bias'))
-    meeting = [t for t in (query, key, value, mask) if t is not None]
-    heads = [heads_of(call, tensor, query.shape[1]) for tensor in meeting]
+    tensors = [t for t in (query, key, value, mask) if t is not None]
+    heads = [heads_of(call, tensor, query.shape[1]) for tensor in tensors]
     labels = broadcast(call, heads, query[..., :1, :1].shape)
     if mask is not None:
-        own = [d for d in range(mask.ndim) if d != mask.ndim - 3]
-        call.lock_tensor(mask, LockKind.ATTENTION_MASK, dims=own)
+        other_dims = [d for d in range(mask.ndim) if d != mask.ndim - 3]
+        call.lock_tensor(mask, LockKind.ATTENTION_MASK, dims=other_dims)
     count = query[..., 0].numel() * key.shape[2]
     call.multiply_adds(count * query.shape[3], call.ids(query, 3), call.ids(query, 1))
     call.multiply_adds(count * value.shape[3], call.ids(value, 3), call.ids(query, 1))

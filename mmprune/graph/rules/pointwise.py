@@ -1,4 +1,4 @@
-"""Elementwise operations tie position by position, with broadcasting."""
+"""Elementwise operations tie their operands position by position, with broadcasting."""
 
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
@@ -8,74 +8,81 @@ import torch
 from mmprune.graph.call import Call
 from mmprune.graph.locks import LockKind
 from mmprune.graph.outcome import CARRIES_NOTHING, ZERO_MOVES, ZERO_STAYS, Outcome, Returned
-from mmprune.graph.registry import rule
+from mmprune.graph.registry import aten
 from mmprune.graph.slots import Labels
 
 
 class Operand(NamedTuple):
-    """What elementwise arithmetic has to know of a tensor, or of some dimensions of one."""
+    """What elementwise arithmetic has to know of a tensor, or of some dimensions of one.
+
+    Args:
+        shape: the sizes.
+        labels: the channels that it carries.
+        broadcast_dims: dimensions that take the size of what they meet.
+    """
 
     shape: Sequence[int]
     labels: Labels
-    fits: Collection[int] = ()
+    broadcast_dims: Collection[int] = ()
 
     def has_own_size(self, dim: int) -> bool:
-        """Whether an unlabelled dimension has a size of its own: all but those of size 1, which are
-        broadcast, and those that torch sized to fit."""
-        return self.shape[dim] > 1 and dim not in self.fits
+        """Whether a dimension without channels has a fixed size. Size 1 is broadcast, and broadcast
+        dimensions take any size."""
+        return self.shape[dim] > 1 and dim not in self.broadcast_dims
 
 
 def operand(call: Call, tensor: torch.Tensor, without: Collection[int] = ()) -> Operand:
-    """``tensor``, a single position of it along the dimensions ``without``."""
-    labels, fits = call.labels(tensor), call.fits(tensor)
+    """``tensor`` as an operand, reduced to a single position along the dimensions ``without``."""
+    labels, broadcast_dims = call.labels(tensor), call.broadcast_dims(tensor)
     if not without:
-        return Operand(tensor.shape, labels, fits)
+        return Operand(tensor.shape, labels, broadcast_dims)
     shape = [min(1, n) if d in without else n for d, n in enumerate(tensor.shape)]
-    return Operand(shape, {d: ids for d, ids in labels.items() if d not in without}, fits)
+    return Operand(shape, {d: ids for d, ids in labels.items() if d not in without}, broadcast_dims)
 
 
-def fitting(operands: Sequence[Operand], shape: Sequence[int]) -> list[int]:
-    """Dimensions along which arithmetic of ``operands`` gives the same everywhere, at any size."""
-    if not any(each.fits for each in operands):
+def common_broadcast_dims(operands: Sequence[Operand], shape: Sequence[int]) -> list[int]:
+    """The broadcast dimensions of a result of ``shape``: those in which no operand carries channels or
+    has a fixed size."""
+    if not any(item.broadcast_dims for item in operands):
         return []
-    shifts = [(each, len(shape) - len(each.shape)) for each in operands]
+    shifts = [(item, len(shape) - len(item.shape)) for item in operands]
     return [
         d
         for d, size in enumerate(shape)
         if size > 1
-        and not any(d >= n and (d - n in each.labels or each.has_own_size(d - n)) for each, n in shifts)
+        and not any(d >= n and (d - n in item.labels or item.has_own_size(d - n)) for item, n in shifts)
     ]
 
 
 def broadcast(call: Call, operands: Sequence[Operand], shape: Sequence[int]) -> Labels:
-    """Ties ``operands`` as elementwise arithmetic does; returns what a result of ``shape`` carries."""
-    if not any(each.labels for each in operands):
+    """Ties operands as elementwise arithmetic does. Returns what a result of ``shape`` carries."""
+    if not any(item.labels for item in operands):
         return {}
     result: Labels = {}
     for dim, size in enumerate(shape):
-        found, fixed = [], False
-        for each in operands:
-            own = dim - (len(shape) - len(each.shape))
-            if own < 0 or own >= len(each.shape):
+        labels, meets_fixed = [], False
+        for item in operands:
+            item_dim = dim - (len(shape) - len(item.shape))
+            if item_dim < 0 or item_dim >= len(item.shape):
                 continue
-            if own in each.labels and all(ids.size == size for ids in each.labels[own]):
-                found.append(each.labels[own])
-            elif own in each.labels:
-                call.lock(each.labels[own], LockKind.OTHER_SIZE)
+            if item_dim not in item.labels:
+                meets_fixed = meets_fixed or item.has_own_size(item_dim)
+            elif all(ids.size == size for ids in item.labels[item_dim]):
+                labels.append(item.labels[item_dim])
             else:
-                fixed = fixed or each.has_own_size(own)
-        if not found:
+                call.lock(item.labels[item_dim], LockKind.OTHER_SIZE)
+        if not labels:
             continue
-        for other in found[1:]:
-            call.tie(found[0], other)
-        if fixed:
-            call.lock(found[0], LockKind.FIXED_OPERAND)
-        result[dim] = found[0]
+        for other in labels[1:]:
+            call.tie(labels[0], other)
+        if meets_fixed:
+            call.lock(labels[0], LockKind.FIXED_OPERAND)
+        result[dim] = labels[0]
     return result
 
 
 def pointwise(call: Call) -> Returned:
-    """The rule of everything that torch tags as pointwise."""
+    """The rule of every operation that torch tags as pointwise."""
     values = list(call.args.values())
     tensors = [v for v in values if isinstance(v, torch.Tensor)]
     for value in values:
@@ -85,7 +92,8 @@ def pointwise(call: Call) -> Returned:
     zero = ZERO_MOVES if moves_zero(call) else ZERO_STAYS
 
     def outcome(out: torch.Tensor) -> Outcome:
-        return Outcome(broadcast(call, operands, out.shape), zero, fitting(operands, out.shape))
+        labels = broadcast(call, operands, out.shape)
+        return Outcome(labels, zero, common_broadcast_dims(operands, out.shape))
 
     if isinstance(call.out, torch.Tensor):
         return outcome(call.out)
@@ -97,9 +105,11 @@ _MOVES: dict[tuple, bool] = {}
 
 
 def moves_zero(call: Call) -> bool:
-    """Whether the function gives anything but zero where all that carries labels is zero.
+    """Whether the function gives anything but zero where all inputs that carry channels are zero.
 
-    Found by trying it, on four numbers in place of each constant; once for each set of options.
+    A list of all functions would never be complete, so the function is tried: zeros take the place of
+    tensors that carry channels and are zero-safe, four sample numbers that of all other tensors. The
+    result is kept for each function and set of options.
     """
     kinds: dict[str, Any] = {}
     for name, value in call.args.items():
@@ -133,52 +143,45 @@ def _try(function: Callable, kinds: dict[str, Any]) -> bool:
         options[name] = torch.device('cpu') if isinstance(value, torch.device) else value
     try:
         out = function(**options)
-    except RuntimeError:  # it wants other shapes than one dimension
+    except RuntimeError:  # it needs other shapes than one dimension
         return True
     results = out if isinstance(out, list | tuple) else [out]
     return any(bool(r.ne(0).any()) for r in results if isinstance(r, torch.Tensor))
 
 
-# Elementwise too, though torch does not tag them so.
-rule(
-    'aten::hardswish', 'aten::hardswish_', 'aten::_prelu_kernel', 'aten::native_dropout',
-    'aten::copy_', 'aten::_to_copy', 'aten::clone', 'aten::detach',
-    'aten::alias', 'aten::lift_fresh', 'aten::rrelu_with_noise', 'aten::rrelu_with_noise_',
-    'aten::masked_fill', 'aten::masked_fill_', 'aten::where', 'aten::hardtanh', 'aten::softplus',
-    'aten::log_sigmoid_forward', 'aten::fill_', 'aten::zero_', 'aten::bucketize',
-)(pointwise)  # fmt: skip
+# These are elementwise too, although torch does not tag them so.
+aten(
+    'hardswish hardswish_ _prelu_kernel native_dropout copy_ _to_copy clone detach alias lift_fresh '
+    'rrelu_with_noise rrelu_with_noise_ masked_fill masked_fill_ where hardtanh softplus '
+    'log_sigmoid_forward fill_ zero_ bucketize'
+)(pointwise)
 
 
-@rule('aten::zeros_like', 'aten::ones_like', 'aten::empty_like', 'aten::full_like')
+@aten('zeros_like ones_like empty_like full_like')
 def fill_like(call: Call) -> Returned:
-    """A constant of another tensor's shape follows that shape."""
+    """A constant in the shape of another tensor follows that shape."""
     x = call['self']
     zero = ZERO_STAYS if call.name == 'aten::zeros_like' else ZERO_MOVES
-    return Outcome(call.labels(x), zero, call.fits(x))
+    return Outcome(call.labels(x), zero, call.broadcast_dims(x))
 
 
-@rule(
-    'aten::rand_like', 'aten::randn_like', 'aten::randint_like', 'aten::bernoulli_',
-    'aten::bernoulli', 'aten::normal_', 'aten::uniform_', 'aten::random_', 'aten::exponential_',
-)  # fmt: skip
+@aten('rand_like randn_like randint_like bernoulli_ bernoulli normal_ uniform_ random_ exponential_')
 def random_like(call: Call) -> Returned:
-    """Drawn for the shape that is there, so with fewer channels come other numbers. In training
-    (dropout) that does not matter."""
+    """With fewer channels, other random numbers are drawn. In training (dropout) that does not matter;
+    in evaluation the channels are locked."""
     x, chance = call['self'], call.args.get('p')
     if isinstance(chance, torch.Tensor):
         call.lock_tensor(chance, LockKind.RANDOM)
     if call.module.training:
-        return Outcome(call.labels(x), ZERO_MOVES, call.fits(x))
+        return Outcome(call.labels(x), ZERO_MOVES, call.broadcast_dims(x))
     call.lock_tensor(x, LockKind.RANDOM)
     return Outcome(call.labels(x), ZERO_MOVES)
 
 
-@rule(
-    'aten::zeros', 'aten::ones', 'aten::full', 'aten::empty', 'aten::new_zeros', 'aten::new_ones',
-    'aten::new_full', 'aten::new_empty', makes_size=True,
-)  # fmt: skip
+@aten('zeros ones full empty new_zeros new_ones new_full new_empty', makes_size=True)
 def fill(call: Call) -> Returned:
-    """The same at every position, so it follows what its sizes were read from."""
-    labels, fits = call.spread(call.out, range(call.out.ndim), {})
+    """All values are equal, so each dimension follows the number that sized it."""
+    labels, broadcast_dims = call.follow_sizes(call.out, range(call.out.ndim), {})
     zeros = call.name.endswith('zeros') or call.args.get('fill_value') == 0
-    return Outcome(labels, ZERO_STAYS if zeros else ZERO_MOVES, fits, is_constant_fill=True)
+    zero = ZERO_STAYS if zeros else ZERO_MOVES
+    return Outcome(labels, zero, broadcast_dims, is_constant_fill=True)

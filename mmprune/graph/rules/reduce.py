@@ -1,4 +1,4 @@
-"""Reductions. A plain sum over channels is exact; everything else over channels locks them."""
+"""Reductions. A plain sum over channels is exact; any other reduction over channels locks them."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from mmprune.graph.call import Call
 from mmprune.graph.locks import LockKind
 from mmprune.graph.outcome import AS_INPUTS, LOCKS_ONLY, ZERO_MOVES, Outcome, Returned
-from mmprune.graph.registry import rule
+from mmprune.graph.registry import aten
 from mmprune.graph.rules.pointwise import broadcast, operand
 from mmprune.graph.slots import Labels
 
@@ -20,62 +20,56 @@ def reduced_dims(call: Call, x: torch.Tensor) -> list[int]:
     return [d % max(x.ndim, 1) for d in dims]
 
 
-def without(labels: Labels, dims: list[int], keepdim: bool) -> Labels:
-    """What is left of ``labels`` when ``dims`` are reduced away."""
-    left: Labels = {}
-    for dim, ids in labels.items():
-        if dim not in dims:
-            left[dim if keepdim else dim - sum(d < dim for d in dims)] = ids
-    return left
+def remaining(labels: Labels, dims: list[int], keepdim: bool) -> Labels:
+    """The labels of the dimensions that are not reduced."""
+    return {
+        dim if keepdim else dim - sum(d < dim for d in dims): ids
+        for dim, ids in labels.items()
+        if dim not in dims
+    }
 
 
-@rule('aten::sum', 'aten::nansum')
+@aten('sum nansum')
 def add_up(call: Call) -> Returned:
-    """A removed channel adds what a zero would; behind a sigmoid it is none."""
+    """A removed channel must have been zero in the sum. After a sigmoid, for example, it is not."""
     x = call['self']
     dims = reduced_dims(call, x)
     if not call.zero_safe(x):
         call.lock_tensor(x, LockKind.ZERO_MOVED, dims=dims)
-    return Outcome(without(call.labels(x), dims, bool(call.args.get('keepdim'))), AS_INPUTS)
+    return Outcome(remaining(call.labels(x), dims, bool(call.args.get('keepdim'))), AS_INPUTS)
 
 
-@rule('aten::linalg_vector_norm')
+@aten('linalg_vector_norm')
 def vector_norm(call: Call) -> Returned:
-    """(sum |x|^p)^(1/p): a zero adds nothing to it, for the finite p above 0."""
+    """(sum |x|^p)^(1/p): for a finite p above 0 a zero adds nothing."""
     return add_up(call) if 0 < call['ord'] < math.inf else reduce(call)
 
 
-@rule(
-    'aten::mean', 'aten::amax', 'aten::amin', 'aten::max', 'aten::min', 'aten::argmax',
-    'aten::argmin', 'aten::any', 'aten::all', 'aten::prod', 'aten::var', 'aten::std',
-    'aten::var_mean', 'aten::std_mean', 'aten::norm', 'aten::logsumexp',
-    'aten::median', 'aten::nanmedian', 'aten::count_nonzero', 'aten::mode', 'aten::aminmax',
-    'aten::kthvalue',
-)  # fmt: skip
+@aten(
+    'mean amax amin max min argmax argmin any all prod var std var_mean std_mean norm logsumexp median '
+    'nanmedian count_nonzero mode aminmax kthvalue'
+)
 def reduce(call: Call) -> Returned:
-    """mean, max, norm ...: the result changes with the number or choice of what goes in."""
+    """The result depends on the number or the choice of channels, so they are locked."""
     x, other = call['self'], call.args.get('other')
-    if other is not None:
+    if other is not None:  # max(x, other) is elementwise
         operands = [operand(call, x), operand(call, other)]
         return Outcome(broadcast(call, operands, call.out.shape), AS_INPUTS)
     dims = reduced_dims(call, x)
     standardizes = call.name in STATISTICS and call.is_weight(x)
     call.lock_tensor(x, LockKind.STANDARDIZED if standardizes else LockKind.REDUCED, dims=dims)
-    labels = without(call.labels(x), dims, bool(call.args.get('keepdim')))
+    labels = remaining(call.labels(x), dims, bool(call.args.get('keepdim')))
     return Outcome(labels, ZERO_MOVES if call.name == 'aten::logsumexp' else AS_INPUTS)
 
 
-STATISTICS = ('aten::mean', 'aten::var', 'aten::std', 'aten::var_mean', 'aten::std_mean')
+STATISTICS = {f'aten::{name}' for name in ('mean', 'var', 'std', 'var_mean', 'std_mean')}
 
 
-@rule(
-    'aten::_softmax', 'aten::_log_softmax', 'aten::_safe_softmax', 'aten::cumsum',
-    'aten::cumprod', 'aten::cummax', 'aten::cummin', 'aten::sort', 'aten::topk',
-    'aten::logcumsumexp',
-)  # fmt: skip
+@aten('_softmax _log_softmax _safe_softmax cumsum cumprod cummax cummin sort topk logcumsumexp')
 def along(call: Call) -> Returned:
-    """softmax, sort, top-k ...: one dimension is needed whole, the others stay apart. What is as long
-    as before carries its channels on, so that whatever reads it is locked for the same reason."""
+    """Softmax, sort, top-k: one dimension is needed entirely, the others are independent. An output of
+    the same length carries the channels on, so that layers which read it are locked for the same
+    reason."""
     x = call['self']
     dim = call.args.get('dim')
     dim = (-1 if dim is None else dim) % max(x.ndim, 1)
@@ -86,9 +80,9 @@ def along(call: Call) -> Returned:
     return Outcome(labels, ZERO_MOVES)
 
 
-@rule('aten::glu')
+@aten('glu')
 def gated(call: Call) -> Returned:
-    """One half times the sigmoid of the other."""
+    """The first half of a dimension times the sigmoid of the second half."""
     x, dim = call['self'], call['dim'] % call['self'].ndim
     labels = dict(call.labels(x))
     for ids in labels.get(dim, ()):
@@ -98,25 +92,22 @@ def gated(call: Call) -> Returned:
     return Outcome(labels, AS_INPUTS)
 
 
-@rule(
-    'aten::mse_loss', 'aten::smooth_l1_loss', 'aten::huber_loss', 'aten::binary_cross_entropy',
-    'aten::binary_cross_entropy_with_logits', 'aten::nll_loss_forward', 'aten::nll_loss2d_forward',
-    'aten::soft_margin_loss',
-)  # fmt: skip
+@aten(
+    'mse_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits '
+    'nll_loss_forward nll_loss2d_forward soft_margin_loss'
+)
 def loss(call: Call) -> Returned:
-    """A loss reads predictions: they are outputs."""
+    """A loss reads predictions, which are outputs of the model."""
     call.lock_arguments(LockKind.LOSS_INPUT)
     return LOCKS_ONLY
 
 
-@rule(
-    'aten::nonzero', 'aten::_unique2', 'aten::unique_dim', 'aten::masked_select',
-    'aten::equal', 'aten::bincount', 'aten::searchsorted', 'aten::histc',
-    'aten::multinomial', 'aten::unique_consecutive', 'aten::_cdist_forward',
-    'aten::linalg_inv_ex', 'aten::_linalg_svd', 'aten::linalg_cholesky_ex',
-    'aten::linalg_solve_triangular',
-)  # fmt: skip
-def whole(call: Call) -> Returned:
-    """Takes the tensor as a whole; what it carries can not follow."""
+@aten(
+    'nonzero _unique2 unique_dim masked_select equal bincount searchsorted histc multinomial '
+    'unique_consecutive _cdist_forward linalg_inv_ex _linalg_svd linalg_cholesky_ex '
+    'linalg_solve_triangular'
+)
+def entire(call: Call) -> Returned:
+    """The result depends on the entire tensor, so no channel of it can be removed."""
     call.lock_arguments(LockKind.WHOLE)
     return LOCKS_ONLY

@@ -8,8 +8,7 @@ from mmprune.graph.constraints import Constraints
 from mmprune.graph.coupling import couple
 from mmprune.graph.locks import Lock, LockKind, stated
 from mmprune.graph.module_scope import ModuleScope
-from mmprune.graph.profile import Profile
-from mmprune.graph.record import TraceRecord
+from mmprune.graph.record import Profile, TraceRecord
 from mmprune.graph.slots import SlotTable
 
 
@@ -81,7 +80,7 @@ def test_what_nothing_reads_stays_and_says_why():
     reasons = {(locked.name, locked.dim): locked.reasons for locked in trace.locked}
     assert reasons['a.weight', 0] == (Lock(LockKind.UNREAD),)
     assert reasons['c.weight', 0] == (Lock(LockKind.UNUSED),)
-    assert trace.unused == ['c.weight']
+    assert trace.unused_parameters == ['c.weight']
 
 
 def test_positions_that_no_cut_removes_lock_what_they_meet():

@@ -175,7 +175,7 @@ UNTRACEABLE = {
     ),
     'torch.cond': (
         lambda: Middle(conditional),
-        r"middle \(Called\) calls the higher-order operator 'cond', .*: use a plain if or loop of",
+        r"middle \(Called\) calls the higher-order operator 'cond', .* use a plain if or loop of",
     ),
     'flex attention': (
         lambda: Middle(flex),
