@@ -135,7 +135,8 @@ class Call:
         self.bind_or_pin(self.requested_number(name), ids)
 
     def bind_or_pin(self, number: Any, ids: tuple[Ids, ...]) -> None:
-        """A symbolic number shrinks with ``ids``. If ``ids`` is empty, it keeps its value."""
+        """A symbolic number shrinks with ``ids``. If ``ids`` is empty, the number keeps its value, and
+        the channels that it counts are locked."""
         if is_live(number):
             if len(ids) == 1 and ids[0].size:
                 number.bind_to(ids[0])

@@ -3,8 +3,6 @@
 Distillation compares feature maps of the pruned and of the unpruned model in this way.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any

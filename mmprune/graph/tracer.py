@@ -247,8 +247,8 @@ class HigherOrderError(PruneError):
         if 'flex' in name:
             instead = 'torch.nn.functional.scaled_dot_product_attention'
         super().__init__(
-            f'{place or "the model"} calls the higher-order operator {name!r}, whose functions cannot be '
-            f'traced. While pruning, use {instead} in its place'
+            f'{place or "the model"} calls the higher-order operator {name!r}, whose functions cannot '
+            f'be traced. While pruning, use {instead} in its place'
         )
 
 
