@@ -153,7 +153,7 @@ class Call:
 
         Args:
             out: the tensor.
-            dims: the dimensions in which all values are equal.
+            dims: the dimensions along which all values are equal.
             labels: the channels that ``out`` carries in any case.
 
         Returns:

@@ -102,16 +102,9 @@ class Constraints:
     def tie(
         self, a: Ids, b: Ids, why: LockKind, op: str, detail: str = '', module: nn.Module | None = None
     ) -> None:
-        """Removes the positions of ``a`` and ``b`` only together, one by one.
-
-        Args:
-            a: ids of one dimension.
-            b: ids of another one, as many. Where one of the two is ``FIXED``, the other is locked.
-            why: the reason of such a lock.
-            op: the operation that ties them.
-            detail: completes the sentence of ``why``.
-            module: the module that a report names; by default the one that runs now.
-        """
+        """Removes the positions of ``a`` and ``b`` only together, one by one. Where one of them is
+        ``FIXED``, the other is locked for the reason ``why``. Reports name the operation ``op`` and
+        ``module``, which by default is the module that runs now."""
         origin = Origin(why, op, detail, module or self.scope.module)
         if a.size != b.size:
             raise PruneError(
@@ -197,15 +190,8 @@ class Constraints:
         return (module, attribute) in self._pinned
 
     def placeholder(self, key: tuple, count: int) -> tuple[Ids, bool]:
-        """Ids for the positions of a dimension that the code sized with a number.
-
-        Args:
-            key: where the number came from. Equal keys give the same ids.
-            count: the size of the dimension.
-
-        Returns:
-            (ids, whether they are new).
-        """
+        """(ids for the ``count`` positions of a dimension that the code sized with a number, whether
+        they are new). ``key`` says where the number came from; equal keys give the same ids."""
         known = self._placeholders.get(key)
         if known is not None:
             return known, False

@@ -193,13 +193,8 @@ def part_of(name: str) -> str:
 
 
 def in_part(name: str, part: str | None) -> bool:
-    """Whether a module or tensor belongs to a part of the model.
-
-    Args:
-        name: the name of the module or tensor.
-        part: a part as :func:`part_of` gives it, the start of module names, or a pattern. ``None`` is
-            the entire model.
-    """
+    """Whether the module or tensor ``name`` belongs to a part of the model. ``part`` is what
+    :func:`part_of` returns, the start of module names, or a pattern; ``None`` is the entire model."""
     if part is None:
         return True
     return part_of(name) == part or f'{name}.'.startswith(f'{part}.') or fnmatchcase(name, part)

@@ -52,15 +52,8 @@ class ChannelSource:
 def channel_sources(
     model: nn.Module, forward: Forward, names: Iterable[str]
 ) -> dict[str, list[ChannelSource]]:
-    """Finds the sources of the channels of modules' outputs.
-
-    Args:
-        model: the unpruned model, which is left as it was.
-        forward: runs the model.
-        names: names of modules.
-
-    Returns:
-        {module: the source of each tensor that it returns, in the order of all its calls}.
+    """Finds where the channels of modules' outputs come from, in one run of the unpruned ``model``,
+    which is left as it was: {name: the source of each tensor that the module returns in any call}.
 
     Raises:
         PruneError: there is no such module, or it does not run.

@@ -16,15 +16,8 @@ from mmprune.graph.slots import Ids, Labels
 def contract(
     call: Call, x: torch.Tensor, a: tuple[Ids, ...], w: torch.Tensor, b: tuple[Ids, ...]
 ) -> None:
-    """Ties the two sides of a sum over channels.
-
-    Args:
-        call: the call of the operation.
-        x: the first factor.
-        a: the channels of ``x`` on the summed dimension.
-        w: the second factor, usually a weight.
-        b: the channels of ``w`` on the summed dimension.
-    """
+    """Ties the two factors of a sum over channels. On the summed dimension ``x`` carries the channels
+    ``a``, and ``w``, which usually is a weight, carries ``b``."""
     if not a and not b:
         return
     if a and not b:
@@ -58,14 +51,8 @@ def convolve(
     All groups lose the same positions, so that they keep one width. A depthwise convolution (one
     channel in each group) ties its inputs to its outputs and loses whole groups.
 
-    Args:
-        call: the call of the operation.
-        x: the input (N, C_in, ...).
-        weight: (C_out, C_in / groups, ...), or (C_in, C_out / groups, ...) if ``transposed``.
-        bias: (C_out,) or ``None``.
-        out: the output (N, C_out, ...).
-        groups: the number of groups.
-        transposed: whether the convolution is transposed.
+    ``x`` is (N, C_in, ...), ``out`` is (N, C_out, ...) and ``weight`` is (C_out, C_in / groups, ...) or
+    (C_in, C_out / groups, ...) if the convolution is transposed.
     """
     weight_labels = call.labels(weight)
     in_dim, out_dim = (0, 1) if transposed else (1, 0)

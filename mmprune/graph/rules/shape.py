@@ -90,9 +90,8 @@ def regroup(
         requested: the size that the code asked for in each dimension of ``after``.
 
     Returns:
-        (dimension of ``after``, its channels) pairs: one pair if a factor can shrink, all factors if
-        the channels are locked anyway, none if the new dimensions cut across channels, which locks
-        them.
+        (dimension of ``after``, its channels) pairs: one if a factor can shrink, all factors if the
+        channels are locked anyway, none if the view cuts across channels, which locks them.
     """
     before = [max(n, 1) for n in before]
     after = [max(n, 1) for n in after]
