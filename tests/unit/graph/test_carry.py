@@ -164,5 +164,7 @@ def test_a_trace_of_another_model_is_not_taken():
     model, x = net(), torch.randn(1, 3, 5, 5)
     state = carry.to_state(mmprune.trace(model, lambda m: m(x)))
     assert carry.from_state(state, model).n_units == 14
+    older = state | {'producers': [['0.weight', 0]]}  # an entry that earlier versions stored
+    assert carry.from_state(older, model).n_units == 14
     assert carry.from_state(state, torch.nn.Conv2d(3, 8, 3)) is None
     assert carry.from_state(state | {'format': 0}, model) is None
