@@ -91,7 +91,7 @@ def after_cut(graph: ChannelGraph, model: nn.Module, keep: np.ndarray) -> Channe
         lock_of=lock_of,
         profile=profile,
         tracked=[replace(entry, ids=moved(entry.ids)) for entry in graph.tracked],
-        stale=[replace(e, ids=moved(e.ids)) for e in graph.stale if stays[e.ids].all()],
+        stale=[replace(entry, ids=moved(entry.ids)) for entry in graph.stale if stays[entry.ids].all()],
         scales=list(map(moved, graph.scales)),
         weights_read=list(map(moved, graph.weights_read)),
     )

@@ -51,7 +51,7 @@ class LockKind(enum.Enum):
     STRIDED = 'strided view'
     OTHER_DTYPE = 'viewed as another dtype'
     RESHAPED = 'reshaped across the boundaries of channels'
-    JOINED = 'channels that go together'
+    JOINED = 'tied by the operation'
     MERGED = 'two channel dimensions merged into one'
     UNEQUAL_PARTS = 'split into unequal parts'
     EQUAL_PARTS = 'split into parts of one size'
