@@ -1,6 +1,7 @@
-"""Pages for a browser: one file each, with everything in it, from plain sections."""
+"""Pages of blocks (texts, tables, charts): one HTML file without outside parts, or a terminal."""
 
-from mmprune.mm.pages.page import (
+from mmprune.mm.pages.blocks import (
+    Block,
     Cell,
     Code,
     Facts,
@@ -17,18 +18,6 @@ from mmprune.mm.pages.page import (
 from mmprune.mm.pages.render import render, write
 
 __all__ = [
-    'Cell',
-    'Code',
-    'Facts',
-    'Figure',
-    'Fold',
-    'Notice',
-    'Page',
-    'Picture',
-    'Pictures',
-    'Section',
-    'Table',
-    'Text',
-    'render',
-    'write',
-]
+    'Block', 'Cell', 'Code', 'Facts', 'Figure', 'Fold', 'Notice', 'Page', 'Picture', 'Pictures',
+    'Section', 'Table', 'Text', 'render', 'write',
+]  # fmt: skip

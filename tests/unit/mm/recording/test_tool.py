@@ -30,7 +30,11 @@ def test_what_is_no_folder_and_what_can_not_be_written_are_told_in_a_line(tmp_pa
 
     missing = call(tmp_path / 'none', cwd=tmp_path)
     full = call(run, '--out', tmp_path / 'file' / 'page.html', cwd=tmp_path)
+    empty = call(tmp_path, cwd=tmp_path)
+    several = call(run, tmp_path, cwd=tmp_path)
 
     assert missing.returncode == 2 and 'is no folder' in missing.stderr
     assert full.returncode == 1 and 'name a file that can be written: --out' in full.stderr
-    assert 'Traceback' not in missing.stderr + full.stderr
+    assert empty.returncode == 1 and 'record.json does not exist' in empty.stderr
+    assert several.returncode == 2 and 'comparison of several runs was removed' in several.stderr
+    assert 'Traceback' not in missing.stderr + full.stderr + empty.stderr + several.stderr
