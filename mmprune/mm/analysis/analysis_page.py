@@ -20,20 +20,19 @@ def write(content: dict[str, Any], folder: Path) -> Path:
 def page_of(content: dict[str, Any]) -> Page:
     """The page of an analysis."""
     versions = ', '.join(f'{package} {version}' for package, version in content['versions'].items())
+    sections = [
+        Section('costs', 'Costs', _costs(content)),
+        Section('cuts', 'What can be cut', _groups(content)),
+        Section('locks', 'What is locked, and what that costs', _locks(content)),
+        Section('floors', 'The lowest budgets', _floors(content)),
+    ]
+    if content['sensitivity']:
+        sections.append(Section('sensitivity', 'What hurts', _sensitivity(content)))
     return Page(
         title=f'{Path(content["config"]).stem or content["model"]}: what can be cut',
         lead=f'{content["model"]}, {content["counted_as"]}. Nothing was cut or trained.',
         blocks=_top(content),
-        sections=[
-            Section('costs', 'Costs', _costs(content)),
-            Section('cuts', 'What can be cut', _groups(content)),
-            Section('locks', 'What is locked, and what that costs', _locks(content)),
-            Section('floors', 'The lowest budgets', _floors(content)),
-            *(
-                [Section('sensitivity', 'What hurts', _sensitivity(content))]
-                * bool(content['sensitivity'])
-            ),
-        ],
+        sections=sections,
         foot=f'{versions}. Times: {content["device"]}.',
     )
 

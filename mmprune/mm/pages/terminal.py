@@ -25,6 +25,8 @@ def _print_block(block: Block, console: Console) -> None:
         console.print(escape('; '.join(facts)), highlight=False)
     elif isinstance(block, Table):
         console.print(_rich_table(block))
+        if len(block.rows) > ROWS:
+            console.print(f'{len(block.rows) - ROWS} more rows are in the files.', highlight=False)
     elif isinstance(block, Text):
         console.print(escape(block.text), highlight=False)
     elif isinstance(block, Notice):
@@ -35,21 +37,11 @@ def _print_block(block: Block, console: Console) -> None:
 
 
 def _rich_table(table: Table) -> RichTable:
-    hidden = len(table.rows) - ROWS
-    out = RichTable(
-        title=escape(table.caption),
-        caption=f'{hidden} more rows are in the files.' if hidden > 0 else None,
-        title_justify='left',
-        caption_justify='left',
-    )
+    out = RichTable(title=escape(table.caption), title_justify='left')
     for column in table.columns:
-        is_figure = column in table.numbers or column in table.wide
-        out.add_column(
-            column,
-            justify='right' if is_figure else 'left',
-            no_wrap=is_figure,
-            overflow='ellipsis' if is_figure else 'fold',
-        )
+        is_number = column in table.numbers or column in table.wide
+        justify = 'right' if is_number else 'left'
+        out.add_column(escape(column), justify=justify, no_wrap=is_number, overflow='fold')
     for row in table.rows[:ROWS]:
         out.add_row(*(escape(cell.text if isinstance(cell, Cell) else str(cell)) for cell in row))
     return out

@@ -113,8 +113,9 @@ def result(run: Run) -> Blocks:
         blocks.append(Table('Size of both networks', columns, rows, columns[1:]))
     unpruned, pruned = run.metrics
     rows = [
-        [name, score(unpruned.get(name)), score(pruned.get(name)), _change(unpruned, pruned, name)]
+        [name, score(before), score(after), change(before, after)]
         for name in run.metric_names
+        for before, after in [(unpruned.get(name), pruned.get(name))]
     ]
     if not rows:
         return [*blocks, Notice('No metric was recorded: there was no validation.')]
@@ -130,10 +131,6 @@ def result(run: Run) -> Blocks:
 
 def _integers(*values: float | None) -> list[str]:
     return [integer(value) for value in values]
-
-
-def _change(before: Any, after: Any, name: str) -> str:
-    return change(before.get(name), after.get(name))
 
 
 def times(run: Run) -> Blocks:
@@ -173,14 +170,12 @@ def widths(run: Run) -> Blocks:
     ]
     for part in dict.fromkeys(part for part, *_ in layers):
         entries = [entry for layer_part, *entry in layers if layer_part == part]
-        most = max(before for _, before, _ in entries) or 1
-        rows: list[Row] = []
-        for name, before, after in entries:
-            bar = Cell('', share=after / most, share_before=before / most)
-            counts = _integers(before, after)
-            rows.append([Cell(name, code=True), bar, *counts, percent(after, before)])
+        rows: list[Row] = [
+            [Cell(name, code=True), *_integers(before, after), percent(after, before)]
+            for name, before, after in entries
+        ]
         before, after = (sum(entry[number] for entry in entries) for number in (1, 2))
-        columns = ['layer', 'width', 'unpruned', 'pruned', 'left']
+        columns = ['layer', 'unpruned', 'pruned', 'left']
         old, new = _integers(before, after)
         title = f'{part}: {old} channels to {new} in {len(entries)} layers'
         blocks.append(
@@ -189,7 +184,7 @@ def widths(run: Run) -> Blocks:
                 charts.paired_bars([charts.Bar(*entry) for entry in entries]),
                 f'`{part}`: {old} channels, {new} left ({percent(after, before)})',
                 [('unpruned', 'was'), ('pruned', 'now')] if len(blocks) == 1 else [],
-                Table(title, columns, rows, columns[2:], ['width']),
+                Table(title, columns, rows, columns[1:]),
             )
         )
     return blocks
@@ -314,8 +309,8 @@ def _sizes_after_cuts(cuts: Sequence[dict[str, Any]]) -> Block:
         for key in ('flops', 'params'):
             row += [integer(cut[key]), percent(cut[key], cut[f'{key}_before'])]
         rows.append([*row, faster(1.0, cut.get('latency'))])
-    columns = ['cut', 'iteration', 'units removed', 'FLOPs', 'FLOPs left', 'parameters',
-               'parameters left', 'speed']  # fmt: skip
+    columns = ['cut', 'iteration', 'units removed', 'FLOPs', 'FLOPs left', 'parameters']
+    columns += ['parameters left', 'speed']
     if not any(row[-1] for row in rows):
         rows, columns = [row[:-1] for row in rows], columns[:-1]
     return Figure(

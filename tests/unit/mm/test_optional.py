@@ -47,7 +47,7 @@ def trained_with(folder, monkeypatch, place, replacement=broken):
         chosen = {'files': ['None'], 'meta': {}, 'truth': {}, 'scales': {}, 'found': {}}
         monkeypatch.setattr(f'{pictures}.choose', lambda *args: chosen)
     if place == f'{pictures}.small_copy':
-        monkeypatch.setattr(f'{pictures}.found_in', lambda sample: {'boxes': []})
+        monkeypatch.setattr(f'{pictures}.predictions_of', lambda sample: {'boxes': []})
     if place == 'mmprune.mm.report.cost':  # the module, which others use too
         replacement = SimpleNamespace(output_axes=broken)
     monkeypatch.setattr(place, replacement)

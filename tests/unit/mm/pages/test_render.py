@@ -131,10 +131,14 @@ def printed(page):
 
 
 def test_a_terminal_shows_texts_and_tables_as_they_are():
-    text = printed(everything('[bold]word[/]'))
+    word = '[bold]word[/]'
+    page = everything(word)
+    table = pages.Table(word, [word, 'n'], [[pages.Cell(word), '1']], ['n'])
 
-    assert '[bold]word[/]' in text
-    assert 'Warning: [bold]word[/]' in text and '│ [bold]word[/] │' in text
+    text = printed(pages.Page(word, word, [*page.sections, pages.Section('t', 't', [table])]))
+
+    assert f'Warning: {word}' in text
+    assert f'┃ {word} ┃' in text and f'│ {word} │' in text
 
 
 def test_a_terminal_says_how_many_rows_it_leaves_out():
