@@ -21,8 +21,9 @@ def print_page(page: Page, console: Console) -> None:
 
 def _print_block(block: Block, console: Console) -> None:
     if isinstance(block, Facts):
-        facts = (' '.join(filter(None, (label, value, note))) for label, value, note in block.facts)
-        console.print(escape('; '.join(facts)), highlight=False)
+        for label, value, note in block.facts:
+            text = f'{label}: {value}' + (f' ({note})' if note else '')
+            console.print(escape(text), highlight=False)
     elif isinstance(block, Table):
         console.print(_rich_table(block))
         if len(block.rows) > ROWS:

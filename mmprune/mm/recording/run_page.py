@@ -222,7 +222,7 @@ def locked(run: Run) -> Blocks:
         f'{total:,} units that stay whatever their scores are, by the tensor that makes or reads them'
     )
     table = Table(caption, ['tensor', 'dim', 'units', 'reason'], rows, ['dim', 'units'])
-    fold = Fold(f'The {len(rows)} tensors by name', [table])
+    fold = Fold('The locked tensors by name', [table])
     return [*blocks, Table(title, ['reason', 'units'], summary, ['units']), fold]
 
 
@@ -240,7 +240,7 @@ def _idle_groups(groups: Sequence[dict[str, Any]]) -> Blocks:
     )
     columns = ['group', 'units', "mean score, as a fraction of the median group's"]
     table = Table('Groups that the data hardly uses', columns, rows, columns[1:])
-    return [Notice(text, 'warning'), Fold(f'The {len(groups)} groups by name', [table])]
+    return [Notice(text, 'warning'), Fold('The groups by name', [table])]
 
 
 def config_and_versions(run: Run) -> Blocks:
@@ -392,7 +392,7 @@ def scores(run: Run) -> Blocks:
     columns = ['score', 'stayed', 'removed']
     blocks: Blocks = [
         Text(
-            f'Scores by `{criterion}`{unit} of all units that could be cut at iteration {iteration}. '
+            f'`{criterion}` scores{unit}, of all units that could be cut at iteration {iteration}. '
             'The lowest units of a layer are removed first. Some units stay although others with '
             'higher scores were removed, since widths are rounded and parts can have separate targets.'
         ),
