@@ -122,7 +122,8 @@ def labelled_batches(cfg: Config, count: int) -> list[Any]:
         raise PruneError('the config has no val_dataloader beside its train_dataloader')
     cfg = cfg.copy()
     loader, train = cfg.val_dataloader, cfg.train_dataloader
-    dataset, train_dataset = (dataset_with_pipeline(each.dataset) for each in (loader, train))
+    dataset = dataset_with_pipeline(loader.dataset)
+    train_dataset = dataset_with_pipeline(train.dataset)
     if 'pipeline' in dataset and 'pipeline' in train_dataset:
         dataset.pipeline = _with_labels(list(dataset.pipeline), list(train_dataset.pipeline))
     if cfg.get('default_scope') == 'mmpose':

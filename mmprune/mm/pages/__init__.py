@@ -18,6 +18,19 @@ from mmprune.mm.pages.blocks import (
 from mmprune.mm.pages.render import render, write
 
 __all__ = [
-    'Block', 'Cell', 'Code', 'Facts', 'Figure', 'Fold', 'Notice', 'Page', 'Picture', 'Pictures',
-    'Section', 'Table', 'Text', 'render', 'write',
-]  # fmt: skip
+    'Block',
+    'Cell',
+    'Code',
+    'Facts',
+    'Figure',
+    'Fold',
+    'Notice',
+    'Page',
+    'Picture',
+    'Pictures',
+    'Section',
+    'Table',
+    'Text',
+    'render',
+    'write',
+]

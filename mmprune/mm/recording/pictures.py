@@ -180,10 +180,10 @@ def side_by_side(
         missing; and the errors of pictures that could not be drawn.
     """
     rows, missing, failures = [], [], []
-    found, meta = notes['found'], notes['meta']
+    by_phase, meta = notes['found'], notes['meta']
     for number, file in enumerate(notes['files']):
         copy = folder / f'{number}.jpg'
-        if not any(file in predictions for predictions in found.values()):
+        if not any(file in predictions for predictions in by_phase.values()):
             continue
         if not copy.is_file() or file not in notes['scales']:
             missing.append(file)
@@ -191,9 +191,9 @@ def side_by_side(
         truth = (notes.get('truth') or {}).get(file)
         row = []
         for phase in ('unpruned', 'pruned'):
-            if phase not in found:
+            if phase not in by_phase:
                 continue
-            predictions = found[phase].get(file) or {'boxes': [], 'labels': [], 'scores': []}
+            predictions = by_phase[phase].get(file) or {'boxes': [], 'labels': [], 'scores': []}
             try:
                 jpeg = drawn(copy.read_bytes(), notes['scales'][file], predictions, meta, truth)
             except Exception as error:  # visualizers raise all kinds of errors
