@@ -63,8 +63,8 @@ def tag(name: str, content: str | Markup = '', **attributes: object) -> Markup:
 
 def svg(width: int, height: float, parts: Sequence[Markup]) -> str:
     """An image that screen readers skip: the page has its title and its table."""
-    size = dict(viewBox=f'0 0 {width} {round(height)}', width=width, height=round(height))
-    return str(tag('svg', Markup('').join(parts), **size, aria_hidden='true', focusable='false'))
+    content, view, hidden = Markup('').join(parts), f'0 0 {width} {round(height)}', 'true'
+    return str(tag('svg', content, viewBox=view, width=width, height=round(height), aria_hidden=hidden))
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:

@@ -1,5 +1,6 @@
 """The page of a run: one section for each question about a pruned network."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -450,7 +451,12 @@ def _by_class(metric: str, phases: dict[str, dict[str, float | None]]) -> Blocks
     for name in {**before, **after}:
         old, new = before.get(name), after.get(name)
         differences[name] = None if old is None or new is None else new - old
-    names = sorted(differences, key=lambda name: 9 if differences[name] is None else differences[name])
+
+    def order(name: str) -> float:
+        difference = differences[name]
+        return math.inf if difference is None else difference
+
+    names = sorted(differences, key=order)
     most = max([value for value in (*before.values(), *after.values()) if value] or [1])
     rows: list[Row] = []
     for name in names:
