@@ -29,7 +29,7 @@ from mmprune.budget.device import least_of
 from mmprune.budget.latency import cut_copy, device_of, measure, ratio_of
 from mmprune.budget.measured import choose_measured
 from mmprune.mm import zoo
-from mmprune.mm.deploy.timing import prepare_raw
+from mmprune.mm.deploy.raw import prepare_raw
 from mmprune.surgery.build import Baseline
 
 

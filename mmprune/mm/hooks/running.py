@@ -119,6 +119,6 @@ def prepare_for_timing(runner: Runner, budget: Budget) -> Prepare | None:
             f'PruneHook: latency={budget.latency} with backend={budget.backend!r}: the test pipeline '
             "of the config names no size of images to time at; take backend='eager'"
         )
-    from mmprune.mm.deploy.timing import prepare_raw  # late, because it takes mmdet along
+    from mmprune.mm.deploy.raw import prepare_raw  # late, because it takes mmdet along
 
     return prepare_raw(size, budget.backend)
