@@ -8,8 +8,7 @@ file the other, and neither is wrong.
 
 So if results differ, PyTorch runs again, ``RUNS`` times, with weights and pictures that differ by
 ``NOISE``, which is about what rounding does in a network. A difference is excused only if PyTorch
-shows it as
-well:
+shows it as well:
 
 - a detection that is missing in the file is missing in one of these runs, too;
 - a detection that only the file has is found in one of these runs;
@@ -21,7 +20,6 @@ If more than half of the results change between these runs, they prove nothing, 
 import copy
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +62,9 @@ def pictures_for(size: tuple[int, int] | None, divisor: int, number: int) -> lis
     """Pictures to compare at.
 
     Args:
-        size: height and width of the file's input; ``None`` for an open size, which is compared at
-            three.
-        divisor: sides of open sizes are multiples of it.
+        size: height and width of the file's input. If it is ``None``, the size is open, and there are
+            pictures of three sizes, whose sides are multiples of ``divisor``.
+        divisor: the number of which the sides are multiples.
         number: the number of pictures of each size.
 
     Returns:
@@ -298,66 +296,59 @@ def detections_differ(
 
 def picture_differs(want: Found, ours: Found, others: list[Found], side: float) -> list[str]:
     """A line for each difference of one picture's detections."""
-    moved = [matched(want, other, side, MOST / SLACK).distances for other in others]
-    moved = np.concatenate([*moved, np.zeros(1)])
-    tolerance = max(TOLERANCE, SLACK * float(np.quantile(moved, 0.9)))
-    match = matched(want, ours, side, tolerance)
-    missing, extra, unsteady = set(match.missing), list(match.extra), set()
+    moved = [
+        distance
+        for other in others
+        for _, distance in matched(want, other, side, MOST / SLACK).values()
+    ]
+    tolerance = max(TOLERANCE, SLACK * float(np.quantile(moved or [0.0], 0.9)))
+    pairs, rows = matched(want, ours, side, tolerance), range(len(want['scores']))
     runs = [matched(want, other, side, tolerance) for other in others]
+    unsteady = {row for row in rows if any(row not in run for run in runs)}
+    if len(unsteady) > len(rows) / 2:
+        return [f'rounding changes {len(unsteady)} of {len(rows)} detections in PyTorch itself']
+    extra = unpaired(ours, pairs)
     for other, run in zip(others, runs, strict=True):
-        unsteady |= {*run.missing}
-        also = matched(rows_of(other, run.extra), rows_of(ours, extra), side, tolerance)
-        extra = [extra[row] for row in also.extra]
-    if len(unsteady) > len(want['scores']) / 2:
-        return [
-            f'rounding changes {len(unsteady)} of {len(want["scores"])} detections in PyTorch itself'
-        ]
-    missing -= unsteady
+        known = matched(rows_of(other, unpaired(other, run)), rows_of(ours, extra), side, tolerance)
+        extra = [extra[row] for row in unpaired(rows_of(ours, extra), known)]
     lines = []
-    for row in sorted(missing):
-        same = np.flatnonzero(ours['labels'] == want['labels'][row])
-        nearest = same[distances(want, row, ours, side)[same].argmin()] if len(same) else None
-        hint = '' if nearest is None else f'; the nearest is {described(ours, nearest)}'
-        lines.append(f'{described(want, row)} is missing{hint}')
+    for row in rows:
+        if row not in pairs and row not in unsteady:
+            distance = distances(want, row, ours, side)
+            nearest = int(distance.argmin()) if np.isfinite(distance).any() else -1
+            hint = f'; the nearest is {described(ours, nearest)}' if nearest >= 0 else ''
+            lines.append(f'{described(want, row)} is missing{hint}')
     lines += [f'{described(ours, row)} is not in PyTorch' for row in extra]
     if not lines and 'masks' in ours:
-        partners = [(other['masks'], dict(run.pairs)) for other, run in zip(others, runs, strict=True)]
-        lines = masks_differ(want['masks'], ours, match.pairs, partners)
+        masks = [other['masks'] for other in others]
+        lines = masks_differ(want['masks'], ours, pairs, list(zip(masks, runs, strict=True)))
     return lines
 
 
-@dataclass(frozen=True)
-class Match:
-    """Which detections of two results are the same.
-
-    Args:
-        pairs: rows of both.
-        distances: of each pair, see :func:`distances`.
-        missing: rows of the first result without a partner.
-        extra: rows of the second result without a partner.
-    """
-
-    pairs: list[tuple[int, int]]
-    distances: np.ndarray
-    missing: list[int]
-    extra: list[int]
+Pairs = dict[int, tuple[int, float]]
+"""Which detections of two results are the same: row of the first one to (row of the second one,
+distance).
+"""
 
 
-def matched(want: Found, got: Found, side: float, tolerance: float = TOLERANCE) -> Match:
+def matched(want: Found, got: Found, side: float, tolerance: float) -> Pairs:
     """Pairs each wanted detection with the nearest one of the same class that has no partner yet, if
     that is within the tolerance."""
+    pairs: Pairs = {}
     free = np.ones(len(got['scores']), dtype=bool)
-    pairs, apart, missing = [], [], []
     for row in range(len(want['scores'])):
         distance = np.where(free, distances(want, row, got, side), np.inf)
-        nearest = int(distance.argmin()) if len(distance) else -1
-        if nearest < 0 or not distance[nearest] <= tolerance:
-            missing.append(row)
-            continue
-        free[nearest] = False
-        pairs.append((row, nearest))
-        apart.append(distance[nearest])
-    return Match(pairs, np.array(apart), missing, np.flatnonzero(free).tolist())
+        nearest = int(distance.argmin()) if free.any() else -1
+        if nearest >= 0 and distance[nearest] <= tolerance:
+            free[nearest] = False
+            pairs[row] = nearest, float(distance[nearest])
+    return pairs
+
+
+def unpaired(got: Found, pairs: Pairs) -> list[int]:
+    """The rows of the second result that have no partner."""
+    paired = {row for row, _ in pairs.values()}
+    return [row for row in range(len(got['scores'])) if row not in paired]
 
 
 def distances(want: Found, row: int, got: Found, side: float) -> np.ndarray:
@@ -381,31 +372,28 @@ def described(found: Found, row: int) -> str:
 
 
 def masks_differ(
-    want: np.ndarray,
-    ours: Found,
-    pairs: list[tuple[int, int]],
-    others: list[tuple[np.ndarray, dict[int, int]]],
+    want: np.ndarray, ours: Found, pairs: Pairs, runs: list[tuple[np.ndarray, Pairs]]
 ) -> list[str]:
     """A line for each detection whose mask differs.
 
     Args:
         want: (n, H, W) masks of PyTorch.
         ours: the file's detections, with probabilities (m, h, w). They are pasted as mmdet pastes them.
-        pairs: rows of both.
-        others: the masks of PyTorch's runs with other rounding, and their rows by row of ``want``.
-            Pixels that change between these runs do not count.
+        pairs: rows of ``want`` and of ``ours``.
+        runs: the masks of PyTorch's runs with other rounding, and their pairs with ``want``. Pixels
+            that change between these runs do not count.
     """
     from mmdet.models.roi_heads.mask_heads.fcn_mask_head import _do_paste_mask
 
     lines = []
     height, width = want.shape[1:]
-    for row, our_row in pairs:
+    for row, (our_row, _) in pairs.items():
         mask, box = (torch.from_numpy(ours[name][our_row]).float() for name in ('masks', 'boxes'))
         pasted, _ = _do_paste_mask(mask[None, None], box[None], height, width, skip_empty=False)
         wrong = (pasted[0].numpy() >= 0.5) != want[row]
-        for masks, rows in others:
-            if row in rows:
-                wrong &= masks[rows[row]] == want[row]
+        for masks, partners in runs:
+            if row in partners:
+                wrong &= masks[partners[row][0]] == want[row]
         area = int(want[row].sum())
         if wrong.sum() > max(2, MASK_PIXELS * area):
             lines.append(f'the mask of detection {row}: {wrong.sum()} of {area} pixels differ')

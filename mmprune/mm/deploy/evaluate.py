@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from mmprune.errors import PruneError
 from mmprune.mm.checkpoint import without_pretrained
 from mmprune.mm.deploy.onnx_file import OnnxFile, open_model
+from mmprune.mm.deploy.pipeline import normalization_of
 from mmprune.mm.deploy.pose_and_classifiers import (
     OUTPUTS,
     codec_of,
@@ -256,13 +257,7 @@ def check_dataset(runner: Runner) -> None:
 
 def _check_preparation(file: OnnxFile, preprocessor: nn.Module) -> None:
     """Raises a PruneError if the config prepares its images in another way than the file expects."""
-    normalizes = getattr(preprocessor, '_enable_normalize', False)
-    options = {
-        'mean': preprocessor.mean.flatten().tolist() if normalizes else None,
-        'std': preprocessor.std.flatten().tolist() if normalizes else None,
-        'bgr_to_rgb': bool(getattr(preprocessor, '_channel_conversion', False)),
-    }
-    for name, value in options.items():
+    for name, value in normalization_of(preprocessor).items():
         written = file.metadata.get(name)
         same = written == value
         if isinstance(value, list) and isinstance(written, list) and len(value) == len(written):

@@ -1,10 +1,9 @@
 """A checkpoint as one ONNX file: build the model, wrap it, trace it, check the file, then name it."""
 
-import contextlib
 import io
 import json
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import mmprune
+from mmprune.copies import copied
 from mmprune.errors import PruneError
 from mmprune.mm.atomic_files import replace_file, sync_folder
 from mmprune.mm.checkpoint import load_pruned, read_checkpoint, without_pretrained
@@ -24,7 +24,7 @@ from mmprune.mm.configs import image_size
 from mmprune.mm.deploy import check as checks
 from mmprune.mm.deploy.one_stage import one_stage_network
 from mmprune.mm.deploy.onnx_file import BACKENDS, METADATA
-from mmprune.mm.deploy.pipeline import describe
+from mmprune.mm.deploy.pipeline import describe, normalization_of
 from mmprune.mm.deploy.pose_and_classifiers import classifier_network, keypoint_names, pose_network
 from mmprune.mm.deploy.raw import RawNetwork
 from mmprune.mm.deploy.tracing import to_onnx
@@ -339,21 +339,17 @@ def metadata(
 ) -> dict[str, Any]:
     """What the file says about itself. FLOPs are counted for images of ``counted_at`` (height,
     width)."""
-    preprocessor = model.data_preprocessor
-    normalizes = getattr(preprocessor, '_enable_normalize', False)
     names = getattr(model, 'dataset_meta', None) or {}
     about = {
         'version': mmprune.__version__,
         'model': type(model).__name__,
         'task': 'detection',
         'classes': list(names.get('classes') or []),
-        'mean': preprocessor.mean.flatten().tolist() if normalizes else None,
-        'std': preprocessor.std.flatten().tolist() if normalizes else None,
-        'bgr_to_rgb': bool(getattr(preprocessor, '_channel_conversion', False)),
+        **normalization_of(model.data_preprocessor),
         'with_preprocess': with_preprocess,
         'input_size': list(size) if size else None,
         'pad_divisor': divisor_of(model, size),
-        'pad_value': getattr(preprocessor, 'pad_value', 0),
+        'pad_value': getattr(model.data_preprocessor, 'pad_value', 0),
         **describe(getattr(model, 'cfg', None), size),
         'counted_at': list(counted_at),
         **costs(model, network, counted_at),
@@ -379,21 +375,9 @@ def costs(model: nn.Module, network: nn.Module, size: tuple[int, int]) -> dict[s
 
 def flops_of(network: nn.Module, size: tuple[int, int]) -> int:
     """Multiply-adds of an exported network for one image of ``size`` (height, width)."""
-    counter = FlopCounterMode(display=False)
-    with frozen(network), counter, torch.no_grad():
+    # torch's counter fails on parameters with gradients if a module is called with them, as DETR's are
+    # with its queries.
+    network = copied(network).requires_grad_(False)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(torch.zeros(1, 3, *size, device=device_of(network)))
     return counter.get_total_flops() // 2
-
-
-@contextlib.contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Switches gradients off. torch's counter fails on parameters with gradients if a module is called
-    with them, as DETR's are with its queries."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)

@@ -4,8 +4,7 @@
 
 - ``torch.backends.mha``: the fused path of attention is off, since ONNX has no operator for it.
 - ``torch._shape_as_tensor`` and ``fake_tensor.CONSTANT_NUMEL_LIMIT``: Deformable DETR and its kin loop
-  over
-  a tensor with the sizes of maps. The tracer knows its values if the tensor is a constant, and if
+  over a tensor with the sizes of maps. The tracer knows its values if the tensor is a constant, and if
   constants may have more than one number.
 - deformable convolutions, masked convolutions and corner pooling, which are compiled functions that no
   tracer sees into: they are replaced by operators that ONNX has. All other compiled functions of mmcv

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmengine.logging import print_log
+from torch import nn
 
 from mmprune.mm.configs import image_size, test_steps, type_name
 
@@ -61,6 +62,17 @@ def describe(cfg: Mapping[str, Any] | None, size: Sequence[int] | None) -> dict[
         scale = [size[1], size[0]]
         resize = {'scale': scale, 'keep_ratio': keep_ratio, 'interpolation': interpolation}
     return {'resize': resize, 'pad': pad}
+
+
+def normalization_of(preprocessor: nn.Module) -> dict[str, Any]:
+    """The ``mean`` and ``std`` of a model's ``data_preprocessor`` (``None`` without normalization), and
+    whether it turns BGR into RGB (``bgr_to_rgb``)."""
+    normalizes = getattr(preprocessor, '_enable_normalize', False)
+    return {
+        'mean': preprocessor.mean.flatten().tolist() if normalizes else None,
+        'std': preprocessor.std.flatten().tolist() if normalizes else None,
+        'bgr_to_rgb': bool(getattr(preprocessor, '_channel_conversion', False)),
+    }
 
 
 def _is_plain(step: Mapping[str, Any]) -> bool:
