@@ -20,6 +20,8 @@ on the picture.
 see whether the loss brings an activation. SSD's head has none and fails.
 
 :func:`stopped_at`, while ``predict`` runs: a method is replaced to see what it is given.
+
+:func:`without_losses`, while ways to run a model are tried: heads that compute losses raise an error.
 """
 
 import contextlib
@@ -102,6 +104,20 @@ def stopped_at(modules: Iterable[nn.Module], method: str) -> Iterator[list[Any]]
                 stack.enter_context(mock.patch.object(module, method, stop))
         with contextlib.suppress(_Stopped):
             yield arguments
+
+
+@contextlib.contextmanager
+def without_losses(model: nn.Module) -> Iterator[None]:
+    """Makes heads that compute losses raise an error: a run that asks for losses is no inference."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise PruneError(f'{type(model).__name__}: computes losses in this mode')
+
+    with contextlib.ExitStack() as stack:
+        for head in model.modules():
+            if hasattr(head, 'loss_by_feat'):
+                stack.enter_context(mock.patch.object(head, 'loss_by_feat', refuse))
+        yield
 
 
 # -- RoIs -----------------------------------------------------------------------------------------

@@ -1,10 +1,9 @@
 """A model's outputs before any post-processing, for every family."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import torch
 from mmengine.structures import InstanceData
@@ -13,7 +12,12 @@ from torch import Tensor, nn
 from mmprune.budget.runtimes import Prepare, loaded
 from mmprune.contexts import evaluating, tensors_in, unchanged
 from mmprune.errors import PruneError
-from mmprune.mm.deploy.patches import cpu_masked_convs, stopped_at, traceable_rois
+from mmprune.mm.deploy.patches import (
+    cpu_masked_convs,
+    stopped_at,
+    traceable_rois,
+    without_losses,
+)
 from mmprune.mm.deploy.tracing import OPSETS, to_onnx
 from mmprune.mm.deploy.two_stage import two_stage_network
 from mmprune.mm.models.classifier import ImageClassifier
@@ -114,20 +118,6 @@ def prepare_raw(size: tuple[int, int], backend: str) -> Prepare:
         return loaded(graph.SerializeToString(), feed, backend)
 
     return prepare
-
-
-@contextlib.contextmanager
-def without_losses(model: nn.Module) -> Iterator[None]:
-    """Makes heads that compute losses fail: a run that asks for losses is no inference."""
-
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise PruneError(f'{type(model).__name__}: computes losses in this mode')
-
-    with contextlib.ExitStack() as stack:
-        for head in model.modules():
-            if hasattr(head, 'loss_by_feat'):
-                stack.enter_context(mock.patch.object(head, 'loss_by_feat', refuse))
-        yield
 
 
 # -- ways to run a model, each a function of the model and images (N, 3, H, W) ---------------------
