@@ -4,7 +4,7 @@
     python tools/export_coverage.py --only 'mmdet/*rcnn*' --jobs 2
     python tools/export_coverage.py --resume              # only families without a row
 
-One model of each family is exported, with random weights and at a fixed size, in a process of its own.
+One model of each family is exported, with random weights and at a fixed size, in a separate process.
 The file is compared with PyTorch in ONNX Runtime. After each family its result is merged into
 docs/deploy.json, and at the end the table in docs/deploy.md is written from that.
 """
@@ -190,7 +190,7 @@ def why(row: dict) -> str:
 
 
 def run(name: str, config: str, how: dict, limit: int) -> dict:
-    """The row of one family, which a process of its own has at most ``limit`` seconds for."""
+    """The row of one family, which a separate process has at most ``limit`` seconds for."""
     here, there = FORK.Pipe(duplex=False)
     how = {key: value for key, value in how.items() if key == 'size'}
     process = FORK.Process(target=examine, args=(config, how, there))

@@ -77,7 +77,7 @@ def exported_model(path: str, backend: str, original: Any, data_preprocessor: An
         path: the file.
         backend: ``'onnxruntime'`` or ``'openvino'``.
         original: the config of the model that was exported.
-        data_preprocessor: ignored. mmengine's Runner passes it, but ``original`` has its own.
+        data_preprocessor: ignored. mmengine's Runner passes it, but the one in ``original`` is used.
 
     Raises:
         PruneError: the file has no post-processing, or the config is of another model.

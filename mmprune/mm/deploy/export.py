@@ -128,7 +128,7 @@ def export_model(
     for name in ('onnx', 'onnxscript', *check):
         load_package(name)
     model = revert_sync_batchnorm(model)
-    model.eval()  # in a statement of its own: some detectors' train() returns nothing
+    model.eval()  # not chained, since the train() of some detectors returns nothing
     network = RawNetwork(model) if raw else network_of(model)
     size = size_for(model, network, size, dynamic)
     divisor = divisor_of(model, size)

@@ -221,7 +221,7 @@ def _sampled_conv(
     """Samples the map at every tap (GridSample), then applies a 1 x 1 convolution to the samples.
 
     Args:
-        x: (N, C, H, W). Each of ``parts`` equal groups of its channels has offsets of its own.
+        x: (N, C, H, W). Its channels form ``parts`` equal groups, which have separate offsets.
         offset: (N, parts * taps * 2, h, w): y and x of each tap, in pixels.
         mask: (N, parts * taps, h, w) factors of the samples, or ``None``.
         weight: (O, C / groups, rows, columns), where taps = rows * columns.

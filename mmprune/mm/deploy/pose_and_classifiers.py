@@ -1,7 +1,7 @@
 """Networks without boxes for export: top-down pose estimators and classifiers.
 
 Heatmaps and SimCC vectors are decoded outside the file (the maximum, its refinement, flips). That is a
-few lines of numpy, and runtimes such as rtmlib and mmdeploy's have their own.
+few lines of numpy, and runtimes such as rtmlib and mmdeploy's bring it.
 """
 
 import sys

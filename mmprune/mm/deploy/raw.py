@@ -143,7 +143,7 @@ def up_to_predict_by_feat(model: nn.Module, images: Tensor) -> Any:
     """What the first head that ``predict`` reaches hands to its post-processing."""
     with stopped_at(model.modules(), 'predict_by_feat') as arguments:
         model.predict(images, samples_of(images))
-        raise PruneError(f'{type(model).__name__}: has no head with post-processing of its own')
+        raise PruneError(f'{type(model).__name__}: has no head whose predict ends in predict_by_feat')
     return arguments
 
 
