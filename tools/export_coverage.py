@@ -196,15 +196,17 @@ def run(name: str, config: str, how: dict, limit: int) -> dict:
     process = FORK.Process(target=examine, args=(config, how, there))
     process.start()
     there.close()
-    row, end = {'export': 'not', 'reason': 'the process crashed'}, time.monotonic() + limit
+    row: dict = {}
+    end = time.monotonic() + limit
     try:
         while here.poll(max(0, end - time.monotonic())):
             row = here.recv()
         process.kill()
-        row.setdefault('reason', f'no end within {limit} s')
+        row = row or {'export': 'not', 'reason': f'no end within {limit} s'}
     except EOFError:
         process.join()
-    return {'name': name, 'config': config} | row
+    crashed = {'export': 'not', 'reason': 'the process crashed'}
+    return {'name': name, 'config': config} | (row or crashed)
 
 
 def main() -> None:
