@@ -34,7 +34,7 @@ def written(network, path):
     program = torch.onnx.export(
         network, (example,), dynamo=True, opset_version=18, verbose=False,
         input_names=['input'], output_names=list(network.output_names),
-        dynamic_shapes={'input': {0: torch.export.Dim('batch', min=1)}},
+        dynamic_shapes=({0: torch.export.Dim('batch', min=1)},),
     )  # fmt: skip
     model = program.model_proto
     onnx.helper.set_model_props(model, {'mmprune': json.dumps(network.metadata)})
@@ -76,15 +76,15 @@ def test_the_file_computes_what_the_model_does(tmp_path, config, shapes):
 class FirstStage(PoseNetwork):
     """A wrapper that takes the wrong one of two stages."""
 
-    def forward(self, input):
-        return self.model.head.forward(self.model.extract_feat(input))[0]
+    def forward(self, images):
+        return self.model.head.forward(self.model.extract_feat(images))[0]
 
 
 class Swapped(PoseNetwork):
     """A wrapper that swaps the vectors of x and y."""
 
-    def forward(self, input):
-        return super().forward(input)[::-1]
+    def forward(self, images):
+        return super().forward(images)[::-1]
 
 
 @pytest.mark.parametrize('config, wrong', [(HOURGLASS, FirstStage), (RTMPOSE, Swapped)])
