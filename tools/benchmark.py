@@ -322,7 +322,8 @@ def size_of(args: argparse.Namespace, cfg: Config, model: nn.Module) -> tuple[in
     for path in args.onnx or ():
         written = open_model(path).metadata
         fixed, scale = written['input_size'], (written.get('resize') or {}).get('scale')
-        size = size or fixed or (scale and scale[::-1])  # the scale is (width, height)
+        # The scale is (width, height).
+        size = size or fixed or (scale and rounded(scale[::-1], written['pad_divisor']))
         if fixed and tuple(fixed) != tuple(size):
             raise PruneError(f'{path}: takes {fixed} alone, not {list(size)}; export it with --dynamic')
     divisor = divisor_of(model, size or image_size(cfg, only_fixed=True))
@@ -331,10 +332,14 @@ def size_of(args: argparse.Namespace, cfg: Config, model: nn.Module) -> tuple[in
         raise PruneError(
             '--size: the test pipeline of the config names no size of images; give HEIGHT WIDTH'
         )
-    height, width = (-(-side // divisor) * divisor for side in size)
-    if (height, width) != tuple(size):
+    if rounded(size, divisor) != tuple(size):
         show(f'{size[0]} x {size[1]} is padded: the model takes multiples of {divisor}')
-    return height, width
+    return rounded(size, divisor)
+
+
+def rounded(size: Sequence[int], divisor: int) -> tuple[int, ...]:
+    """The sides, rounded up to multiples of ``divisor``."""
+    return tuple(-(-side // divisor) * divisor for side in size)
 
 
 def exported(
