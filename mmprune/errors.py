@@ -30,7 +30,10 @@ class InexactCut(PruneError):
     """
 
 
-REMOVED_OPTIONS: dict[str, str] = {}
+REMOVED_OPTIONS: dict[str, str] = {
+    'predictions': 'distillation compares features alone; leave it out',
+    'temperature': 'distillation compares features alone; leave it out',
+}
 """What to use in place of each option that earlier versions had: {option: replacement, as a sentence}."""
 
 

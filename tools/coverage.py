@@ -57,7 +57,7 @@ def examine(config: str, how: dict, row: dict, done: Callable[[], None]) -> None
     import mmprune
     from mmprune.api import score_now
     from mmprune.budget.choose import Budget, choose
-    from mmprune.mm.model_modes import both
+    from mmprune.contexts import one_after_another
     from mmprune.mm.zoo import build
     from mmprune.surgery.apply import cut
     from mmprune.surgery.build import make_plan
@@ -78,7 +78,7 @@ def examine(config: str, how: dict, row: dict, done: Callable[[], None]) -> None
                 row['note'] = f'the original predicts nothing here: {error}'[:200]
                 runs.pop()
     with torch.no_grad():
-        row['forward_s'] = timed(lambda: both(*runs)(copy.deepcopy(model)))[1]
+        row['forward_s'] = timed(lambda: one_after_another(*runs)(copy.deepcopy(model)))[1]
     at('trace')
     trace, row['trace_s'] = timed(lambda: mmprune.trace(model, forward, also=tuple(runs[1:])))
     row['unknown'] = {name: where[:3] for name, where in trace.unknown_ops.items()}

@@ -13,10 +13,10 @@ from torch import nn
 import mmprune
 from mmprune.mm import zoo
 from mmprune.mm.hooks import PruneHook
-from mmprune.mm.model_modes import forwards_of
 from mmprune.score.collector import Collector
 from mmprune.surgery import apply as cutting
 from tests.helpers.equality import assert_same
+from tests.helpers.forwards import forwards_of
 from tests.helpers.hook_runs import TwoBranch, config, train
 
 HOOK = dict(keep_flops=0.6, interval=4, steps=2, parts=dict(neck=dict(keep_channels=0.8)))
