@@ -34,7 +34,7 @@ REMOVED_OPTIONS: dict[str, str] = {
     'predictions': 'distillation compares features alone; leave it out',
     'temperature': 'distillation compares features alone; leave it out',
 }
-"""What to use in place of each option that earlier versions had: {option: replacement, as a sentence}."""
+"""{option of an earlier version: what to do in its place, as a clause}."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
