@@ -30,8 +30,12 @@ class InexactCut(PruneError):
     """
 
 
-REMOVED_OPTIONS: dict[str, str] = {}
-"""What to use in place of each option that earlier versions had: {option: replacement, as a sentence}."""
+REMOVED_OPTIONS: dict[str, str] = {
+    'rebuild_only': "give dict(type='RebuildHook') in place of this PruneHook",
+    'recalibrate': 'call mmprune.recalibrate(model, forward, batches) after the cut',
+    'schedule': 'targets fall linearly from cut to cut; leave it out',
+}
+"""{option of an earlier version: what to do in its place, as a clause}."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -1,13 +1,13 @@
 """Two runs that take turns, so that what they compute can be compared piece by piece and dropped."""
 
-import random
 import threading
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
+
+from mmprune.contexts import random_state, set_random_state
 
 AHEAD = 16 * 2**20
 """Bytes of small tensors that may pile up before the other run gets its turn: turns cost time too."""
@@ -109,18 +109,3 @@ class RunAhead:
 
 def _autocast(kind: str) -> tuple[bool, torch.dtype]:
     return torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-
-
-def random_state() -> tuple[Any, ...]:
-    """Of Python, numpy and torch; of all GPUs where they are in use."""
-    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), gpus
-
-
-def set_random_state(state: tuple[Any, ...]) -> None:
-    """Puts back what :func:`random_state` returned."""
-    random.setstate(state[0])
-    np.random.set_state(state[1])
-    torch.set_rng_state(state[2])
-    if state[3] is not None:
-        torch.cuda.set_rng_state_all(state[3])

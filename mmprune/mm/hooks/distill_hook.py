@@ -80,7 +80,7 @@ class DistillHook(Hook):
         scorings = [
             hook.scoring for hook in runner.hooks if isinstance(getattr(hook, 'scoring', None), Scoring)
         ]
-        begun = any(scoring.trace is not None for scoring in scorings)  # before it was resumed
+        begun = any(scoring.graph is not None for scoring in scorings)  # before it was resumed
         if plan_of(model) is None and not begun:
             if not scorings:
                 raise PruneError(
@@ -149,7 +149,7 @@ class DistillHook(Hook):
 def _cuts_on(hook: Hook) -> bool:
     """Whether this is a hook that will cut again."""
     scoring = getattr(hook, 'scoring', None)
-    return isinstance(scoring, Scoring) and scoring.trace is not None
+    return isinstance(scoring, Scoring) and scoring.graph is not None
 
 
 def _frozen(model: nn.Module) -> nn.Module:
