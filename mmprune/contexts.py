@@ -65,7 +65,7 @@ def random_state() -> dict[str, Any]:
     name, keys, position, has_gauss, cached = np.random.get_state()
     state = {
         'torch': torch.get_rng_state(),
-        'numpy': [name, keys.tolist(), position, has_gauss, cached],
+        'numpy': [name, np.asarray(keys).tolist(), position, has_gauss, cached],
         'python': [version, list(numbers), gauss],
     }
     if torch.cuda.is_initialized():
