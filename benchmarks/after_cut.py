@@ -27,7 +27,7 @@ from mmprune.copies import copied
 from mmprune.mm.model_modes import loss_of, runs_of
 from mmprune.score import make_score
 from mmprune.score.collector import Collector
-from mmprune.session import choose_for, cut_once
+from mmprune.session import CutContext, cut_once
 
 HELD_OUT = 8
 
@@ -55,10 +55,8 @@ def cut(model: nn.Module, batches: list[Any], name: str, per: str, keep: float) 
     model.zero_grad()
     budget = mmprune.Budget(keep_flops=keep, divisor=8)
 
-    def choose(graph: Any, scores: Any) -> Any:
-        return choose_for(model, runs.tensor, graph, scores, budget, per)
-
-    cut_once(model, graph, collector.scores(), choose, budget, forward=None, compensate=runs.loss)
+    context = CutContext(model, per=per)
+    cut_once(context, graph, collector.scores(), budget, runs.tensor, compensate=runs.loss)
 
 
 def main() -> None:

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from mmprune import defaults
 from mmprune.budget.budget import Budget, make_budget, own_options
-from mmprune.contexts import consumed, in_other_mode, one_after_another
+from mmprune.contexts import Forward, consumed, in_other_mode, one_after_another
 from mmprune.distributed import check_rebuildable, is_distributed
 from mmprune.errors import PruneError
 from mmprune.graph.coupling import ChannelGraph, couple
@@ -20,7 +21,7 @@ from mmprune.graph.tracer import trace_runs
 from mmprune.graph.unseen import unseen_message, untouched_parameters
 from mmprune.score import Score, make_score
 from mmprune.score.collector import scores_now
-from mmprune.session import Forward, choose_for, cut_once
+from mmprune.session import CutContext, cut_once
 from mmprune.surgery.parts import innermost
 from mmprune.surgery.plan import Plan, plan_of
 
@@ -35,25 +36,25 @@ def trace(
     also: tuple[Forward, ...] = (),
     may_fail: Container[Forward] = (),
 ) -> ChannelGraph:
-    """Runs the model once, on a real batch and without gradients, and finds what can be cut.
+    """Runs the model once, on a real batch and without gradients, and finds which channels can be cut.
+
+    If parameters take no part in the runs, ``forward`` is run once more in the other mode (training or
+    evaluation), in which the model may enter further modules. It is not run again with ``may_fail`` or
+    in several processes: then the caller has chosen the runs, which must be the same in all processes.
 
     Args:
-        model: left as it was: running statistics and random states included. Of a wrapper
-            (``torch.compile``, ``DataParallel``) the module inside is traced.
+        model: the model, or a wrapper around it (``torch.compile``, ``DataParallel``). It is left
+            unchanged, including running statistics and random states.
         forward: takes the model and runs it, e.g. ``lambda m: m(x)``.
-        also: further ways to run it whose ties count too (its loss, beside its inference); FLOPs are
-            counted in the first one alone.
-        may_fail: those of them that are left out where they raise an error.
-
-    If parameters take no part in these runs, ``forward`` is run once more in the other mode (training
-    for evaluation), where it may enter further modules. Not so with ``may_fail`` or in several
-    processes: then the caller has chosen the runs, which have to be the same in all processes.
+        also: further runs whose ties count too, such as the loss beside the inference. FLOPs are
+            counted in ``forward`` alone.
+        may_fail: the runs that are left out if they raise an error.
 
     Returns:
-        The groups of removable units, and the locked ones with their reasons.
+        The groups of removable units, and the locked channels with their reasons.
 
     Raises:
-        PruneError: the run fails; the module that failed is named.
+        PruneError: a run fails; the message names the module that failed.
 
     Example:
         >>> import torch
@@ -74,7 +75,7 @@ def trace_record(
     also: tuple[Forward, ...] = (),
     may_fail: Container[Forward] = (),
 ) -> TraceRecord:
-    """What :func:`trace` finds before it makes a graph of it: ties and locks one by one."""
+    """The ties and locks that :func:`trace` turns into a graph, one by one."""
     model = innermost(model)
     record = _traced(model, forward, also, may_fail)
     unused = untouched_parameters(record.constraints.slots, record.profile)
@@ -103,36 +104,32 @@ def _traced(
 
 
 def unseen_by(graph: ChannelGraph, budget: Budget, unused: Iterable[str] | None = None) -> str:
-    """What a user of :func:`prune` or :class:`mmprune.Pruner` is told of modules that the traced runs
-    did not enter; empty where there are none.
+    """A warning of modules that the traced runs did not enter; empty if there are none.
 
     Args:
-        graph: what the trace found.
-        budget: its locks name parameters of modules that need not be seen.
-        unused: names of parameters that took no part; by default those of ``graph``.
+        graph: the traced graph.
+        budget: the budget, whose ``lock`` may name parameters of modules that need not be seen.
+        unused: names of parameters that took no part in the runs; ``None``: those of ``graph``.
     """
     if unused is None:
         unused = untouched_parameters(graph.slots, graph.profile)
-    failed = next(iter(graph.failed.values()), None)
-    return unseen_message(
-        unused,
-        graph.slots.tensors,
-        budget.locks,
-        'Name further runs, which use them: also=(lambda model: ...,).',
-        ''
-        if failed is None
-        else f'(In the other of training and evaluation mode the run fails: '
-        f'{type(failed).__name__}: {failed})',
-    )
+    failure = ''
+    for error in list(graph.failed.values())[:1]:
+        failure = (
+            f'(In the other of training and evaluation mode the run fails: '
+            f'{type(error).__name__}: {error})'
+        )
+    remedy = 'Name further runs, which use them: also=(lambda model: ...,).'
+    return unseen_message(unused, graph.slots.tensors, budget.locks, remedy, failure)
 
 
 def runs_in(also: Forward | Iterable[Forward]) -> tuple[Forward, ...]:
-    """``also`` as a tuple: a single run is allowed too."""
+    """``also`` as a tuple; a single run is allowed too."""
     return tuple(map(consumed, (also,) if callable(also) else also))
 
 
 def runs_to_check(graph: ChannelGraph, forward: Forward, also: tuple[Forward, ...]) -> Forward:
-    """All runs that ``graph`` rests on, as one, by which a cut is compared with the masked model."""
+    """All runs that were traced for ``graph``, as one run on which a cut is checked."""
     other = (in_other_mode(forward),) if graph.both_modes else ()
     return one_after_another(forward, *also, *other)
 
@@ -147,46 +144,49 @@ def prune(
     keep_params: float | None = None,
     keep_channels: float | None = None,
     prune_num: int | None = None,
-    score: str | Mapping[str, Any] | Score | Scores = 'l2',
+    score: str | Mapping[str, Any] | Score | Scores = defaults.PRUNE.score,
     optimizer: Any = None,
     check: bool = True,
     strict: bool = False,
-    compensate: bool = False,
+    compensate: bool = defaults.PRUNE.compensate,
     **options: Any,
 ) -> Plan:
-    """Cuts a model to the first budget that is reached: traces, scores, chooses, checks and cuts.
+    """Prunes a model in one call, to the first target of its budget that is reached.
+
+    The model is traced, its units are scored and chosen, the cut is checked on a copy, and the model is
+    cut.
 
     Args:
-        model: cut in place; its parameters stay the same objects. Of a wrapper (``torch.compile``,
-            ``DataParallel``) the module inside is cut.
+        model: the model, or a wrapper around it (``torch.compile``, ``DataParallel``). It is cut in
+            place, and its parameters stay the same objects.
         forward: runs the model that it is given, e.g. ``lambda m: m(x)``. If modules take no part in
-            it, it is run in training mode too (in evaluation mode if the model trains).
+            the run, the model is also run in the other mode (training or evaluation).
         also: further runs, for modules that ``forward`` does not enter, such as the head of another
             task: ``also=(lambda m: m(x, task='depth'),)``. The cut is checked on all runs; FLOPs are
             those of ``forward``.
         budget: a :class:`Budget` or a dict of its options, in place of the keywords below.
-        keep_flops, keep_params, keep_channels: fractions, in (0, 1], that remain of the unpruned
-            model's multiply-adds, its parameters, each group's units.
-        prune_num: how many units go.
-        score: a criterion's name, a :class:`Score` or a dict of its options, or (n_units,) numbers in
-            the order of ``trace(...)``'s units, of which the lowest go first, whatever they cost.
-        optimizer: a torch optimizer, an mmengine ``OptimWrapper``, a scheduler, or a list of these;
-            its state is narrowed too.
-        check: compare a copy that is cut with the masked model (:func:`verify`) before the cut is kept.
-        strict: a cut that fails the check is an error, and so are modules that no run enters; by
-            default the groups of channels that are to blame are locked, with a warning, and the rest
-            is cut; and modules that no run enters are a warning.
-        compensate: weights that stay make up for those that go, by least squares over what ``forward``
-            runs on (:mod:`mmprune.compensation`).
-        options: the others of :class:`Budget`: ``latency``, ``min_channels``, ``divisor``, ``max_cut``,
-            ``lock``, ``parts``.
+        keep_flops: the fraction of the unpruned model's multiply-adds that remains, in (0, 1].
+        keep_params: the fraction of the unpruned model's parameters that remains, in (0, 1].
+        keep_channels: the fraction of its units that every group keeps, in (0, 1].
+        prune_num: number of units to remove.
+        score: a criterion's name, a :class:`Score`, a dict of its options, or (n_units,) numbers in the
+            order of ``trace(...)``'s units. Numbers are not divided by a cost: the lowest are removed.
+        optimizer: a torch optimizer, an mmengine ``OptimWrapper``, a scheduler, or a list of these,
+            whose state is narrowed too.
+        check: compare a cut copy with the masked model (:func:`verify`) before the model is cut.
+        strict: raise an error if a cut fails the check, or if no run enters a module. Otherwise both
+            are warnings: the groups of channels that are to blame are locked, and the others are cut.
+        compensate: change the kept weights by least squares on the samples of ``forward``, so that they
+            compensate for the removed channels (:mod:`mmprune.compensation`).
+        options: the other options of :class:`Budget`: ``latency``, ``backend``, ``min_channels``,
+            ``divisor``, ``lock`` and ``parts``.
 
     Returns:
-        The plan against the original, earlier cuts included.
+        The plan against the original model, earlier cuts included.
 
     Raises:
-        PruneError: bad options, ``budget`` beside options, nothing to cut, a budget below the floor,
-            with ``strict`` modules that no run enters. Nothing has changed then.
+        PruneError: bad options, ``budget`` beside its options, nothing to cut, a budget below the
+            floor, or, with ``strict``, modules that no run enters. Nothing has changed then.
 
     Example:
         >>> import torch
@@ -206,41 +206,37 @@ def prune(
         'keep_channels': keep_channels,
         'prune_num': prune_num,
     }
-    given = {name: value for name, value in keywords.items() if value is not None}
-    wanted = make_budget(budget, OWN_OPTIONS, **given, **options)
+    targets = {name: value for name, value in keywords.items() if value is not None}
+    limits = make_budget(budget, OWN_OPTIONS, **targets, **options)
     if isinstance(score, str | Mapping):
         score = make_score(score)
-    per = score.per if isinstance(score, Score) else 'none'
     check_rebuildable(model)
     wrapper, model = model, innermost(model)
     forward, also = consumed(forward), runs_in(also)
     graph = trace(model, forward, also=also)
-    complaint = unseen_by(graph, wanted)
+    complaint = unseen_by(graph, limits)
     if complaint and strict:
         raise PruneError(complaint)
     if complaint:
         warnings.warn(complaint, stacklevel=2)
-    outcome = cut_once(
-        model,
+    per = score.per if isinstance(score, Score) else 'none'
+    result = cut_once(
+        CutContext(model, wrapper, optimizer, per=per, strict=strict),
         graph,
         score_now(graph, score),
-        lambda graph, scores: choose_for(model, forward, graph, scores, wanted, per),
-        wanted,
-        forward=runs_to_check(graph, forward, also) if check else None,
+        limits,
+        forward,
+        check=runs_to_check(graph, forward, also) if check else None,
         compensate=forward if compensate else None,
-        optimizer=optimizer,
-        wrapper=wrapper,
-        strict=strict,
-        warn=lambda text: warnings.warn(text, stacklevel=4),
     )
     plan = plan_of(model)
-    if outcome.plan is None or plan is None:
+    if result.plan is None or plan is None:
         raise PruneError(
             'this would remove nothing: the budget is met already, or no prunable unit is left; ask '
-            f'for less than {wanted.to_meta()}' + ''.join(f'; {each}' for each in graph.merged[:3])
+            f'for less than {limits.to_meta()}' + ''.join(f'; {reason}' for reason in graph.merged[:3])
         )
-    if outcome.stale:
-        warnings.warn(outcome.stale, stacklevel=2)
+    if result.stale:
+        warnings.warn(result.stale, stacklevel=2)
     return plan
 
 
@@ -248,7 +244,12 @@ OWN_OPTIONS = own_options(prune)
 
 
 def score_now(graph: ChannelGraph, score: str | Mapping[str, Any] | Score | Scores) -> np.ndarray:
-    """(n_units,) scores from the weights, and the gradients, that are there."""
+    """(n_units,) scores from the weights and gradients that the model has now.
+
+    Args:
+        graph: the graph of the model.
+        score: a criterion's name, a :class:`Score`, a dict of its options, or the scores themselves.
+    """
     if isinstance(score, str | Mapping | Score):
         return scores_now(graph, score)
     return np.asarray(torch.as_tensor(score).cpu().numpy(), dtype=np.float64)

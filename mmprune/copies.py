@@ -12,7 +12,9 @@ from mmprune.contexts import normal_tensors
 
 @normal_tensors()
 def copied(model: nn.Module) -> nn.Module:
-    """A deep copy, also of a model that keeps a result with its graph (as weight norm does)."""
+    """Makes a deep copy, also of a model that keeps a result with its graph (as weight norm does) or
+    whose ``forward`` was replaced by a function that holds the module (as gradient checkpointing
+    does)."""
     results = [
         value
         for module in model.modules()
@@ -29,8 +31,13 @@ def copied(model: nn.Module) -> nn.Module:
 
 
 def _rebound(value: Any, memo: dict[int, Any]) -> Any:
-    """A function that was put in the place of a module's forward (as gradient checkpointing does),
-    with the copy where it holds the module: ``deepcopy`` would have the copy run the original."""
+    """A function that holds the copy of each module that the original function holds. ``deepcopy`` does
+    not copy functions, so the copy of a model would run the original.
+
+    Args:
+        value: the function, or a value that it holds.
+        memo: {id of an object: its copy}, from ``deepcopy``.
+    """
     if isinstance(value, nn.Module):
         return memo.get(id(value), value)
     if isinstance(value, MethodType):
@@ -43,6 +50,6 @@ def _rebound(value: Any, memo: dict[int, Any]) -> Any:
             value.__code__, value.__globals__, value.__name__, value.__defaults__, cells
         )
         memo[id(value)].__kwdefaults__ = value.__kwdefaults__
-        for cell, old in zip(cells, value.__closure__, strict=True):
-            cell.cell_contents = _rebound(old.cell_contents, memo)
+        for cell, original in zip(cells, value.__closure__, strict=True):
+            cell.cell_contents = _rebound(original.cell_contents, memo)
     return memo[id(value)]

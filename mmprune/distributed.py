@@ -1,6 +1,6 @@
-"""Processes that train one model together and must decide alike.
+"""Processes that train one model together and must make the same cut.
 
-Each function is called by all of them at the same point. In a run of one process they do nothing.
+All processes call each function at the same point. With a single process the functions do nothing.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from mmprune.surgery.plan import Plan
 
 
 def is_distributed() -> bool:
-    """Whether there is more than one process."""
+    """Whether there are several processes."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
@@ -28,7 +28,7 @@ def is_main_process() -> bool:
 
 
 def broadcast(value: Any) -> Any:
-    """The first process's ``value``, in all of them."""
+    """Returns the first process's ``value`` in all processes."""
     if not is_distributed():
         return value
     box = [value]
@@ -37,63 +37,67 @@ def broadcast(value: Any) -> Any:
 
 
 def all_gather(value: Any) -> list[Any]:
-    """The values of all processes, by rank, in all of them."""
+    """Returns the values of all processes, in the order of their ranks."""
     if not is_distributed():
         return [value]
-    boxes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(boxes, value)
-    return boxes
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 @contextmanager
 def raise_together(what: str) -> Iterator[None]:
-    """An error in the body in one process is an error in all, so that none goes on alone or waits
-    for one that has stopped. The body may hold no collective call that follows what can fail.
+    """Makes an error in one process an error in all, so that no process goes on alone or waits for one
+    that has stopped. The body must not make a collective call after a step that can fail.
+
+    Args:
+        what: what the body does, as the subject of an error message.
 
     Raises:
-        PruneError: names the ranks where the body failed, and why. There its own error is raised.
+        PruneError: the body failed in other processes; the message names their ranks and the reason.
+            In those processes the original error is raised.
     """
     error = None
     try:
         yield
-    except Exception as caught:  # raised again below, after the others know
+    except Exception as caught:  # raised again below, when the other processes know
         error = caught
-    told = all_gather(None if error is None else f'{type(error).__name__}: {error}')
+    errors = all_gather(None if error is None else f'{type(error).__name__}: {error}')
     if error is not None:
         raise error
-    failed = [rank for rank, text in enumerate(told) if text is not None]
+    failed = [rank for rank, text in enumerate(errors) if text is not None]
     if failed:
         raise PruneError(
-            f'{what} failed on {_named(failed)} of {len(told)}, so it is not done on any: '
-            f'{told[failed[0]]}'
+            f'{what} failed on {_rank_text(failed)} of {len(errors)}, so it is not done on any: '
+            f'{errors[failed[0]]}'
         )
 
 
 def agreed_plan(plan: Plan) -> Plan:
-    """``plan``, after all processes were found to have the same; its records of cuts are the first
-    one's.
+    """Returns ``plan`` if all processes have the same one, with the first process's records of cuts:
+    the FLOPs in them depend on the size of each process's batch.
 
     Raises:
-        PruneError: in all processes; names the ranks whose plan differs.
+        PruneError: plans differ; the message names the ranks. It is raised in all processes.
     """
-    sums = all_gather(digest(plan))
-    differ = [rank for rank, value in enumerate(sums) if value != sums[0]]
+    digests = all_gather(digest(plan))
+    differ = [rank for rank, value in enumerate(digests) if value != digests[0]]
     if differ:
         raise PruneError(
-            f'the plan differs on {_named(differ)} of {len(sums)} from that of rank 0, so nothing is '
-            'cut: the processes run different models, configs or library versions, or data sends '
-            'them through different layers; lock what differs by name'
+            f'the plan differs on {_rank_text(differ)} of {len(digests)} from that of rank 0, so '
+            'nothing is cut: the processes run different models, configs or library versions, or '
+            'data sends them through different layers; lock what differs by name'
         )
     return replace(plan, cuts=broadcast(plan.cuts))
 
 
 def digest(plan: Plan) -> str:
-    """Of what a cut does: tensors' kept indices, attributes, and the model that it is for."""
+    """A checksum of what a plan does: kept indices, attributes, and the shapes that it applies to."""
     content = [plan.keep, plan.attributes, plan.fingerprint]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _named(ranks: list[int]) -> str:
+def _rank_text(ranks: list[int]) -> str:
     return f'rank{"s" if len(ranks) > 1 else ""} {", ".join(map(str, ranks))}'
 
 
@@ -103,26 +107,31 @@ def _named(ranks: list[int]) -> str:
 def rebuild_reducers(model: nn.Module) -> int:
     """Makes every DistributedDataParallel in ``model`` fit the shapes that its parameters have now.
 
-    To be called on all ranks after a cut, outside a backward pass. Settings (unused parameters,
-    static graph, buffers' broadcast, bucket sizes) and registered communication hooks stay. Returns
-    how many there were: 0 for a model that is not wrapped.
+    All ranks call it after a cut, outside a backward pass. Settings (unused parameters, static graph,
+    broadcast of buffers, bucket sizes) and registered communication hooks stay.
+
+    Returns:
+        The number of wrappers; 0 for a model that is not wrapped.
 
     Raises:
-        PruneError: a wrapper that shards parameters, or holds state of the old shapes that can't be
+        PruneError: a wrapper shards parameters, or holds state of the old shapes that cannot be
             rebuilt.
     """
-    found = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
-    # MMSeparateDistributedDataParallel is one by its class only; those inside it have reducers.
-    found = [ddp for ddp in found if hasattr(ddp, 'reducer')]
-    for ddp in found:
+    # MMSeparateDistributedDataParallel has the class but no reducer; the wrappers inside it have one.
+    wrappers = [
+        module
+        for module in model.modules()
+        if isinstance(module, DistributedDataParallel) and hasattr(module, 'reducer')
+    ]
+    for ddp in wrappers:
         check_rebuildable(ddp)
-    for ddp in found:
+    for ddp in wrappers:
         _rebuild(ddp)
-    return len(found)
+    return len(wrappers)
 
 
 def check_rebuildable(model: nn.Module) -> None:
-    """Raises a PruneError where a wrapper in ``model`` could not follow a cut; to be called before."""
+    """Raises a PruneError if a wrapper in ``model`` could not follow a cut; to be called before one."""
     for module in model.modules():
         if any(base.__name__ == 'FullyShardedDataParallel' for base in type(module).__mro__):
             raise PruneError(
@@ -131,16 +140,16 @@ def check_rebuildable(model: nn.Module) -> None:
             )
         if not isinstance(module, DistributedDataParallel) or not hasattr(module, 'reducer'):
             continue
-        bound = {
+        fixed_buffers = {
             'delay_all_reduce_named_params': module._delay_all_reduce_params,
             'mixed_precision': module.mixed_precision,
-            'optimize_ddp="python_reducer"': module._use_python_reducer,
+            'optimize_ddp="python_reducer"': getattr(module, '_use_python_reducer', False),  # torch 2.4
             'an optimizer in backward (apply_optimizer_in_backward)': any(
                 hasattr(p, '_in_backward_optimizers') for p in module.module.parameters()
             ),
         }
-        for name, value in bound.items():
-            if value:
+        for name, is_used in fixed_buffers.items():
+            if is_used:
                 raise PruneError(
                     f'{type(module).__name__} has {name}, which keeps buffers of the shapes before a '
                     'cut; leave it out'
@@ -149,9 +158,9 @@ def check_rebuildable(model: nn.Module) -> None:
 
 def _rebuild(ddp: DistributedDataParallel) -> None:
     static_graph, comm_hooks = ddp.static_graph, list(ddp._comm_hooks)
-    # The old one first: its hooks on the parameters would fire beside the new one's.
+    # The old reducer must not fire its hooks on the parameters beside those of the new one.
     ddp.reducer._remove_autograd_hooks()
-    # The stubs don't know that both may be missing: nothing of the old reducer may live on.
+    # The stubs do not know that both may be missing: nothing of the old reducer may stay alive.
     ddp.reducer = ddp.logger = None  # pyright: ignore[reportAttributeAccessIssue]
     parameters, sparse = ddp._build_params_for_reducer()
     names = ddp._build_debug_param_to_name_mapping(parameters)
@@ -161,7 +170,7 @@ def _rebuild(ddp: DistributedDataParallel) -> None:
     ddp._ddp_init_helper(parameters, sparse, names, static_graph)
     ddp._has_rebuilt_buckets = False
     if static_graph:
-        ddp.static_graph = False  # or it warns that it was set before
+        ddp.static_graph = False  # otherwise DDP warns that it was set before
         ddp._set_static_graph()
     ddp._comm_hooks = []
     for hook, state in comm_hooks:

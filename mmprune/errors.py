@@ -33,6 +33,9 @@ class InexactCut(PruneError):
 REMOVED_OPTIONS: dict[str, str] = {
     'predictions': 'distillation compares features alone; leave it out',
     'temperature': 'distillation compares features alone; leave it out',
+    'rebuild_only': "give dict(type='RebuildHook') in place of this PruneHook",
+    'recalibrate': 'call mmprune.recalibrate(model, forward, batches) after the cut',
+    'schedule': 'targets fall linearly from cut to cut; leave it out',
 }
 """{option of an earlier version: what to do in its place, as a clause}."""
 

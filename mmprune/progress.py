@@ -1,4 +1,4 @@
-"""Bars for what takes long; what is over soon shows none."""
+"""A progress bar for work that takes long; short work shows none."""
 
 import contextlib
 import time
@@ -9,16 +9,16 @@ from rich.errors import LiveError
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 PATIENCE = 2.0
-"""Seconds after which something is said to take long."""
+"""Seconds before a bar appears."""
 
 Tell = Callable[[float], None]
-"""How much is done by now, in the unit of the bar's total."""
+"""Receives how much of the work is done, in the unit of the bar's total."""
 
 
 @contextlib.contextmanager
 def bar(description: str, total: float, patience: float = PATIENCE) -> Iterator[Tell]:
-    """A bar on the terminal, once ``patience`` seconds have passed; it is gone at the end. Where
-    standard error is no terminal, or another bar is shown already, there is none."""
+    """Shows a bar on the terminal once ``patience`` seconds have passed, and removes it at the end.
+    There is no bar if standard error is not a terminal, or if another bar is shown already."""
     console = Console(stderr=True)
     columns = (
         TextColumn('{task.description}'),
@@ -26,23 +26,23 @@ def bar(description: str, total: float, patience: float = PATIENCE) -> Iterator[
         TaskProgressColumn(),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
-    shown = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    task = shown.add_task(description, total=total)
+    progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    task = progress.add_task(description, total=total)
     start, is_shown, is_refused = time.monotonic(), False, False
 
     def tell(done: float) -> None:
         nonlocal is_shown, is_refused
         if not is_shown and not is_refused and time.monotonic() - start >= patience:
             try:
-                shown.start()
+                progress.start()
                 is_shown = True
-            except LiveError:  # older versions of rich show one at a time
+            except LiveError:  # older versions of rich show one bar at a time
                 is_refused = True
         if is_shown:
-            shown.update(task, completed=done)
+            progress.update(task, completed=done)
 
     try:
         yield tell
     finally:
         if is_shown:
-            shown.stop()
+            progress.stop()

@@ -1,13 +1,19 @@
-"""One cut, from scores to the trace of what is left: the only place where its order stands.
+"""One cut, from scores to the graph of the pruned model: the only place that knows the order of its
+steps.
 
-choose -> plan -> check on a copy -> cut -> carry the trace on. Groups of channels that fail the check
-are found, locked, and the choice is made again without them.
+choose units -> make the plan -> check it on a copy -> compensate -> cut -> carry the graph on
+
+The plan that is checked is the plan that is applied. If a cut fails its check, bisection finds the
+groups of channels that are to blame, in about log2(groups) trials for each. They are locked, and the
+choice is made again without them. So one layer that cannot be cut exactly never stops the others.
 """
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,12 +21,11 @@ from torch import nn
 
 from mmprune.budget.budget import Budget
 from mmprune.budget.choose import choose, uneven
-from mmprune.budget.measured import choose_measured
-from mmprune.budget.runtimes import Prepare
-from mmprune.check.lockstep import random_state, set_random_state
+from mmprune.budget.measured import Timing, choose_measured
+from mmprune.budget.schedule import target_at
 from mmprune.check.verify import verify
 from mmprune.compensation import Compensation, InputMoments
-from mmprune.contexts import Forward
+from mmprune.contexts import Forward, random_state_restored
 from mmprune.copies import copied
 from mmprune.distributed import (
     agreed_plan,
@@ -41,32 +46,77 @@ from mmprune.surgery.plan import Plan
 
 log = logging.getLogger(__name__)
 
-
-Noted = CutNotes | Mapping[str, Any]
-"""What to note of a choice, as an object or as its fields by name."""
-
-Choose = Callable[[ChannelGraph, np.ndarray], tuple[np.ndarray, Noted]]
-"""From a graph and its units' scores: which units stay (n_units, bool), and what to note of it."""
+ChooseUnits = Callable[[ChannelGraph, np.ndarray], tuple[np.ndarray, CutNotes]]
+"""From a graph and the scores of its units to (n_units,) bool, whether each stays, and notes."""
 
 FAILED = 'failed the check'
-"""The reason of a lock that no rule gave, but the comparison with the masked model."""
+"""The reason of a lock that comes from the comparison with the masked model, not from a rule."""
+
+
+def warn_caller(text: str) -> None:
+    """Warns in the name of the line that called ``prune`` or ``rebuild_model``, four calls above."""
+    warnings.warn(text, stacklevel=5)
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a cut left.
+class CutContext:
+    """What all cuts of one model have in common.
 
     Args:
-        plan: of this cut alone; ``None`` where nothing went.
-        trace: the graph of the model as it is now.
-        failed: {name of a group that was locked since it failed the check: why}.
+        model: the module that is cut, without wrappers.
+        wrapper: the wrapper around ``model`` (DistributedDataParallel), whose reducers are rebuilt
+            after a cut; ``None`` if there is none.
+        optimizer: the optimizers whose state is narrowed: see :func:`mmprune.surgery.apply.cut`.
+        ema_models: averaged copies of the model, which are narrowed in the same way.
+        per: the cost by which scores are divided, the ``per`` of a :class:`mmprune.Score`.
+        timing: measures the time of networks, once for several cuts; ``None``: each cut measures anew.
+            It is used only if the budget has ``latency``.
+        distributed: all processes of the default group make each cut together. The first process
+            chooses; a check that fails in one process fails in all.
+        strict: a cut that fails its check is an error.
+        warn: receives the text of each warning.
+    """
+
+    model: nn.Module
+    wrapper: nn.Module | None = None
+    optimizer: Any = None
+    ema_models: list[nn.Module] = field(default_factory=list)
+    per: str = 'auto'
+    timing: Timing | None = None
+    distributed: bool = False
+    strict: bool = False
+    warn: Callable[[str], Any] = warn_caller
+
+    def together(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """A block in which an error in one process is an error in all: see
+        :func:`mmprune.distributed.raise_together`."""
+        return raise_together(what) if self.distributed else contextlib.nullcontext()
+
+
+@dataclass(frozen=True)
+class CutResult:
+    """The result of one cut.
+
+    Args:
+        plan: the plan of this cut alone, which passed the check; ``None`` if nothing was removed.
+        graph: the graph of the model as it is now.
+        graph_before: the graph before the cut, in which groups that failed the check are locked.
+        scores: (n_units,) the scores of the units of ``graph_before``.
+        keep: (n_units,) bool, whether each unit of ``graph_before`` stayed.
+        notes: what the plan records of the choice, such as the measured time.
+        failed: {name of a group that failed the check: why}.
         compensated: layers whose kept weights were changed to compensate for the removed channels.
-        refused: layers that were not, since it would not have made their output better.
-        stale: a sentence on numbers of modules that may be widths and stay; empty if there are none.
+        refused: narrowed layers that were not changed, because that would not have improved their
+            output.
+        stale: a sentence on numbers of modules that may be widths and did not change; or empty.
     """
 
     plan: Plan | None
-    trace: ChannelGraph
+    graph: ChannelGraph
+    graph_before: ChannelGraph
+    scores: np.ndarray
+    keep: np.ndarray
+    notes: CutNotes
     failed: dict[str, str]
     compensated: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
@@ -74,156 +124,236 @@ class Outcome:
 
 
 def cut_once(
-    model: nn.Module,
+    context: CutContext,
     graph: ChannelGraph,
     scores: np.ndarray,
-    choose: Choose,
     budget: Budget,
+    forward: Forward,
     *,
-    forward: Callable[[nn.Module], Any] | None,
+    target: Budget | None = None,
+    check: Forward | None = None,
     compensate: Forward | None = None,
-    gathered: InputMoments | None = None,
-    optimizer: Any = None,
-    ema_models: Callable[[], list[nn.Module]] = list,
-    wrapper: nn.Module | None = None,
-    distributed: bool = False,
-    strict: bool = False,
-    warn: Callable[[str], Any] | None = None,
-) -> Outcome:
-    """Cuts ``model`` once, in place.
+    moments: InputMoments | None = None,
+    iteration: int | None = None,
+) -> CutResult:
+    """Cuts a model once, in place.
 
     Args:
-        model: what is cut.
-        graph: of ``model`` as it is.
-        scores: (n_units,), in the order of its units.
-        choose: which units stay. Called again where groups had to be locked.
-        budget: what was asked for, for the record.
-        forward: the run by which a cut is checked on a copy; ``None``: it is not.
-        compensate: a run on which the compensation of removed channels (:mod:`mmprune.compensation`) is
-            tested, and fitted too without ``gathered``; ``None``: kept weights are left as they are. If
-            compensation fails, the cut is made without it, with a warning.
-        gathered: moments of the layers' inputs, gathered over training steps.
-        optimizer: see :func:`mmprune.surgery.apply.cut`.
-        ema_models: gives the EMA models that are cut alike.
-        wrapper: what holds ``model`` (DistributedDataParallel), whose reducers are rebuilt.
-        distributed: all processes of the default group call this at once. The first one chooses; where
-            the check fails in one of them, it failed in all.
-        strict: a cut that fails the check is an error.
-        warn: told of every group that is locked.
+        context: the model, and what is cut with it.
+        graph: the graph of the model as it is.
+        scores: (n_units,) the scores of the units of ``graph``; NaN for a unit that has none and stays.
+        budget: the budget of the whole run, which is recorded in the plan.
+        forward: runs the model; networks are timed on it if the budget has ``latency``.
+        target: the budget that this cut aims at, if it is one of several (:func:`budget_of_step`);
+            ``None``: ``budget``.
+        check: the run on which a cut copy is compared with the masked model; ``None``: no check.
+        compensate: the run on which the compensation (:mod:`mmprune.compensation`) is tested, and also
+            fitted if there are no ``moments``; ``None``: kept weights do not change. If compensation
+            fails, the cut is made without it, with a warning.
+        moments: moments of the layers' inputs that were gathered over training steps.
+        iteration: training steps before this cut, for the record.
 
     Returns:
-        The plan of this cut, the graph of what is left, and the groups that failed the check.
+        The plan, the graph of the pruned model, and the choice that led to them.
 
     Raises:
-        InexactCut: the check failed, and ``strict``.
+        InexactCut: the check failed, and the context is strict.
         PruneError: nothing can be cut (any more). Nothing has changed then.
     """
-    together = raise_together if distributed else lambda what: contextlib.nullcontext()
 
-    def try_cut(keep: np.ndarray, graph: ChannelGraph) -> str:
-        """Why the cut to ``keep`` is none; empty where it is exact."""
-        complaint = ''
-        with together('the check of a cut'):
+    def choose_units(graph: ChannelGraph, scores: np.ndarray) -> tuple[np.ndarray, CutNotes]:
+        final = budget if target is not None else None
+        keep, notes = _choose(context, graph, scores, target or budget, final, forward)
+        return keep, replace(notes, iteration=iteration)
+
+    chosen = _exact_choice(context, graph, scores, choose_units, budget.to_meta(), check)
+    if chosen.plan is None:
+        return chosen
+    model, graph, keep = context.model, chosen.graph_before, chosen.keep
+    plan = agreed_plan(chosen.plan) if context.distributed else chosen.plan
+    compensation = _compensation(context, graph, plan, compensate, moments)
+    with context.together('the cut'):
+        cut(model, plan, context.optimizer, context.ema_models)
+        if compensation is not None:
+            compensation.apply()
+        rebuild_reducers(context.wrapper if context.wrapper is not None else model)
+        graph_now = after_cut(graph, model, keep)
+        if moments is not None:
+            moments.after_cut(plan, graph_now, model)
+    return replace(
+        chosen,
+        plan=plan,
+        graph=graph_now,
+        compensated=() if compensation is None else tuple(compensation.accepted),
+        refused=() if compensation is None else tuple(compensation.refused),
+        stale=stale_text([n for n in graph.stale if not graph.keeps(keep)[n.ids].all()]),
+    )
+
+
+def budget_of_step(budget: Budget, step: int, steps: int, start: dict[str, float]) -> Budget:
+    """The budget that cut number ``step`` of ``steps`` aims at.
+
+    Args:
+        budget: the budget of the last cut.
+        step: number of the cut, from 1 on. Cuts after the last of the schedule aim at ``budget``.
+        steps: number of cuts in the schedule.
+        start: {``flops``, ``params``: the fraction of the original that the model had before the first
+            cut of this run} (below 1 if an earlier run pruned it).
+    """
+
+    def aim(name: str, final: float) -> float:
+        had = start.get(name.removeprefix('keep_'), 1.0)
+        return min(1.0, had * target_at(min(step, steps), steps, min(1.0, final / had)))
+
+    return budget.scheduled(aim)
+
+
+# -- the choice ----------------------------------------------------------------------------------------
+
+
+def _exact_choice(
+    context: CutContext,
+    graph: ChannelGraph,
+    scores: np.ndarray,
+    choose_units: ChooseUnits,
+    asked: dict[str, Any],
+    check: Forward | None,
+) -> CutResult:
+    """Chooses until a choice passes the check; the model is not cut yet.
+
+    In several processes the first one chooses for all, because batches differ in size between processes
+    and the cost of a unit depends on the batch.
+    """
+
+    def agreed_choice() -> tuple[np.ndarray, CutNotes]:
+        units = None
+        with context.together('choosing'):
+            if not context.distributed or is_main_process():
+                with random_state_restored():  # measuring draws random numbers
+                    units = choose_units(graph, scores)
+        units = broadcast(units) if context.distributed else units
+        assert units is not None  # the first process has chosen
+        return units
+
+    def attempt(keep: np.ndarray, graph: ChannelGraph) -> tuple[Plan | None, str]:
+        """The plan of a cut to ``keep``, and why it is not exact; empty if it is."""
+        plan, complaint = None, ''
+        with context.together('the check of a cut'):
             try:
-                step = make_plan(graph, model, keep, budget.to_meta())
-                if forward is not None:
-                    check_cut(model, step, forward)
+                plan = make_plan(graph, context.model, keep, asked, notes)
+                if check is not None:
+                    check_cut(context.model, plan, check)
             except InexactCut as error:
                 complaint = str(error)
-        return next(filter(None, all_gather(complaint)), '') if distributed else complaint
+        complaints = all_gather(complaint) if context.distributed else [complaint]
+        return plan, next(filter(None, complaints), '')
+
+    def fails(keep: np.ndarray, graph: ChannelGraph) -> str:
+        return attempt(keep, graph)[1]
 
     failed: dict[str, str] = {}
     while True:
-        choice: tuple[np.ndarray, Noted] | None = None
-        with together('choosing'):
-            # Batches differ in size, and so may what a unit costs: one process chooses for all.
-            if not distributed or is_main_process():
-                choice = _drawing_nothing(choose, graph, scores)
-        choice = broadcast(choice) if distributed else choice
-        assert choice is not None  # the first process has made one
-        keep, noted = choice
+        keep, notes = agreed_choice()
         if keep.all():
-            return Outcome(None, graph, failed)
-        complaint = try_cut(keep, graph)
+            return CutResult(None, graph, graph, scores, keep, notes, failed)
+        plan, complaint = attempt(keep, graph)
+        if complaint:
+            wrong = guesses_to_blame(graph, keep, fails)
+            if wrong:  # the same choice again, because the measurements for it may have taken minutes
+                graph = without_guesses(graph, wrong)
+                plan, complaint = attempt(keep, graph)
+                if complaint:
+                    continue
         if not complaint:
-            break
-        wrong = guesses_to_blame(graph, keep, try_cut)
-        if wrong:
-            graph = without_guesses(graph, wrong)
-            if not try_cut(keep, graph):  # the same choice, which may have been measured for minutes
-                break
-            continue
-        if strict:
+            return CutResult(plan, graph, graph, scores, keep, notes, failed)
+        if context.strict:
             raise InexactCut(complaint)
-        blamed = groups_to_blame(graph, keep, lambda keep, graph=graph: try_cut(keep, graph))
+        blamed = groups_to_blame(graph, keep, partial(fails, graph=graph))
         for number in blamed:
             failed[graph.groups[number].name] = complaint
-            if warn is not None:
-                warn(f'{graph.groups[number]} {FAILED} and stay: {complaint}')
+            context.warn(f'{graph.groups[number]} {FAILED} and stay: {complaint}')
         if len(blamed) == len(graph.groups):
             raise PruneError(f'nothing can be cut: every group of channels {FAILED}: {complaint}')
-        graph, left = without(graph, blamed, FAILED)
-        scores = scores[left]
-    stale = [each for each in graph.stale if not graph.keeps(keep)[each.ids].all()]
-    with together('planning'):
-        notes = noted if isinstance(noted, CutNotes) else CutNotes(**noted)
-        step = make_plan(graph, model, keep, budget.to_meta(), notes)
-    step = agreed_plan(step) if distributed else step
-    averaged = ema_models()
-    compensation = None
-    if compensate is not None:
-        try:
-            compensation = Compensation(model, graph, step, compensate, gathered, together, distributed)
-            with together('compensating'):
-                compensation.prepare([model, *averaged])
-        except Exception as error:  # optional: a training must not end because of it
-            if strict:
-                raise
-            compensation = None
-            if warn is not None:
-                warn(f'Compensation failed, so this cut is made without it: {_text_of(error)}')
-    with together('the cut'):
-        cut(model, step, optimizer, averaged)
-        if compensation is not None:
-            compensation.apply()
-        rebuild_reducers(wrapper if wrapper is not None else model)
-        left = after_cut(graph, model, keep)
-        if gathered is not None:
-            gathered.after_cut(step, left, model)
-    accepted, refused = (
-        (tuple(compensation.accepted), tuple(compensation.refused)) if compensation else ((), ())
-    )
-    return Outcome(step, left, failed, accepted, refused, stale_text(stale))
+        graph, unlocked = without(graph, blamed, FAILED)
+        scores = scores[unlocked]
 
 
-def _text_of(error: Exception) -> str:
-    return str(error) if isinstance(error, PruneError) else f'{type(error).__name__}: {error}'
+def _choose(
+    context: CutContext,
+    graph: ChannelGraph,
+    scores: np.ndarray,
+    target: Budget,
+    final: Budget | None,
+    forward: Forward,
+) -> tuple[np.ndarray, CutNotes]:
+    """(which units stay, what to note of the choice). Times are measured if the budget asks for
+    that."""
+    model, original, latency = context.model, baseline_of(context.model, graph), None
+    if target.latency is None:
+        keep = choose(graph, scores, target, original, per=context.per, final=final)
+    else:
+        keep, latency = choose_measured(
+            model, forward, graph, scores, target, original, context.per, context.timing, final
+        )
+    not_rounded = uneven(graph, keep, target)
+    if not_rounded:
+        log.warning('Widths that could not be rounded: %s', '; '.join(not_rounded))
+    return keep, CutNotes(latency=latency, uneven=tuple(not_rounded))
 
 
-def _drawing_nothing(
-    choose: Choose, graph: ChannelGraph, scores: np.ndarray
-) -> tuple[np.ndarray, Noted]:
-    """What is measured for a choice runs on random numbers; training goes on as if it had not."""
-    before = random_state()
+def check_cut(model: nn.Module, plan: Plan, forward: Forward) -> None:
+    """Cuts a copy of ``model`` and compares it with the masked original by :func:`verify`.
+
+    Raises:
+        InexactCut: the two differ.
+    """
+    trial = copied(model)
+    cut(trial, plan)
+    verify(model, trial, plan, forward)
+
+
+def _compensation(
+    context: CutContext,
+    graph: ChannelGraph,
+    plan: Plan,
+    forward: Forward | None,
+    moments: InputMoments | None,
+) -> Compensation | None:
+    """The compensation of a cut, ready to be applied; ``None`` if none is wanted or it fails. It is
+    optional, so a failure must not end a training."""
+    if forward is None:
+        return None
+    together = context.together
     try:
-        return choose(graph, scores)
-    finally:
-        set_random_state(before)
+        compensation = Compensation(
+            context.model, graph, plan, forward, moments, together, context.distributed
+        )
+        with together('compensating'):
+            compensation.prepare([context.model, *context.ema_models])
+        return compensation
+    except Exception as error:
+        if context.strict:
+            raise
+        text = str(error) if isinstance(error, PruneError) else f'{type(error).__name__}: {error}'
+        context.warn(f'Compensation failed, so this cut is made without it: {text}')
+        return None
 
 
-def most_narrowed(graph: ChannelGraph, keep: np.ndarray, count: int = 3) -> list[str]:
-    """Names of the groups that lose the largest share of their units by a choice, largest first."""
-    lost = [(1 - keep[group.units].mean(), group.name) for group in graph.groups]
-    return [name for share, name in sorted(lost, reverse=True)[:count] if share > 0]
+# -- what a failed check is due to ---------------------------------------------------------------------
 
 
 def groups_to_blame(
     graph: ChannelGraph, keep: np.ndarray, fails: Callable[[np.ndarray], Any]
 ) -> list[int]:
-    """The groups without whose cuts the rest of ``keep`` passes. ``fails(keep)`` says whether a choice
-    fails; that of ``keep`` does."""
+    """Numbers of the groups without whose cuts the rest of ``keep`` passes the check.
 
-    def of(groups: list[int]) -> np.ndarray:
+    Args:
+        graph: the graph of the model.
+        keep: (n_units,) bool, a choice that fails.
+        fails: tells whether a choice fails.
+    """
+
+    def cutting_only(groups: list[int]) -> np.ndarray:
         choice = np.ones(graph.n_units, dtype=bool)
         for number in groups:
             units = graph.groups[number].units
@@ -231,20 +361,20 @@ def groups_to_blame(
         return choice
 
     suspects = [n for n, group in enumerate(graph.groups) if not keep[group.units].all()]
-    return to_blame(suspects, lambda groups: fails(of(groups)))
+    return to_blame(suspects, lambda groups: fails(cutting_only(groups)))
 
 
 def guesses_to_blame(
     graph: ChannelGraph, keep: np.ndarray, fails: Callable[[np.ndarray, ChannelGraph], Any]
 ) -> list[TrackedAttribute]:
-    """The numbers of modules that a cut to ``keep``, which fails, must not change: those that were
-    taken for widths since they equal one. None where it fails with all of them left alone."""
+    """The numbers of modules that must not change if the model is cut to ``keep``. The trace took them
+    for widths only because they equal one. Empty if the cut fails even when all of them stay."""
     stays = graph.keeps(keep)
-    guesses = [each for each in graph.tracked if each.guessed and not stays[each.ids].all()]
+    guesses = [number for number in graph.tracked if number.guessed and not stays[number.ids].all()]
 
     def fails_with(followed: list[TrackedAttribute]) -> Any:
-        left = [each for each in guesses if not any(each is number for number in followed)]
-        return fails(keep, without_guesses(graph, left))
+        ignored = [guess for guess in guesses if not any(guess is other for other in followed)]
+        return fails(keep, without_guesses(graph, ignored))
 
     if not guesses or fails_with([]):
         return []
@@ -252,12 +382,15 @@ def guesses_to_blame(
 
 
 def to_blame(suspects: list[Any], fails: Callable[[list[Any]], Any]) -> list[Any]:
-    """Those of ``suspects``, which fail together, without which the others pass. Bisection finds each
-    in about log2(suspects) trials."""
+    """The suspects without which the others pass; all of them together fail.
+
+    Each round looks for the first suspect that makes the test fail, by bisection over the number of
+    suspects that are tested: with the first ``low`` the test passes, with the first ``high`` it fails.
+    """
     blamed: list[Any] = []
     passed: list[Any] = []
     while suspects and (not blamed or fails(passed + suspects)):
-        low, high = 0, len(suspects)  # with the first `low` it passes, with the first `high` it fails
+        low, high = 0, len(suspects)
         while high - low > 1:
             middle = (low + high) // 2
             if fails(passed + suspects[:middle]):
@@ -270,8 +403,17 @@ def to_blame(suspects: list[Any], fails: Callable[[list[Any]], Any]) -> list[Any
     return blamed
 
 
+# -- what is reported of a cut -------------------------------------------------------------------------
+
+
+def most_narrowed(graph: ChannelGraph, keep: np.ndarray, count: int = 3) -> list[str]:
+    """Names of the ``count`` groups that lose the largest share of their units, largest first."""
+    lost = [(1 - keep[group.units].mean(), group.name) for group in graph.groups]
+    return [name for share, name in sorted(lost, reverse=True)[:count] if share > 0]
+
+
 def stale_text(numbers: list[TrackedAttribute]) -> str:
-    """A sentence on numbers of modules that a cut leaves as they are; empty without any."""
+    """A sentence on numbers of modules that a cut does not change; empty if there are none."""
     if not numbers:
         return ''
     names = list(dict.fromkeys(map(str, numbers)))
@@ -281,80 +423,3 @@ def stale_text(numbers: list[TrackedAttribute]) -> str:
         'since the traced run does not say whether it is that count. If another method reads it as '
         'such (a conversion for deployment), declare it with mmprune.adapter'
     )
-
-
-def choose_for(
-    model: nn.Module,
-    forward: Forward,
-    graph: ChannelGraph,
-    scores: np.ndarray,
-    budget: Budget,
-    per: str = 'auto',
-    prepare: Prepare | None = None,
-    final: Budget | None = None,
-) -> tuple[np.ndarray, CutNotes]:
-    """The choice for one cut; times are measured where the budget asks.
-
-    Args:
-        per: of the :class:`mmprune.Score` that made the scores.
-        prepare: makes a network ready to be timed in the budget's backend.
-        final: what is asked of the last of several cuts, where this is one of them.
-
-    Returns:
-        Which units stay, (n_units,) bool, and what to note of it. Layers whose width could not be
-        rounded are logged too.
-    """
-    original, latency = baseline_of(model, graph), None
-    if budget.latency is None:
-        keep = choose(graph, scores, budget, original, per=per, final=final)
-    else:
-        keep, latency = choose_measured(
-            model,
-            forward,
-            graph,
-            scores,
-            budget,
-            original,
-            per,
-            prepare,
-            final,
-        )
-    notes = uneven(graph, keep, budget)
-    if notes:
-        log.warning('Widths that could not be rounded: %s', '; '.join(notes))
-    return keep, CutNotes(latency=latency, uneven=tuple(notes))
-
-
-def choose_step(
-    graph: ChannelGraph,
-    scores: np.ndarray,
-    budget: Budget,
-    model: nn.Module,
-    forward: Forward,
-    target_at: Callable[[float], float],
-    start: dict[str, float],
-    per: str = 'auto',
-    prepare: Prepare | None = None,
-) -> tuple[np.ndarray, CutNotes]:
-    """The choice for one of several cuts: see :func:`choose_for`.
-
-    Args:
-        target_at: from a final fraction the one of this cut.
-        start: {``flops``, ``params``: the fraction of the original that the model had when this
-            began} (below 1 where it was pruned before).
-    """
-
-    def along(name: str, final: float) -> float:
-        whole = start.get(name.removeprefix('keep_'), 1.0)
-        return min(1.0, whole * target_at(min(1.0, final / whole)))
-
-    now = budget.scheduled(along)
-    return choose_for(model, forward, graph, scores, now, per, prepare, final=budget)
-
-
-def check_cut(model: nn.Module, plan: Plan, forward: Forward) -> None:
-    """Cuts a copy of ``model``, which :func:`verify` compares with the masked original. Raises a
-    PruneError if they differ."""
-    trial = copied(model)
-    cut(trial, plan)
-    verify(model, trial, plan, forward)

@@ -185,7 +185,6 @@ STUDY = Study(
         pruned('longer', 'cuts in two fifths of the training', end=0.4),
         pruned('distill', 'with distillation', distill=True),
         pruned('plain', 'without compensation', compensate=False),
-        pruned('recalibrated', 'with norms recalibrated', recalibrate=20),
         pruned('floor', 'no group below half of its units', keep_channels=0.5),
         pruned('flops', 'by FLOPs', score=dict(name='taylor_gate', per='flops')),
         pruned('none', 'by nothing', score=dict(name='taylor_gate', per='none')),

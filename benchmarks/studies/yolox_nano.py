@@ -171,24 +171,21 @@ def cut(
     per: str,
     gathered: InputMoments | None,
 ) -> None:
-    from mmprune.session import choose_for, cut_once
-
-    def choose(graph: Any, scores: Any) -> Any:
-        return choose_for(model, runs.tensor, graph, scores, budget, per)
+    from mmprune.session import CutContext, cut_once
 
     def as_tested(module: nn.Module) -> Any:
         with evaluating(module):
             return runs.loss(module)
 
     cut_once(
-        model,
+        CutContext(model, per=per),
         graph,
         scores,
-        choose,
         budget,
-        forward=runs.loss,
+        runs.tensor,
+        check=runs.loss,
         compensate=as_tested if gathered is not None else None,
-        gathered=gathered,
+        moments=gathered,
     )
 
 

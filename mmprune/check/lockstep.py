@@ -12,14 +12,14 @@ The second run compares its outputs with the shown ones, drops them, and asks fo
     ahead.advance()   # the first run goes on from where it stopped
 """
 
-import random
 import threading
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
+
+from mmprune.contexts import random_state, set_random_state
 
 AHEAD = 16 * 2**20
 """Bytes of shown tensors after which the run ahead stops. Fewer would cost time, by more turns."""
@@ -120,18 +120,3 @@ class RunAhead:
             with self._turn:
                 self.ended, self._runs = True, False
                 self._turn.notify_all()
-
-
-def random_state() -> tuple[Any, ...]:
-    """Of Python, numpy and torch; of all GPUs where they are in use."""
-    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), gpus
-
-
-def set_random_state(state: tuple[Any, ...]) -> None:
-    """Puts back what :func:`random_state` returned."""
-    random.setstate(state[0])
-    np.random.set_state(state[1])
-    torch.set_rng_state(state[2])
-    if state[3] is not None:
-        torch.cuda.set_rng_state_all(state[3])

@@ -32,7 +32,8 @@ from mmprune.contexts import (
     Forward,
     attributes_unchanged,
     outside_inference_mode,
-    random_states,
+    random_state,
+    set_random_state,
     tensors_in,
     tensors_of_output,
     unchanged,
@@ -358,7 +359,7 @@ def trace_run(model: nn.Module, run: Forward, tracer: Tracer) -> list[torch.Tens
     (:class:`~mmprune.graph.constraints.DistinctKeys`). With none, the entry is found, and the size is
     locked because it equals a constant.
     """
-    constraints, ordinary, put_back = tracer.state.constraints, None, random_states(model)
+    constraints, ordinary, drawn = tracer.state.constraints, None, random_state()
     before = snapshot(tracer.state)
     for distinct in reversed(DistinctKeys):
         constraints.distinct_keys, constraints.used_as_key = distinct, False
@@ -375,11 +376,11 @@ def trace_run(model: nn.Module, run: Forward, tracer: Tracer) -> list[torch.Tens
         if not distinct or not constraints.used_as_key:
             return out
         if not failed:
-            put_back()
+            set_random_state(drawn)
             ordinary = ordinary or OrdinaryRun(model, run)
             if ordinary.agrees(out, tracer.operations):
                 return out
-        put_back()  # so that the next run draws the same random numbers
+        set_random_state(drawn)  # so that the next run draws the same random numbers
         restore(tracer.state, before)
         tracer.run_again()
     raise AssertionError('the last run returns or raises')

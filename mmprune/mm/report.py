@@ -16,7 +16,7 @@ from mmprune.graph import cost
 from mmprune.graph.coupling import ChannelGraph
 from mmprune.mm.optional import optional
 from mmprune.score.collector import Collector
-from mmprune.session import Outcome
+from mmprune.session import CutResult
 from mmprune.surgery.plan import Plan
 
 REPORT_FILE = 'prune_report.json'
@@ -184,7 +184,7 @@ def has_jumped(before_cut: float, after_cut: float) -> bool:
 
 
 def loss_change(
-    runner: Runner, number: int, losses: tuple[float, float], narrowed: list[str], result: Outcome
+    runner: Runner, number: int, losses: tuple[float, float], narrowed: list[str], result: CutResult
 ) -> dict[str, Any]:
     """Logs how a cut changed the loss of one batch, and how many layers were compensated.
 

@@ -4,7 +4,6 @@ Nothing is downloaded, and no weight is left at a value that would hide an error
 makes its output vanish).
 """
 
-import contextlib
 import copy
 import functools
 import logging
@@ -29,6 +28,7 @@ from mmengine.utils import get_installed_path
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from mmprune.contexts import random_state_restored
 from mmprune.errors import PruneError
 from mmprune.mm.models.classifier import ImageClassifier
 
@@ -376,24 +376,13 @@ def shake(model: nn.Module, forward: Forward, seed: int = 0) -> None:
             norm.train()
             norm.momentum = 1.0
             norm.eps = max(norm.eps, 1e-5)  # some configs say 0, which training refuses
-        with torch.random.fork_rng(devices=[]):
+        with random_state_restored():
             torch.manual_seed(seed)
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(_numpy_state_kept(seed))
-                forward(model)
+            np.random.seed(seed)
+            forward(model)
         for norm, mode, momentum, eps in modes:
             norm.training, norm.momentum, norm.eps = mode, momentum, eps
             if norm.running_mean is not None:
                 norm.running_mean.add_(random(norm.running_mean, -0.2, 0.2) * norm.running_var.sqrt())
                 norm.running_var.mul_(random(norm.running_var, 0.7, 1.4)).add_(1e-4)
                 norm.num_batches_tracked.zero_()
-
-
-@contextlib.contextmanager
-def _numpy_state_kept(seed: int) -> Any:
-    state = np.random.get_state()
-    np.random.seed(seed)
-    try:
-        yield
-    finally:
-        np.random.set_state(state)

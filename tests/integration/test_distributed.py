@@ -207,18 +207,6 @@ def test_a_distributed_run_resumes_pruned(tmp_path):
             assert torch.equal(tensor, found[1]['state'][name]), name
 
 
-def recalibrated_run(folder: Path) -> dict[str, Any]:
-    hook = dict(keep_flops=0.5, interval=6, steps=1, recalibrate=2)  # the cut ends the run
-    state = train(distributed(folder, epochs=1, hook=hook)).model.module.state_dict()
-    return {name: tensor for name, tensor in state.items() if 'running' in name}
-
-
-def test_recalibrated_statistics_are_those_of_all_ranks(tmp_path):
-    first, second = spawn(recalibrated_run, 2, tmp_path)
-    assert len(first) == 4
-    assert_same(first, second)
-
-
 def scored_run(folder: Path) -> dict[str, Any]:
     found = {}
     for score in ('taylor_activation', 'l2', 'random'):

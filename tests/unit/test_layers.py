@@ -11,14 +11,15 @@ PACKAGE = Path(mmprune.__file__).parent
 
 LAYERS = [
     {'errors', '_version'},
-    {'contexts', 'onnx_sessions', 'progress'},
+    {'nested', 'onnx_sessions', 'progress'},
+    {'contexts'},
     {'copies'},
     {'graph'},
     {'surgery'},
     {'distributed'},
     {'budget'},
     {'score', 'check', 'compensation'},
-    {'session'},
+    {'session', 'defaults'},
     {'api', 'recalibration'},
     {'pruner'},
     {'analysis'},

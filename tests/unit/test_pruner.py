@@ -116,41 +116,10 @@ def test_a_first_call_without_steps_scores_its_own_batch_and_leaves_gradients_al
     assert statistics.eq(0).all() and model.stem[1].running_mean.eq(0).all()
 
 
-@pytest.mark.parametrize('given', [True, BATCHES[2:5], iter(BATCHES[2:5])], ids=['own', 'list', 'iter'])
-def test_recalibration_over_the_batch_or_those_that_are_given(given):
+def test_an_option_of_earlier_versions_names_its_replacement():
     model = make()
-    optimizer = sgd(model)
-    pruner = mmprune.Pruner(model, lock='head.0.bias')
-    train(model, optimizer, BATCHES[:2])
-    pruner.rebuild_model(BATCHES[2], to_loss_fn, optimizer, 3, recalibrate=given)
-    with torch.no_grad():
-        maps = [model.stem[0](x) for x in (BATCHES[2:3] if given is True else BATCHES[2:5])]
-    wanted = torch.stack([m.mean((0, 2, 3)) for m in maps]).mean(0)
-    assert wanted.shape == (9,)
-    torch.testing.assert_close(model.stem[1].running_mean, wanted)
-
-
-def test_recalibration_leaves_frozen_norms_alone():
-    model = make()
-    model.block = nn.Sequential(model.block, nn.BatchNorm2d(12).eval())
-    pruner = mmprune.Pruner(model)
-    pruner.rebuild_model(BATCHES[0], to_loss_fn, sgd(model), 3, recalibrate=True)
-    assert model.block[1].running_mean.eq(0).all() and model.stem[1].running_mean.any()
-
-
-def test_a_recalibration_that_can_do_nothing_stops_the_cut():
-    model = make().eval()
-    with pytest.raises(PruneError, match='the model has no batch norm in training mode'):
+    with pytest.raises(PruneError, match='recalibrate was removed: call mmprune.recalibrate'):
         mmprune.Pruner(model).rebuild_model(BATCHES[0], to_loss_fn, sgd(model), 3, recalibrate=True)
-    assert mmprune.plan_of(model) is None
-
-
-@pytest.mark.parametrize('given', [-1, 3, 0.5, 'all', None, BATCHES[0], {'x': 1}])
-def test_nonsense_to_recalibrate_over_is_named(given):
-    model = make()
-    shown = repr(given) if isinstance(given, int | float | str) else 'Tensor|dict|None'
-    with pytest.raises(PruneError, match=f'recalibrate=.*({shown}).*: give True for the batch of the'):
-        mmprune.Pruner(model).rebuild_model(BATCHES[0], to_loss_fn, sgd(model), 3, recalibrate=given)
     assert mmprune.plan_of(model) is None
 
 

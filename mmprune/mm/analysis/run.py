@@ -27,6 +27,7 @@ from mmprune.analysis.sensitivity import (
 from mmprune.budget.budget import Budget, make_budget
 from mmprune.budget.device import device_name
 from mmprune.check.masked import masked_in_place
+from mmprune.contexts import random_state_restored
 from mmprune.errors import PruneError
 from mmprune.graph import cost
 from mmprune.graph.coupling import ChannelGraph
@@ -75,6 +76,7 @@ class Options:
     sensitivity: bool = True
 
 
+@random_state_restored()
 def analyze_config(
     cfg: Config, checkpoint: str | None, options: Options = Options(), say: Say = lambda text: None
 ) -> dict[str, Any]:

@@ -1,9 +1,7 @@
-"""mmengine hooks: pruning while training goes on."""
+"""mmengine hooks that prune while training goes on."""
 
-from mmprune.mm.hooks.atomic_checkpoint_hook import AtomicCheckpointHook
+from mmprune.mm.hooks.checkpoint_hooks import AtomicCheckpointHook, RebuildHook
 from mmprune.mm.hooks.distill_hook import DistillHook
 from mmprune.mm.hooks.prune_hook import PruneHook
-from mmprune.mm.hooks.rebuild_hook import RebuildHook
-from mmprune.mm.hooks.recalibrate_hook import RecalibrateHook
 
-__all__ = ['AtomicCheckpointHook', 'DistillHook', 'PruneHook', 'RebuildHook', 'RecalibrateHook']
+__all__ = ['AtomicCheckpointHook', 'DistillHook', 'PruneHook', 'RebuildHook']

@@ -74,7 +74,7 @@ class DistillHook(Hook):
         scorings = [
             hook.scoring for hook in runner.hooks if isinstance(getattr(hook, 'scoring', None), Scoring)
         ]
-        begun = any(scoring.trace is not None for scoring in scorings)  # in a run that is resumed
+        begun = any(scoring.graph is not None for scoring in scorings)  # in a run that is resumed
         if plan_of(model) is None and not begun:
             if not scorings:
                 raise PruneError(
@@ -143,7 +143,7 @@ class DistillHook(Hook):
 def _cuts_on(hook: Hook) -> bool:
     """Whether this hook will cut again."""
     scoring = getattr(hook, 'scoring', None)
-    return isinstance(scoring, Scoring) and scoring.trace is not None
+    return isinstance(scoring, Scoring) and scoring.graph is not None
 
 
 def _frozen(model: nn.Module) -> nn.Module:

@@ -18,55 +18,48 @@ from mmprune.surgery.meta import plan_in, weights_in
 
 
 class PreflightHook(Hook):
-    """Registered by a ``PruneHook``, whose ``state``, ``budget`` and ``scoring`` it reads.
-
-    It warns of weights that were not loaded, of a validation near zero, and of units that stay because
+    """Warns of weights that were not loaded, of a validation near zero, and of units that stay because
     frozen layers read them. If these units put the budget out of reach, it raises an error before the
-    first cut.
-    """
+    first cut. ``PruneHook`` registers it."""
 
     priority = 'ABOVE_NORMAL'
 
     def __init__(self, state: PruneState, budget: Budget, scoring: Scoring) -> None:
         self.state, self.budget, self.scoring = state, budget, scoring
-        self._is_loaded = self._is_told_unscored = self._is_done = False
+        self._is_loaded = self._has_warned_of_unscored = self._has_cut = False
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         self._is_loaded = True
         if plan_in(checkpoint) is not None:
-            return  # all weights have to fit: RebuildHook sees to it
-        model = unwrapped(runner.model)
-        missing = preflight.not_loaded(model, weights_in(checkpoint, runner._load_from))
+            return  # RebuildHook checks that all weights fit
+        model, path = unwrapped(runner.model), runner._load_from
+        missing = preflight.not_loaded(model, weights_in(checkpoint, path))
         if missing:
-            runner.logger.warning(preflight.warning_of_loading(model, missing, runner._load_from))
+            runner.logger.warning(preflight.warning_of_loading(model, missing, path))
 
     def before_train(self, runner: Runner) -> None:
-        if self._is_loaded:
-            return
-        model, times = unwrapped(runner.model), self.state.times
-        text = preflight.warning_of_random_weights(model, times, runner.max_iters)
-        if text:
-            runner.logger.warning(text)
+        if not self._is_loaded:
+            model, times = unwrapped(runner.model), self.state.times
+            _warn(runner, preflight.warning_of_random_weights(model, times, runner.max_iters))
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
     ) -> None:
         collector = self.scoring.collector
-        if not self._is_told_unscored and collector is not None and collector.iterations:
-            self._tell_unscored(runner)
+        if collector is not None and not self._has_warned_of_unscored and collector.iterations:
+            self._warn_of_unscored(runner)
 
     def before_cut(self, runner: Runner) -> None:
-        """Before the first cut of this process: earlier ones have shown that cuts work."""
-        if self._is_done:
+        """Checks the floor before the first cut of this process: later cuts follow one that worked."""
+        if self._has_cut:
             return
-        self._is_done = True
-        if not self._is_told_unscored:
-            self._tell_unscored(runner)
-        graph, model = self.scoring.trace, unwrapped(runner.model)
+        self._has_cut = True
+        if not self._has_warned_of_unscored:
+            self._warn_of_unscored(runner)
+        graph, model = self.scoring.graph, unwrapped(runner.model)
         phase = self.state.phase(model)
-        text = preflight.warning_of_metrics(self.state.metrics.get(phase, {}))
-        if text and phase != 'pruned':
-            runner.logger.warning(text)
+        if phase != 'pruned':
+            _warn(runner, preflight.warning_of_metrics(self.state.metrics.get(phase, {})))
         unscored = np.zeros(graph.n_units, dtype=bool)
         for units in self.scoring.collector.held_units().values():
             unscored[units] = True
@@ -76,9 +69,13 @@ class PreflightHook(Hook):
             except PruneError as error:
                 raise PruneError(f'{error}. {preflight.remedy_of_frozen(model)}') from error
 
-    def _tell_unscored(self, runner: Runner) -> None:
-        self._is_told_unscored = True
-        graph, model = self.scoring.trace, unwrapped(runner.model)
-        text = preflight.warning_of_unscored(graph, self.scoring.collector, self.budget, model)
-        if text:
-            runner.logger.warning(text)
+    def _warn_of_unscored(self, runner: Runner) -> None:
+        self._has_warned_of_unscored = True
+        graph, collector = self.scoring.graph, self.scoring.collector
+        model = unwrapped(runner.model)
+        _warn(runner, preflight.warning_of_unscored(graph, collector, self.budget, model))
+
+
+def _warn(runner: Runner, text: str) -> None:
+    if text:
+        runner.logger.warning(text)

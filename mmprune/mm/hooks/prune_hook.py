@@ -1,272 +1,260 @@
-"""The mmengine hook that prunes: when to trace, to score and to cut."""
+"""The mmengine hook that prunes: it says when the model is traced, scored and cut."""
 
 import inspect
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
+from mmprune import defaults
 from mmprune.budget.budget import Budget, make_budget
 from mmprune.budget.measured import Timing
-from mmprune.budget.schedule import SCORED, CutTimes, check_times, resolve, target_at
+from mmprune.budget.schedule import SCORED, CutTimes, check_times, resolve
 from mmprune.compensation.moments import steps_between
 from mmprune.distributed import check_rebuildable, is_distributed, raise_together
 from mmprune.errors import PruneError
-from mmprune.graph.coupling import ChannelGraph
 from mmprune.mm import report
 from mmprune.mm.hooks import preflight, running
+from mmprune.mm.hooks.checkpoint_hooks import RebuildHook
 from mmprune.mm.hooks.distill_hook import DistillHook
 from mmprune.mm.hooks.preflight_hook import PreflightHook
 from mmprune.mm.hooks.prune_state import PruneState
-from mmprune.mm.hooks.rebuild_hook import RebuildHook
-from mmprune.mm.hooks.recalibrate_hook import RecalibrateHook
 from mmprune.mm.hooks.report_hook import ReportHook
 from mmprune.mm.hooks.running import unwrapped
 from mmprune.mm.hooks.scoring import Scoring
 from mmprune.mm.hooks.state_hook import StateHook
 from mmprune.mm.model_modes import run_apart, total_loss
 from mmprune.mm.recording.recorder import Recorder
-from mmprune.score import IN_TRAINING, Score, make_score
+from mmprune.score import Score, make_score
 from mmprune.score.idle import idle_groups, idle_text
-from mmprune.session import choose_step, cut_once, most_narrowed
+from mmprune.session import CutContext, CutResult, budget_of_step, cut_once, most_narrowed
 
 
 @HOOKS.register_module()
 class PruneHook(Hook):
-    """Prunes the model while it is trained: traces it once, scores in each iteration, cuts in steps.
+    """Prunes the model while it is trained: traces it once, scores it in each iteration, cuts it in
+    steps.
 
-    Brings along the hooks that it needs. Others may have ``before_scoring(runner)`` and
-    ``after_cut(runner)``. With several processes the first one chooses, from everyone's scores.
+    ``PruneHook`` registers the hooks that it needs. Other hooks may have the methods
+    ``before_scoring(runner)``, ``before_cut(runner)`` and ``after_cut(runner)``. In several processes
+    the first one chooses, by the scores of all.
 
     Args:
         score: a criterion's name, a :class:`mmprune.Score`, or a dict of its options.
-        begin: when scoring begins. This, ``end`` and ``interval`` are integers for iterations of the
-            loop (mmengine's count), or floats in [0, 1] for fractions of the training.
-        end: no cut comes later. By default a fifth of the training after ``begin``.
-        interval: between two cuts; follows from ``begin``, ``end`` and ``steps`` where it is not given.
-        steps: number of cuts in which the budget is reached. By default 30, or fewer in a short
-            training, so that each is scored over three steps of the optimizer; 10 with ``interval``.
-        by_epoch: integers of ``begin``, ``end`` and ``interval`` are epochs.
-        schedule: how the target comes down, ``'linear'`` or ``'cubic'``.
-        samples: images of the batch that the loss is traced and checked on.
+        begin: when scoring begins: an integer is an iteration of the loop (mmengine's count), a float
+            in [0, 1] a fraction of the training; ``None``: with the training.
+        end: when the last cut comes at the latest, as ``begin``; ``None``: a fifth of the training
+            after ``begin``.
+        interval: time between two cuts, as ``begin``; ``None``: it follows from ``begin``, ``end`` and
+            ``steps``.
+        steps: number of cuts in which the budget is reached; ``None``: 10 with ``interval``, otherwise
+            30, or fewer in a short training, so that each cut is scored over three optimizer steps.
+        by_epoch: whether integers in ``begin``, ``end`` and ``interval`` are epochs.
+        samples: number of images of the batch on which the loss is traced, checked and compensated.
         check: compare each cut with the masked model before it is kept.
-        strict: a cut that fails the check ends the training; by default the groups of channels that
-            are to blame are locked, with a warning, and the rest is cut.
-        recalibrate: batches of the training data over which batch norms' statistics are measured again
-            after each cut (0: training alone sets them right); frozen ones move with their inputs.
+        strict: end the training if a cut fails the check. Otherwise the groups of channels that are to
+            blame are locked, with a warning, and the others are cut.
         compensate: change the kept weights so that they compensate for the removed channels, by least
             squares over the training steps before the cut (:mod:`mmprune.compensation`).
-        distill: losses by which the unpruned network teaches the pruned one: ``True``, or a dict of the
-            options of :class:`mmprune.mm.hooks.DistillHook`.
+        distill: let the unpruned network teach the pruned one: ``True``, or a dict of the options of
+            :class:`mmprune.mm.hooks.DistillHook`.
         validate_first: validate right before the first cut, unless there was a validation within the
             last ``interval``.
-        rebuild_only: no cutting: this is a :class:`RebuildHook`.
-        budget: when to stop, a :class:`mmprune.Budget` or a dict of its options, in place of options.
-        options: ``keep_flops``, ``keep_params``, ``keep_channels`` and its others, one by one.
+        budget: when to stop, as a :class:`mmprune.Budget` or a dict of its options, in place of
+            ``options``.
+        options: the options of :class:`mmprune.Budget`, such as ``keep_flops``.
     """
 
     # Before EMAHook averages what was just cut.
     priority = 'ABOVE_NORMAL'
 
-    def __new__(cls, *args: Any, rebuild_only: bool = False, **kwargs: Any) -> Any:
-        return RebuildHook() if rebuild_only else super().__new__(cls)
-
     def __init__(
         self,
-        score: str | dict[str, Any] | Score = IN_TRAINING,
+        score: str | dict[str, Any] | Score = defaults.HOOK.score,
         *,
         begin: int | float | None = None,
         end: int | float | None = None,
         interval: int | float | None = None,
         steps: int | None = None,
         by_epoch: bool = False,
-        schedule: str = 'linear',
         samples: int = 4,
         check: bool = True,
         strict: bool = False,
-        recalibrate: int = 0,
-        compensate: bool = True,
+        compensate: bool = defaults.HOOK.compensate,
         distill: bool | dict[str, Any] = False,
         validate_first: bool = True,
-        rebuild_only: bool = False,
         budget: Budget | dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        for name, value, least in (('samples', samples, 1), ('recalibrate', recalibrate, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise PruneError(f'PruneHook: {name}={value!r}: must be an integer >= {least}')
+        if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+            raise PruneError(f'PruneHook: samples={samples!r}: must be an integer >= 1')
         preflight.check_options(options, OPTIONS)
         check_times(begin, end, interval, steps, by_epoch)
-        target_at(1, 1, 0.5, schedule)  # an unknown schedule is an error now, not at the first cut
         self.requested_times = [begin, end, interval, steps, by_epoch]
-        self.check, self.strict, self.schedule = check, strict, schedule
-        self.recalibrate, self.validate_first = recalibrate, validate_first
-        self.compensate = compensate
+        self.check, self.strict, self.compensate = check, strict, compensate
+        self.validate_first = validate_first
         if not isinstance(distill, bool | dict):
             raise PruneError(
                 f'PruneHook: distill={distill!r}: expected True, False or a dict of options'
             )
-        options_of_lesson = distill if isinstance(distill, dict) else {}
-        self.distill = None if distill is False else DistillHook(**options_of_lesson)
+        distill_options = distill if isinstance(distill, dict) else {}
+        self.distill = None if distill is False else DistillHook(**distill_options)
         self.budget = make_budget(budget, **options)
         self.score = make_score(score)
         self.state = PruneState()
         self.recorder = Recorder(self.state)
         self.scoring = Scoring(self.score, self.budget, samples, compensate)
+        self._timing: Timing | None = None
 
     @property
     def cuts(self) -> int:
-        """How many were done."""
+        """Number of cuts that were made."""
         return self.state.cuts
 
+    # -- before training ---------------------------------------------------------------------------
+
     def before_run(self, runner: Runner) -> None:
-        recalibrate = RecalibrateHook(self.recalibrate) if self.recalibrate else None
-        preflight.check_hooks(runner, self, {'recalibrate': recalibrate, 'distill': self.distill})
-        own: list[Hook] = [StateHook(self.state, self.scoring)]
-        own.append(PreflightHook(self.state, self.budget, self.scoring))
-        own.append(ReportHook(self.state, self.budget, self.recorder))
-        own += [recalibrate] if recalibrate is not None else []
-        for hook in (RebuildHook(), *own):
-            running.ensure_registered(runner, hook, self.priority)
+        preflight.check_hooks(runner, self, self.distill)
+        helpers = [
+            RebuildHook(),
+            StateHook(self.state, self.scoring),
+            PreflightHook(self.state, self.budget, self.scoring),
+            ReportHook(self.state, self.budget, self.recorder),
+        ]
+        running.register(runner, helpers, self.priority)
         if self.distill is not None:
-            running.ensure_registered(runner, self.distill, self.distill.priority)
+            running.register(runner, [self.distill], self.distill.priority)
 
     def before_train(self, runner: Runner) -> None:
         check_rebuildable(runner.model)
         prepare = running.prepare_for_timing(runner, self.budget)
-        self._prepare = Timing(prepare) if self.budget.latency is not None else None
+        self._timing = Timing(prepare) if self.budget.latency is not None else None
         self.state.times = self._times(runner)
         self.scoring.gather_every = steps_between(self.state.times.interval)
 
     def _times(self, runner: Runner) -> CutTimes:
-        """When cuts come. A resumed run keeps its times if the options are still the same: a training
-        that was made longer does not move its cuts."""
-        state, asked, total = self.state, self.requested_times, runner.max_iters
+        """The iterations of the cuts. A resumed run keeps its times if the options are still the same,
+        so that a training that was made longer does not move its cuts."""
+        state, requested, total = self.state, self.requested_times, runner.max_iters
         count, times = running.accumulation(runner), state.times
         scored = SCORED if self.score.criterion.gradients else 1
         done = 0 if state.resumed else runner.iter
         if done >= total > 0:
             preflight.check_first_cut(CutTimes(done, 1, 1), total, done)
-        if times is None or state.requested_times != asked:
+        if times is None or state.requested_times != requested:
             length = running.epoch_length(runner)
-            times = resolve(*asked, total, length, count, scored=scored, done=done)
+            times = resolve(*requested, total, length, count, scored=scored, done=done)
         running.check_accumulation(count, begin=times.begin, interval=times.interval)
-        state.requested_times = list(asked)
+        state.requested_times = list(requested)
         if not state.resumed:
             preflight.check_first_cut(times, total, done)
         runner.logger.info(preflight.plan_of_cuts(times, total, state.cuts, runner.iter))
         for text in preflight.warnings_of_times(
-            times, asked, total, accumulated=count, scored=scored, resumed_at=done
+            times, requested, total, accumulated=count, scored=scored, resumed_at=done
         ):
             runner.logger.warning(text)
         return times
 
+    # -- while training ----------------------------------------------------------------------------
+
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        started = self.scoring.trace is not None or runner.iter < self.state.times.begin
-        if not started and not self.state.is_done(unwrapped(runner.model), self.budget):
+        has_begun = self.scoring.graph is not None or runner.iter < self.state.times.begin
+        if not has_begun and not self.state.is_done(unwrapped(runner.model), self.budget):
             self.scoring.try_to_start(runner, data_batch, self.state)
-        if self.scoring.gathered is not None:
-            # Compensation is tested on the batch of the cut, so that batch is not in the fit.
-            self.scoring.gathered.begin_step(wanted=not self._is_due(runner))
+        if self.scoring.moments is not None:
+            # Compensation is tested on the batch of the cut, so that batch must not be in the fit.
+            self.scoring.moments.begin_step(wanted=not self._is_due(runner))
 
     def _is_due(self, runner: Runner) -> bool:
         """Whether a cut comes right after this iteration."""
-        times, now = self.state.times, runner.iter + 1
-        return now > times.begin and not (now - times.begin) % times.interval
+        times, done = self.state.times, runner.iter + 1
+        return done > times.begin and not (done - times.begin) % times.interval
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
     ) -> None:
-        if self.scoring.gathered is not None:
-            self.scoring.gathered.end_step()
-        if self.scoring.trace is None or not self._is_due(runner):
+        if self.scoring.moments is not None:
+            self.scoring.moments.end_step()
+        if self.scoring.graph is None or not self._is_due(runner):
             return
-        times, now = self.state.times, runner.iter + 1
         phase = self.state.phase(unwrapped(runner.model))
         last = self.state.metrics.get(phase, {}).get('iteration')
-        recent = last is not None and now - last <= times.interval
-        first = phase != 'pruned'
-        if first and self.validate_first and not recent and runner.val_loop is not None:
+        is_recent = last is not None and runner.iter + 1 - last <= self.state.times.interval
+        is_wanted = self.validate_first and runner.val_loop is not None
+        if phase != 'pruned' and is_wanted and not is_recent:
             runner.logger.info('Validating the model before the first cut')
             running.validate_apart(runner)
         self.cut(runner, data_batch)
 
     def cut(self, runner: Runner, batch: Any) -> None:
-        """One cut towards the budget, by the scores so far; then scoring starts again."""
-        model, state, number = unwrapped(runner.model), self.state, self.cuts + 1
+        """Makes one cut towards the budget, by the scores so far; then scoring starts again."""
+        model, scoring, state = unwrapped(runner.model), self.scoring, self.state
+        number, averaged = state.cuts + 1, running.averaged_models(runner)
         with raise_together('scoring'):
-            runs = self.scoring.runs(runner, batch, state.modes)
-            scores = self.scoring.collector.scores()
-        report.log_scores(runner.logger, self.scoring.collector)
-        idle = idle_groups(self.scoring.trace, scores, self.score)
-        ema_models, steps = running.averaged_models(runner), state.times.steps
-
-        def target(final: float) -> float:
-            return target_at(min(number, steps), steps, final, self.schedule)
-
-        def choose(graph: ChannelGraph, scores: Any) -> Any:
-            forward, per = runs.ordered[0], self.score.per
-            args = (graph, scores, self.budget, model, forward, target, state.start, per, self._prepare)
-            keep, notes = choose_step(*args)
-            narrowed[:] = most_narrowed(graph, keep)
-            if notes.latency is not None:
-                state.report['latency'] = notes.latency
-            self.recorder.note_scores(runner, graph, scores, keep, self.score, self.budget)
-            return keep, replace(notes, iteration=runner.iter + 1)
-
+            runs = scoring.runs(runner, batch, state.modes)
+            scores = scoring.collector.scores()
+        report.log_scores(runner.logger, scoring.collector)
+        idle = idle_groups(scoring.graph, scores, self.score)
         runner.call_hook('before_cut')
-        narrowed: list[str] = []
-        losses: list[Any] = []  # of the same samples, before the cut and after it
-
-        def noting(module: Any) -> Any:
-            losses.append(runs.loss(module))
-            return losses[-1]
-
-        if not self.compensate:  # which runs the loss itself
-            run_apart(model, noting)
-        outcome = cut_once(
-            model,
-            self.scoring.trace,
+        with raise_together('the loss before a cut'):
+            loss_before = total_loss(model, run_apart(model, runs.loss))
+        result = cut_once(
+            CutContext(
+                model,
+                wrapper=runner.model,
+                optimizer=runner.optim_wrapper,
+                ema_models=[ema.module for ema in averaged],
+                per=self.score.per,
+                timing=self._timing,
+                distributed=is_distributed(),
+                strict=self.strict,
+                warn=runner.logger.warning,
+            ),
+            scoring.graph,
             scores,
-            choose,
             self.budget,
-            forward=runs.checked if self.check else None,
-            compensate=noting if self.compensate else None,
-            gathered=self.scoring.gathered,
-            optimizer=runner.optim_wrapper,
-            ema_models=lambda: [ema.module for ema in ema_models],
-            wrapper=runner.model,
-            distributed=is_distributed(),
-            strict=self.strict,
-            warn=runner.logger.warning,
+            runs.ordered[0],
+            target=budget_of_step(self.budget, number, state.times.steps, state.start),
+            check=runs.checked if self.check else None,
+            compensate=runs.loss if self.compensate else None,
+            moments=scoring.moments,
+            iteration=runner.iter + 1,
         )
-        if outcome.stale:
-            runner.logger.info(outcome.stale)
-        if 'idle' not in state.report:  # of the whole network, before its first cut
-            state.report['idle'] = idle
-            if idle:
-                runner.logger.info(idle_text(idle))
-        self.scoring.close()
+        scoring.close()
         state.cuts = number
-        state.report.setdefault('failed', {}).update(outcome.failed)
-        if outcome.plan is None:
+        self._note(runner, result, idle)
+        if result.plan is None:
             runner.logger.info(f'Cut {number} removes nothing: its target is met already')
         else:
-            for ema in ema_models:
+            for ema in averaged:
                 running.refresh(ema)
             running.forget_best(runner)
             runner.call_hook('after_cut')
-            if losses:  # none if compensation failed before its run
-                run_apart(model, noting)
-                both = total_loss(model, losses[0]), total_loss(model, losses[-1])
-                changes = state.report.setdefault('jumps', [])
-                changes.append(report.loss_change(runner, number, both, narrowed, outcome))
-        if not state.is_done(model, self.budget):
-            self.scoring.watch(runner, outcome.trace)
+            losses = loss_before, total_loss(model, run_apart(model, runs.loss))
+            narrowed = most_narrowed(result.graph_before, result.keep)
+            change = report.loss_change(runner, number, losses, narrowed, result)
+            state.report.setdefault('jumps', []).append(change)
+        if state.is_done(model, self.budget):
+            scoring.finish()
         else:
-            self.scoring.finish()
+            scoring.watch(runner, result.graph)
+
+    def _note(self, runner: Runner, result: CutResult, idle: list[dict[str, Any]]) -> None:
+        """Notes a cut for the report; ``idle`` is the result of :func:`idle_groups` before it."""
+        noted = self.state.report
+        if result.stale:
+            runner.logger.info(result.stale)
+        if 'idle' not in noted:  # those of the whole network, before its first cut
+            noted['idle'] = idle
+            if idle:
+                runner.logger.info(idle_text(idle))
+        if result.notes.latency is not None:
+            noted['latency'] = result.notes.latency
+        noted.setdefault('failed', {}).update(result.failed)
+        graph, scores, keep = result.graph_before, result.scores, result.keep
+        self.recorder.note_scores(runner, graph, scores, keep, self.score, self.budget)
 
 
 OPTIONS = (

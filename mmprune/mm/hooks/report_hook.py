@@ -1,4 +1,4 @@
-"""The mmengine hook that tells what became of a pruned run: log, curves, JSON, a page."""
+"""The mmengine hook that reports a pruned run: log, curves, JSON, a page."""
 
 import shlex
 from typing import Any
@@ -18,8 +18,8 @@ from mmprune.surgery.plan import plan_of
 
 
 class ReportHook(Hook):
-    """Registered by a ``PruneHook``, whose ``state`` and ``budget`` it reads: keeps the metrics of the
-    unpruned and the pruned model, and writes the report and its page when training ends.
+    """Keeps the metrics of the unpruned and the pruned model, and writes the report and its page when
+    the training ends. ``PruneHook`` registers it.
 
     A training that ends without a cut is an error. A report that fails is a warning, and never ends a
     training.
@@ -56,11 +56,11 @@ class ReportHook(Hook):
         if not metrics:
             return
         numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
-        plan = plan_of(unwrapped(runner.model))
-        which = self.state.phase(unwrapped(runner.model))
-        self.state.metrics[which] = {'iteration': runner.iter} | numbers
-        self.recorder.end_validation(runner, which, numbers)
-        self.recorder.write(runner, plan)
+        model = unwrapped(runner.model)
+        phase = self.state.phase(model)
+        self.state.metrics[phase] = {'iteration': runner.iter} | numbers
+        self.recorder.end_validation(runner, phase, numbers)
+        self.recorder.write(runner, plan_of(model))
 
     def after_train(self, runner: Runner) -> None:
         model, state = unwrapped(runner.model), self.state
@@ -75,16 +75,17 @@ class ReportHook(Hook):
                 f'Training ended before the budget {self.budget.to_meta()} was met: '
                 f'{state.cuts} of {state.times.steps} cuts'
             )
-        last = state.metrics.get(state.phase(model), {}).get('iteration')
-        if runner.val_loop is not None and last != runner.iter:
-            validate_apart(runner)  # a run that was ended in its last validation
-        if is_main_process():
-            with optional(runner.logger, f'{report.REPORT_FILE} could not be written'):
-                report.finish(runner, state.report, plan, state.metrics, state.start)
-            self.recorder.write(runner, plan, finished=True)
-            again = f'Make it again: python tools/report.py {shlex.quote(str(runner.work_dir))}'
-            with optional(runner.logger, 'The report page could not be made', again):
-                # Imported late: only a page needs its texts and drawings.
-                from mmprune.mm.recording.run_page import write_page
+        last_validation = state.metrics.get(state.phase(model), {}).get('iteration')
+        if runner.val_loop is not None and last_validation != runner.iter:
+            validate_apart(runner)  # the run was interrupted in its last validation, and resumed
+        if not is_main_process():
+            return
+        with optional(runner.logger, f'{report.REPORT_FILE} could not be written'):
+            report.finish(runner, state.report, plan, state.metrics, state.start)
+        self.recorder.write(runner, plan, finished=True)
+        again = f'Make it again: python tools/report.py {shlex.quote(str(runner.work_dir))}'
+        with optional(runner.logger, 'The report page could not be made', again):
+            # Imported late, because only a page needs its texts and drawings.
+            from mmprune.mm.recording.run_page import write_page
 
-                runner.logger.info(f'Wrote {write_page(runner.work_dir)}')
+            runner.logger.info(f'Wrote {write_page(runner.work_dir)}')

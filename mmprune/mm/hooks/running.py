@@ -1,6 +1,7 @@
-"""What the hooks need of a Runner: its model, EMA models, units of time, a validation out of turn."""
+"""What the hooks need of a Runner: its model, EMA models, units of time, an extra validation."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from mmengine.dataset import InfiniteSampler
@@ -18,58 +19,71 @@ from mmprune.mm.configs import image_size
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside a wrapper (DDP, test-time augmentation), or itself."""
-    wrapped = is_model_wrapper(model) or isinstance(model, BaseTTAModel)
-    return model.module if wrapped else model
+    """The model inside a wrapper (DDP, test-time augmentation), or ``model`` itself."""
+    is_wrapped = is_model_wrapper(model) or isinstance(model, BaseTTAModel)
+    return model.module if is_wrapped else model
 
 
-def ensure_registered(runner: Runner, hook: Hook, priority: Any) -> None:
-    """Registers ``hook`` where the runner has none of its class.
+def register(runner: Runner, hooks: Iterable[Hook], priority: Any) -> None:
+    """Registers hooks in ``before_run`` of another hook, except those whose class the runner has
+    already.
 
-    Called in ``before_run`` of another hook with that one's own ``priority``, so that the new one
-    comes right behind it and the runner, which is amid its list of hooks, still calls it.
+    The runner is iterating over its list of hooks, so it gets a new list, and the ``before_run`` of
+    each new hook is called here.
     """
-    if not any(isinstance(each, type(hook)) for each in runner.hooks):
+    present = tuple(type(hook) for hook in runner.hooks)
+    missing = [hook for hook in hooks if not any(issubclass(kind, type(hook)) for kind in present)]
+    runner._hooks = list(runner._hooks)
+    for hook in missing:
         runner.register_hook(hook, priority)
+    for hook in missing:
+        hook.before_run(runner)
 
 
 def averaged_models(runner: Runner) -> list[BaseAveragedModel]:
-    """The EMA models: copies that ``EMAHook`` and its like keep."""
-    found = [getattr(hook, 'ema_model', None) for hook in runner.hooks]
-    return [model for model in found if isinstance(model, BaseAveragedModel)]
+    """The EMA models: copies that ``EMAHook`` and similar hooks keep."""
+    candidates = [getattr(hook, 'ema_model', None) for hook in runner.hooks]
+    return [model for model in candidates if isinstance(model, BaseAveragedModel)]
 
 
 def refresh(ema_model: BaseAveragedModel) -> None:
-    """With ``update_buffers`` an EMA model keeps a state dict, whose tensors are other objects than
-    its parameters: after a cut they would still be wide."""
+    """Makes an EMA model with ``update_buffers`` see that it was cut. It keeps a state dict, whose
+    tensors are other objects than its parameters and would still be wide."""
     if ema_model.update_buffers:
         ema_model.avg_parameters = ema_model.module.state_dict()
 
 
 def epoch_length(runner: Runner) -> int | None:
-    """Iterations of an epoch, also of a loop that counts iterations alone; ``None`` where the loader
-    has no length."""
+    """Iterations of an epoch, also if the loop counts only iterations; ``None`` if the data loader has
+    no length."""
     loader = runner.train_dataloader
     try:
         length = len(loader)
     except TypeError:
         return None
     sampler = getattr(loader, 'sampler', None)
-    if isinstance(sampler, InfiniteSampler):  # its length is that of all processes together
+    if isinstance(sampler, InfiniteSampler):  # its length counts the batches of all processes
         length = math.ceil(length / sampler.world_size)
     return length
 
 
 def accumulation(runner: Runner) -> int:
-    """Backward passes for one step of the optimizer (the least common multiple, of several)."""
+    """Backward passes for one step of the optimizer; the least common multiple of several
+    optimizers."""
     optim_wrapper = runner.optim_wrapper
-    several = isinstance(optim_wrapper, OptimWrapperDict)
-    wrappers = optim_wrapper.values() if several else [optim_wrapper]
+    has_several = isinstance(optim_wrapper, OptimWrapperDict)
+    wrappers = optim_wrapper.values() if has_several else [optim_wrapper]
     return math.lcm(*(wrapper._accumulative_counts for wrapper in wrappers))
 
 
 def check_accumulation(count: int, **iterations: int) -> None:
-    """A cut between two backward passes of one step would lose the first one's gradients."""
+    """Raises an error if a cut would fall between two backward passes of one step: it would lose the
+    gradients of the first one.
+
+    Args:
+        count: backward passes for one step of the optimizer.
+        iterations: the options that must be multiples of ``count``.
+    """
     for name, value in iterations.items():
         if value % count:
             raise PruneError(
@@ -80,11 +94,12 @@ def check_accumulation(count: int, **iterations: int) -> None:
 
 
 def validate_apart(runner: Runner) -> None:
-    """Validates where the loop would not. No checkpoint, early stop or schedule follows from it: one
-    written amid an epoch would be resumed as if the epoch were at its start."""
+    """Validates at a time at which the loop would not. Hooks that write checkpoints, stop early or
+    change schedules do not see it: a checkpoint inside an epoch would be resumed as if the epoch had
+    just begun."""
     hooks = runner._hooks
-    apart = (CheckpointHook, EarlyStoppingHook, ParamSchedulerHook)
-    runner._hooks = [hook for hook in hooks if not isinstance(hook, apart)]
+    blind = (CheckpointHook, EarlyStoppingHook, ParamSchedulerHook)
+    runner._hooks = [hook for hook in hooks if not isinstance(hook, blind)]
     try:
         runner.val_loop.run()
     finally:
@@ -93,9 +108,9 @@ def validate_apart(runner: Runner) -> None:
 
 
 def forget_best(runner: Runner) -> None:
-    """What was best before a cut was best of another model: best checkpoints and early stopping
-    start again, or the unpruned model would stay the best one."""
-    for key in [k for k in runner.message_hub.runtime_info if k.startswith('best_score')]:
+    """Starts best checkpoints and early stopping anew after a cut. Otherwise the unpruned model, which
+    is another one, would stay the best."""
+    for key in [key for key in runner.message_hub.runtime_info if key.startswith('best_score')]:
         runner.message_hub.pop_info(key)
     for hook in runner.hooks:
         if isinstance(hook, EarlyStoppingHook):
@@ -104,11 +119,11 @@ def forget_best(runner: Runner) -> None:
 
 
 def prepare_for_timing(runner: Runner, budget: Budget) -> Prepare | None:
-    """What makes the model ready to be timed in the budget's runtime; ``None`` where eager torch is it,
-    or no time is asked for.
+    """A function that makes the model ready to be timed in the budget's runtime; ``None`` if that is
+    eager torch, or if the budget does not ask for a time.
 
     Raises:
-        PruneError: the runtime is not installed, or the config says no size to test at.
+        PruneError: the runtime is not installed, or the config names no size of test images.
     """
     if budget.latency is None or budget.backend == 'eager':
         return None
@@ -119,6 +134,6 @@ def prepare_for_timing(runner: Runner, budget: Budget) -> Prepare | None:
             f'PruneHook: latency={budget.latency} with backend={budget.backend!r}: the test pipeline '
             "of the config names no size of images to time at; take backend='eager'"
         )
-    from mmprune.mm.deploy.raw import prepare_raw  # late, because it takes mmdet along
+    from mmprune.mm.deploy.raw import prepare_raw  # imported late, because it imports mmdet
 
     return prepare_raw(size, budget.backend)

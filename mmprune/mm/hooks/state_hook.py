@@ -1,20 +1,19 @@
-"""The mmengine hook by which a run of ``PruneHook`` goes on as if it had not been interrupted."""
+"""The mmengine hook that lets a run of ``PruneHook`` go on as if it had not been interrupted."""
 
 from typing import Any
 
+import torch
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from mmprune.graph import carry
-from mmprune.mm import random_state
+from mmprune.contexts import random_state, set_random_state
 from mmprune.mm.hooks.prune_state import KEY, PruneState
-from mmprune.mm.hooks.running import unwrapped
 from mmprune.mm.hooks.scoring import Scoring
 
 
 class StateHook(Hook):
-    """Registered by a ``PruneHook``: puts its ``state``, its ``scoring`` and the random states into
-    checkpoints, and takes them from the one that is resumed."""
+    """Saves the state and the scoring of a ``PruneHook`` and the random states in checkpoints, and
+    takes them from the checkpoint that is resumed. ``PruneHook`` registers it."""
 
     priority = 'ABOVE_NORMAL'
 
@@ -29,30 +28,24 @@ class StateHook(Hook):
             self.state.load(self._loaded)
 
     def before_train(self, runner: Runner) -> None:
-        if self._loaded is None:
-            return
-        saved = self._loaded.get('trace')  # not in checkpoints of mmprune 0.1.0
-        self.scoring.scores_so_far = self._loaded['collector']
-        self.scoring.moments_so_far = self._loaded.get('moments')  # not in those of mmprune 0.2.0
-        if saved is not None:
-            self.scoring.watch(runner, carry.from_state(saved, unwrapped(runner.model)))
-        random_state.set_state(self._loaded['rng'])
-        self._loaded = None
+        if self._loaded is not None:
+            self.scoring.resume(runner, self._loaded)
+            set_random_state(self._loaded['rng'])
+            self._loaded = None
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        rng = self._before_validation or random_state.get_state()
-        scoring = self.scoring
-        checkpoint[KEY] = self.state.to_checkpoint(
-            scoring.trace, scoring.collector, scoring.gathered, rng
-        )
+        rng = dict(self._before_validation or random_state())
+        if 'cuda' in rng:  # of this process's GPU: a run may be resumed on another number of them
+            rng['cuda'] = rng['cuda'][torch.cuda.current_device()]
+        checkpoint[KEY] = self.state.to_checkpoint() | self.scoring.to_checkpoint() | {'rng': rng}
 
-    # Validation draws random numbers too (a seed for its loader's workers). Training goes on as if
-    # there had been none, so that a run resumed behind it goes on alike.
+    # Validation draws random numbers (a seed for its loader's workers). Training goes on as if there
+    # had been no validation, so that a run that is resumed after one draws the same numbers.
 
     def before_val(self, runner: Runner) -> None:
-        self._before_validation = random_state.get_state()
+        self._before_validation = random_state()
 
     def after_val(self, runner: Runner) -> None:
         if self._before_validation is not None:
-            random_state.set_state(self._before_validation)
+            set_random_state(self._before_validation)
             self._before_validation = None

@@ -56,7 +56,7 @@ def test_a_cut_that_fails_at_any_step_leaves_model_optimizer_and_average(
 
     def cut_failing(runner, batch):
         before = everything(runner, ema)
-        trace, collector = hook.scoring.trace, hook.scoring.collector
+        trace, collector = hook.scoring.graph, hook.scoring.collector
         state = copy.deepcopy(hook.state)
 
         def fails_at(number):
@@ -81,7 +81,7 @@ def test_a_cut_that_fails_at_any_step_leaves_model_optimizer_and_average(
             with pytest.raises(torch.OutOfMemoryError):
                 PruneHook.cut(hook, runner, batch)
             assert_same(before, everything(runner, ema))
-            assert hook.scoring.trace is trace
+            assert hook.scoring.graph is trace
             assert hook.scoring.collector is collector
             assert hook.state == state  # what failed does not count
             number += 4

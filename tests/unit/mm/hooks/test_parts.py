@@ -11,7 +11,7 @@ from mmengine.runner import Runner
 import mmprune
 from mmprune.mm.atomic_files import ATOMIC
 from mmprune.mm.checkpoint import read_checkpoint
-from mmprune.mm.hooks import AtomicCheckpointHook, PruneHook, RebuildHook, RecalibrateHook
+from mmprune.mm.hooks import AtomicCheckpointHook, PruneHook, RebuildHook
 from mmprune.mm.hooks.prune_state import KEY
 from tests.helpers.hook_runs import config, train
 
@@ -44,16 +44,13 @@ class Told(Hook):
 
 @pytest.mark.parametrize('priority', ['VERY_HIGH', 'ABOVE_NORMAL', 'BELOW_NORMAL'])
 def test_prune_hook_brings_along_what_it_needs(tmp_path, priority):
-    cfg = config(tmp_path, epochs=1, hook=dict(keep_flops=0.6, interval=3, steps=1, recalibrate=1))
+    cfg = config(tmp_path, epochs=1, hook=dict(keep_flops=0.6, interval=3, steps=1))
     cfg.custom_hooks[0].priority = priority
     runner = train(cfg)
     found = names(runner)
     at = found.index('PruneHook')
-    brought = [
-        'RebuildHook', 'StateHook', 'PreflightHook', 'ReportHook', 'RecalibrateHook',
-        'AtomicCheckpointHook'
-    ]  # fmt: skip
-    assert found[at + 1 : at + 7] == brought
+    brought = ['RebuildHook', 'StateHook', 'PreflightHook', 'ReportHook']
+    assert found[at + 1 : at + 5] == brought
     assert all(found.count(name) == 1 for name in ['PruneHook', *brought])
     assert of(runner, CheckpointHook)[0].backend_args == ATOMIC
     assert 'mmprune' in read_checkpoint(tmp_path / 'epoch_1.pth')['meta']
@@ -67,14 +64,24 @@ def test_hooks_that_are_there_already_are_left(tmp_path):
     cfg.custom_hooks += [dict(type='RebuildHook'), dict(type='AtomicCheckpointHook')]
     runner = train(cfg)
     assert len(of(runner, RebuildHook)) == len(of(runner, AtomicCheckpointHook)) == 1
-    assert of(runner, RecalibrateHook) == []
 
 
-def test_rebuild_only_is_another_class_and_writes_whole_files_too(tmp_path):
-    assert type(PruneHook(rebuild_only=True)) is RebuildHook
-    runner = train(config(tmp_path, epochs=1, hook=dict(rebuild_only=True)))
+def test_a_rebuild_hook_alone_writes_whole_files_too(tmp_path):
+    runner = train(config(tmp_path, epochs=1, custom_hooks=[dict(type='RebuildHook')]))
     assert of(runner, PruneHook) == [] and len(of(runner, RebuildHook)) == 1
     assert of(runner, CheckpointHook)[0].backend_args == ATOMIC
+
+
+@pytest.mark.parametrize('named', [False, True], ids=['brought', 'in the config'])
+def test_a_hook_that_is_brought_along_starts_once(tmp_path, monkeypatch, named):
+    calls, before_run = [], RebuildHook.before_run
+    monkeypatch.setattr(
+        RebuildHook, 'before_run', lambda hook, runner: (calls.append(1), before_run(hook, runner))
+    )
+    cfg = config(tmp_path, epochs=1, hook=dict(keep_flops=0.6, interval=3, steps=1))
+    cfg.custom_hooks += [dict(type='RebuildHook')] * named
+    train(cfg)
+    assert calls == [1]
 
 
 def test_whole_files_without_any_pruning(tmp_path):
@@ -119,7 +126,7 @@ def test_a_trace_that_fails_leaves_the_state(tmp_path, monkeypatch):
     with pytest.raises(MemoryError):
         runner.train()
     assert seen == [(hook.state, hook.scoring._waited)]
-    assert (hook.state.start, hook.state.report, hook.scoring.trace) == ({}, {}, None)
+    assert (hook.state.start, hook.state.report, hook.scoring.graph) == ({}, {}, None)
 
 
 def test_what_follows_a_cut_and_fails_leaves_it_counted(tmp_path):

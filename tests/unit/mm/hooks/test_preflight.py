@@ -11,7 +11,7 @@ from torch import nn
 import mmprune
 from mmprune import PruneError
 from mmprune.budget.schedule import CutTimes
-from mmprune.mm.hooks import PruneHook, RecalibrateHook, preflight
+from mmprune.mm.hooks import PruneHook, preflight
 from tests.helpers.hook_runs import HOOK, config, train
 
 
@@ -46,7 +46,7 @@ def half(tmp_path_factory, dense):
 
 @pytest.mark.parametrize(
     'option, meant',
-    [('keep_flop', 'keep_flops'), ('stepz', 'steps'), ('recalibrat', 'recalibrate'), ('begn', 'begin')],
+    [('keep_flop', 'keep_flops'), ('stepz', 'steps'), ('compensat', 'compensate'), ('begn', 'begin')],
 )
 def test_a_misspelt_option_names_the_one_that_was_meant(option, meant):
     with pytest.raises(PruneError, match=f"option '{option}': did you mean {meant}\\? Expected one of"):
@@ -67,23 +67,25 @@ def test_two_prune_hooks_are_an_error_that_names_them(tmp_path):
         train(cfg)
 
 
-def test_one_hook_that_cuts_and_one_that_does_not_contradict_each_other(tmp_path):
-    cfg = config(tmp_path, custom_hooks=hooks(dict(rebuild_only=True), HOOK))
-    with pytest.raises(PruneError, match=r'rebuild_only=True\), .* and PruneHook\(keep_flops=0.5\)'):
-        train(cfg)
+@pytest.mark.parametrize(
+    'option, replacement',
+    [
+        (dict(rebuild_only=True), r"give dict\(type='RebuildHook'\)"),
+        (dict(recalibrate=5), r'call mmprune.recalibrate\(model, forward, batches\)'),
+        (dict(schedule='cubic'), 'targets fall linearly'),
+    ],
+)
+def test_an_option_of_earlier_versions_names_its_replacement(option, replacement):
+    (name,) = option
+    with pytest.raises(PruneError, match=f'{name} was removed: {replacement}'):
+        PruneHook(keep_flops=0.5, **option)
 
 
-def test_a_second_hook_with_other_options_is_an_error(tmp_path):
+def test_a_second_distill_hook_is_an_error(tmp_path):
     teaching = dict(type='DistillHook', features=0.5)
     cfg = config(tmp_path, custom_hooks=[teaching, *hooks(HOOK | dict(distill=True))])
-    with pytest.raises(PruneError, match=r'DistillHook is in custom_hooks, .* has distill with other'):
+    with pytest.raises(PruneError, match=r'DistillHook is in custom_hooks, .* has distill: keep one'):
         train(cfg)
-    recalibrating = RecalibrateHook(5)
-    cfg = config(tmp_path, hook=HOOK | dict(recalibrate=2))
-    runner = Runner.from_cfg(cfg)
-    runner.register_hook(recalibrating)
-    with pytest.raises(PruneError, match='RecalibrateHook is in custom_hooks, .* has recalibrate with'):
-        runner.train()
 
 
 # -- times -------------------------------------------------------------------------------------------
@@ -250,7 +252,7 @@ def test_a_budget_below_the_floor_is_found_when_scoring_begins(tmp_path):
 
 
 def test_the_target_of_a_part_below_its_floor_is_found_too(tmp_path):
-    parts = dict(neck=dict(keep_params=0.01, max_cut=0.5))
+    parts = dict(neck=dict(keep_params=0.01))
     cfg = config(tmp_path, hook=dict(keep_flops=0.9, parts=parts, interval=3, steps=5))
     runner = Runner.from_cfg(cfg)
     with pytest.raises(PruneError, match=r'keep_params=0.01 is below the floor .* in neck'):
