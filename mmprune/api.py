@@ -178,8 +178,8 @@ def prune(
             is cut; and modules that no run enters are a warning.
         compensate: weights that stay make up for those that go, by least squares over what ``forward``
             runs on (:mod:`mmprune.compensation`).
-        options: the others of :class:`Budget`: ``latency``, ``min_channels``, ``divisor``, ``max_cut``,
-            ``lock``, ``parts``.
+        options: the others of :class:`Budget`: ``latency``, ``min_channels``, ``divisor``, ``lock``,
+            ``parts``.
 
     Returns:
         The plan against the original, earlier cuts included.

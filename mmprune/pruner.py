@@ -204,7 +204,7 @@ class Pruner:
         norms = norms_in_training(self.model) if batches is not None else []
         forward = consumed(lambda model: to_loss_fn(model, batch))
         together = raise_together if self.distributed else lambda what: contextlib.nullcontext()
-        graph = self._collector.trace if self._collector is not None else None
+        graph = self._collector.graph if self._collector is not None else None
         if graph is None or not self._of_loss:
             with together('the trace'):
                 graph = trace(self.model, forward, also=self.also)
@@ -296,7 +296,7 @@ class Pruner:
             if collector is not None:
                 collector.close()
             collector = score_batches(self.model, graph, self.score, [forward], self.distributed)
-        return transferred(collector.scores(), collector.trace, graph), collector
+        return transferred(collector.scores(), collector.graph, graph), collector
 
 
 def _limits(budget: Budget | Mapping[str, Any] | None, options: dict[str, Any]) -> Budget:

@@ -15,7 +15,7 @@ from torch import nn
 
 from mmprune import _version
 from mmprune.analysis.analyze import Analysis, analyze
-from mmprune.analysis.floors import lowest
+from mmprune.budget.choose import lowest
 from mmprune.analysis.sensitivity import (
     FRACTIONS,
     SEEDS,

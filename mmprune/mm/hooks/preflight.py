@@ -5,7 +5,6 @@ A function raises a :class:`PruneError`, or returns warnings that the run should
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,8 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import nn
 
-from mmprune.analysis.floors import LEAST, lowest
 from mmprune.budget.budget import Budget
-from mmprune.budget.choose import choose, limits_of
+from mmprune.budget.choose import choose, limits_of, lowest
 from mmprune.budget.schedule import SCORED, STEPS, CutTimes
 from mmprune.errors import PruneError, did_you_mean
 from mmprune.graph import cost
@@ -302,14 +300,10 @@ def check_floor(
     scores = np.zeros(graph.n_units)
     if unscored is not None:
         scores[unscored] = np.nan
-    parts = {
-        name: {key: value for key, value in options.items() if key not in ('max_cut', 'latency')}
-        for name, options in budget.parts.items()
-    }
-    changes: dict[str, Any] = {'max_cut': 1.0, 'parts': {k: v for k, v in parts.items() if v}}
     if budget.latency is not None:
-        changes |= dict.fromkeys(budget.targets) | {'keep_channels': LEAST}
-    choose(graph, scores, replace(budget, **changes), original)
+        lowest(graph, budget, original, scores)
+    else:
+        choose(graph, scores, budget, original)
 
 
 def warning_of_unscored(

@@ -49,7 +49,6 @@ class PruneHook(Hook):
         steps: number of cuts in which the budget is reached. By default 30, or fewer in a short
             training, so that each is scored over three steps of the optimizer; 10 with ``interval``.
         by_epoch: integers of ``begin``, ``end`` and ``interval`` are epochs.
-        schedule: how the target comes down, ``'linear'`` or ``'cubic'``.
         samples: images of the batch that the loss is traced and checked on.
         check: compare each cut with the masked model before it is kept.
         strict: a cut that fails the check ends the training; by default the groups of channels that
@@ -82,7 +81,6 @@ class PruneHook(Hook):
         interval: int | float | None = None,
         steps: int | None = None,
         by_epoch: bool = False,
-        schedule: str = 'linear',
         samples: int = 4,
         check: bool = True,
         strict: bool = False,
@@ -99,9 +97,8 @@ class PruneHook(Hook):
                 raise PruneError(f'PruneHook: {name}={value!r}: must be an integer >= {least}')
         preflight.check_options(options, OPTIONS)
         check_times(begin, end, interval, steps, by_epoch)
-        target_at(1, 1, 0.5, schedule)  # an unknown schedule is an error now, not at the first cut
         self.requested_times = [begin, end, interval, steps, by_epoch]
-        self.check, self.strict, self.schedule = check, strict, schedule
+        self.check, self.strict = check, strict
         self.recalibrate, self.validate_first = recalibrate, validate_first
         self.compensate = compensate
         if not isinstance(distill, bool | dict):
@@ -204,7 +201,7 @@ class PruneHook(Hook):
         ema_models, steps = running.averaged_models(runner), state.times.steps
 
         def target(final: float) -> float:
-            return target_at(min(number, steps), steps, final, self.schedule)
+            return target_at(min(number, steps), steps, final)
 
         def choose(graph: ChannelGraph, scores: Any) -> Any:
             forward, per = runs.ordered[0], self.score.per

@@ -145,7 +145,7 @@ def test_the_averaged_model_is_cut_too(tmp_path):
         (dict(), 'no budget'),
         (dict(keep_flop=0.5), "unknown budget option 'keep_flop': did you mean keep_flops"),
         (dict(keep_flops=0.5, score='tailor'), "'tailor'"),
-        (dict(keep_flops=0.5, schedule='square'), "schedule='square': expected one of linear, cubic"),
+        (dict(keep_flops=0.5, schedule='cubic'), 'schedule was removed: targets fall linearly'),
         (dict(keep_flops=0.5, interval=0), 'interval=0: must be an integer >= 1'),
         (dict(keep_flops=0.5, steps=True), 'steps=True'),
     ],
