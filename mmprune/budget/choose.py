@@ -221,13 +221,13 @@ class _Target(NamedTuple):
 
     Args:
         value: gives what remains from the units that remain, (n_units,) bool.
-        whole: what the unpruned model had.
+        unpruned: what the unpruned model had.
         limit: how much may remain after this cut.
         final: how much may remain after the last cut.
     """
 
     value: Callable[[np.ndarray], float]
-    whole: float
+    unpruned: float
     limit: float
     final: float
 
@@ -266,7 +266,7 @@ class _Choice:
                 self.widths[group].append(width)
 
     def keep(self) -> np.ndarray:
-        """The units that remain: the parts are cut to their targets first, then the whole model."""
+        """The units that remain: parts are cut to their targets first, then the rest of the model."""
         keep = np.ones(self.graph.n_units, dtype=bool)
         for part in self.budget.parts:
             keep = self._cut(part, keep)
@@ -340,10 +340,10 @@ class _Choice:
         for name, what in (('keep_flops', 'flops'), ('keep_params', 'params')):
             if name in now:
                 value = getattr(cost, what)(self.graph, part)
-                whole = getattr(self.original, what) if part is None else None
-                if whole is None:
-                    whole = cost.before(self.graph, shapes, value)
-                targets[name] = _Target(value, whole, now[name] * whole, last[name] * whole)
+                unpruned = getattr(self.original, what) if part is None else None
+                if unpruned is None:
+                    unpruned = cost.before(self.graph, shapes, value)
+                targets[name] = _Target(value, unpruned, now[name] * unpruned, last[name] * unpruned)
         if 'latency' in now:
             if self.work is None:
                 raise PruneError(
@@ -351,8 +351,10 @@ class _Choice:
                     'mmprune.budget.measured.choose_measured, or a budget of keep_flops'
                 )
             value = cost.work(self.graph)
-            whole = cost.before(self.graph, shapes, value)
-            targets['latency'] = _Target(value, whole, self.work[0] * whole, self.work[1] * whole)
+            unpruned = cost.before(self.graph, shapes, value)
+            targets['latency'] = _Target(
+                value, unpruned, self.work[0] * unpruned, self.work[1] * unpruned
+            )
         if 'prune_num' in now:
             units = int(keep.sum())
             left = float(units - now['prune_num'])
@@ -444,7 +446,7 @@ class _Choice:
         where = f' in {part}' if part else ''
         texts = []
         for name, target in targets.items():
-            floor = target.value(least) / target.whole
+            floor = target.value(least) / target.unpruned
             texts.append(
                 f'{name}={limits.targets[name]} is below the floor {floor:.3f} that locked units, '
                 f'min_channels={limits.min_channels} and divisor={divisor} leave{where}'

@@ -53,7 +53,7 @@ def costliest_locks(
         )
     )
     everything = np.append(keep, np.ones(trial_units.size, dtype=bool))
-    whole = value(everything) or 1.0
+    total = value(everything) or 1.0
     entries_by_reasons: dict[tuple[str, ...], list[int]] = {}
     for number, locked in enumerate(graph.locked):
         if not all(lock.kind in UNAVOIDABLE for lock in locked.reasons):
@@ -63,7 +63,7 @@ def costliest_locks(
     for reasons, entries in entries_by_reasons.items():
         without = everything.copy()
         without[trial_units[entries]] = False
-        shares[reasons] = 1 - value(without) / whole
+        shares[reasons] = 1 - value(without) / total
     largest = sorted(shares.items(), key=lambda item: -item[1])[:SHOWN]
     return '; '.join(
         f'{share:.0%}: {"; ".join(reasons)}{_places(graph, entries_by_reasons[reasons])}'

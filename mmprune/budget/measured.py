@@ -19,10 +19,11 @@ Before the first cut, one network is timed: one that is cut to the final fractio
 follow the line through that point.
 """
 
+import contextlib
 import logging
 import statistics
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -143,10 +144,9 @@ def choose_measured(
         PruneError: the time was not reached, nothing can be cut, or the network cannot be run in the
             backend.
     """
-    search = _Search(model, graph, scores, budget, original, per, final)
     timing = prepare if isinstance(prepare, Timing) else Timing(prepare)
-    if timing.prepare is None:
-        timing.prepare = prepare_for(forward, budget.backend)
+    timing.prepare = timing.prepare or prepare_for(forward, budget.backend)
+    search = _Search(model, graph, scores, budget, original, per, final, timing)
     wanted = budget.latency
     assert wanted is not None
     goal = final.latency if final is not None and final.latency is not None else wanted
@@ -157,103 +157,93 @@ def choose_measured(
             before = cuts[-1].latency if cuts else None
             # In eager torch the model itself would be run later, and by then it has been cut.
             reference = model if is_last else copied(model)
-            timing.start(reference, search.work_of(), 1.0 if before is None else before)
+            everything = np.ones(graph.n_units, dtype=bool)
+            timing.start(reference, search.work_of(everything), 1.0 if before is None else before)
         if is_last:
-            return search.timed_choice(timing, wanted)
+            return search.timed_choice(wanted)
         if len(timing.points) == 1:
             log.info(
                 'Timing a network with %.0f %% of the work, to estimate the time of each cut',
                 100 * goal,
             )
-            assert final is not None
-            at_end = _Search(model, graph, scores, _latency_alone(final), original, per, None)
-            keep = at_end.choice(goal, goal)
-            timing.points.append(Point(search.work_of(keep), search.time_of(timing, keep)))
+            at_end = replace(search, budget=_latency_alone(final or budget), final=None)
+            timing.points.append(search.timed(at_end.choice(goal, goal)))
         keep = search.choice(work_for(timing.points, wanted), work_for(timing.points, goal))
         return keep, time_for(timing.points, search.work_of(keep))
 
 
+@dataclass
 class _Search:
     """The choices of one call of :func:`choose_measured`, whose arguments it has."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        graph: ChannelGraph,
-        scores: np.ndarray,
-        budget: Budget,
-        original: Baseline,
-        per: str,
-        final: Budget | None,
-    ) -> None:
-        self.model, self.graph, self.scores = model, graph, scores
-        self.budget, self.original, self.per, self.final = budget, original, per, final
-        self._work = cost.work(graph)
-        plan = original.plan
-        self._whole_work = cost.before(graph, plan and plan.fingerprint, self._work) or 1.0
+    model: nn.Module
+    graph: ChannelGraph
+    scores: np.ndarray
+    budget: Budget
+    original: Baseline
+    per: str
+    final: Budget | None
+    timing: Timing
 
-    def work_of(self, keep: np.ndarray | None = None) -> float:
-        """The fraction of the unpruned model's work that a choice has; ``None``: the model as it is."""
-        everything = np.ones(self.graph.n_units, dtype=bool)
-        return self._work(everything if keep is None else keep) / self._whole_work
+    def __post_init__(self) -> None:
+        plan = self.original.plan
+        self._work = cost.work(self.graph)
+        self._whole = cost.before(self.graph, plan and plan.fingerprint, self._work) or 1.0
 
-    def time_of(self, timing: Timing, keep: np.ndarray) -> float:
-        """The measured fraction of the unpruned model's time that a choice takes."""
+    def work_of(self, keep: np.ndarray) -> float:
+        """The fraction of the unpruned model's work that a choice has."""
+        return self._work(keep) / self._whole
+
+    def timed(self, keep: np.ndarray) -> Point:
+        """The work and the measured time of a choice."""
         trial = self.model if keep.all() else cut_copy(self.model, self.graph, keep)
-        return timing.time_of(trial, device_of(self.graph))
+        return Point(self.work_of(keep), self.timing.time_of(trial, device_of(self.graph)))
 
     def choice(self, work: float, final_work: float) -> np.ndarray:
-        """The units that remain at fractions of work after this cut and after the last one; if less
-        work cannot be reached, the fewest units that can remain."""
+        """The units that remain at fractions of work after this cut and after the last one; if so
+        little work cannot be reached, the fewest units that can remain."""
         fractions = min(1.0, work), min(1.0, final_work)
+        options: dict[str, Any] = {'per': self.per, 'final': self.final, 'work': fractions}
         try:
-            return choose(
-                self.graph,
-                self.scores,
-                self.budget,
-                self.original,
-                per=self.per,
-                final=self.final,
-                work=fractions,
-            )
+            return choose(self.graph, self.scores, self.budget, self.original, **options)
         except PruneError:
             if not self.graph.groups:
                 raise
             return lowest(self.graph, self.budget, self.original, self.scores)
 
-    def timed_choice(self, timing: Timing, wanted: float) -> tuple[np.ndarray, float]:
+    def timed_choice(self, wanted: float) -> tuple[np.ndarray, float]:
         """The choice whose measured time is ``wanted``, and its time."""
-        others = self._choice_of_other_targets()
-        if others is not None:
-            time = self.time_of(timing, others)
-            if time >= wanted:
-                return others, time
-            self.budget = _latency_alone(self.budget)
-            self.final = self.final and _latency_alone(self.final)
-        points = timing.points
-        tried: list[tuple[np.ndarray, float]] = []
+        if self.budget.targets.keys() - {'latency', 'keep_channels'}:
+            budget, final = (b and replace(b, latency=None) for b in (self.budget, self.final))
+            with contextlib.suppress(PruneError):  # the others cannot be reached
+                keep = choose(self.graph, self.scores, budget, self.original, per=self.per, final=final)
+                time = self.timed(keep).time
+                if time >= wanted:  # another target is reached first
+                    return keep, time
+            budget, final = (b and _latency_alone(b) for b in (self.budget, self.final))
+            return replace(self, budget=budget, final=final).timed_choice(wanted)
+        points, tried = self.timing.points, []
         while len(tried) < TRIES:
             work = work_for(points, 0.995 * wanted)
             keep = self.choice(work, work)
             if any(np.array_equal(keep, known) for known, _ in tried):
                 break
-            time = self.time_of(timing, keep)
-            tried.append((keep, time))
+            point = self.timed(keep)
+            tried.append((keep, point.time))
             log.info(
                 'Try %d takes %.1f %% of the time; wanted: %.1f %%',
                 len(tried),
-                100 * time,
+                100 * point.time,
                 100 * wanted,
             )
-            if BELOW * wanted <= time <= ABOVE * wanted or (keep.all() and time <= wanted):
+            if point.time <= ABOVE * wanted and (point.time >= BELOW * wanted or keep.all()):
                 break
             # Points of an earlier cut had other scores, so they serve for the first try alone.
-            earlier = points if len(tried) > 1 else timing.points[:1]
-            points = [*earlier, Point(self.work_of(keep), time)]
+            points = [*(points if len(tried) > 1 else points[:1]), point]
         fitting = [(keep, time) for keep, time in tried if time <= ABOVE * wanted]
         if fitting:
-            return max(fitting, key=lambda pair: pair[1])
-        keep, time = min(tried, key=lambda pair: pair[1])
+            return max(fitting, key=lambda choice: choice[1])
+        keep, time = min(tried, key=lambda choice: choice[1])
         if time > FAILED_ABOVE * wanted:
             raise PruneError(
                 f'latency={wanted} was not reached: after {len(tried)} attempts {time:.0%} of the time '
@@ -261,19 +251,6 @@ class _Search:
                 'channels. Otherwise use keep_flops'
             )
         return keep, time
-
-    def _choice_of_other_targets(self) -> np.ndarray | None:
-        """The choice for the targets beside ``latency``; ``None`` if there are none, or none of them
-        can be reached."""
-        targets = self.budget.targets.keys() - {'latency', 'keep_channels'}
-        if not targets:
-            return None
-        budget = replace(self.budget, latency=None)
-        final = self.final and replace(self.final, latency=None)
-        try:
-            return choose(self.graph, self.scores, budget, self.original, per=self.per, final=final)
-        except PruneError:
-            return None
 
 
 def _latency_alone(budget: Budget) -> Budget:
