@@ -373,7 +373,8 @@ class _Choice:
         if name == 'none':
             return BlockCost(ladders, keep, [np.arange(keep.size)], [(1.0, (0,))])
         polynomial = value if isinstance(value, CostPolynomial) else cost.BY_NAME[name](self.graph)
-        return BlockCost(ladders, keep, *polynomial.terms())
+        axes, terms = polynomial.terms()
+        return BlockCost(ladders, keep, axes, terms)
 
     def _ladders(self, groups: list[int], part: str | None, keep: np.ndarray) -> list[Ladder]:
         """A ladder for each of these groups that can lose units.

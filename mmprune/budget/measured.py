@@ -214,14 +214,15 @@ class _Search:
     def timed_choice(self, wanted: float) -> tuple[np.ndarray, float]:
         """The choice whose measured time is ``wanted``, and its time."""
         if self.budget.targets.keys() - {'latency', 'keep_channels'}:
-            budget, final = (b and replace(b, latency=None) for b in (self.budget, self.final))
+            budget = replace(self.budget, latency=None)
+            final = self.final and replace(self.final, latency=None)
             with contextlib.suppress(PruneError):  # the others cannot be reached
                 keep = choose(self.graph, self.scores, budget, self.original, per=self.per, final=final)
                 time = self.timed(keep).time
                 if time >= wanted:  # another target is reached first
                     return keep, time
-            budget, final = (b and _latency_alone(b) for b in (self.budget, self.final))
-            return replace(self, budget=budget, final=final).timed_choice(wanted)
+            final = self.final and _latency_alone(self.final)
+            return replace(self, budget=_latency_alone(self.budget), final=final).timed_choice(wanted)
         points, tried = self.timing.points, []
         while len(tried) < TRIES:
             work = work_for(points, 0.995 * wanted)
