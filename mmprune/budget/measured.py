@@ -262,8 +262,8 @@ def work_for(points: list[Point], wanted: float) -> float:
     """The fraction of work at which the time should be ``wanted``, from the networks that were timed.
 
     It lies on the line between the nearest points above and below ``wanted``. If all points are above,
-    it lies on the line through the first point and the one with the least work, and at half of that
-    work at least. A single point means that time is proportional to work.
+    it lies on the line through the two points with the least work, and at half of the least work at
+    least. A single point means that time is proportional to work.
 
     >>> work_for([Point(1.0, 1.0), Point(0.5, 0.58)], 0.49)  # doctest: +ELLIPSIS
     0.392...
@@ -277,12 +277,12 @@ def work_for(points: list[Point], wanted: float) -> float:
         slower, faster = min(above, key=_time), max(below, key=_time)
         part = (wanted - faster.time) / (slower.time - faster.time)
         return faster.work + part * (slower.work - faster.work)
-    smallest = min(points)
-    if smallest == start:
+    if len(points) == 1:
         return start.work * wanted / start.time
-    slope = (start.time - smallest.time) / (start.work - smallest.work)
-    extrapolated = smallest.work - (smallest.time - wanted) / slope if slope > 0 else 0.0
-    return max(extrapolated, smallest.work / 2)
+    least, next_least = sorted(points)[:2]
+    slope = _slope(least, next_least)
+    extrapolated = least.work - (least.time - wanted) / slope if slope > 0 else 0.0
+    return max(extrapolated, least.work / 2)
 
 
 def _time(point: Point) -> float:
@@ -290,9 +290,13 @@ def _time(point: Point) -> float:
 
 
 def time_for(points: list[Point], work: float) -> float:
-    """The estimated time at a fraction of work: on the line between the nearest two points."""
-    works, times = zip(*sorted(points), strict=True)
-    return float(np.interp(work, works, times))
+    """The estimated time at a fraction of work: on the line through the first two points."""
+    start, end = points[:2]
+    return start.time + _slope(start, end) * (work - start.work)
+
+
+def _slope(a: Point, b: Point) -> float:
+    return (a.time - b.time) / (a.work - b.work) if a.work != b.work else 0.0
 
 
 def device_of(graph: ChannelGraph) -> torch.device:

@@ -13,6 +13,7 @@ from mmprune.budget import device as devices
 from mmprune.budget import measured
 from mmprune.budget.choose import choose
 from mmprune.budget.measured import Point, time_for, work_for
+from mmprune.graph import cost
 from mmprune.surgery.apply import cut
 from mmprune.surgery.build import Baseline, baseline_of, make_plan
 from mmprune.surgery.history import CutNotes, CutRecord
@@ -111,7 +112,22 @@ def test_the_search_ends_at_the_time_that_was_asked_for(
     budget = Budget(latency=wanted, divisor=1)
     keep, time, timed = chosen(monkeypatch, model, traced, budget, real, scores)
     assert time == pytest.approx(real(keep.mean())) and 0.96 * wanted <= time <= 1.02 * wanted
-    assert len(timed) <= 4
+    assert len(timed) <= measured.TRIES
+
+
+def test_two_networks_suffice_where_time_falls_linearly_with_work(monkeypatch, model, traced, scores):
+    timed, work = [], cost.work(traced)
+
+    def choose_noting(*args, **kwargs):
+        keep = choose(*args, **kwargs)
+        timed.append(work(keep) / work(np.ones(traced.n_units, dtype=bool)))
+        return keep
+
+    monkeypatch.setattr(measured, 'choose', choose_noting)
+    monkeypatch.setattr(measured, 'ratio_of', lambda *_: 0.2 + 0.8 * timed[-1])
+    budget = Budget(latency=0.5, divisor=1)
+    _, time = measured.choose_measured(model, forward, traced, scores, budget, Baseline())
+    assert 0.48 <= time <= 0.51 and len(timed) == 2
 
 
 def test_where_blocks_are_coarse_the_slowest_of_what_fits_is_taken(monkeypatch, model, traced, scores):
@@ -222,7 +238,9 @@ def test_the_work_for_a_time_lies_between_the_nearest_points():
     assert work_for([Point(0.6, 0.8)], 0.4) == pytest.approx(0.3)
     assert work_for([Point(0.6, 0.8)], 0.9) == 0.6  # it is met already
     assert work_for([Point(1.0, 1.0), Point(0.5, 1.1)], 0.5) == 0.25  # a machine that was busy
-    assert time_for(points, 0.4) == pytest.approx(0.5) and time_for(points, 0.1) == 0.4
+    assert work_for([Point(1.0, 1.0), Point(1.0, 1.0)], 0.5) == 0.5
+    assert time_for(points, 0.75) == pytest.approx(0.8)
+    assert time_for(points, 0.25) == pytest.approx(0.4)
 
 
 def test_networks_take_turns_as_often_as_there_is_time(monkeypatch):
