@@ -66,23 +66,6 @@ def overhead(path: Path) -> dict[str, Any]:
     return found
 
 
-def latency(path: Path) -> dict[str, Any]:
-    """The rows that ``benchmarks/latency_error.py ... --latency 0.5 --out FILE`` wrote: how many times
-    as fast at half the FLOPs, errors of the prediction in per cent, and what ``latency=0.5`` takes."""
-    found: dict[str, Any] = {}
-    for row in json.loads(path.read_text()):
-        key = f'{row["network"].removesuffix("_shapes")}_{row["backend"]}'
-        name, _, fraction = row['asked'].partition('=')
-        if name == 'keep_flops':
-            error = 100 * (row['predicted'] / row['measured'] - 1)
-            found.setdefault(key, {})[f'error_{round(100 * float(fraction))}'] = error
-        if row['asked'] == 'keep_flops=0.5':
-            found[key]['faster'] = 1 / row['measured']
-        if name == 'latency':
-            found[key] |= {'left': row['measured'], 'flops': row['flops']}
-    return found
-
-
 def coverage(path: Path) -> dict[str, Any]:
     from tools.coverage import verdict
 
@@ -124,11 +107,6 @@ SOURCES = {
     'int8_onnxruntime': Source(TEST, last_metrics),
     'int8_openvino': Source(TEST, last_metrics),
     'overhead': Source('python benchmarks/overhead.py --configs', overhead),
-    'latency': Source(
-        'python benchmarks/latency_error.py configs/_base_/faster_rcnn_shapes.py ... --size 320 '
-        '--latency 0.5 --per work --scores random',
-        latency,
-    ),
     'coverage': Source('python tools/coverage.py', coverage, 'docs/coverage.json'),
     'planted_faults': Source('tests/unit/check/test_planted_faults.py', planted_faults, '.'),
 }
@@ -138,13 +116,6 @@ def cut_row(label: str, size: str, key: str) -> str:
     cells = ['step]:.2f} s', *(f'{part}]:.2f}}' for part in ('trace', 'choice', 'check', 'cut'))]
     cells += ['first]:.2f}', 'later]:.2f}', 'memory]:.2f} GB', 'peak]:.2f}']
     return f'| {label} | {size} | ' + ' | '.join(f'{{overhead[{key}][{cell}' for cell in cells) + ' |'
-
-
-def time_row(label: str, key: str, backend: str) -> str:
-    cells = ['faster]:.2f} x', 'error_70]:+.0f} %', 'error_50]:+.0f} %', 'error_30]:+.0f} %']
-    cells += ['left]:.3f}', 'flops]:.2f}']
-    at = f'{{latency[{key}_{backend.lower().replace(" ", "")}]['
-    return f'| {label} | {backend} | ' + ' | '.join(at + cell for cell in cells) + ' |'
 
 
 def boxed(label: str, key: str) -> str:
@@ -159,15 +130,6 @@ def measured(run: str, label: str, key: str, form: str) -> str:
 
 def with_ap(label: str, key: str) -> str:
     return f'| {label} | {{{key}[AP]:.3f}} | {{{key}[AP50]:.3f}} | '
-
-
-TIMED = {
-    'Faster R-CNN': 'faster_rcnn',
-    'RetinaNet': 'retinanet',
-    'R-FCN': 'rfcn',
-    'Simple Baseline': 'simple_baseline',
-    'FPN keypoints': 'pose_fpn',
-}
 
 
 def table(run: str) -> list[str]:
@@ -213,11 +175,6 @@ LINES = {
         with_ap('OpenVINO, fixed size', 'openvino'),
         with_ap('int8, ONNX Runtime', 'int8_onnxruntime'),
         with_ap('int8, OpenVINO', 'int8_openvino'),
-    ],
-    'docs/budgets.md': [
-        time_row(label, key, backend)
-        for label, key in TIMED.items()
-        for backend in ('eager', 'ONNX Runtime', 'OpenVINO')
     ],
     'docs/cuts.md': [
         cut_row('Faster R-CNN R50-FPN', '800 x 1333', 'faster_rcnn_r50_fpn'),

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import time
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -25,7 +26,7 @@ from torch import nn
 
 import mmprune
 from mmprune.mm.datasets import shapes
-from mmprune.score import CRITERIA, Score, Units, adjusted
+from mmprune.score import CRITERIA, Units, normalized
 from mmprune.score.collector import Collector
 
 SIDE = 32
@@ -182,9 +183,10 @@ def scores(model, traced, batches, loss):
     """{criterion: (n_units,) numbers as they are, without normalisation}."""
     nothing = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
     torch.manual_seed(0)
-    collectors = {
-        name: Collector(traced, Score(name, normalize='none'), nothing, model) for name in CRITERIA
-    }
+    collectors = {}
+    for name, criterion in CRITERIA.items():
+        CRITERIA[name] = replace(criterion, normalize='none')
+        collectors[name] = Collector(traced, name, nothing, model)
     for batch in batches:
         nothing.zero_grad()
         loss(model, batch).backward()
@@ -215,7 +217,7 @@ def table(traced, chosen, truth, found):
             mine = np.flatnonzero((group_of == number) & scored)
             if len(mine) >= 8 and np.ptp(truth[mine]) > 0:
                 layers.append(float(spearmanr(values[chosen][mine], truth[mine])[0]))
-        normal = adjusted(traced, values, Score(name, normalize='layer'))[chosen]
+        normal = normalized(traced, values)[chosen]
         rows[name] = (float(np.mean(layers)), rank(values[chosen]), rank(normal), int(scored.sum()))
     return rows
 

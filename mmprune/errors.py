@@ -31,7 +31,13 @@ class InexactCut(PruneError):
 
 
 REMOVED_OPTIONS: dict[str, str] = {
+    'frozen': 'units that a frozen weight reads stay; to prune them, train that weight',
+    'max_cut': 'make more cuts (steps of PruneHook), which limits what each of them removes',
+    'momentum': 'scores are the mean over the iterations since the last cut; leave it out',
+    'normalize': "a criterion declares it: mmprune.criterion(name, normalize='group')",
+    'penalty': "scores are divided by what a unit costs: Score(name, per='flops')",
     'predictions': 'distillation compares features alone; leave it out',
+    'schedule': 'targets fall linearly from cut to cut; leave it out',
     'temperature': 'distillation compares features alone; leave it out',
     'rebuild_only': "give dict(type='RebuildHook') in place of this PruneHook",
     'recalibrate': 'call mmprune.recalibrate(model, forward, batches) after the cut',

@@ -46,7 +46,7 @@ def shrink(units: Units, part: float) -> None:
     """The norm of what reads a unit falls by ``part`` of the mean in its group, to zero at least."""
     norms = units.sums(units.consumers, torch.square).sqrt()
     mean = torch.zeros_like(norms)
-    for group in units.trace.groups:
+    for group in units.graph.groups:
         mean[group.units] = norms[group.units].mean()
     factors = (1 - part * mean / norms.clamp(min=1e-12)).clamp(min=0)
     factors = torch.cat([factors, factors.new_ones(1)])  # the last: locked positions

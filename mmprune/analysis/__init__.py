@@ -1,1 +1,2 @@
-"""What can go, how far, and what hurts, before anything is cut: :func:`mmprune.analyze`."""
+"""Before a cut: what a model costs, what may be cut, how far, and what it needs
+(:func:`mmprune.analyze`)."""

@@ -1,38 +1,49 @@
-"""All that is known of a model before a cut, from one trace and some runs."""
+"""What is known of a model before a cut, from one trace and some runs: what each layer costs, what may
+be cut, how far, and what locks cost."""
 
+import statistics
+import time
 from collections import defaultdict
 from collections.abc import Container, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
-from mmprune.analysis.floors import Floor, floor_of
-from mmprune.analysis.layer_times import layer_times
 from mmprune.analysis.lock_prices import LockPrice, lock_prices
 from mmprune.api import trace_record
 from mmprune.budget.budget import Budget, make_budget
-from mmprune.budget.choose import producer_name, unit_width
-from mmprune.contexts import Forward
+from mmprune.budget.choose import lowest, producer_name, unit_width
+from mmprune.budget.device import steady_memory
+from mmprune.budget.measured import cut_copy, device_of, ratio_of
+from mmprune.contexts import Forward, evaluating, unchanged
+from mmprune.errors import PruneError
 from mmprune.graph import cost
 from mmprune.graph.coupling import ChannelGraph, couple
-from mmprune.surgery.build import baseline_of
+from mmprune.graph.module_scope import ModuleScope, track_modules
+from mmprune.progress import bar
+from mmprune.surgery.build import Baseline, baseline_of
+
+FEWEST_RUNS, MOST_RUNS = 3, 9
+"""How many runs layers are timed in, after one that warms up."""
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """What one module takes in a run, the modules that it calls apart.
+    """What one module costs in a run, without the modules that it calls.
 
     Args:
-        name: as in ``named_modules``; empty for the model itself.
-        part: that it belongs to.
-        kind: its class.
-        flops: multiply-adds, of all its runs.
-        params: its own parameters.
-        activations: elements of memory that it writes, where they carry channels.
-        channels, free: output channels, and how many of them may go; 0 where it has no weight.
-        seconds: measured in the network; ``None`` where no time was.
+        name: the name as in ``named_modules``; empty for the model itself.
+        part: the part of the model that it belongs to.
+        kind: the name of its class.
+        flops: multiply-adds of all its runs.
+        params: the number of parameters that it holds itself.
+        activations: the elements of memory that it writes and that carry channels.
+        channels: output channels; 0 if it has no weight.
+        free: how many of the output channels may be removed.
+        seconds: the time that it takes in the network; ``None`` if no time was measured.
     """
 
     name: str
@@ -48,14 +59,16 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class GroupCost:
-    """Channels that go together.
+    """Channels that are removed together.
 
     Args:
-        name: the first weight that makes them.
-        part: that they belong to.
-        units, width: how many may go one by one, and the channels of that weight that are one.
-        tensors: all that hold them.
-        flops, params: that would go if one unit stayed, and all else stayed as it is.
+        name: the name of the first weight that makes them.
+        part: the part of the model that this weight belongs to.
+        units: how many units may be removed one by one.
+        width: how many channels of that weight are one unit.
+        tensors: the names of all tensors that hold the units.
+        flops: multiply-adds that go if one unit stays, and all other groups stay as they are.
+        params: parameters that go then.
     """
 
     name: str
@@ -68,19 +81,44 @@ class GroupCost:
 
 
 @dataclass(frozen=True)
-class Analysis:
-    """What :func:`analyze` found. FLOPs are multiply-adds of one run of the first forward that works.
+class Floor:
+    """The smallest budgets that can be reached under some limits.
 
     Args:
-        graph: what may be cut and what not.
-        flops, params, activations: of the model as it is.
-        unpruned_flops, unpruned_params: before its first cut.
-        layers: every module that computes, in the model's order.
-        groups: in the order of ``graph.groups``.
-        locks: what is locked by reason, the dearest first.
-        floors: for default limits first, then for those that were given.
-        seconds: of a run, where it was measured, and
-        runs: of how many that is the median.
+        limits: a budget without its targets, as plain data.
+        keep_flops: the fraction of the unpruned model's multiply-adds; ``None`` if there is a
+            ``problem``.
+        keep_params: the fraction of the unpruned model's parameters; ``None`` if there is a
+            ``problem``.
+        latency: the measured fraction of the time that the model takes as it is; ``None`` if it was not
+            measured.
+        problem: why a figure is missing; empty if none is.
+    """
+
+    limits: dict[str, Any]
+    keep_flops: float | None = None
+    keep_params: float | None = None
+    latency: float | None = None
+    problem: str = ''
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """The result of :func:`analyze`. FLOPs are multiply-adds of the first forward that works.
+
+    Args:
+        graph: what may be cut and what may not.
+        flops: multiply-adds of the model as it is.
+        params: parameters of the model as it is.
+        activations: elements of activations that the model writes.
+        unpruned_flops: multiply-adds before its first cut.
+        unpruned_params: parameters before its first cut.
+        layers: every module that computes or holds something, in the model's order.
+        groups: the groups, in the order of ``graph.groups``.
+        locks: what is locked, by reason, the most expensive first.
+        floors: the floor for the default limits, then the one for the budget that was given.
+        seconds: the time of a run; ``None`` if it was not measured.
+        runs: how many runs ``seconds`` is the median of.
     """
 
     graph: ChannelGraph = field(repr=False)
@@ -99,9 +137,9 @@ class Analysis:
     @property
     def parts(self) -> dict[str, LayerCost]:
         """The sums of ``layers`` by part."""
-        found: dict[str, list[LayerCost]] = {}
+        by_part: dict[str, list[LayerCost]] = {}
         for layer in self.layers:
-            found.setdefault(layer.part, []).append(layer)
+            by_part.setdefault(layer.part, []).append(layer)
 
         def total(layers: list[LayerCost], name: str) -> Any:
             values = [getattr(layer, name) for layer in layers]
@@ -110,11 +148,11 @@ class Analysis:
         sums = ('flops', 'params', 'activations', 'channels', 'free', 'seconds')
         return {
             part: LayerCost(part, part, '', **{name: total(layers, name) for name in sums})
-            for part, layers in found.items()
+            for part, layers in by_part.items()
         }
 
     def to_meta(self) -> dict[str, Any]:
-        """Plain numbers, strings, lists and dicts."""
+        """The analysis as plain numbers, strings, lists and dicts."""
         names = ('flops', 'params', 'activations', 'unpruned_flops', 'unpruned_params')
         plain = {name: getattr(self, name) for name in (*names, 'seconds', 'runs')}
         return plain | {
@@ -148,46 +186,45 @@ def analyze(
     budget: Budget | Mapping[str, Any] | None = None,
     times: bool = True,
 ) -> Analysis:
-    """What a model costs layer by layer, what may be cut of it, how far, and what locks cost.
+    """Finds what a model costs layer by layer, what may be cut of it, how far, and what locks cost.
 
-    Nothing is cut or trained: the model is run, and copies of it.
+    Nothing is cut or trained: the model and copies of it are run.
 
     Args:
         model: left as it was.
-        forward: runs it on a real batch, e.g. ``lambda m: m(x)``. Its FLOPs and its time count.
+        forward: runs it on a real batch, e.g. ``lambda m: m(x)``. FLOPs and times are those of this
+            run.
         also: further ways to run it whose ties count too, see :func:`mmprune.trace`.
-        may_fail: those of them that are left out where they raise an error.
-        budget: a :class:`Budget` or a dict of its options, whose floor is wanted beside that of the
+        may_fail: the runs among ``also`` that are left out if they raise an error.
+        budget: a :class:`Budget` or a dict of its options. Its floor is given beside that of the
             default limits.
-        times: measure what each layer takes, and the time that is left at the floors.
+        times: whether to measure the time of each layer, and the time that remains at the floors.
 
     Returns:
         An :class:`Analysis`: ``layers``, ``parts``, ``groups``, ``locks`` and ``floors``, and
         ``to_meta()`` as plain data.
 
     Raises:
-        PruneError: a run fails; a bad budget.
+        PruneError: a run fails, or the budget is not valid.
 
     Example:
         >>> import torch
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 1))
-        >>> found = mmprune.analyze(model, lambda m: m(torch.zeros(1, 3, 5, 5)), times=False)
-        >>> found.flops, found.groups[0].flops
+        >>> analysis = mmprune.analyze(model, lambda m: m(torch.zeros(1, 3, 5, 5)), times=False)
+        >>> analysis.flops, analysis.groups[0].flops
         (2088, 1827)
-        >>> print(found.locks[0].reasons[0], found.locks[0].flops)
+        >>> print(analysis.locks[0].reasons[0], analysis.locks[0].flops)
         input channels (image or constant): aten::convolution in 0 (Conv2d) 1296
-        >>> round(found.floors[0].keep_flops, 3)
+        >>> round(analysis.floors[0].keep_flops, 3)
         0.125
     """
     record = trace_record(model, forward, also, may_fail)
     graph = couple(record)
     counted = next(run for run in (forward, *also) if run not in graph.failed)
-    seconds, runs = layer_times(model, counted) if times else ({}, 0)
-    whole = sum(seconds.values()) if times else None
+    seconds, runs = layer_times(model, counted) if times else (None, 0)
     original = baseline_of(model, graph)
     budgets = [Budget(keep_flops=0.5)] + ([make_budget(budget)] if budget is not None else [])
-    floors = [floor_of(model, counted, graph, each, original, whole) for each in budgets]
     return Analysis(
         graph=graph,
         flops=graph.flops,
@@ -195,17 +232,16 @@ def analyze(
         activations=round(sum(term.count for term in graph.profile.activations)),
         unpruned_flops=round(original.flops or 0),
         unpruned_params=original.params or 0,
-        layers=tuple(_layers(model, graph, seconds if times else None)),
+        layers=tuple(_layers(model, graph, seconds)),
         groups=tuple(_groups(graph)),
         locks=tuple(lock_prices(record)),
-        floors=tuple(floors),
-        seconds=whole,
+        floors=tuple(_floor(model, counted, graph, limits, original, times) for limits in budgets),
+        seconds=None if seconds is None else sum(seconds.values()),
         runs=runs,
     )
 
 
 def _layers(model: nn.Module, graph: ChannelGraph, seconds: dict[str, float] | None) -> list[LayerCost]:
-    """Modules that compute or hold something, in the model's order."""
     sums: dict[str, defaultdict[str, float]] = {
         what: defaultdict(float) for what in ('flops', 'params', 'activations', 'channels', 'free')
     }
@@ -222,26 +258,26 @@ def _layers(model: nn.Module, graph: ChannelGraph, seconds: dict[str, float] | N
         module = axis.name.rpartition('.')[0]
         sums['channels'][module] += axis.size
         sums['free'][module] += int((graph.unit_of[axis.ids] >= 0).sum())
-    found = []
+    layers = []
     for name, module in model.named_modules():
-        own = {what: round(values.get(name, 0)) for what, values in sums.items()}
-        took = seconds.get(name, 0.0) if seconds is not None else None
-        if any(own.values()) or took:
-            part = cost.part_of(name)
-            found.append(LayerCost(name, part, type(module).__name__, **own, seconds=took))
-    return found
+        of_module = {what: round(values.get(name, 0)) for what, values in sums.items()}
+        took = None if seconds is None else seconds.get(name, 0.0)
+        if any(of_module.values()) or took:
+            kind = type(module).__name__
+            layers.append(LayerCost(name, cost.part_of(name), kind, **of_module, seconds=took))
+    return layers
 
 
 def _groups(graph: ChannelGraph) -> list[GroupCost]:
     flops, params = cost.flops(graph), cost.params(graph)
     everything = np.ones(graph.n_units, dtype=bool)
     all_flops, all_params = flops(everything), params(everything)
-    found = []
+    groups = []
     for group in graph.groups:
         keep = everything.copy()
         keep[group.units[1:]] = False
         name = producer_name(graph, group)
-        found.append(
+        groups.append(
             GroupCost(
                 name=name,
                 part=cost.part_of(name),
@@ -252,4 +288,100 @@ def _groups(graph: ChannelGraph) -> list[GroupCost]:
                 params=round(all_params - params(keep)),
             )
         )
-    return found
+    return groups
+
+
+def _floor(
+    model: nn.Module,
+    forward: Forward,
+    graph: ChannelGraph,
+    budget: Budget,
+    original: Baseline,
+    times: bool,
+) -> Floor:
+    """The floor under the limits of ``budget``. With ``times``, a copy of the model is cut so far and
+    timed in turns with the model, in eager torch."""
+    without = (*budget.targets, 'backend')
+    limits = {k: v for k, v in budget.to_meta().items() if k not in without and v != []}
+    try:
+        keep = lowest(graph, budget, original)
+    except PruneError as error:
+        return Floor(limits, problem=str(error))
+    floor = Floor(
+        limits,
+        cost.flops(graph)(keep) / (original.flops or graph.flops or 1),
+        cost.params(graph)(keep) / (original.params or graph.params or 1),
+    )
+    if not times or keep.all():
+        return replace(floor, latency=1.0 if times else None)
+    try:
+        with unchanged(model), evaluating(model), torch.no_grad():
+            trial = cut_copy(model, graph, keep)
+            ratio = ratio_of(lambda: forward(trial), lambda: forward(model), device_of(graph))
+    except (PruneError, RuntimeError) as error:
+        return replace(floor, problem=f'a copy that is cut so far does not run: {error}')
+    return replace(floor, latency=ratio)
+
+
+# -- times of layers ---------------------------------------------------------------------------------
+
+
+class _Clock:
+    """The seconds that each module of a run has taken itself, without the modules that it calls."""
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self.scope, self.device = ModuleScope(model), device
+        self.seconds: dict[str, float] = {}
+        self._open: list[tuple[int, float, float]] = []  # (depth, start, seconds of modules inside)
+
+    def now(self) -> float:
+        if self.device.type == 'cuda':
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def enter(self) -> None:
+        self._open.append((len(self.scope.stack), self.now(), 0.0))
+
+    def leave(self, args: Any, out: Any) -> None:
+        now = self.now()
+        while self._open[-1][0] > len(self.scope.stack):  # a module that raised an error did not leave
+            self._open.pop()
+        _, start, inside = self._open.pop()
+        name = self.scope.name
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - start - inside
+        if self._open:
+            depth, began, others = self._open[-1]
+            self._open[-1] = depth, began, others + now - start
+
+
+def layer_times(
+    model: nn.Module, forward: Forward, limit: float = 20.0
+) -> tuple[dict[str, float], int]:
+    """The time that each module takes in ``forward(model)``, in evaluation mode and without gradients.
+
+    Args:
+        model: left as it was.
+        forward: the run that is timed.
+        limit: about how many seconds all runs may take, beyond ``FEWEST_RUNS`` of them.
+
+    Returns:
+        {name of a module: median of its seconds in a run, without the modules that it calls}, and the
+        number of runs. If a module runs several times, all its runs count, so the sum is the time of a
+        whole run.
+    """
+    device = next((p.device for p in model.parameters()), torch.device('cpu'))
+    runs: list[dict[str, float]] = []
+    with unchanged(model), evaluating(model), torch.no_grad(), steady_memory():
+        start = time.perf_counter()
+        forward(model)
+        run_seconds = max(time.perf_counter() - start, 1e-6)
+        count = max(FEWEST_RUNS, min(MOST_RUNS, int(limit / run_seconds)))
+        with bar('Timing layers', count) as show_progress:
+            for number in range(count):
+                clock = _Clock(model, device)
+                with track_modules(clock.scope, model, clock.leave, clock.enter):
+                    forward(model)
+                runs.append(clock.seconds)
+                show_progress(number + 1)
+    names = dict.fromkeys(name for run in runs for name in run)
+    return {name: statistics.median(run.get(name, 0.0) for run in runs) for name in names}, count

@@ -1,4 +1,16 @@
-"""What each lock costs: what could be saved were it lifted alone."""
+"""What each lock costs: what could be saved if it were lifted alone.
+
+**Problem.** A unit may be locked for several reasons, and what its removal would save depends on what
+else is removed.
+
+**Idea.** Build the units of the model as if no reason locked any (:class:`Lifted`). Units with the same
+reasons have one price: the FLOPs that go if these units go and nothing else. A layer cannot lose all
+its channels, so one unit of each kind stays.
+
+**Example.** A softmax locks the 8 channels of a layer with 12 inputs and 3 x 3 kernels on 36 positions.
+Lifting the lock would let 7 of them go: 7 * 12 * 9 * 36 multiply-adds, and those of the layers that
+read them.
+"""
 
 from dataclasses import dataclass, replace
 
@@ -17,22 +29,23 @@ from mmprune.graph.record import TraceRecord
 from mmprune.graph.slots import FIXED
 
 Key = tuple[tuple[Lock, ...], str]
-"""All locks of a unit, and where none of them names a place (an output of the model) its tensor."""
+"""All locks of a unit, and the name of its tensor if none of the locks names a place (such as an output
+of the model)."""
 
 
 @dataclass(frozen=True)
 class LockPrice:
-    """Units that are locked for the same reasons, and what hangs on these. FLOPs and parameters are
-    those of the model as it is.
+    """Units that are locked for the same reasons, and what that costs. FLOPs and parameters are those
+    of the model as it is.
 
     Args:
-        reasons: the locks: one that alone holds the units, or several, of which all would have to be
-            lifted.
-        tensors: that hold the units, by the first of each.
-        units: how many there are.
-        flops, params: the price: what would go if the units did and nothing else. One of each kind
-            stays, since no layer can lose all of its channels.
-        floor: the lowest fraction of the model's FLOPs that could be reached were they free.
+        reasons: the locks of these units. With several, all of them would have to be lifted.
+        tensors: the names of the tensors that hold the units, the first of each unit.
+        units: how many units there are.
+        flops: the multiply-adds that would go if these units went and nothing else. One of each kind
+            stays, since no layer can lose all its channels.
+        params: the parameters that would go then.
+        floor: the lowest fraction of the model's FLOPs that could be reached without these locks.
     """
 
     reasons: tuple[Lock, ...]
@@ -44,10 +57,13 @@ class LockPrice:
 
 
 class Lifted:
-    """The units of a traced model were no channel locked by a reason, and which reasons each has.
+    """The units that a traced model would have if no reason locked a channel.
 
-    ``graph``: these units and their groups; positions of kernels and constants are not among them.
-    ``keys``: for each unit its locks; ``None`` where it has none, and is ``free`` ((n_units,) bool).
+    Attributes:
+        graph: these units and their groups, without positions of kernels and constants.
+        names: for each unit, the name of the first tensor that holds it.
+        keys: for each unit, its locks; ``None`` if it has none.
+        free: (n_units,) bool, the units that have no locks.
     """
 
     def __init__(self, record: TraceRecord) -> None:
@@ -65,31 +81,32 @@ class Lifted:
         graph = couple(record)
         unit_of, groups = group_units(slots, component, never, graph.tracked)
         self.graph: ChannelGraph = replace(graph, unit_of=unit_of, groups=groups)
-        held = np.flatnonzero(unit_of >= 0)
-        first = np.zeros(self.graph.n_units, dtype=np.int64)
-        first[unit_of[held][::-1]] = held[::-1]
-        self.names = [slots.axes[axis].name for axis in slots.axis_index(first).tolist()]
+        with_unit = np.flatnonzero(unit_of >= 0)
+        first_slot = np.zeros(self.graph.n_units, dtype=np.int64)
+        first_slot[unit_of[with_unit][::-1]] = with_unit[::-1]
+        self.names = [slots.axes[axis].name for axis in slots.axis_index(first_slot).tolist()]
         self.keys: list[Key | None] = [
             _key(tuple(reasons.get(number, ())), name)
-            for number, name in zip(component[first].tolist(), self.names, strict=True)
+            for number, name in zip(component[first_slot].tolist(), self.names, strict=True)
         ]
         self.free = np.array([key is None for key in self.keys], dtype=bool)
 
     def least(self, free: np.ndarray) -> np.ndarray:
-        """Which units stay where all in ``free`` (n_units, bool) may go: one of each group of them."""
+        """(n_units,) bool, the units that stay if all in ``free`` ((n_units,) bool) may go: one of each
+        group of them."""
         keep = ~free
         for group in self.graph.groups:
             keep[group.units[free[group.units]][:1]] = True
         return keep
 
     def without(self, gone: np.ndarray) -> np.ndarray:
-        """Which units stay where those in ``gone`` go and no others; and one of a group that would have
-        no unit left which may go."""
+        """(n_units,) bool, the units that stay if those in ``gone`` go and no others. If a group would
+        keep no unit that may go, one more of it stays."""
         keep = ~gone
         for group in self.graph.groups:
-            mine = group.units[gone[group.units]]
-            if mine.size and not (self.free[group.units] & ~gone[group.units]).any():
-                keep[mine[0]] = True
+            gone_units = group.units[gone[group.units]]
+            if gone_units.size and not (self.free[group.units] & ~gone[group.units]).any():
+                keep[gone_units[0]] = True
         return keep
 
 
@@ -100,7 +117,7 @@ def _key(locks: tuple[Lock, ...], name: str) -> Key | None:
 
 
 def lock_prices(record: TraceRecord) -> list[LockPrice]:
-    """What is locked in a trace, by reason, with the price: the dearest first."""
+    """The prices of all locks of a trace, the most expensive first."""
     lifted = Lifted(record)
     flops, params = cost.flops(lifted.graph), cost.params(lifted.graph)
     everything = np.ones(lifted.graph.n_units, dtype=bool)
@@ -109,19 +126,19 @@ def lock_prices(record: TraceRecord) -> list[LockPrice]:
     for unit, key in enumerate(lifted.keys):
         if key is not None:
             units_of.setdefault(key, []).append(unit)
-    found = []
+    prices = []
     for (locks, _), units in units_of.items():
-        held = np.zeros_like(everything)
-        held[units] = True
-        keep = lifted.without(held)
-        found.append(
+        locked = np.zeros_like(everything)
+        locked[units] = True
+        keep = lifted.without(locked)
+        prices.append(
             LockPrice(
                 reasons=locks,
                 tensors=tuple(dict.fromkeys(lifted.names[unit] for unit in units)),
                 units=len(units),
                 flops=round(all_flops - flops(keep)),
                 params=round(all_params - params(keep)),
-                floor=flops(lifted.least(lifted.free | held)) / (all_flops or 1.0),
+                floor=flops(lifted.least(lifted.free | locked)) / (all_flops or 1.0),
             )
         )
-    return sorted(found, key=lambda price: -price.flops)
+    return sorted(prices, key=lambda price: -price.flops)

@@ -1,4 +1,4 @@
-"""What users ask for: how much is to remain, and where."""
+"""What a user asks for: how much of the model is to remain, and where."""
 
 import inspect
 import numbers
@@ -12,43 +12,45 @@ from mmprune.errors import PruneError, did_you_mean
 
 FRACTIONS = ('keep_flops', 'keep_params', 'keep_channels', 'latency')
 TARGETS = (*FRACTIONS, 'prune_num')
-"""The options that say when to stop; the others say what may go."""
+"""The options that say when to stop; all others say what may be removed."""
 
-PART_OPTIONS = (
-    'keep_flops', 'keep_params', 'keep_channels', 'prune_num', 'min_channels', 'divisor', 'max_cut',
-)  # fmt: skip
+PART_OPTIONS = ('keep_flops', 'keep_params', 'keep_channels', 'prune_num', 'min_channels', 'divisor')
+"""The options that a part of the model may have."""
 
+REMOVED_DEFAULTS = {'max_cut': 1.0}
+"""Options that earlier versions wrote into plans. At these values they changed nothing, so they are
+ignored; at any other value they are an error."""
 
 Divisor = int | Literal['auto']
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much is to remain, and where. Of several targets the first that is reached counts.
+    """How much of the model is to remain, and where. Of several targets, the one that is reached first
+    ends the cut.
 
     Args:
-        keep_flops: the fraction, in (0, 1], that remains of the unpruned model's multiply-adds.
-        keep_params: the same of its parameters.
-        keep_channels: the fraction of its units that every group keeps.
-        latency: the fraction that remains of its measured time.
-        backend: what times are measured in, those that ``divisor='auto'`` rests on too: ``'eager'``,
-            or the runtime that the model is deployed on, ``'onnxruntime'`` or ``'openvino'``.
-        prune_num: how many units go in one cut.
-        min_channels: channels that every group keeps at least.
-        divisor: units go in blocks that leave widths that are multiples of it; ``'auto'``: of what
-            this device works in, as measured (``mmprune/budget/device.py``), but no more than a
-            quarter of a layer at once, and of 4 at least, but for widths below that.
-        max_cut: the largest fraction of a group, in (0, 1], that one cut removes.
-        lock: patterns of tensor names (``'backbone.layer1.*'``) whose units stay.
-        parts: {name: options} for the units that are made in a part of the model, given by the start
-            of its names (``backbone``, ``roi_head.bbox_head``) or a pattern (``*.layer3.*``). A part
-            with a target of its own (``dict(neck=dict(keep_flops=0.6))``) is cut to that, and by no
-            other; one without sets ``min_channels``, ``divisor`` or ``max_cut`` there. Targets in
-            ``parts`` alone leave the rest of the model as it is. A unit in several parts belongs to
-            the first.
+        keep_flops: the fraction of the unpruned model's multiply-adds that remains, in (0, 1].
+        keep_params: the fraction of the unpruned model's parameters that remains, in (0, 1].
+        keep_channels: the fraction of its units that every group keeps, in (0, 1].
+        latency: the fraction of the unpruned model's measured time that remains, in (0, 1].
+        backend: the runtime in which times are measured: ``'eager'`` (torch), ``'onnxruntime'`` or
+            ``'openvino'``. ``divisor='auto'`` is measured there too.
+        prune_num: the number of units that one cut removes.
+        min_channels: the number of channels that every group keeps at least.
+        divisor: widths are multiples of this number. ``'auto'`` takes the channel multiple that was
+            measured to be fast on this device (:mod:`mmprune.budget.device`); then one step removes at
+            most a quarter of a layer, and widths are multiples of 4 wherever they are above 4.
+        lock: patterns of tensor names (``'backbone.layer1.*'``) whose units are never removed.
+        parts: {part: {option: value}}, options for the units that are made in one part of the model. A
+            part is given by the start of its names (``backbone``, ``roi_head.bbox_head``) or by a
+            pattern (``*.layer3.*``). A part with a target (``dict(neck=dict(keep_flops=0.6))``) is cut
+            to that target and does not count for the model's. Without a target, the part only changes
+            ``min_channels`` or ``divisor``. If only parts have targets, the rest of the model is not
+            cut. A unit that is in several parts belongs to the first of them.
 
     Raises:
-        PruneError: no target, or a value that is out of its range.
+        PruneError: there is no target, or a value is out of its range.
 
     Example:
         >>> budget = mmprune.Budget(keep_flops=0.5, lock='head.*')
@@ -67,37 +69,15 @@ class Budget:
     prune_num: int | None = None
     min_channels: int = 1
     divisor: Divisor = 'auto'
-    max_cut: float = 1.0
     lock: tuple[str, ...] = field(default=())
     parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in (*FRACTIONS, 'max_cut', 'prune_num', 'min_channels', 'divisor'):
-            value = getattr(self, name)
-            if isinstance(value, str) and (name, value) != ('divisor', 'auto'):
-                raise PruneError(f'{name}={value!r} is a string: give {_unquoted(name, value)}')
-        for name in (*FRACTIONS, 'max_cut'):
-            value = getattr(self, name)
-            number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-            if value is not None and not (number and 0 < float(value) <= 1):
-                raise PruneError(
-                    f'{name}={value!r} is outside (0, 1]: it is '
-                    + (
-                        'the largest fraction of a group that one cut removes'
-                        if name == 'max_cut'
-                        else 'the fraction that remains; give e.g. 0.5'
-                    )
-                )
-        check_backend(self.backend)
+        for name in FRACTIONS:
+            _check_fraction(name, getattr(self, name))
         for name in ('prune_num', 'min_channels', 'divisor'):
-            value = getattr(self, name)
-            if (name, value) in (('prune_num', None), ('divisor', 'auto')):
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise PruneError(
-                    f'{name}={value!r}: must be an integer >= 1'
-                    + (" or 'auto'" if name == 'divisor' else '')
-                )
+            _check_count(name, getattr(self, name))
+        check_backend(self.backend)
         lock = (self.lock,) if isinstance(self.lock, str) else tuple(self.lock)
         for pattern in lock:
             if not isinstance(pattern, str):
@@ -109,39 +89,46 @@ class Budget:
 
     @property
     def targets(self) -> dict[str, float]:
-        """The targets that were given, those of parts aside."""
+        """The targets of the whole model that were given, without those of parts."""
         return {name: getattr(self, name) for name in TARGETS if getattr(self, name) is not None}
 
     def locks(self, name: str) -> bool:
-        """Whether a pattern of ``lock`` names this tensor."""
+        """Whether a pattern of ``lock`` matches the name of a tensor."""
         return any(fnmatchcase(name, pattern) for pattern in self.lock)
 
     def of_part(self, name: str) -> 'Limits':
-        """The options of one part, the whole model's where it has none."""
-        own = dict(self.parts[name])
-        limits = {key: own.get(key, getattr(self, key)) for key in Limits.NAMES}
-        return Limits(**limits, targets={key: own[key] for key in TARGETS if key in own})
+        """What holds in one part: its options, and the model's limits where it has none."""
+        options = self.parts[name]
+        return Limits(
+            options.get('min_channels', self.min_channels),
+            options.get('divisor', self.divisor),
+            {target: options[target] for target in TARGETS if target in options},
+        )
 
     @property
     def whole(self) -> 'Limits':
-        return Limits(self.min_channels, self.divisor, self.max_cut, self.targets)
+        """What holds outside all parts."""
+        return Limits(self.min_channels, self.divisor, self.targets)
 
     def scheduled(self, along: Callable[[str, float], float]) -> 'Budget':
-        """This budget with ``along(name, fraction)`` in place of every fraction that remains, those
-        of parts included: what one of several cuts aims at."""
-        changed = {
-            name: along(name, value) for name, value in self.targets.items() if name in FRACTIONS
-        }
-        parts = {
-            part: {
-                key: along(key, value) if key in FRACTIONS else value for key, value in options.items()
+        """The budget of one of several cuts: ``along(name, fraction)`` replaces every fraction that
+        remains, also in parts."""
+
+        def moved(options: Mapping[str, Any]) -> dict[str, Any]:
+            return {
+                name: along(name, value) if name in FRACTIONS else value
+                for name, value in options.items()
             }
-            for part, options in self.parts.items()
-        }
-        return replace(self, **changed, parts=parts)
+
+        return replace(
+            self,
+            **moved(self.targets),
+            parts={part: moved(options) for part, options in self.parts.items()},
+        )
 
     def to_meta(self) -> dict[str, Any]:
-        """Plain numbers, strings, lists and dicts; what was left out is left out."""
+        """The budget as plain numbers, strings, lists and dicts. Options that were not given are left
+        out."""
         meta = {f.name: getattr(self, f.name) for f in fields(self)}
         meta |= {'lock': list(self.lock), 'parts': {k: dict(v) for k, v in self.parts.items()}}
         usual = {'parts': {}, 'backend': 'eager'}
@@ -150,22 +137,39 @@ class Budget:
 
 @dataclass(frozen=True)
 class Limits:
-    """What holds for the units of one part: see :class:`Budget`."""
+    """The options of a :class:`Budget` that hold for the units of one part."""
 
     min_channels: int
     divisor: Divisor
-    max_cut: float
     targets: Mapping[str, float]
 
-    NAMES = ('min_channels', 'divisor', 'max_cut')
+
+def _check_fraction(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if isinstance(value, str):
+        raise PruneError(f'{name}={value!r} is a string: give {_unquoted(name, value, 0.5)}')
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < float(value) <= 1:
+        raise PruneError(
+            f'{name}={value!r} is outside (0, 1]: it is the fraction that remains; give e.g. 0.5'
+        )
 
 
-def _unquoted(name: str, value: str) -> str:
-    """What to write in place of a string: its number without quotes, if it holds one."""
+def _check_count(name: str, value: Any) -> None:
+    if (name, value) in (('prune_num', None), ('divisor', 'auto')):
+        return
+    if isinstance(value, str):
+        raise PruneError(f'{name}={value!r} is a string: give {_unquoted(name, value, 8)}')
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        or_auto = " or 'auto'" if name == 'divisor' else ''
+        raise PruneError(f'{name}={value!r}: must be an integer >= 1{or_auto}')
+
+
+def _unquoted(name: str, value: str, example: float) -> str:
+    """What to write instead of a string: the number that it holds, or else an example."""
     try:
         float(value)
     except ValueError:
-        example = 0.5 if name in (*FRACTIONS, 'max_cut') else 8
         return f'a number, e.g. {name}={example}' + (" or 'auto'" if name == 'divisor' else '')
     return f'the number itself, {name}={value.strip()}'
 
@@ -173,25 +177,35 @@ def _unquoted(name: str, value: str) -> str:
 def _checked_parts(parts: Any) -> dict[str, dict[str, Any]]:
     if not isinstance(parts, Mapping):
         raise PruneError(f'parts={parts!r}: give a dict such as dict(neck=dict(keep_flops=0.5))')
-    found = {}
-    for name, options in parts.items():
-        if not isinstance(name, str) or not isinstance(options, Mapping) or not options:
+    checked = {}
+    for part, options in parts.items():
+        if not isinstance(part, str) or not isinstance(options, Mapping) or not options:
             raise PruneError(
-                f'parts[{name!r}]={options!r}: give a dict of options such as dict(keep_flops=0.5)'
+                f'parts[{part!r}]={options!r}: give a dict of options such as dict(keep_flops=0.5)'
             )
-        unknown = [key for key in options if key not in PART_OPTIONS]
-        if unknown:
+        options = without_removed(options)
+        unknown = next((name for name in options if name not in PART_OPTIONS), None)
+        if unknown is not None:
             raise PruneError(
-                f'parts[{name!r}]: unknown option {unknown[0]!r}: '
-                f'{did_you_mean(unknown[0], PART_OPTIONS)}'
+                f'parts[{part!r}]: unknown option {unknown!r}: {did_you_mean(unknown, PART_OPTIONS)}'
             )
-        checked: dict[str, Any] = {'prune_num': 1, **options}
+        with_target: dict[str, Any] = {'prune_num': 1, **options}
         try:
-            Budget(**checked)
+            Budget(**with_target)
         except PruneError as error:
-            raise PruneError(f'parts[{name!r}]: {error}') from error
-        found[name] = dict(options)
-    return found
+            raise PruneError(f'parts[{part!r}]: {error}') from error
+        if options:
+            checked[part] = options
+    return checked
+
+
+def without_removed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """``options`` without those that earlier versions had, where their value changed nothing."""
+    return {
+        name: value
+        for name, value in options.items()
+        if name not in REMOVED_DEFAULTS or value != REMOVED_DEFAULTS[name]
+    }
 
 
 def make_budget(
@@ -200,17 +214,18 @@ def make_budget(
     /,
     **options: Any,
 ) -> Budget:
-    """A Budget from what a caller gave: one of these, not both.
+    """Makes a Budget from what a caller was given: either ``budget`` or ``options``.
 
     Args:
-        budget: a :class:`Budget`, or a mapping of its options.
-        others: names of the caller's own options, for "did you mean". A misspelt ``optimizer=`` of
+        budget: a :class:`Budget`, a mapping of its options, or ``None`` if ``options`` are given.
+        others: names of the caller's own options, for "did you mean": a misspelt ``optimizer=`` of
             :func:`mmprune.prune` arrives here among the options of the budget.
-        options: options of :class:`Budget`, as keywords.
+        options: the options of :class:`Budget` as keywords.
 
     Raises:
-        PruneError: ``budget`` beside options; an unknown option (the most similar one is named, and
-            the known ones are listed); a bad value; a target of 1.0, which removes nothing.
+        PruneError: ``budget`` and ``options`` were both given; an option is unknown (the message names
+            the most similar one and lists all) or was removed; a value is out of its range; a target is
+            1.0, which removes nothing.
     """
     as_options = budget is None
     if budget is None:
@@ -220,33 +235,29 @@ def make_budget(
             f'budget= and {", ".join(f"{name}=" for name in options)} were both given: put all options '
             'of the budget into one of the two'
         )
-    if isinstance(budget, Budget):
-        return _removing(budget)
-    if not isinstance(budget, Mapping):
+    if not isinstance(budget, Budget | Mapping):
         raise PruneError(
             f'budget={budget!r} is not a Budget: give mmprune.Budget(keep_flops=0.5) or a dict such '
             'as dict(keep_flops=0.5)'
         )
-    known = [f.name for f in fields(Budget)]
-    unknown = [name for name in budget if name not in known]
-    if unknown:
-        names = list(dict.fromkeys([*known, *others])) if as_options else known
-        raise PruneError(f'unknown budget option {unknown[0]!r}: {did_you_mean(unknown[0], names)}')
-    return _removing(Budget(**budget))
-
-
-def own_options(function: Callable[..., Any]) -> list[str]:
-    """Names of a function's or class's own keywords, beside the ``**options`` of a budget."""
-    parameters = inspect.signature(function).parameters.values()
-    return [parameter.name for parameter in parameters if parameter.default is not parameter.empty]
-
-
-def _removing(budget: Budget) -> Budget:
-    """``budget``, unless a target of 1.0 says that nothing is removed. (A part may have such a target:
-    it keeps the part as it is, while the rest is cut.)"""
+    if isinstance(budget, Mapping):
+        budget = without_removed(budget)
+        known = [f.name for f in fields(Budget)]
+        unknown = next((name for name in budget if name not in known), None)
+        if unknown is not None:
+            names = list(dict.fromkeys([*known, *others])) if as_options else known
+            raise PruneError(f'unknown budget option {unknown!r}: {did_you_mean(unknown, names)}')
+        budget = Budget(**budget)
+    # A part may have a target of 1.0: it keeps the part as it is while the rest is cut.
     for name, value in budget.targets.items():
         if name in FRACTIONS and value == 1:
             raise PruneError(
                 f'{name}={value!r} removes nothing: it is the fraction that remains; give e.g. 0.5'
             )
     return budget
+
+
+def own_options(function: Callable[..., Any]) -> list[str]:
+    """The names of a function's or class's keywords, without the ``**options`` of a budget."""
+    parameters = inspect.signature(function).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.default is not parameter.empty]

@@ -1,4 +1,17 @@
-"""What a device works in, measured once and kept on disk: the widths between are free."""
+"""The channel multiple that is fast on a device, and how calls are timed.
+
+**Problem.** Processors compute channels in blocks. Where the block is 16, a layer of 33 channels takes
+as long as one of 48, so a cut from 48 to 33 channels loses accuracy and gains nothing. The size of the
+block depends on the device, the type of number and the runtime, and nothing reports it.
+
+**Idea.** Time a 3 x 3 and a 1 x 1 convolution at every width from 33 to 96 channels, and fit a parabola
+through all times: that is what a device without blocks would need. Then compare the multiples of 2, 4,
+8, 16 and 32 with it. If the best of them take at least 5 % less than the parabola, the smallest divisor
+that is as good (within 2 %) is the result, and otherwise 1.
+
+**Example.** Suppose that the multiples of 8 take 0.90 of the parabola on average, those of 16 and 32
+take 0.89, and those of 4 take 0.97. Then the result is 8.
+"""
 
 import contextlib
 import ctypes
@@ -13,14 +26,15 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from mmprune.budget.runtimes import loaded, onnx_model, versions
+from mmprune.budget.runtimes import convolution, runtime_versions
 from mmprune.errors import PruneError
 
 DIVISORS = (1, 2, 4, 8, 16, 32)
 WIDTHS = range(33, 97)
-FILE = 'divisors.json'
+
+DIVISORS_FILE = 'divisors.json'
+"""The file in :func:`cache_folder` that holds {device, versions and type of number: divisor}."""
 
 ENVIRONMENT = 'MMPRUNE_CACHE'
 """The environment variable that names the folder where measurements are kept."""
@@ -28,13 +42,15 @@ ENVIRONMENT = 'MMPRUNE_CACHE'
 log = logging.getLogger(__name__)
 
 _divisors: dict[str, int] = {}
+"""The divisors that were measured or looked up in this process."""
 
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
-"""``M_TRIM_THRESHOLD`` and ``M_MMAP_THRESHOLD`` of malloc.h."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Options of ``mallopt``, as in malloc.h."""
 
 
 def device_name(device: torch.device) -> str:
-    """The processor's or the card's own name, with the threads of a CPU: they change its times."""
+    """The name of the processor or graphics card. For a CPU also its instruction set and the number of
+    torch's threads, which change its times."""
     if device.type == 'cuda':
         return torch.cuda.get_device_name(device)
     if device.type != 'cpu':
@@ -46,87 +62,105 @@ def device_name(device: torch.device) -> str:
     return f'{name}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads'
 
 
+# -- the cache on disk -------------------------------------------------------------------------------
+
+
 def cache_folder() -> Path:
-    """``$MMPRUNE_CACHE``, or ``mmprune`` in the user's folder for caches."""
-    own = os.environ.get(ENVIRONMENT)
-    if own:
-        return Path(own)
+    """``$MMPRUNE_CACHE``, or else ``mmprune`` in the user's folder for caches."""
+    chosen = os.environ.get(ENVIRONMENT)
+    if chosen:
+        return Path(chosen)
     base = os.environ.get('XDG_CACHE_HOME') or os.environ.get('LOCALAPPDATA')
     return Path(base or Path.home() / '.cache') / 'mmprune'
 
 
-def cached(file: str) -> dict[str, Any]:
-    """What was kept under a name; nothing where it is not there or not to be read."""
-    path = cache_folder() / file
+def read_divisors() -> dict[str, Any]:
+    """The divisors that earlier processes measured; empty if the file is missing or cannot be read."""
+    path = cache_folder() / DIVISORS_FILE
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        told = f'{path} can not be read ({error}): it is measured again'
-        log.warning(told)
+        log.warning('%s can not be read (%s), so the divisors are measured again', path, error)
         return {}
     return content if isinstance(content, dict) else {}
 
 
-def keep_cached(file: str, new: dict[str, Any]) -> None:
-    """Adds to what is kept under a name. Says so where the folder can not be written."""
-    path = cache_folder() / file
-    beside = path.with_name(f'{path.name}.{os.getpid()}.new')
+def keep_divisor(key: str, divisor: int) -> None:
+    """Adds a divisor to the file, or logs a warning if the folder cannot be written."""
+    path = cache_folder() / DIVISORS_FILE
+    unfinished = path.with_name(f'{path.name}.{os.getpid()}.new')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(cached(file) | new, indent=1, sort_keys=True) + '\n')
-        os.replace(beside, path)
+        content = read_divisors() | {key: divisor}
+        unfinished.write_text(json.dumps(content, indent=1, sort_keys=True) + '\n')
+        os.replace(unfinished, path)
     except OSError as error:
-        told = f'{path} can not be written ({error}): the next run measures again'
-        log.warning(told)
+        log.warning('%s can not be written (%s), so the next run measures again', path, error)
+
+
+# -- divisors ----------------------------------------------------------------------------------------
 
 
 def divisor_of(device: torch.device, dtype: torch.dtype, backend: str = 'eager') -> int:
-    """The finest of ``DIVISORS`` that widths of convolutions should be multiples of on this device and
-    in this runtime, so that none costs as much as a wider one; 1 where nothing is gained. Measured at
-    the first call, in about a second (in other runtimes than eager torch some more), then kept."""
-    key = f'{device_name(device)}, {versions(backend)}, {str(dtype).removeprefix("torch.")}'
+    """The smallest of ``DIVISORS`` whose multiples are the fast widths of convolutions; 1 if rounding
+    would gain nothing.
+
+    It is measured at the first call, in about a second (longer in runtimes other than eager torch), and
+    then kept on disk.
+
+    Raises:
+        PruneError: the runtime is not installed.
+    """
+    type_name = str(dtype).removeprefix('torch.')
+    key = f'{device_name(device)}, {runtime_versions(backend)}, {type_name}'
     if key not in _divisors:
-        known = cached(FILE).get(key)
-        if known not in DIVISORS:
-            known = _measured_divisor(key, device, dtype, backend)
-        _divisors[key] = known
+        divisor = read_divisors().get(key)
+        if divisor not in DIVISORS:
+            divisor = _measured_divisor(key, device, dtype, backend)
+        _divisors[key] = divisor
     return _divisors[key]
 
 
 def _measured_divisor(key: str, device: torch.device, dtype: torch.dtype, backend: str) -> int:
-    """Measures and keeps the divisor of ``key``. A measurement that fails costs speed alone, so it is
-    a warning, and widths are free."""
+    """Measures a divisor and keeps it on disk. If this fails, only speed is lost, so the failure is a
+    warning, and the divisor is 1."""
     try:
-        found = best_divisor(times_by_width(device, dtype, backend))
-    except PruneError:  # a runtime that is not installed, which the user asked for
+        divisor = best_divisor(times_by_width(device, dtype, backend))
+    except PruneError:  # the user asked for a runtime that is not installed
         raise
     except Exception as error:
         log.warning(
             '%s: the fast channel multiple could not be measured (%s: %s), so widths are not rounded. '
-            'Give divisor=8, say, to round them', key, type(error).__name__, error,
-        )  # fmt: skip
+            'Give divisor=8, say, to round them',
+            key,
+            type(error).__name__,
+            error,
+        )
         return 1
-    keep_cached(FILE, {key: found})
-    log.info('%s: works in steps of %d channels (measured)', key, found)
-    return found
+    keep_divisor(key, divisor)
+    log.info('%s: multiples of %d channels are fast (measured)', key, divisor)
+    return divisor
 
 
 def known_divisors() -> dict[str, int]:
-    """What was measured or looked up so far, by device and type of number: for a checkpoint."""
+    """The divisors that this process measured or looked up, by device and type of number, for a
+    checkpoint."""
     return dict(_divisors)
 
 
 def know_divisors(divisors: dict[str, int]) -> None:
-    """Takes :func:`known_divisors` of the run that is resumed, whatever would be measured now."""
+    """Takes over :func:`known_divisors` of a run that is resumed, so that its cuts go on in the same
+    steps whatever would be measured now."""
     _divisors.update(divisors)
 
 
 def times_by_width(
     device: torch.device, dtype: torch.dtype, backend: str = 'eager', rounds: int = 9
 ) -> dict[int, float]:
-    """Seconds of a 3x3 and a 1x1 convolution of as many channels, {33 ... 96: seconds}."""
+    """{width: seconds} of a 3 x 3 and a 1 x 1 convolution of ``width`` to ``width`` channels, for each
+    of ``WIDTHS``: the fastest of ``rounds`` runs."""
     side = 128 if device.type == 'cuda' else 28
     calls = {}
     for width in WIDTHS:
@@ -136,77 +170,70 @@ def times_by_width(
     return least_of(calls, device, rounds)
 
 
-def convolution(x: torch.Tensor, weight: torch.Tensor, backend: str) -> Callable[[], Any]:
-    """A convolution of (N, C, H, W) that keeps height and width, ready to run in a backend."""
-    padding = [weight.shape[-1] // 2] * 2
-    if backend == 'eager':
-        return lambda: F.conv2d(x, weight, padding=padding)
-    values = dict(
-        input=x, weight=weight, bias=None, stride=[1, 1], padding=padding, dilation=[1, 1],
-        groups=1, transposed=False,
-    )  # fmt: skip
-    model, feed = onnx_model('aten::convolution', values)
-    return loaded(model.SerializeToString(), feed, backend)
-
-
 def best_divisor(times: dict[int, float]) -> int:
-    """The finest of ``DIVISORS`` whose multiples are, by 2 % of the time, as fast as those of any.
+    """The divisor for these times: see the idea at the top of this module.
 
-    A parabola through all ``times`` (seconds by width) is what a machine without steps would need;
-    multiples that take 5 % less at least are worth a restriction.
+    Args:
+        times: {width: seconds}.
     """
     widths = np.array(list(times), dtype=np.float64)
-    powers = np.stack([np.ones_like(widths), widths, widths**2], axis=1)
     seconds = np.array(list(times.values()))
-    # Relative errors count: each width as much as the next.
-    fit = powers @ np.linalg.lstsq(powers / seconds[:, None], np.ones_like(widths), rcond=None)[0]
-    share = {d: float(np.mean((seconds / fit)[widths % d == 0])) for d in DIVISORS}
+    powers = np.stack([np.ones_like(widths), widths, widths**2], axis=1)
+    # The fit minimises relative errors, so that narrow layers count as much as wide ones.
+    parabola = powers @ np.linalg.lstsq(powers / seconds[:, None], np.ones_like(widths), rcond=None)[0]
+    share = {d: float(np.mean((seconds / parabola)[widths % d == 0])) for d in DIVISORS}
     least = min(share.values())
     if least > 0.95 * share[1]:
         return 1
     return next(divisor for divisor in DIVISORS if share[divisor] <= least + 0.02)
 
 
+# -- timing ------------------------------------------------------------------------------------------
+
+
 @contextlib.contextmanager
 def steady_memory() -> Iterator[None]:
-    """While it holds, glibc keeps what is freed. Else large activations are taken from the system and
-    given
-    back in each run, or are not, by what the process allocated before: with that the same network is a
-    quarter slower in one process than in the next. Nothing on other systems."""
+    """Keeps freed memory inside glibc. Otherwise large activations may go back to the system after each
+    run, depending on what the process allocated before, and the same network can be 25 % slower in
+    another process. Does nothing on other systems."""
     library = ctypes.CDLL(None) if platform.system() == 'Linux' else None
     if library is None or not hasattr(library, 'mallopt'):
         yield
         return
-    library.mallopt(TRIM_THRESHOLD, 1 << 30)
-    library.mallopt(MMAP_THRESHOLD, 1 << 30)
+    library.mallopt(M_TRIM_THRESHOLD, 1 << 30)
+    library.mallopt(M_MMAP_THRESHOLD, 1 << 30)
     try:
         yield
-    finally:  # where glibc's own adjustment ends that is off from now on
-        library.mallopt(MMAP_THRESHOLD, 32 << 20)
-        library.mallopt(TRIM_THRESHOLD, 64 << 20)
+    finally:  # glibc adjusts the thresholds itself until they are set, up to these values
+        library.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        library.mallopt(M_TRIM_THRESHOLD, 64 << 20)
         library.malloc_trim(0)
 
 
 def least_of(
     calls: dict[Any, Callable[[], Any]], device: torch.device, rounds: int, in_a_row: int = 2
 ) -> dict[Any, float]:
-    """Seconds of the fastest run of each call, by turns: what slows the machine for a while slows all.
+    """The seconds of the fastest run of each call. The calls take turns, so that a machine that is slow
+    for a while slows all of them.
 
     Args:
-        rounds: how many turns.
-        in_a_row: runs of a turn, of which the first is left out: the call before has filled the caches
-            with its own, and a network that is deployed runs alone.
+        calls: {key: the function that is timed}.
+        device: the device on which they compute.
+        rounds: the number of turns.
+        in_a_row: the number of runs in a turn. The first run is not counted: the other call has filled
+            the caches with its data, and a network that is deployed runs alone.
     """
-    found = dict.fromkeys(calls, float('inf'))
+    least = dict.fromkeys(calls, float('inf'))
     with torch.no_grad(), steady_memory():
         for _ in range(rounds):
             for key, call in calls.items():
                 times = [seconds_of_call(call, device) for _ in range(in_a_row)]
-                found[key] = min(found[key], *times[1:])
-    return found
+                least[key] = min(least[key], *times[1:])
+    return least
 
 
 def seconds_of_call(call: Callable[[], Any], device: torch.device) -> float:
+    """The seconds of one call, until the device has computed its result."""
     start = time.perf_counter()
     call()
     if device.type == 'cuda':

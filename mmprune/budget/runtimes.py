@@ -1,4 +1,4 @@
-"""Where a network is run so that it can be timed: eager torch, ONNX Runtime or OpenVINO, on the CPU."""
+"""Networks made ready to be timed: in eager torch, or in ONNX Runtime or OpenVINO on the CPU."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,23 +16,24 @@ from mmprune.surgery.meta import first_line
 BACKENDS = ('eager', 'onnxruntime', 'openvino')
 
 OPSET = 18
+"""The version of the ONNX operators that networks are exported to."""
 
 Prepare = Callable[[nn.Module], Callable[[], Any]]
-"""Makes a network ready: what it returns runs it once whenever it is called."""
+"""Makes a network ready: the function that it returns runs the network once at each call."""
 
 
 def prepare_for(forward: Forward, backend: str) -> Prepare:
-    """How a network of the kind that ``forward`` runs is made ready in a backend.
+    """How a network is made ready to be timed in a backend.
 
     Args:
-        forward: runs the model that it is given. For other backends than eager it has to call the model
-            itself, once: that call is exported, with its tensors as the inputs.
-        backend: ``'eager'``; ``'onnxruntime'`` or ``'openvino'``, in single precision, with as many
-            threads as torch has.
+        forward: runs the model that it is given. For backends other than eager it has to call the model
+            itself, once: that call is exported, and its tensors are the inputs.
+        backend: ``'eager'``, ``'onnxruntime'`` or ``'openvino'``. The last two run in single precision,
+            with as many threads as torch has.
 
     Raises:
-        PruneError: an unknown backend, or one that is not installed. The function that is returned
-            raises one too, for a model that can not be exported.
+        PruneError: the backend is unknown or not installed. The function that is returned raises one
+            too if a model cannot be exported.
     """
     check_backend(backend)
     if backend == 'eager':
@@ -41,13 +42,13 @@ def prepare_for(forward: Forward, backend: str) -> Prepare:
 
     def prepare(model: nn.Module) -> Callable[[], Any]:
         with unchanged(model), evaluating(model), torch.no_grad():
-            network, tensors = _called(model, forward)
+            network = _one_call(model, forward)
             try:
                 with quiet():
                     program = torch.onnx.export(
-                        network.eval(), tensors, dynamo=True, opset_version=OPSET, verbose=False
+                        network.eval(), network.tensors, dynamo=True, opset_version=OPSET, verbose=False
                     )
-            except Exception as error:  # the exporter's own kinds are private
+            except Exception as error:  # the exporter's types of errors are private
                 raise PruneError(
                     f'backend={backend!r}: {type(model).__name__} can not be exported to be timed: '
                     f"{type(error).__name__}: {first_line(error)}; take backend='eager'"
@@ -55,19 +56,19 @@ def prepare_for(forward: Forward, backend: str) -> Prepare:
         assert program is not None  # with dynamo=True it is a program
         content = program.model_proto
         names = [port.name for port in content.graph.input]
-        feed = {n: t.detach().cpu().numpy() for n, t in zip(names, tensors, strict=True)}
-        return loaded(content.SerializeToString(), feed, backend)
+        arrays = [tensor.detach().cpu().numpy() for tensor in network.tensors]
+        return loaded(content.SerializeToString(), dict(zip(names, arrays, strict=True)), backend)
 
     return prepare
 
 
-class _Called(nn.Module):
+class _OneCall(nn.Module):
     """One call of a model, as a function of the tensors among its arguments."""
 
-    def __init__(self, model: nn.Module, arguments: tuple[tuple, dict[str, Any]]) -> None:
+    def __init__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         super().__init__()
         self.model = model
-        self._leaves, self._spec = tree_flatten(arguments)
+        self._leaves, self._spec = tree_flatten((args, kwargs))
         self._at = [i for i, leaf in enumerate(self._leaves) if isinstance(leaf, torch.Tensor)]
 
     @property
@@ -82,10 +83,12 @@ class _Called(nn.Module):
         return self.model(*args, **kwargs)
 
 
-def _called(model: nn.Module, forward: Forward) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
-    """The call of ``model`` that ``forward`` makes, and its tensors."""
-    calls: list[tuple[tuple, dict[str, Any]]] = []
-    handle = model.register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
+def _one_call(model: nn.Module, forward: Forward) -> _OneCall:
+    """The only call of ``model`` that ``forward`` makes."""
+    calls: list[_OneCall] = []
+    handle = model.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append(_OneCall(model, args, kwargs)), with_kwargs=True
+    )
     try:
         forward(model)
     finally:
@@ -95,67 +98,52 @@ def _called(model: nn.Module, forward: Forward) -> tuple[nn.Module, tuple[torch.
             f'the forward calls the model itself {len(calls)} times, and once is what can be exported '
             "to be timed: give e.g. lambda m: m(x), or take backend='eager'"
         )
-    network = _Called(model, calls[0])
-    return network, network.tensors
+    return calls[0]
 
 
-def onnx_model(name: str, values: dict[str, Any]) -> tuple[Any, dict[str, np.ndarray]]:
-    """(a model of one convolution or matrix product, its inputs). Weights are constants of it."""
+def convolution(x: torch.Tensor, weight: torch.Tensor, backend: str) -> Callable[[], Any]:
+    """A convolution that keeps height and width, ready to run in a backend.
+
+    Args:
+        x: (N, C, H, W) its input.
+        weight: (C_out, C, k, k) with an odd ``k``.
+        backend: one of ``BACKENDS``.
+    """
+    padding = weight.shape[-1] // 2
+    if backend == 'eager':
+        return lambda: torch.nn.functional.conv2d(x, weight, padding=padding)
     needed('onnx')
     from onnx import TensorProto, helper, numpy_helper
 
-    array = lambda tensor: tensor.detach().float().cpu().numpy()  # noqa: E731
-    feed: dict[str, np.ndarray] = {}
-    constants: dict[str, np.ndarray] = {}
-    options: dict[str, Any] = {}
-    if name == 'aten::convolution':
-        feed['x'], constants['w'] = array(values['input']), array(values['weight'])
-        if values['bias'] is not None:
-            constants['b'] = array(values['bias'])
-        options = dict(
-            strides=values['stride'],
-            dilations=values['dilation'],
-            pads=[*values['padding']] * 2,
-            group=values['groups'],
-        )
-        kind = 'Conv'
-        if values['transposed']:
-            kind, options['output_padding'] = 'ConvTranspose', values['output_padding']
-    elif name == 'aten::addmm':
-        feed['x'], constants['w'] = array(values['mat1']), array(values['mat2'])
-        constants['b'], kind = array(values['self']), 'Gemm'
-    elif name in ('aten::mm', 'aten::bmm'):
-        feed['x'], kind = array(values['self']), 'MatMul'
-        (constants if name == 'aten::mm' else feed)['w'] = array(values['mat2'])
-    else:
-        raise PruneError(
-            f'{name} can not be timed in another runtime: there are convolutions, addmm, mm and bmm; '
-            "take backend='eager'"
-        )
-    names = [*dict.fromkeys([*feed, *constants])]
+    image, kernel = (tensor.detach().float().cpu().numpy() for tensor in (x, weight))
     graph = helper.make_graph(
-        [helper.make_node(kind, sorted(names, key='xwb'.index), ['y'], **options)],
-        'one',
-        [helper.make_tensor_value_info(n, TensorProto.FLOAT, list(v.shape)) for n, v in feed.items()],
+        [helper.make_node('Conv', ['x', 'w'], ['y'], pads=[padding] * 4)],
+        'convolution',
+        [helper.make_tensor_value_info('x', TensorProto.FLOAT, list(image.shape))],
         [helper.make_tensor_value_info('y', TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(value, n) for n, value in constants.items()],
+        [numpy_helper.from_array(kernel, 'w')],
     )
-    made = helper.make_model(graph, opset_imports=[helper.make_opsetid('', 18)])
-    made.ir_version = 9
-    return made, feed
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', OPSET)], ir_version=9)
+    return loaded(model.SerializeToString(), {'x': image}, backend)
 
 
 def loaded(content: bytes, feed: dict[str, np.ndarray], backend: str) -> Callable[[], Any]:
-    """An ONNX model, ready to run on ``feed`` (arrays by name of the input)."""
+    """An ONNX model, ready to run.
+
+    Args:
+        content: the serialized model.
+        feed: {name of an input: its value}.
+        backend: ``'onnxruntime'`` or ``'openvino'``.
+    """
     session = open_session(content, backend, torch.get_num_threads())
     return lambda: session.run(feed)
 
 
 def needed(package: str) -> Any:
-    """Imports a package that mmprune's core does not require.
+    """Imports an optional package.
 
     Raises:
-        PruneError: it is not installed.
+        PruneError: it is not installed; the message says how to install it.
     """
     try:
         return load_package(package)
@@ -163,14 +151,15 @@ def needed(package: str) -> Any:
         raise PruneError(f"{error}; or take backend='eager'") from error
 
 
-def versions(backend: str) -> str:
-    """What the times of a backend hang on, beside the machine."""
-    found = f'torch {torch.__version__}'
+def runtime_versions(backend: str) -> str:
+    """The versions of the software that the times of a backend depend on."""
+    versions = f'torch {torch.__version__}'
     if backend != 'eager':
-        found += f', {backend} {needed(backend).__version__}'
-    return found
+        versions += f', {backend} {needed(backend).__version__}'
+    return versions
 
 
 def check_backend(backend: str) -> None:
+    """Raises a PruneError for an unknown backend."""
     if backend not in BACKENDS:
         raise PruneError(f'backend={backend!r}: expected one of {", ".join(BACKENDS)}')

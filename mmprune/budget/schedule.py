@@ -1,33 +1,26 @@
-"""When to cut, and how the target comes down to the budget, cut by cut. Torch-free."""
+"""When cuts are made, and how far each of them goes on the way to the budget."""
 
 from typing import NamedTuple
 
 from mmprune.errors import PruneError
 
-SCHEDULES = {
-    'linear': lambda left: left,
-    'cubic': lambda left: left**3,
-}
-"""Share of the way that is left after a cut, by the share of steps that is left. ``cubic``: Zhu and
-Gupta, "To prune, or not to prune", 2017."""
-
 WINDOW = 0.2
-"""Fraction of the training in which all cuts fall where neither ``end`` nor ``interval`` is given."""
+"""The fraction of the training in which all cuts fall if neither ``end`` nor ``interval`` is given."""
 
 STEPS = 30
-"""The most cuts where neither ``steps`` nor ``interval`` is given."""
+"""The most cuts that are made if neither ``steps`` nor ``interval`` is given."""
 
 SCORED = 3
-"""Steps of the optimizer over which the scores of one cut are collected at least. The scores of one or
-two batches are mostly noise, so the default number of cuts is reduced until each cut has this many. A
+"""The fewest optimizer steps over which the scores of one cut are collected. Scores of one or two
+batches are mostly noise, so the default number of cuts is reduced until each cut has this many steps. A
 larger number would cost accuracy: 30 cuts of 3 steps lose less than 10 of 11 (docs/results.md)."""
 
 STEPS_AT_INTERVAL = 10
-"""Cuts where ``interval`` is given and ``steps`` and ``end`` are not."""
+"""The number of cuts if ``interval`` is given, and ``steps`` and ``end`` are not."""
 
 
 class CutTimes(NamedTuple):
-    """When cuts come, in iterations: the first after ``begin + interval`` of them, ``steps`` in all."""
+    """When cuts are made, in iterations: ``steps`` cuts, the first after ``begin + interval``."""
 
     begin: int
     interval: int
@@ -38,22 +31,24 @@ class CutTimes(NamedTuple):
         return self.begin + self.interval * self.steps
 
 
-def target_at(step: int, steps: int, final: float, schedule: str = 'linear') -> float:
-    """The fraction that remains after cut ``step`` of ``steps`` (from 1 on): 1 before the first,
-    ``final`` after the last. ``cubic`` cuts most at first, while training can still repair it.
+def target_at(step: int, steps: int, final: float) -> float:
+    """The fraction that remains after one of several cuts: it falls linearly from 1 to ``final``.
+
+    Args:
+        step: the number of cuts that were made, from 0 (before the first cut) to ``steps``.
+        steps: the number of all cuts.
+        final: the fraction that remains after the last cut, in (0, 1].
 
     Raises:
-        PruneError: an unknown schedule; ``step`` outside 0 ... ``steps``; ``final`` outside (0, 1].
+        PruneError: a value is out of its range.
     """
-    if schedule not in SCHEDULES:
-        raise PruneError(f'schedule={schedule!r}: expected one of {", ".join(SCHEDULES)}')
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise PruneError(f'steps={steps!r}: must be an integer >= 1')
     if not 0 <= step <= steps:
         raise PruneError(f'step={step!r} is outside 0 ... steps={steps}')
     if not 0 < final <= 1:
         raise PruneError(f'final={final!r} is outside (0, 1]: it is the fraction that remains')
-    return final + (1 - final) * SCHEDULES[schedule]((steps - step) / steps)
+    return final + (1 - final) * ((steps - step) / steps)
 
 
 def check_times(
@@ -63,14 +58,15 @@ def check_times(
     steps: int | None,
     by_epoch: bool = False,
 ) -> None:
-    """Raises a PruneError for what :func:`resolve` could make nothing of, however long the training."""
+    """Raises a PruneError for options that :func:`resolve` would refuse however long the training is.
+    The arguments are those of :func:`resolve`."""
     if not isinstance(by_epoch, bool):
         raise PruneError(f'by_epoch={by_epoch!r}: must be True or False')
     unit = 'epochs' if by_epoch else 'iterations'
     for name, value, least in (('begin', begin, 0), ('end', end, 1), ('interval', interval, 1)):
-        whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
-        part = isinstance(value, float) and 0 <= value <= 1 and (value > 0 or least == 0)
-        if not (value is None or whole or part):
+        is_count = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        is_fraction = isinstance(value, float) and 0 <= value <= 1 and (value > 0 or least == 0)
+        if not (value is None or is_count or is_fraction):
             raise PruneError(
                 f'{name}={value!r}: must be an integer >= {least} ({unit}), or a float in '
                 f'{"[" if least == 0 else "("}0, 1] (a fraction of the training)'
@@ -100,31 +96,36 @@ def resolve(
     scored: int = SCORED,
     done: int = 0,
 ) -> CutTimes:
-    """The options of a schedule in iterations. Integers are iterations (epochs with ``by_epoch``),
-    floats fractions of the training; ``None`` is what was left out.
+    """Turns the options of a schedule into iterations.
 
     >>> resolve(0.5, 2 / 3, None, 8, False, 1800, 150)
     CutTimes(begin=900, interval=37, steps=8)
 
     Args:
-        begin: when scoring begins; the start of the training by default.
-        end: no cut comes later. By default a fifth of the training after ``begin``.
-        interval: between two cuts. With ``end`` it follows: ``(end - begin) / steps``.
-        steps: number of cuts; 10 by default with ``interval``, and as many as fit with ``interval`` and
-            ``end``. Otherwise the default is 30 cuts, or fewer so that each is scored over ``scored``
-            steps of the optimizer. Between ``begin`` and ``end`` there are never more cuts than fit.
-        max_iters: iterations of the whole training.
-        epoch_length: iterations of an epoch; ``None`` where there are no epochs.
-        multiple: what comes from fractions and epochs are multiples of this: cuts fall behind whole
-            steps of an optimizer that accumulates gradients. ``begin`` and ``interval`` are rounded
-            up, an interval that follows from ``end`` down, so that the last cut comes before it.
-        scored: the fewest steps of the optimizer between two cuts, where ``steps`` and ``interval`` are
-            left out.
-        done: iterations that an earlier training, which is resumed, ran without pruning. Scoring begins
-            after them at the earliest, and the default ``end`` is a fifth of the remaining training.
+        begin: when scoring begins. An integer counts iterations (epochs with ``by_epoch``), a float is
+            a fraction of the training. ``None``: at the start.
+        end: no cut comes later than this. Same units as ``begin``. ``None``: a fifth of the training
+            after ``begin``.
+        interval: the time between two cuts. Same units as ``begin``. ``None``: it follows from the
+            others, ``(end - begin) / steps``.
+        steps: the number of cuts. ``None``: as many as fit if ``interval`` and ``end`` are given, 10 if
+            only ``interval`` is given, and otherwise 30, or fewer so that each cut is scored over
+            ``scored`` optimizer steps. There are never more cuts than fit between ``begin`` and
+            ``end``.
+        by_epoch: whether integers count epochs.
+        max_iters: the number of iterations of the whole training.
+        epoch_length: the number of iterations of an epoch; ``None`` if there are no epochs.
+        multiple: backward passes of one optimizer step (accumulated gradients). Times that follow from
+            fractions and epochs are multiples of it, so that each cut comes after a whole step:
+            ``begin`` and ``interval`` are rounded up, and an interval that follows from ``end`` is
+            rounded down, so that the last cut comes before ``end``.
+        scored: the fewest optimizer steps between two cuts if ``steps`` and ``interval`` are ``None``.
+        done: the iterations that an earlier training, which is resumed, ran without pruning. Scoring
+            begins after them, and the default ``end`` is a fifth of the remaining training.
 
     Raises:
-        PruneError: see :func:`check_times`; ``by_epoch`` without epochs; ``end`` not after ``begin``.
+        PruneError: the options are refused by :func:`check_times`; ``by_epoch`` is set and there are no
+            epochs; ``end`` does not come after ``begin``.
     """
     check_times(begin, end, interval, steps, by_epoch)
 
@@ -141,9 +142,9 @@ def resolve(
         return value * epoch_length
 
     def rounded_up(name: str, value: float) -> int:
-        found = iterations(name, value)
+        count = iterations(name, value)
         explicit = isinstance(value, int) and not by_epoch
-        return found if explicit else -(-found // multiple) * multiple
+        return count if explicit else -(-count // multiple) * multiple
 
     first = 0 if begin is None else rounded_up('begin', begin)
     first = max(first, -(-done // multiple) * multiple)
@@ -158,8 +159,8 @@ def resolve(
                 + (f' (this training is resumed at iteration {done})' if done else '')
             )
     if interval is None:
-        fits = max(1, (last - first) // multiple)
-        count = min(STEPS, max(1, fits // scored)) if steps is None else min(steps, fits)
+        fitting = max(1, (last - first) // multiple)
+        count = min(STEPS, max(1, fitting // scored)) if steps is None else min(steps, fitting)
         return CutTimes(first, max(1, (last - first) // count // multiple) * multiple, count)
     between = rounded_up('interval', interval) or multiple
     if end is not None:

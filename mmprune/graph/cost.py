@@ -15,9 +15,8 @@ called on five levels counts five times; its parameters count once.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import cast
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -26,19 +25,8 @@ from torch import nn
 from mmprune.graph.coupling import ChannelGraph
 from mmprune.graph.slots import Axis, Ids
 
-
-class Product:
-    """``factor`` times the product of the numbers of kept positions of some axes."""
-
-    def __init__(self, factor: float) -> None:
-        self.factor = factor
-
-    def __call__(self, counts: Sequence[np.ndarray]) -> np.ndarray:
-        return cast(np.ndarray, self.factor * math.prod(counts))  # a plain number if there is no axis
-
-
-Term = tuple[Callable[[Sequence[np.ndarray]], np.ndarray], tuple[int, ...]]
-"""(function of the kept positions of its axes, as arrays that broadcast; the numbers of the axes)."""
+Term = tuple[float, tuple[int, ...]]
+"""(factor, numbers of axes): the factor times the product of how many positions of the axes remain."""
 
 
 class CostPolynomial:
@@ -93,7 +81,7 @@ class CostPolynomial:
         terms: list[Term] = []
         for count, numbers in zip(self._counts.tolist(), self._terms.tolist(), strict=True):
             axes = tuple(number for number in numbers if number < self._n_axes)
-            terms.append((Product(count / math.prod(self._sizes[list(axes)].tolist())), axes))
+            terms.append((count / math.prod(self._sizes[list(axes)].tolist()), axes))
         return self._units, terms
 
     def rescaled(self, growth: np.ndarray) -> float:

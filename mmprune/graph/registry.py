@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from mmprune.errors import PruneError
@@ -114,9 +113,3 @@ def module_adapter(kind: type[nn.Module]) -> Adapter | None:
         if adapter_of_base is not None:
             return adapter_of_base
     return None
-
-
-def is_contraction(func: torch._ops.OpOverload) -> bool:
-    """Whether an operation sums products over channels."""
-    entry = RULES.get(func._schema.name)
-    return entry is not None and entry.is_contraction

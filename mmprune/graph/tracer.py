@@ -56,16 +56,12 @@ from mmprune.graph.slots import Labels, SlotTable
 from mmprune.graph.tensor_info import TensorInfo, TensorTable, address
 from mmprune.progress import bar
 
-Observer = Callable[[Any, tuple, dict], None]
-"""Called after each operation with (function, positional arguments, keyword arguments)."""
-
 
 class Tracer(TorchDispatchMode):
     """The dispatch mode of one trace, which may consist of several runs (:func:`trace_runs`).
 
     Args:
         model: the model that will run.
-        observe: called after each operation.
 
     Raises:
         PruneError: a part of the model is compiled by TorchScript.
@@ -73,14 +69,13 @@ class Tracer(TorchDispatchMode):
 
     supports_higher_order_operators = True  # so that they can be refused by name
 
-    def __init__(self, model: nn.Module, observe: Observer | None = None) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         refuse_scripted(model)
         scope = ModuleScope(model)
         constraints = Constraints(SlotTable(model), scope)
         self.state = State(TensorTable(constraints), constraints, Profile(), scope)
         self.sizes = SizeTrackingMode(self.state.tensors, constraints)
-        self.observe = observe
         self.run_modules: set[int] = set()  # ids of the modules that ran in the present run
         self.operations: list[Any] = []  # of the present run
         self.show_progress: Callable[[int], None] = lambda modules: None
@@ -92,10 +87,7 @@ class Tracer(TorchDispatchMode):
             raise HigherOrderError(func.name(), str(self.state.scope))
         # What rules compute must not reach the size tracking.
         with torch._C.DisableTorchFunction():
-            out = self._dispatch(func, args, kwargs or {})
-            if self.observe is not None:
-                self.observe(func, args, kwargs or {})
-            return out
+            return self._dispatch(func, args, kwargs or {})
 
     def _dispatch(self, func: Any, args: tuple, kwargs: dict) -> Any:
         name, tensors, profile = func._schema.name, self.state.tensors, self.state.profile

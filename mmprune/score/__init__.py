@@ -1,16 +1,32 @@
-"""Criteria: one number for each unit, an estimate of what its removal costs.
+"""Scores of units: for each unit, an estimate of the loss that its removal costs.
 
-A criterion is one registered function of :class:`Units` (:mod:`mmprune.score.table`); a
-:class:`~mmprune.score.collector.Collector` calls it in every iteration, or once for a cut where it
-needs weights alone; :class:`Score` says what is done with its numbers. See ``docs/criteria.md``.
+A *criterion* is one registered function of :class:`Units` (:mod:`mmprune.score.table`). A
+:class:`~mmprune.score.collector.Collector` calls it in every training iteration, or once for a cut if
+it looks at weights alone. :class:`Score` names the criterion and the cost that its numbers are set
+against. See ``docs/criteria.md``.
 """
 
 from mmprune.score import activations, taylor, weights  # noqa: F401  (they fill the table)
-from mmprune.score.adjust import IN_TRAINING, Score, adjusted, make_score
-from mmprune.score.table import CRITERIA, Criterion, criterion, get_criterion
+from mmprune.score.table import (
+    CRITERIA,
+    IN_TRAINING,
+    Criterion,
+    Score,
+    criterion,
+    get_criterion,
+    make_score,
+    normalized,
+)
 from mmprune.score.units import Units
 
 __all__ = [
-    'CRITERIA', 'IN_TRAINING', 'Criterion', 'Score', 'Units', 'adjusted', 'criterion', 'get_criterion',
+    'CRITERIA',
+    'IN_TRAINING',
+    'Criterion',
+    'Score',
+    'Units',
+    'criterion',
+    'get_criterion',
     'make_score',
-]  # fmt: skip
+    'normalized',
+]

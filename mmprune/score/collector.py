@@ -1,4 +1,4 @@
-"""Adds up scores over a training loop's own iterations, between backward and step."""
+"""Adds up scores over the iterations of a training loop, between backward pass and optimizer step."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,50 +11,52 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from mmprune.errors import PruneError
 from mmprune.graph.coupling import ChannelGraph
 from mmprune.score.activations import PerSampleGates
-from mmprune.score.adjust import IN_TRAINING, Score, adjusted, make_score
-from mmprune.score.units import Units
+from mmprune.score.table import IN_TRAINING, Score, make_score, normalized
+from mmprune.score.units import Units, WeightAxis
 from mmprune.surgery.optim import leaves_steps_to_another, parameters_of, stepping_in
 
 
 class RunningScore:
-    """Running sums of one criterion over the iterations of one optimizer, all on the device.
+    """Running sums of one criterion over the steps of one optimizer. They stay on the device, where it
+    is also decided whether numbers are finite, so that no iteration waits for the device.
 
-    No iteration waits for the device: whether its numbers are finite is decided there.
+    Args:
+        units: the units that are scored.
+        score: how they are scored.
+
+    Attributes:
+        total: (n,) the sum of all scores.
+        scored: how many iterations were added.
+        nonfinite: how many were left out because a number was not finite.
+        missing: how many were left out because no weight had a gradient.
+        seen: the first slot of each weight axis that had a gradient.
     """
 
     def __init__(self, units: Units, score: Score) -> None:
         self.units = units
         self.score = score
         self.total = torch.zeros(units.n, device=units.device)
-        self.weight = torch.zeros((), device=units.device)
         self.scored = torch.zeros((), dtype=torch.int64, device=units.device)
         self.nonfinite = torch.zeros((), dtype=torch.int64, device=units.device)
         self.missing = 0
         self.seen: set[int] = set()
 
     def add(self) -> None:
-        """One iteration's scores; left out, and counted, where they are not finite."""
+        """Adds the scores of one iteration, or counts it as not finite."""
         values = self.score.criterion.function(self.units).detach().float()
         if values.shape != self.total.shape:
             raise PruneError(
                 f'criterion {self.score.name!r} returned shape {tuple(values.shape)}, wanted '
                 f'({self.units.n},): one number for each unit'
             )
-        finite = torch.isfinite(values).all()
-        keep, gain = (
-            (1.0, 1.0)
-            if self.score.momentum is None
-            else (self.score.momentum, 1 - self.score.momentum)
-        )
-        self.total = torch.where(finite, keep * self.total + gain * values, self.total)
-        self.weight = torch.where(finite, keep * self.weight + gain, self.weight)
-        self.scored += finite
-        self.nonfinite += ~finite
+        is_finite = torch.isfinite(values).all()
+        self.total = torch.where(is_finite, self.total + values, self.total)
+        self.scored += is_finite
+        self.nonfinite += ~is_finite
 
     def state_dict(self) -> dict[str, Any]:
         return {
             'total': self.total.clone(),
-            'weight': self.weight.clone(),
             'scored': self.scored.clone(),
             'nonfinite': self.nonfinite.clone(),
             'missing': self.missing,
@@ -62,12 +64,24 @@ class RunningScore:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over the sums of :meth:`state_dict`.
+
+        Raises:
+            PruneError: they are of another model, or an earlier version made them with ``momentum``.
+        """
         if state['total'].shape != self.total.shape:
             raise PruneError(
                 f'the scores in the checkpoint are of {state["total"].numel()} units, the traced model '
                 f'has {self.total.numel()}: it is another model, or was traced another way'
             )
-        for name in ('total', 'weight', 'scored', 'nonfinite'):
+        # Earlier versions also wrote the weight of the sum. Without momentum it is the number of
+        # iterations.
+        if float(state.get('weight', state['scored'])) != float(state['scored']):
+            raise PruneError(
+                'the scores in the checkpoint are a moving average (momentum), which was removed: '
+                'resume with the version of mmprune that wrote it, or start again from its weights'
+            )
+        for name in ('total', 'scored', 'nonfinite'):
             getattr(self, name).copy_(state[name])
         self.missing, self.seen = int(state['missing']), set(state['seen'])
 
@@ -75,38 +89,40 @@ class RunningScore:
 class Collector:
     """Scores the units of a model in every step of its optimizer, until it is closed.
 
-    It looks between backward and step, where gradients are complete: accumulated, averaged by DDP,
-    free of AMP's scale. With several optimizers each has its own mean over its own steps, and a
-    unit's score is the sum of these. The trace belongs to the model as it was: after a cut, close
-    it, trace again and start another.
+    It reads gradients between backward pass and optimizer step, where they are complete: accumulated,
+    averaged by DDP, and without AMP's scale. With several optimizers each has a mean over its steps,
+    and a unit's score is the sum of these means. The graph belongs to the model as it was traced: after
+    a cut, close the collector and start another with a new graph.
 
     Args:
-        trace: the graph of the model.
-        score: a criterion's name, a :class:`Score`, or a dict of its options.
-        optimizer: what :func:`mmprune.surgery.apply.cut` takes; ``None`` for every optimizer that steps
-            any of the traced weights; ``'none'`` for no optimizer: then :meth:`look` is called in the
-            place of a step.
-        model: only criteria that need examples want it, for their hooks.
-        distributed: add up over the processes of the default group.
+        graph: the graph of the model.
+        score: the name of a criterion, a :class:`Score`, or a dict of its options.
+        optimizer: what :func:`mmprune.surgery.apply.cut` takes; ``None``: every optimizer that steps
+            any of the traced weights; ``'none'``: no optimizer, and :meth:`look` is called in place of
+            a step.
+        model: the model, which only criteria that need examples use, for their hooks.
+        distributed: whether the sums of all processes of the default group are added.
 
     Raises:
-        PruneError: the criterion needs the model; the optimizer holds none of its weights.
+        PruneError: the criterion needs the model, or the optimizer holds none of its weights.
     """
 
     def __init__(
         self,
-        trace: ChannelGraph,
+        graph: ChannelGraph,
         score: str | Mapping[str, Any] | Score = IN_TRAINING,
         optimizer: Any = None,
         model: nn.Module | None = None,
         distributed: bool = False,
     ) -> None:
-        self.trace = trace
+        self.graph = graph
         self.score = make_score(score)
         self.distributed = distributed
         self.running: list[RunningScore] = []
-        self._running_of: dict[int, RunningScore | None] = {}  # by optimizer
-        self._held: dict[int, Any] = {}  # what their sums look at, by id, which so stays its own
+        self._running_of: dict[int, RunningScore | None] = {}  # by the id of an optimizer
+        # Optimizers and parameters are known by their ids, so they are held here: the id of an object
+        # that is gone may be given again.
+        self._held: dict[int, Any] = {}
         self._handles: list[Any] = []
         self._gates: PerSampleGates | None = None
         needs = self.score.criterion.needs
@@ -118,7 +134,7 @@ class Collector:
                     f'score={self.score.name!r} needs hooks in the model: give Collector its model, or '
                     "take score='taylor'"
                 )
-            self._gates = PerSampleGates(model, Units(trace))
+            self._gates = PerSampleGates(model, Units(graph))
         if optimizer == 'none':
             return
         if optimizer is None:
@@ -134,7 +150,7 @@ class Collector:
             )
 
     def close(self) -> None:
-        """Takes all hooks away. What was collected stays."""
+        """Removes all hooks. The scores so far stay."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -143,35 +159,35 @@ class Collector:
 
     def _running_score(self, holder: Any, parameters: list[torch.Tensor]) -> RunningScore | None:
         """The running sums of ``holder``, an optimizer, for the ``parameters`` that it steps; ``None``
-        if none of these is a weight of the trace."""
+        if none of these is a weight of the graph."""
         if id(holder) not in self._running_of:
-            units = Units(self.trace, only={id(p) for p in parameters})
-            useful = bool(units.consumers or units.unread_producers)
-            if useful and self._gates is not None and self.running:
-                useful = False  # all layers' examples are counted with the first optimizer's steps
-            running = RunningScore(units, self.score) if useful else None
+            units = Units(self.graph, only={id(p) for p in parameters})
+            is_useful = bool(units.consumers or units.unread_producers)
+            if is_useful and self._gates is not None and self.running:
+                is_useful = False  # the examples of all layers count with the first optimizer's steps
+            running = RunningScore(units, self.score) if is_useful else None
             self._running_of[id(holder)] = running
-            self._held |= {id(one): one for one in (holder, *parameters)}
+            self._held |= {id(held): held for held in (holder, *parameters)}
             if running is not None:
                 self.running.append(running)
         return self._running_of[id(holder)]
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if leaves_steps_to_another(optimizer):  # which is seen as well
+        if leaves_steps_to_another(optimizer):  # the hook sees that optimizer as well
             return
         running = self._running_score(optimizer, parameters_of(optimizer))
         if running is not None:
-            # Fused optimizers take AMP's scale away inside their step.
+            # Fused optimizers remove AMP's scale inside their step.
             self._add(running, getattr(optimizer, 'grad_scale', None))
 
     def look(self) -> None:
-        """One iteration by the gradients that are there, of all weights; none of them is changed.
+        """Scores one iteration by the gradients that all weights have now, and changes none of them.
 
         Raises:
             PruneError: no weight that reads units is trained.
         """
-        trained = [t for t in self.trace.slots.tensors.values() if t.requires_grad]
-        running = self._running_score(self.trace, trained)
+        trained = [t for t in self.graph.slots.tensors.values() if t.requires_grad]
+        running = self._running_score(self.graph, trained)
         if running is None:
             raise PruneError(
                 f'score={self.score.name!r} needs gradients, and no weight that reads units is '
@@ -183,22 +199,22 @@ class Collector:
     def _add(self, running: RunningScore, scale: torch.Tensor | None) -> None:
         units = running.units
         units.check_shapes()
-        having = {
+        with_gradient = {
             entry.axis.first
             for entry in (*units.consumers, *units.unread_producers)
             if entry.weight.grad is not None
         }
-        if not having:
+        if not with_gradient:
             running.missing += 1
             return
-        running.seen |= having
+        running.seen |= with_gradient
         units.scale = scale
         if self._gates is None:
             running.add()
             return
-        found = self._gates.take()
-        running.missing += not found
-        for examples in found:
+        passes = self._gates.take()
+        running.missing += not passes
+        for examples in passes:
             units.examples = examples
             running.add()
         units.examples = None
@@ -207,112 +223,117 @@ class Collector:
 
     @property
     def iterations(self) -> int:
-        """How many were scored (with several optimizers, those of the one with fewest)."""
+        """How many iterations were scored; with several optimizers, the fewest of any of them."""
         return min((int(running.scored) for running in self.running), default=0)
 
     @property
     def skipped(self) -> dict[str, int]:
-        """Iterations left out, ``missing`` (no weight had a gradient) and ``nonfinite``."""
+        """How many iterations were left out because no weight had a gradient (``missing``), and because
+        a number was not finite (``nonfinite``)."""
         return {
             'missing': sum(running.missing for running in self.running),
             'nonfinite': sum(int(running.nonfinite) for running in self.running),
         }
 
     def scores(self) -> np.ndarray:
-        """(n_units,) float64: low goes first. NaN where a unit could not be scored and stays
-        (:meth:`unscored` says why).
+        """(n_units,) float64 scores; the lowest go first. A unit that could not be scored is NaN and
+        stays (:meth:`unscored` gives the reasons).
 
         Raises:
-            PruneError: no iteration could be scored; numbers from weights are not finite.
+            PruneError: no iteration could be scored, or numbers from weights are not finite.
         """
         if self.score.criterion.needs == 'weights':
-            return adjusted(self.trace, weight_scores(self.trace, self.score), self.score)
-        totals = [self._reduced(running) for running in self.running]
-        found = [total / weight for total, weight in totals if weight > 0]
-        if not found:
-            skipped = self.skipped
-            raise PruneError(
-                f'score={self.score.name!r}: no iteration was scored: no weight had a gradient in '
-                f'{skipped["missing"]} of them, {skipped["nonfinite"]} had numbers not finite '
-                '(gradients of a loss that is NaN or infinite, or of too large a scale). Scores come '
-                'from the steps of the optimizer between a trace and a cut; before any step, from the '
-                'batch of the call'
-            )
-        values = np.sum(found, axis=0)
-        values[self._blind()] = np.nan
-        return adjusted(self.trace, values, self.score)
+            values = weight_scores(self.graph, self.score)
+        else:
+            sums = [self._reduced(running) for running in self.running]
+            means = [total / count for total, count in sums if count > 0]
+            if not means:
+                skipped = self.skipped
+                raise PruneError(
+                    f'score={self.score.name!r}: no iteration was scored: no weight had a gradient in '
+                    f'{skipped["missing"]} of them, {skipped["nonfinite"]} had numbers not finite '
+                    '(gradients of a loss that is NaN or infinite, or of too large a scale). Scores '
+                    'come from the steps of the optimizer between a trace and a cut; before any step, '
+                    'from the batch of the call'
+                )
+            values = np.sum(means, axis=0)
+            values[self._unscored_units()] = np.nan
+        is_normalized = self.score.criterion.normalize == 'group'
+        return normalized(self.graph, values) if is_normalized else values
 
     def _reduced(self, running: RunningScore) -> tuple[np.ndarray, float]:
-        both = torch.cat([running.total.double(), running.weight.double().reshape(1)])
+        """The sum of scores and the number of iterations, over all processes."""
+        both = torch.cat([running.total.double(), running.scored.double().reshape(1)])
         if self.distributed:
             torch.distributed.all_reduce(both)
         both = both.cpu().numpy()
         return both[:-1], float(both[-1])
 
     def unscored(self) -> dict[str, int]:
-        """Why units could not be scored, by the name of the weight that reads them: their number."""
+        """{why units could not be scored: how many}; a reason begins with the name of a weight that
+        reads them."""
         return {f'{name} {why}': units.size for (name, why), units in self.held_units().items()}
 
     def held_units(self) -> dict[tuple[str, str], np.ndarray]:
-        """{(name of a weight, why it gives no score): the units that stay because of it}. Weights that
-        are trained, and had no gradient so far, are not among them."""
-        found: dict[tuple[str, str], np.ndarray] = {}
+        """{(name of a weight, why it gives no score): the units that stay because of it}. A weight that
+        is trained, and had no gradient so far, is not among them."""
+        held: dict[tuple[str, str], np.ndarray] = {}
         if self.score.criterion.needs != 'weights':
-            blind = self._blind()
-            for entry, why in self._blind_consumers(Units(self.trace)):
-                units = np.unique(self.trace.unit_of[entry.axis.ids])
+            is_unscored = self._unscored_units()
+            for entry, why in self._unscored_consumers(Units(self.graph)):
+                units = np.unique(self.graph.unit_of[entry.axis.ids])
                 units = units[units >= 0]
-                units = units[blind[units]]
+                units = units[is_unscored[units]]
                 if units.size:
-                    found[entry.axis.name, why] = units
-        return found
+                    held[entry.axis.name, why] = units
+        return held
 
     def _seen(self) -> set[int]:
+        """The first slot of each weight axis that gave a score."""
+        with_gradient = set().union(*(running.seen for running in self.running))
         if self._gates is not None and any(running.scored > 0 for running in self.running):
-            loaded = set().union(*(running.seen for running in self.running))
-            return self._gates.seen or loaded
-        return set().union(*(running.seen for running in self.running))
+            return self._gates.seen or with_gradient
+        return with_gradient
 
-    def _blind_consumers(self, units: Units) -> list[tuple[Any, str]]:
-        """Readers whose part in a unit's score is unknown. One that is trained and had no gradient
-        took no part in the loss: its part is zero."""
+    def _unscored_consumers(self, units: Units) -> list[tuple[WeightAxis, str]]:
+        """The weights whose part in a unit's score is unknown, and why. A weight that is trained and
+        had
+        no gradient took no part in the loss: its part is zero, and known."""
         seen = self._seen()
-        graded = set().union(*(running.seen for running in self.running))
-        found = []
+        with_gradient = set().union(*(running.seen for running in self.running))
+        unscored = []
         for entry in units.consumers or units.producers:
             if entry.axis.first in seen:
                 continue
             if self._gates is not None:
-                if entry.axis.first in graded:
-                    found.append((entry, 'is read outside a module whose input can be watched'))
+                if entry.axis.first in with_gradient:
+                    unscored.append((entry, 'is read outside a module whose input can be watched'))
                 elif not entry.weight.requires_grad:
-                    found.append((entry, 'is frozen, and no gradient comes to its input'))
+                    unscored.append((entry, 'is frozen, and no gradient comes to its input'))
             elif not entry.weight.requires_grad:
-                found.append((entry, 'is frozen: it has no gradient'))
+                unscored.append((entry, 'is frozen: it has no gradient'))
             elif id(entry.weight) not in self._held:
-                found.append((entry, 'is in no optimizer: its gradient is not that of one step'))
-        return found
+                unscored.append((entry, 'is in no optimizer: its gradient is not that of one step'))
+        return unscored
 
-    def _blind(self) -> np.ndarray:
-        """(n_units,) bool: units without a score."""
-        units = Units(self.trace)
-        some_blind = np.zeros(units.n + 1, dtype=bool)
-        some_seen = np.zeros(units.n + 1, dtype=bool)
-        for entry, _ in self._blind_consumers(units):
-            some_blind[self.trace.unit_of[entry.axis.ids]] = True
+    def _unscored_units(self) -> np.ndarray:
+        """(n_units,) bool, the units without a score: a weight that reads them is unknown, or none that
+        reads them is known."""
+        units = Units(self.graph)
+        any_unknown = np.zeros(units.n + 1, dtype=bool)  # the last entry is of locked positions
+        any_known = np.zeros(units.n + 1, dtype=bool)
+        for entry, _ in self._unscored_consumers(units):
+            any_unknown[self.graph.unit_of[entry.axis.ids]] = True
         seen = self._seen()
         for entry in (*units.consumers, *units.unread_producers):
             if entry.axis.first in seen:
-                some_seen[self.trace.unit_of[entry.axis.ids]] = True
-        blind = ~some_seen
-        if self.score.frozen == 'stay':
-            blind |= some_blind
-        return blind[: units.n]
+                any_known[self.graph.unit_of[entry.axis.ids]] = True
+        return (any_unknown | ~any_known)[: units.n]
 
     # -- resume -----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and integers: the sums so far, for a checkpoint."""
+        """The sums so far, as tensors and integers, for a checkpoint."""
         seen = sorted(self._gates.seen) if self._gates is not None else []
         return {
             'score': self.score.name,
@@ -322,10 +343,10 @@ class Collector:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from :meth:`state_dict` of a collector of the same trace and score.
+        """Goes on from :meth:`state_dict` of a collector of the same graph and score.
 
         Raises:
-            PruneError: it is of another criterion, model or number of optimizers.
+            PruneError: the state is of another criterion, model or number of optimizers.
         """
         if state['score'] != self.score.name:
             raise PruneError(
@@ -344,10 +365,10 @@ class Collector:
 
 
 def scores_now(graph: ChannelGraph, score: str | Mapping[str, Any] | Score) -> np.ndarray:
-    """(n_units,) scores from the weights, and the gradients, that are there.
+    """(n_units,) scores from the weights, and the gradients, that the model has now.
 
     Raises:
-        PruneError: a criterion that needs gradients, and there are none; or one that needs examples.
+        PruneError: the criterion needs gradients and there are none, or it needs examples.
     """
     score = make_score(score)
     needs = score.criterion.needs
@@ -370,8 +391,12 @@ def scores_now(graph: ChannelGraph, score: str | Mapping[str, Any] | Score) -> n
 
 
 def weight_scores(graph: ChannelGraph, score: Score) -> np.ndarray:
-    """(n_units,) numbers of a criterion that looks at weights alone. NaN is its own way to say that
-    a unit has none; infinities are an error."""
+    """(n_units,) numbers of a criterion that looks at weights alone. NaN means that a unit has no
+    score.
+
+    Raises:
+        PruneError: a number is infinite, or all are NaN.
+    """
     with torch.no_grad():
         values = score.criterion.function(Units(graph)).double().cpu().numpy()
     if np.isinf(values).any() or (values.size and np.isnan(values).all()):

@@ -1,31 +1,41 @@
-"""The one table of criteria and its decorator."""
+"""The table of criteria, and what a user says about scores: a criterion and a cost."""
 
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
+import numpy as np
 import torch
 
-from mmprune.errors import PruneError
+from mmprune.budget.choose import PER
+from mmprune.errors import PruneError, did_you_mean
+from mmprune.graph.coupling import ChannelGraph
 from mmprune.score.units import Units
 
 NEEDS = ('weights', 'gradients', 'examples')
-"""What a criterion looks at. ``weights``: called once for a cut; ``gradients``: called between
-backward and step of each iteration; ``examples``: called after each backward pass with the gates'
-gradients of every example (``units.examples``), which takes hooks at the layers that read."""
+"""What a criterion can look at: see :func:`criterion`."""
 
 NORMALIZE = ('none', 'group')
-"""What may be done with a criterion's numbers: nothing, or a division by the l2 norm of the group's."""
+"""What can be done with a criterion's numbers: nothing, or a division by the l2 norm of the group's."""
+
+IN_TRAINING = 'taylor_gate'
+"""The default criterion where a training gives gradients. Faster R-CNN lost least by it after training;
+YOLOX-Nano did not (docs/results.md)."""
+
+REMOVED_DEFAULTS = {'normalize': None, 'penalty': 0.0, 'momentum': None, 'frozen': 'stay'}
+"""Options that earlier versions had. At these values they changed nothing, so they are ignored; at any
+other value they are an error."""
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """A way to score.
+    """A way to score units.
 
     Args:
-        function: ``function(units)`` gives a (n_units,) tensor.
+        name: the name by which it is chosen.
+        function: takes :class:`~mmprune.score.units.Units` and returns (n_units,) numbers.
         needs: one of ``NEEDS``.
-        normalize: one of ``NORMALIZE``, unless a :class:`~mmprune.score.adjust.Score` says otherwise.
+        normalize: one of ``NORMALIZE``.
     """
 
     name: str
@@ -35,7 +45,7 @@ class Criterion:
 
     @property
     def gradients(self) -> bool:
-        """Whether it takes a backward pass."""
+        """Whether the criterion needs a backward pass."""
         return self.needs != 'weights'
 
 
@@ -45,22 +55,22 @@ CRITERIA: dict[str, Criterion] = {}
 def criterion(
     name: str, needs: str = 'weights', normalize: str = 'none'
 ) -> Callable[[Callable[[Units], torch.Tensor]], Callable[[Units], torch.Tensor]]:
-    """Registers a function as a criterion, whose name then works wherever a score is given.
+    """Registers a function as a criterion. Its name then works wherever a score is given.
 
     Args:
-        name: the criterion's.
-        needs: what the function looks at: ``'weights'``, called once for a cut; ``'gradients'``, called
-            between backward and step of each iteration; ``'examples'``, called after each backward
-            pass with the gates' gradients of every example, (N, n_units).
-        normalize: ``'group'`` where its numbers are meant to be divided by the l2 norm of their
-            group's; ``'none'``.
+        name: the name of the criterion.
+        needs: what the function looks at. ``'weights'``: it is called once for a cut. ``'gradients'``:
+            it is called between backward pass and optimizer step of each iteration. ``'examples'``: it
+            is called after each backward pass, and ``units.examples`` holds the gates' gradients of
+            every example, (N, n_units), which takes hooks at the layers that read units.
+        normalize: ``'group'`` divides the numbers by the l2 norm of their group's; ``'none'`` does not.
 
     Returns:
-        A decorator of a function of :class:`~mmprune.score.Units` that returns (n_units,) numbers: what
-        the removal of each unit costs.
+        A decorator of a function of :class:`~mmprune.score.Units`, which returns (n_units,) numbers:
+        the loss that the removal of each unit costs.
 
     Raises:
-        PruneError: the name is taken; ``needs`` or ``normalize`` is unknown.
+        PruneError: the name is taken, or ``needs`` or ``normalize`` is unknown.
 
     Example:
         >>> import torch
@@ -77,7 +87,6 @@ def criterion(
     """
     if needs not in NEEDS:
         raise PruneError(f'criterion {name!r}: needs={needs!r}: expected one of {", ".join(NEEDS)}')
-    normalize = current_word(normalize, 2) or 'none'
     if normalize not in NORMALIZE:
         raise PruneError(
             f'criterion {name!r}: normalize={normalize!r}: expected one of {", ".join(NORMALIZE)}'
@@ -96,15 +105,85 @@ def criterion(
 
 
 def get_criterion(name: str) -> Criterion:
+    """The criterion of a name. Raises a PruneError for an unknown name."""
     if name not in CRITERIA:
         raise PruneError(f'unknown score {name!r}: expected one of {", ".join(sorted(CRITERIA))}')
     return CRITERIA[name]
 
 
-def current_word(normalize: str | None, level: int) -> str | None:
-    """``normalize`` as it is called now: ``'layer'``, which always meant the group, is ``'group'``.
-    ``level``: how far up the caller is who is told."""
-    if normalize != 'layer':
-        return normalize
-    warnings.warn("normalize='layer' is now 'group'", DeprecationWarning, stacklevel=level + 1)
-    return 'group'
+def normalized(graph: ChannelGraph, values: np.ndarray) -> np.ndarray:
+    """(n_units,) numbers divided by the l2 norm of their group's (Molchanov et al., "Pruning
+    Convolutional Neural Networks for Resource Efficient Inference", ICLR 2017, eq. 10). NaN stays."""
+    values = np.array(values, dtype=np.float64)
+    for group in graph.groups:
+        norm = np.sqrt(np.nansum(values[group.units] ** 2))
+        if norm > 0:
+            values[group.units] /= norm
+    return values
+
+
+@dataclass(frozen=True)
+class Score:
+    """How units are scored, and what the scores are set against when a cut is chosen.
+
+    Args:
+        name: the name of a registered criterion (``'taylor'``, ``'l2'`` ...; see ``docs/criteria.md``).
+        per: the cost by which a score is divided, so that units of several layers can be compared:
+            ``'flops'``, ``'memory'`` (elements of activations), ``'work'`` (both, as time depends on
+            them) or ``'params'``. ``'budget'`` is the cost that the budget counts; ``'auto'`` is that
+            too, but work if the budget counts FLOPs or time. With ``'none'`` the lowest scores go
+            first, whatever they cost.
+
+    Raises:
+        PruneError: the criterion or the cost is unknown.
+
+    Example:
+        >>> mmprune.Score('taylor', per='memory').per
+        'memory'
+        >>> mmprune.Score('taylor', per='flop').per
+        Traceback (most recent call last):
+        mmprune.errors.PruneError: score: per='flop': expected one of 'auto', 'budget', 'flops', \
+'memory', 'work', 'params', 'none'
+    """
+
+    name: str
+    per: str = 'auto'
+
+    def __post_init__(self) -> None:
+        get_criterion(self.name)
+        if self.per not in PER:
+            raise PruneError(f'score: per={self.per!r}: expected one of {", ".join(map(repr, PER))}')
+
+    @property
+    def criterion(self) -> Criterion:
+        return get_criterion(self.name)
+
+
+def make_score(value: str | Mapping[str, Any] | Score) -> Score:
+    """A :class:`Score` from the name of a criterion or a dict of its options.
+
+    Raises:
+        PruneError: ``value`` is of another type; an option is unknown (the known ones are listed) or
+            was removed; a value is unknown.
+    """
+    if isinstance(value, Score):
+        return value
+    if isinstance(value, str):
+        return Score(value)
+    if not isinstance(value, Mapping):
+        raise PruneError(
+            f"score={value!r} is not a Score: give a criterion's name or a dict such as "
+            "dict(name='taylor', per='memory')"
+        )
+    options = {
+        option: given
+        for option, given in value.items()
+        if option not in REMOVED_DEFAULTS or given != REMOVED_DEFAULTS[option]
+    }
+    known = [f.name for f in fields(Score)]
+    unknown = next((option for option in options if option not in known), None)
+    if unknown is not None:
+        raise PruneError(f'score: unknown option {unknown!r}: {did_you_mean(unknown, known)}')
+    if 'name' not in options:
+        raise PruneError(f"score={value!r} has no name: add name='taylor', say")
+    return Score(**options)

@@ -1,44 +1,19 @@
-"""First-order criteria from weights and their gradients alone."""
+"""First-order criteria from weights and their gradients alone.
+
+A *gate* is a factor of 1 on a unit's channel, wherever the channel is read. Removing the unit closes
+the gate. A consumer is linear in channel times weight, so the derivative of the loss by the gate is
+exactly the sum of ``w * dL/dw`` over the weights that read the channel: it needs no hooks, and is right
+for layers that run several times.
+"""
 
 import torch
 
 from mmprune.score.table import criterion
 from mmprune.score.units import Units, WeightAxis, sum_but
 
-
-def gate_gradient(units: Units) -> torch.Tensor:
-    """(n,) derivative of the loss by a gate (at 1) on each unit's channel at everything that reads
-    it: a consumer is linear in channel times weight, so it is ``sum of w * dL/dw`` over its slots.
-
-    Where only products of activations read a unit (the width of attention heads), the gate is at
-    the weights that make it.
-    """
-    read = _products(units, units.consumers)
-    if not units.unread_producers:
-        return read
-    return torch.where(units.read, read, _products(units, units.unread_producers))
-
-
-def _products(units: Units, entries: list[WeightAxis]) -> torch.Tensor:
-    having = [entry for entry in entries if entry.weight.grad is not None]
-    parts = [
-        dot_along(e.weight.detach().float(), units.gradient(e.weight).float(), e.axis.dim)
-        for e in having
-    ]
-    return units.gather(having, parts)
-
-
 CACHED = 1 << 18
-"""Elements of a product that stay in a processor's cache: twice to six times as fast there."""
-
-
-def dot_along(a: torch.Tensor, b: torch.Tensor, dim: int) -> torch.Tensor:
-    """``(a * b)`` summed over all dimensions but ``dim``: (size of ``dim``,)."""
-    if a.numel() <= CACHED or a.ndim == 1 or a.device.type != 'cpu':
-        return sum_but(a * b, dim)
-    rows = max(1, CACHED * a.shape[0] // a.numel())
-    pieces = [sum_but(x * y, dim) for x, y in zip(a.split(rows), b.split(rows), strict=True)]
-    return torch.cat(pieces) if dim == 0 else torch.stack(pieces).sum(0)
+"""The number of elements of a product that stay in a processor's cache, where summing is two to six
+times as fast."""
 
 
 @criterion('taylor', needs='gradients')
@@ -53,3 +28,33 @@ def taylor_gate(units: Units) -> torch.Tensor:
     """The square of the gate's gradient, for each batch (Molchanov et al., "Importance Estimation
     for Neural Network Pruning", CVPR 2019, eq. 8, with the gate where the channel is read)."""
     return gate_gradient(units) ** 2
+
+
+def gate_gradient(units: Units) -> torch.Tensor:
+    """(n,) the derivative of the loss by each unit's gate.
+
+    If only products of activations read a unit (the width of attention heads), the gate is at the
+    weights that make it.
+    """
+    by_consumers = _products(units, units.consumers)
+    if not units.unread_producers:
+        return by_consumers
+    return torch.where(units.read, by_consumers, _products(units, units.unread_producers))
+
+
+def _products(units: Units, entries: list[WeightAxis]) -> torch.Tensor:
+    trained = [entry for entry in entries if entry.weight.grad is not None]
+    sums = [
+        dot_along(e.weight.detach().float(), units.gradient(e.weight).float(), e.axis.dim)
+        for e in trained
+    ]
+    return units.gather(trained, sums)
+
+
+def dot_along(a: torch.Tensor, b: torch.Tensor, dim: int) -> torch.Tensor:
+    """(size of ``dim``,) the sums of ``a * b`` over all other dimensions."""
+    if a.numel() <= CACHED or a.ndim == 1 or a.device.type != 'cpu':
+        return sum_but(a * b, dim)
+    rows = max(1, CACHED * a.shape[0] // a.numel())
+    pieces = [sum_but(x * y, dim) for x, y in zip(a.split(rows), b.split(rows), strict=True)]
+    return torch.cat(pieces) if dim == 0 else torch.stack(pieces).sum(0)

@@ -14,8 +14,13 @@ from mmprune.graph.slots import Axis
 
 
 class WeightAxis(NamedTuple):
-    """One axis of a weight: ``index`` gives the unit of each position, ``Units.n`` where the
-    position is locked."""
+    """One axis of a weight.
+
+    Args:
+        axis: the axis.
+        weight: the parameter.
+        index: (positions of the axis,) the unit at each position; ``Units.n`` for a locked position.
+    """
 
     axis: Axis
     weight: torch.Tensor
@@ -26,70 +31,70 @@ class Units:
     """What a criterion is called with.
 
     Args:
-        trace: the graph of the model.
-        only: parameters to look at (by ``id``), all by default.
+        graph: the graph of the model.
+        only: the ``id`` of each parameter that is looked at; ``None``: all parameters.
 
     Attributes:
-        n: number of units.
-        consumers: :class:`WeightAxis` of the weights that read units' channels.
-        producers: the same of the weights that make them, biases and norms included.
-        examples: (N, n) derivative of the loss by a gate on each unit at everything that reads it, for
-            each of N examples, where the criterion needs it.
-        scale: what gradients are multiplied with as they stand (a fused optimizer takes AMP's scale
-            away itself).
+        n: the number of units.
+        consumers: the axes of weights that read units' channels, as a list of :class:`WeightAxis`.
+        producers: the axes of weights that make units' channels, biases and norms included.
+        examples: (N, n) the derivative of the loss by a gate on each unit at everything that reads it,
+            for each of N examples; ``None`` unless the criterion needs it.
+        scale: the factor by which gradients are multiplied when a fused optimizer removes AMP's scale
+            inside its step; ``None``: they have no scale.
     """
 
-    def __init__(self, trace: ChannelGraph, only: Container[int] | None = None) -> None:
-        self.trace = trace
-        self.n = trace.n_units
+    def __init__(self, graph: ChannelGraph, only: Container[int] | None = None) -> None:
+        self.graph = graph
+        self.n = graph.n_units
         self.examples: torch.Tensor | None = None
         self.scale: torch.Tensor | None = None
-        tensors = trace.slots.tensors
+        tensors = graph.slots.tensors
         self.device = next(iter(tensors.values())).device
 
-        def by_unit(axes: list[Axis]) -> list[WeightAxis]:
-            found = []
+        def with_units(axes: list[Axis]) -> list[WeightAxis]:
+            entries = []
             for axis in axes:
                 weight = tensors[axis.name]
-                units = trace.unit_of[axis.ids]
-                wanted = isinstance(weight, nn.Parameter) and (only is None or id(weight) in only)
-                if wanted and (units >= 0).any():
+                units = graph.unit_of[axis.ids]
+                is_wanted = isinstance(weight, nn.Parameter) and (only is None or id(weight) in only)
+                if is_wanted and (units >= 0).any():
                     index = torch.from_numpy(np.where(units < 0, self.n, units)).to(weight.device)
-                    found.append(WeightAxis(axis, weight, index))
-            return found
+                    entries.append(WeightAxis(axis, weight, index))
+            return entries
 
-        self.consumers = by_unit(trace.consumers)
-        reading = {(axis.name, axis.dim) for axis in trace.consumers}
-        self.producers = by_unit(
-            [axis for axis in trace.slots.axes if (axis.name, axis.dim) not in reading]
+        self.consumers = with_units(graph.consumers)
+        reading = {(axis.name, axis.dim) for axis in graph.consumers}
+        self.producers = with_units(
+            [axis for axis in graph.slots.axes if (axis.name, axis.dim) not in reading]
         )
         self._indices: dict[tuple[int, ...], torch.Tensor] = {}
 
     @cached_property
     def read(self) -> torch.Tensor:
-        """Units that a weight reads, (n,) bool. Others meet products of activations alone."""
-        found = np.zeros(self.n + 1, dtype=bool)
-        for axis in self.trace.consumers:
-            found[self.trace.unit_of[axis.ids]] = True  # -1, the locked ones, falls on the last
-        return torch.from_numpy(found[: self.n]).to(self.device)
+        """(n,) bool, the units that a weight reads. Only products of activations read the others."""
+        read = np.zeros(self.n + 1, dtype=bool)
+        for axis in self.graph.consumers:
+            read[self.graph.unit_of[axis.ids]] = True  # -1, a locked position, is the last entry
+        return torch.from_numpy(read[: self.n]).to(self.device)
 
     @cached_property
     def scales(self) -> list[WeightAxis]:
-        """Batch norms' gammas among the producers."""
-        firsts = {int(ids[0]) for ids in self.trace.scales if ids.size}
+        """The gammas of batch norms among the producers."""
+        firsts = {int(ids[0]) for ids in self.graph.scales if ids.size}
         return [entry for entry in self.producers if entry.axis.first in firsts]
 
     @cached_property
     def unread_producers(self) -> list[WeightAxis]:
-        """Those of ``producers`` that make a unit which no weight reads."""
+        """The producers that make a unit which no weight reads."""
         unread = torch.cat([~self.read, self.read.new_zeros(1)]).cpu()
         return [entry for entry in self.producers if bool(unread[entry.index.cpu()].any())]
 
     def gradient(self, weight: torch.Tensor) -> torch.Tensor:
-        """The gradient of the loss by a weight, free of AMP's scale.
+        """The gradient of the loss by a weight, without AMP's scale.
 
         Raises:
-            PruneError: it has none: a criterion looks at ``weight.grad`` first.
+            PruneError: the weight has no gradient. A criterion checks ``weight.grad`` first.
         """
         if weight.grad is None:
             raise PruneError(
@@ -101,12 +106,17 @@ class Units:
     def sums(
         self, entries: list[WeightAxis], value: Callable[[torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
-        """(n,) sums of ``value(weight)``, of the weight's shape, over all slots of each unit."""
+        """(n,) sums of ``value(weight)``, which has the weight's shape, over all slots of each unit."""
         parts = [sum_but(value(entry.weight), entry.axis.dim) for entry in entries]
         return self.gather(entries, parts)
 
     def gather(self, entries: list[WeightAxis], parts: list[torch.Tensor]) -> torch.Tensor:
-        """(n,) sums over the positions of each unit; ``parts``: a vector for each of ``entries``."""
+        """(n,) sums over the positions of each unit.
+
+        Args:
+            entries: the axes that are summed over.
+            parts: for each of ``entries``, (positions of the axis,) numbers.
+        """
         total = torch.zeros(self.n + 1, device=self.device)
         if not entries:
             return total[: self.n]
@@ -132,6 +142,6 @@ def sum_but(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     if tensor.ndim == 1:
         return tensor
     if dim == 1 and tensor.ndim > 2:
-        # Over the rows first: memory is walked in order, several times faster than at once.
+        # Summing over the rows first reads memory in order, which is several times faster.
         return tensor.sum(0).flatten(1).sum(1)
     return tensor.sum([d for d in range(tensor.ndim) if d != dim])

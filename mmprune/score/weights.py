@@ -7,7 +7,7 @@ from mmprune.score.units import Units, WeightAxis
 
 
 def filters(units: Units) -> list[WeightAxis]:
-    """The producers that are matrices or kernels: biases and norms aside."""
+    """The producers that are matrices or kernels, without biases and norms."""
     return [entry for entry in units.producers if entry.weight.ndim > 1]
 
 
@@ -29,22 +29,22 @@ def bn_scale(units: Units) -> torch.Tensor:
     """Sum of ``|gamma|`` over the norms that scale the unit (Liu et al., "Learning Efficient
     Convolutional Networks through Network Slimming", ICCV 2017). A unit without a norm has no score
     (NaN) and stays."""
-    counted = units.sums(units.scales, torch.ones_like)
+    norms = units.sums(units.scales, torch.ones_like)
     total = units.sums(units.scales, lambda w: w.detach().abs())
-    return torch.where(counted > 0, total, torch.nan)
+    return torch.where(norms > 0, total, torch.nan)
 
 
 @criterion('fpgm')
 def fpgm(units: Units) -> torch.Tensor:
-    """Sum of a filter's euclidean distances to all filters of its layer, over the filters that make
-    the unit: near the geometric median is low (He et al., "Filter Pruning via Geometric Median",
-    CVPR 2019)."""
+    """Sum of the Euclidean distances of a filter to all filters of its layer, over the filters that
+    make the unit: it is low near the geometric median (He et al., "Filter Pruning via Geometric
+    Median", CVPR 2019)."""
     entries = filters(units)
-    parts = []
+    distances = []
     for entry in entries:
         rows = entry.weight.detach().float().movedim(entry.axis.dim, 0).flatten(1)
-        parts.append(torch.cdist(rows, rows).sum(1))
-    return units.gather(entries, parts)
+        distances.append(torch.cdist(rows, rows).sum(1))
+    return units.gather(entries, distances)
 
 
 @criterion('random')

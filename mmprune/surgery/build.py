@@ -24,14 +24,12 @@ class Baseline:
         flops: multiply-adds, on the batch that the model was traced on (batches differ in size).
         params: number of parameters.
         units: number of units of each group, in the order of the graph's groups.
-        latency: seconds of a run, by the table of timings.
         plan: all cuts so far; ``None`` if there were none.
     """
 
     flops: float | None = None
     params: int | None = None
     units: tuple[int, ...] | None = None
-    latency: float | None = None
     plan: Plan | None = None
 
 

@@ -15,7 +15,6 @@ from torch import nn
 
 from mmprune import _version
 from mmprune.analysis.analyze import Analysis, analyze
-from mmprune.analysis.floors import lowest
 from mmprune.analysis.sensitivity import (
     FRACTIONS,
     SEEDS,
@@ -25,6 +24,7 @@ from mmprune.analysis.sensitivity import (
     sensitivity,
 )
 from mmprune.budget.budget import Budget, make_budget
+from mmprune.budget.choose import lowest
 from mmprune.budget.device import device_name
 from mmprune.check.masked import masked_in_place
 from mmprune.contexts import random_state_restored

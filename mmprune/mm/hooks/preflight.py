@@ -5,7 +5,6 @@ Each function raises a :class:`PruneError`, or returns warnings that the run sho
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,8 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import nn
 
-from mmprune.analysis.floors import LEAST, lowest
 from mmprune.budget.budget import Budget
-from mmprune.budget.choose import choose, limits_of
+from mmprune.budget.choose import choose, limits_of, lowest
 from mmprune.budget.schedule import SCORED, STEPS, CutTimes
 from mmprune.errors import PruneError, did_you_mean
 from mmprune.graph import cost
@@ -273,9 +271,9 @@ def check_floor(
     if unscored is not None:
         scores[unscored] = np.nan
     if budget.latency is not None:
-        untimed: dict[str, Any] = dict.fromkeys(budget.targets) | {'keep_channels': LEAST}
-        budget = replace(budget, **untimed)
-    choose(graph, scores, budget, original)
+        lowest(graph, budget, original, scores)
+    else:
+        choose(graph, scores, budget, original)
 
 
 def warning_of_unscored(

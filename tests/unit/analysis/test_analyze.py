@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import mmprune
-from mmprune.analysis.layer_times import layer_times
+from mmprune.analysis.analyze import layer_times
 from tests.unit.analysis.test_lock_prices import Net, X, analysis, counted
 
 
@@ -38,7 +38,7 @@ def test_a_group_is_worth_what_a_network_with_one_channel_there_costs_less():
 
 
 def test_floors_are_those_of_the_default_limits_and_of_the_given_ones():
-    budget = dict(keep_flops=0.5, min_channels=2, divisor=1, max_cut=0.1, lock=['head.*'])
+    budget = dict(keep_flops=0.5, min_channels=2, divisor=1, lock=['head.*'])
     found = analysis(Net(locked=False), budget=budget)
     default, given = found.floors
     assert default.keep_flops == pytest.approx(counted(Net(a=1, b=1)) / found.flops)

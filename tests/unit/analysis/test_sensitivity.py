@@ -1,4 +1,4 @@
-"""Masked groups against channels that are zeroed by hand, and what is suggested from them."""
+"""Masked groups against channels that are zeroed by hand."""
 
 import random
 
@@ -9,9 +9,6 @@ from torch import nn
 
 import mmprune
 from mmprune.analysis.sensitivity import evaluations, sensitivity
-from mmprune.analysis.suggest import bears, suggest
-from mmprune.budget.budget import Budget
-from mmprune.surgery.build import Baseline
 
 torch.manual_seed(0)
 X, TARGET = torch.randn(4, 3, 5, 5), torch.randn(4, 2, 5, 5)
@@ -101,7 +98,6 @@ def test_units_without_a_score_stay():
     scores[:10] = np.nan
     found = sensitivity(model, graph, scores, loss)
     assert found.groups[0].unscored and set(found.groups[0].values.values()) == {None}
-    assert bears(found.groups[0], 1e9) == 1
     assert not found.groups[1].unscored
 
 
@@ -113,76 +109,3 @@ def test_a_value_that_nothing_can_be_compared_with_is_an_error(value):
         sensitivity(model, graph, np.ones(graph.n_units), lambda m: value)
     with pytest.raises(mmprune.PruneError, match='outside'):
         sensitivity(model, graph, np.ones(graph.n_units), loss, fractions=(1.5,))
-
-
-# -- suggestions -------------------------------------------------------------------------------------
-
-
-def worth_of(graph, model, changes):
-    """Sensitivities with a cost of its own for each group: ``changes[number]`` by fraction."""
-    calls = []
-
-    def evaluate(model):
-        calls.append(None)
-        return 1.0
-
-    found = sensitivity(model, graph, np.arange(graph.n_units, dtype=float), evaluate)
-    groups = []
-    for group, own in zip(found.groups, changes, strict=True):
-        groups.append(type(group)(**{**vars(group), 'changes': own}))
-    return type(found)(found.base, 0.0, tuple(groups))
-
-
-def suggested(changes, **options):
-    model = net()
-    graph = traced(model)
-    worth = worth_of(graph, model, changes)
-    scores = np.arange(graph.n_units, dtype=float)
-    base = Baseline(flops=graph.flops, params=graph.params)
-    return graph, suggest(model, graph, scores, worth, loss, base, **options)
-
-
-FREE = {0.9: 0.0, 0.7: 0.01, 0.5: 0.05}
-
-
-def test_what_bears_nothing_is_locked_and_the_rest_is_cut_as_far_as_it_bears():
-    graph, made = suggested([{0.9: 0.5, 0.7: 0.6, 0.5: 0.7}, FREE])
-    assert made.bears == (1, 0.5)
-    assert made.options['lock'] == ['0.weight']
-    assert 'parts' not in made.options
-    left = (225 * 3 * 10 + 225 * 10 * 3 + 25 * 3 * 2) / (225 * 3 * 10 + 225 * 10 * 6 + 25 * 6 * 2)
-    assert left <= made.options['keep_flops'] < left + 0.05 + 1e-9
-
-
-def test_what_bears_some_keeps_so_many_channels():
-    _, made = suggested([{0.9: 0.0, 0.7: 0.5, 0.5: 0.05}, FREE])
-    assert made.bears == (0.9, 0.5), 'past what is not borne nothing counts'
-    assert made.options['parts'] == {'0.weight': {'min_channels': 9}}
-    assert 'lock' not in made.options
-
-
-def test_a_suggestion_is_a_budget_that_is_met_and_spares_what_it_says():
-    for changes in ([{0.9: 0.5, 0.7: 0.6, 0.5: 0.7}, FREE], [{0.9: 0.0, 0.7: 0.5, 0.5: 1}, FREE]):
-        _, made = suggested(changes, base=Budget(latency=0.5, divisor=1, min_channels=2))
-        model = net()
-        plan = mmprune.prune(model, lambda m: m(X), **made.options, divisor=1, min_channels=2)
-        assert plan.cuts[-1].flops / plan.cuts[-1].flops_before <= made.options['keep_flops'] + 1e-6
-        assert model[0].out_channels >= (10 if made.bears[0] == 1 else 9)
-        assert made.floor <= made.options['keep_flops']
-
-
-def test_own_limits_are_kept():
-    base = Budget(
-        keep_params=0.3, divisor=2, lock=['5.bias'],
-        parts={'0': dict(keep_flops=0.7, max_cut=0.5), '5': dict(keep_flops=0.9)},
-    )  # fmt: skip
-    graph, made = suggested([FREE, {0.9: 0.5, 0.7: 1, 0.5: 1}], base=base)
-    assert made.options['lock'] == ['5.bias', '3.bias']
-    assert made.options['parts'] == {'0': {'max_cut': 0.5}}
-
-
-def test_where_no_group_bears_anything_that_is_told():
-    hurt = {0.9: 0.5, 0.7: 0.6, 0.5: 0.7}
-    with pytest.raises(mmprune.PruneError, match='no group bears a cut to 0.9'):
-        suggested([hurt, hurt])
-    assert suggested([hurt, hurt], tolerance=0.8)[1].bears == (0.5, 0.5)

@@ -164,15 +164,11 @@ def test_what_a_part_had_before_the_cuts_is_reckoned_from_the_plan():
         assert cost.before(after, plan.fingerprint, cost.params(after, part)) == pytest.approx(params)
 
 
-def test_latency_asks_the_times_that_were_measured(traced):
-    seconds = lambda keep: 1e-3 * (1 + keep.sum() / 60)  # noqa: E731
-    keep = choose(traced, SCORES, Budget(latency=0.75, divisor=1), latency=seconds)
-    assert keep.sum() == 30
-    keep = choose(
-        traced, SCORES, Budget(latency=0.75, divisor=1), Baseline(latency=1.8e-3), latency=seconds
-    )
-    assert keep.sum() == 21
-    with pytest.raises(PruneError, match='latency=0.75: no times were measured'):
+def test_a_budget_of_time_is_one_of_work_once_that_was_found(traced):
+    work, everything = cost.work(traced), np.ones(60, dtype=bool)
+    keep = choose(traced, SCORES, Budget(latency=0.75, divisor=1), work=(0.6, 0.6))
+    assert 0.5 < work(keep) / work(everything) <= 0.6
+    with pytest.raises(PruneError, match=r'latency=0.75: choose\(\) measures no times'):
         choose(traced, SCORES, Budget(latency=0.75, divisor=1))
 
 
@@ -204,13 +200,6 @@ def test_min_channels(traced):
     assert widths(traced, run(traced, prune_num=60)) == [1, 1, 1]
 
 
-def test_max_cut(traced):
-    assert widths(traced, run(traced, prune_num=60, max_cut=0.25)) == [12, 18, 15]
-    assert widths(traced, run(traced, prune_num=60, max_cut=0.7)) == [5, 8, 6]  # of 20: 6 + 1e-15
-    # A target that one cut may not reach is for the next ones.
-    assert widths(traced, run(traced, keep_flops=0.3, max_cut=0.25)) == [12, 18, 15]
-
-
 def test_channels_are_counted_where_they_are_made():
     """A unit is a norm group of 4 channels there, and here one channel of 4 positions."""
     torch.manual_seed(0)
@@ -240,15 +229,6 @@ def test_channels_are_counted_where_they_are_made():
 )
 def test_locked_by_name(traced, lock, left):
     assert widths(traced, run(traced, prune_num=60, lock=lock)) == left
-
-
-def test_units_that_must_stay(traced):
-    stay = SCORES < 5
-    keep = choose(traced, SCORES, Budget(prune_num=20, divisor=1), stay=stay)
-    assert keep[stay].all() and (~keep).sum() == 20
-    first = np.isin(np.arange(60), traced.groups[0].units[:3])
-    keep = choose(traced, SCORES, Budget(prune_num=60, min_channels=7, divisor=1), stay=first)
-    assert widths(traced, keep) == [7, 7, 7]  # they count among those that stay anyway
 
 
 # -- what scores are set against ----------------------------------------------------------------------
@@ -329,8 +309,8 @@ def test_by_default_they_are_set_against_work_for_flops_and_else_against_what_is
     assert [per for per, keep in found.items() if np.array_equal(keep, by_default)] == [alike]
 
 
-def test_by_default_they_are_not_set_against_measured_times():
-    assert cost_against('auto', 'latency') == 'work' != cost_against('budget', 'latency')
+def test_for_a_budget_of_time_they_are_set_against_work():
+    assert cost_against('auto', 'latency') == cost_against('budget', 'latency') == 'work'
 
 
 def test_numbers_of_ones_own_are_taken_as_they_are():
@@ -400,10 +380,10 @@ def test_a_part_by_the_start_or_a_pattern_of_its_names(traced):
 
 
 def test_limits_of_a_part(traced):
-    keep = run(traced, prune_num=60, max_cut=0.5, parts=dict(head=dict(max_cut=0.1)))
-    assert widths(traced, keep) == [8, 12, 18]
-    keep = run(traced, prune_num=60, max_cut=0.5, parts=dict(head=dict(min_channels=3)))
-    assert widths(traced, keep) == [8, 12, 10]  # what a part leaves out is the model's
+    keep = run(traced, prune_num=60, min_channels=2, parts=dict(head=dict(min_channels=3)))
+    assert widths(traced, keep) == [2, 2, 3]
+    keep = run(traced, prune_num=60, min_channels=2, parts=dict(head=dict(divisor=8)))
+    assert widths(traced, keep) == [2, 2, 8]  # what a part leaves out is the model's
     keep = run(traced, prune_num=60, parts=dict(backbone=dict(min_channels=5)))
     assert widths(traced, keep) == [5, 5, 1]
     keep = run(traced, prune_num=30, parts=dict(backbone=dict(divisor=8)))
@@ -422,6 +402,12 @@ def test_a_budget_goes_into_a_checkpoint_and_back(traced):
     assert meta['parts'] == {'backbone.0': {'prune_num': 2}} and meta['lock'] == ['head.*']
     assert 'latency' not in meta and 'parts' not in Budget(keep_flops=0.5).to_meta()
     assert make_budget(meta) == budget
+
+
+def test_a_budget_of_an_earlier_version_is_read():
+    """It had ``max_cut``, which changed nothing at 1."""
+    meta = {'keep_flops': 0.5, 'max_cut': 1.0, 'parts': {'head': {'max_cut': 1.0, 'divisor': 2}}}
+    assert make_budget(meta) == Budget(keep_flops=0.5, parts={'head': {'divisor': 2}})
 
 
 def test_the_steps_of_a_schedule_reach_parts_too():
@@ -444,7 +430,7 @@ def test_the_steps_of_a_schedule_reach_parts_too():
         (dict(keep_channels=True), 'keep_channels=True is outside'),
         (dict(keep_flops=float('nan')), 'keep_flops=nan is outside'),
         (dict(latency=2), r'latency=2 is outside \(0, 1\]'),
-        (dict(keep_flops=0.5, max_cut=0), r'max_cut=0 is outside \(0, 1\]: it is the largest'),
+        (dict(keep_flops=0.5, max_cut=0.5), "'max_cut': max_cut was removed: make more cuts"),
         (dict(prune_num=0), 'prune_num=0: must be an integer >= 1'),
         (dict(prune_num=2.5), 'prune_num=2.5: must be an integer'),
         (dict(prune_num=3, divisor=0), 'divisor=0: must be an integer'),
@@ -460,7 +446,8 @@ def test_the_steps_of_a_schedule_reach_parts_too():
         (dict(parts=dict(head=dict(keep=1))), r"parts\['head'\]: unknown option 'keep': expected"),
         (dict(parts=dict(head=dict(keep_flops=3))), r"parts\['head'\]: keep_flops=3 is outside"),
         (dict(parts=dict(head=dict(latency=0.5))), r"parts\['head'\]: unknown option 'latency'"),
-        (dict(parts=dict(head=dict(max_cut=0.5))), 'no budget'),
+        (dict(parts=dict(head=dict(divisor=8))), 'no budget'),
+        (dict(parts=dict(head=dict(max_cut=0.5))), "unknown option 'max_cut': max_cut was removed"),
     ],
 )  # fmt: skip
 def test_nonsense_is_named(options, message):
@@ -477,7 +464,7 @@ def test_nonsense_is_named(options, message):
         (dict(parts=dict(head=dict(keep_flops=0.001))), r'keep_flops=0.001 is below .* in head:'),
         (dict(prune_num=3, lock='*'), 'prune_num=3: no prunable unit left'),
         (dict(prune_num=3, lock='neck.*'), r"lock pattern 'neck.\*' matches no parameter; names"),
-        (dict(prune_num=3, parts=dict(neck=dict(max_cut=0.5))),
+        (dict(prune_num=3, parts=dict(neck=dict(divisor=8))),
          r"parts\['neck'\]: no prunable unit is made there; parts of this model are backbone, head"),
     ],
 )  # fmt: skip

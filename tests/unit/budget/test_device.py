@@ -45,7 +45,7 @@ def test_it_is_measured_once_and_kept(monkeypatch, tmp_path):
     monkeypatch.setattr(device, 'WIDTHS', range(33, 65))
     found = device.divisor_of(CPU, torch.float32)
     assert found in device.DIVISORS
-    ((key, kept),) = json.loads((tmp_path / 'cache' / device.FILE).read_text()).items()
+    ((key, kept),) = json.loads((tmp_path / 'cache' / device.DIVISORS_FILE).read_text()).items()
     assert kept == found and device.device_name(CPU) in key and 'float32' in key
     monkeypatch.setattr(device, 'times_by_width', lambda *a: pytest.fail('measured again'))
     assert device.divisor_of(CPU, torch.float32) == found  # in this process
@@ -58,9 +58,9 @@ def test_what_can_not_be_read_is_measured_anew(monkeypatch, tmp_path, content):
     monkeypatch.setenv(device.ENVIRONMENT, str(tmp_path))
     monkeypatch.setattr(device, '_divisors', {})
     monkeypatch.setattr(device, 'times_by_width', lambda *a: stairs(8))
-    (tmp_path / device.FILE).write_text(content)
+    (tmp_path / device.DIVISORS_FILE).write_text(content)
     assert device.divisor_of(CPU, torch.float32) == 8
-    assert list(json.loads((tmp_path / device.FILE).read_text()).values()) == [8]
+    assert list(json.loads((tmp_path / device.DIVISORS_FILE).read_text()).values()) == [8]
 
 
 def test_a_measurement_that_fails_is_a_warning_and_widths_are_free(monkeypatch, tmp_path, caplog):
@@ -74,7 +74,7 @@ def test_a_measurement_that_fails_is_a_warning_and_widths_are_free(monkeypatch, 
         assert [device.divisor_of(CPU, torch.float32) for _ in range(2)] == [1, 1]
     (told,) = [record.getMessage() for record in caplog.records]
     assert 'could not be measured (RuntimeError: no memory left)' in told and 'divisor=8' in told
-    assert not (tmp_path / device.FILE).exists()  # the next process measures
+    assert not (tmp_path / device.DIVISORS_FILE).exists()  # the next process measures
 
 
 def test_a_folder_that_can_not_be_written_is_said(monkeypatch, tmp_path, caplog):
@@ -89,10 +89,10 @@ def test_a_folder_that_can_not_be_written_is_said(monkeypatch, tmp_path, caplog)
 
 def test_two_keys_live_side_by_side(monkeypatch, tmp_path):
     monkeypatch.setenv(device.ENVIRONMENT, str(tmp_path))
-    device.keep_cached('some.json', {'a': 1})
-    device.keep_cached('some.json', {'b': [2]})
-    assert device.cached('some.json') == {'a': 1, 'b': [2]}
-    assert [path.name for path in tmp_path.iterdir()] == ['some.json']
+    device.keep_divisor('a', 1)
+    device.keep_divisor('b', 8)
+    assert device.read_divisors() == {'a': 1, 'b': 8}
+    assert [path.name for path in tmp_path.iterdir()] == [device.DIVISORS_FILE]
 
 
 def test_calls_take_turns_and_the_fastest_counts_but_for_the_first_of_each(monkeypatch):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from mmprune import PruneError
-from mmprune.budget.runtimes import prepare_for
+from mmprune.budget.runtimes import convolution, prepare_for
 
 X = torch.randn(1, 3, 12, 12)
 
@@ -55,3 +55,22 @@ def test_a_model_that_can_not_be_exported_says_so():
 
     with pytest.raises(PruneError, match="ByValue can not be exported.* take backend='eager'"):
         prepare_for(lambda m: m(X), 'onnxruntime')(ByValue())
+
+
+def test_a_runtime_that_is_missing_or_unknown_is_named(monkeypatch):
+    monkeypatch.setitem(__import__('sys').modules, 'openvino', None)
+    with pytest.raises(PruneError, match='openvino is not installed .*pip install .*take backend='):
+        prepare_for(lambda m: m(X), 'openvino')
+    with pytest.raises(PruneError, match="backend='tensorrt': expected one of eager, "):
+        prepare_for(lambda m: m(X), 'tensorrt')
+
+
+@pytest.mark.parametrize('backend', ['onnxruntime', 'openvino'])
+@pytest.mark.parametrize('kernel', [1, 3])
+def test_the_convolution_that_widths_are_timed_with(backend, kernel):
+    pytest.importorskip(backend)
+    pytest.importorskip('onnx')
+    weight = torch.randn(3, 3, kernel, kernel)
+    wanted = convolution(X, weight, 'eager')()
+    found = torch.from_numpy(np.array(convolution(X, weight, backend)()[0]))
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)

@@ -4,17 +4,15 @@ from mmprune import PruneError
 from mmprune.budget.schedule import check_times, resolve, target_at
 
 
-def test_linear_and_cubic():
+def test_targets_fall_linearly():
     assert [target_at(i, 4, 0.2) for i in range(5)] == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])
-    assert [target_at(i, 2, 0.5, 'cubic') for i in range(3)] == pytest.approx([1, 0.5625, 0.5])
-    assert target_at(7, 7, 0.3, 'cubic') == 0.3
+    assert target_at(7, 7, 0.3) == 0.3
     assert target_at(1, 2, 1.0) == 1
 
 
 @pytest.mark.parametrize(
     'arguments, message',
     [
-        ((1, 4, 0.5, 'square'), "schedule='square': expected one of linear, cubic"),
         ((5, 4, 0.5), r'step=5 is outside 0 ... steps=4'),
         ((-1, 4, 0.5), r'step=-1 is outside'),
         ((0, 0, 0.5), 'steps=0: must be an integer >= 1'),

@@ -154,7 +154,7 @@ def test_where_a_locked_part_is_no_multiple_the_rest_fills_it_up():
     group = next(n for n, g in enumerate(traced.groups) if len(g) == 32)
     own = [width for width in widths if group in width.groups]
     # What it makes and what is read of it can't both be multiples: the first is.
-    assert steps.ladder(group, 32, 1, 4, own, {}, False)[:3] == [32, 28, 24]
+    assert steps.allowed_counts(group, 32, 1, 4, own, {}, False)[:3] == [32, 28, 24]
     keep = choose.choose(traced, np.arange(48.0), Budget(prune_num=20, divisor=4))
     (told,) = [note for note in choose.uneven(traced, keep, Budget(prune_num=20, divisor=4))]
     assert 'b.weight[dim 1]: 35 -> ' in told and '3 of them are locked' in told
@@ -174,8 +174,8 @@ def test_a_group_that_is_a_part_of_several_layers_keeps_all_of_them_even():
     group = next(n for n, g in enumerate(traced.groups) if len(g) == 16)
     own = [width for width in steps.layer_widths(traced) if group in width.groups]
     assert {slots for width in own for slots in width.slots} == {6.0}
-    assert steps.ladder(group, 16, 1, 4, own, {}, False) == [16, 14, 12, 10, 8, 6, 4, 2]
-    assert steps.ladder(group, 16, 5, 8, own, {}, False) == [16, 12, 8]
+    assert steps.allowed_counts(group, 16, 1, 4, own, {}, False) == [16, 14, 12, 10, 8, 6, 4, 2]
+    assert steps.allowed_counts(group, 16, 5, 8, own, {}, False) == [16, 12, 8]
 
 
 def test_a_grouped_convolution_reads_all_of_its_groups():
@@ -199,9 +199,9 @@ def test_a_grouped_convolution_reads_all_of_its_groups():
 )
 def test_ladders_of_a_layer_by_itself(n, divisor, auto, kept):
     width = steps.Width('w', np.arange(n), 0, (0,), (1.0,))
-    assert steps.ladder(0, n, 1, divisor, [width], {}, auto) == kept
+    assert steps.allowed_counts(0, n, 1, divisor, [width], {}, auto) == kept
     least = [k for k in kept if k >= 5]
-    assert steps.ladder(0, n, 5, divisor, [width], {}, auto) == (least or [n])
+    assert steps.allowed_counts(0, n, 5, divisor, [width], {}, auto) == (least or [n])
 
 
 @pytest.mark.parametrize(
@@ -225,12 +225,12 @@ def test_auto_takes_no_more_than_a_quarter_of_a_width_at_once(monkeypatch, measu
 
 def test_what_stays_beside_a_group_is_filled_up_to_a_multiple():
     alone = steps.Width('w', np.arange(32), 3, (0,), (1.0,))
-    assert steps.ladder(0, 29, 20, 4, [alone], {}, False) == [29, 25, 21]
-    assert steps.ladder(0, 29, 1, 4, [alone], {}, True)[-2:] == [5, 1]  # 2 would make 5
+    assert steps.allowed_counts(0, 29, 20, 4, [alone], {}, False) == [29, 25, 21]
+    assert steps.allowed_counts(0, 29, 1, 4, [alone], {}, True)[-2:] == [5, 1]  # 2 would make 5
     both = steps.Width('w', np.arange(50), 0, (0, 1), (1.0, 2.0))
-    assert steps.ladder(0, 32, 20, 4, [both], {1: 9}, False) == [32, 30, 26, 22]
-    assert steps.ladder(0, 32, 20, 4, [both], {}, False) == [32, 28, 24, 20]
-    assert steps.ladder(0, 32, 1, 4, [both], {}, True)[-1] == 4  # below, it may be no multiple
+    assert steps.allowed_counts(0, 32, 20, 4, [both], {1: 9}, False) == [32, 30, 26, 22]
+    assert steps.allowed_counts(0, 32, 20, 4, [both], {}, False) == [32, 28, 24, 20]
+    assert steps.allowed_counts(0, 32, 1, 4, [both], {}, True)[-1] == 4  # below, it may be no multiple
 
 
 def test_auto_is_the_default_and_asks_the_device(monkeypatch):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import mmprune
-from mmprune.score import Score, Units, criterion
+from mmprune.score import Units, criterion
 from mmprune.score.collector import Collector
 from mmprune.score.table import CRITERIA
 from mmprune.score.taylor import gate_gradient
@@ -61,16 +61,6 @@ def test_the_score_is_the_mean_over_iterations_of_the_absolute_value():
     assert collector.iterations == 5 and collector.skipped == {'missing': 0, 'nonfinite': 0}
     assert collector.scores().dtype == np.float64
     np.testing.assert_allclose(collector.scores(), np.mean(each, axis=0), rtol=1e-4)
-
-
-def test_a_moving_average_weighs_late_iterations_more():
-    model = make()
-    traced, optimizer = traced_of(model), sgd(model)
-    each = [abs(signed(model, traced, x)) for x in BATCHES]
-    collector = Collector(traced, dict(name='taylor', momentum=0.5), optimizer)
-    run(model, optimizer)
-    weights = 0.5 ** np.arange(4, -1, -1)
-    np.testing.assert_allclose(collector.scores(), np.average(each, axis=0, weights=weights), rtol=1e-4)
 
 
 def test_an_iteration_that_is_not_finite_is_left_out_and_counted():
@@ -154,17 +144,14 @@ class TwoReaders(nn.Module):
         return self.frozen(x) + self.trained(x)
 
 
-def test_units_with_one_frozen_reader_are_scored_by_the_others_on_request():
+def test_units_with_one_frozen_reader_stay():
     torch.manual_seed(0)
     model = TwoReaders()
     model.frozen.requires_grad_(False)
     traced, optimizer = traced_of(model), sgd(model)
-    stay = Collector(traced, 'taylor', optimizer)
-    partial = Collector(traced, Score('taylor', frozen='partial'), optimizer)
+    collector = Collector(traced, 'taylor', optimizer)
     run(model, optimizer, BATCHES[:1])
-    assert np.isnan(stay.scores()).all()
-    product = (model.trained.weight * model.trained.weight.grad).sum((0, 2, 3)).abs()
-    np.testing.assert_allclose(partial.scores(), product.detach().numpy(), rtol=1e-4)
+    assert np.isnan(collector.scores()).all()
 
 
 def test_a_weight_in_no_optimizer_is_named():
@@ -233,15 +220,15 @@ def test_closing_takes_the_hooks_away():
 def test_the_state_goes_into_a_checkpoint_and_back(tmp_path, name):
     model = make()
     traced, optimizer = traced_of(model), sgd(model)
-    whole = Collector(traced, dict(name=name, momentum=0.9), optimizer, model)
+    whole = Collector(traced, name, optimizer, model)
     run(model, optimizer)
     whole.close()
 
-    first = Collector(traced, dict(name=name, momentum=0.9), optimizer, model)
+    first = Collector(traced, name, optimizer, model)
     run(model, optimizer, BATCHES[:2])
     torch.save(first.state_dict(), tmp_path / 'state.pth')
     first.close()
-    second = Collector(traced, dict(name=name, momentum=0.9), optimizer, model)
+    second = Collector(traced, name, optimizer, model)
     second.load_state_dict(torch.load(tmp_path / 'state.pth', weights_only=True))
     run(model, optimizer, BATCHES[2:])
     assert second.iterations == 5
@@ -261,6 +248,22 @@ def test_a_state_of_something_else_is_refused():
     with pytest.raises(mmprune.PruneError, match='are of 1 optimizers, this run has 2'):
         two = [sgd(model[:3]), sgd(model[3:])]
         Collector(traced, 'taylor', two).load_state_dict(state)
+
+
+def test_a_state_of_an_earlier_version_is_read_unless_it_is_a_moving_average():
+    """It also had the weight of the sum, which is the number of iterations without momentum."""
+    model = make()
+    traced, optimizer = traced_of(model), sgd(model)
+    whole = Collector(traced, 'taylor', optimizer)
+    run(model, optimizer, BATCHES[:3])
+    state = whole.state_dict()
+    state['tallies'][0]['weight'] = torch.tensor(3.0)
+    later = Collector(traced, 'taylor', optimizer)
+    later.load_state_dict(state)
+    assert later.iterations == 3 and np.array_equal(later.scores(), whole.scores())
+    state['tallies'][0]['weight'] = torch.tensor(0.271)
+    with pytest.raises(mmprune.PruneError, match='are a moving average .momentum., which was removed'):
+        later.load_state_dict(state)
 
 
 def test_a_cut_beneath_a_collector_is_an_error():

@@ -46,7 +46,7 @@ def test_a_level_that_the_loss_hardly_depends_on_is_idle():
 def test_scores_that_say_nothing_about_data_name_no_group():
     graph, scores, _ = scored('taylor_gate')
     assert idle_groups(graph, scores, make_score('l2')) == []
-    assert idle_groups(graph, scores, make_score(dict(name='taylor', normalize='group'))) == []
+    assert idle_groups(graph, scores, make_score('taylor_activation')) == []
     assert idle_text([]) == ''
 
 

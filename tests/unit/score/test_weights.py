@@ -83,6 +83,8 @@ def test_names_are_checked(traced):
         mmprune.PruneError, match="needs='luck': expected one of weights, gradients, exam"
     ):
         criterion('mine', needs='luck')
+    with pytest.raises(mmprune.PruneError, match="normalize='batch': expected one of none, group"):
+        criterion('mine', normalize='batch')
     with pytest.raises(mmprune.PruneError, match="score='taylor' needs gradients, and no weight has"):
         scores_now(traced, 'taylor')
     with pytest.raises(mmprune.PruneError, match="score='fisher' watches backward passes"):

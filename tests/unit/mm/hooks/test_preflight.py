@@ -1,7 +1,6 @@
 """What is checked before the first cut, in real runs of mmengine's Runner: mistakes are found early."""
 
 import json
-import re
 
 import pytest
 import torch
@@ -323,12 +322,11 @@ def test_a_second_run_shows_the_model_at_its_start(tmp_path, half):
 
 def test_the_time_that_was_reached_is_in_the_report(tmp_path, monkeypatch):
     monkeypatch.setattr('mmprune.budget.measured.ratio_of', lambda *_: 0.7)
-    cfg = config(tmp_path, epochs=2, hook=dict(latency=0.7, keep_flops=0.6, interval=4, steps=2))
+    cfg = config(tmp_path, epochs=2, hook=dict(latency=0.7, interval=4, steps=2))
     cfg.log_level = 'INFO'
     train(cfg)
     content = json.loads((tmp_path / 'prune_report.json').read_text())
     assert (content['latency'], content['backend']) == (0.7, 'eager')
     log = said(tmp_path)
-    assert log.count('Measuring times in eager, for this cut and all later ones') == 1
-    assert 'Choice 1 takes 70.0 % of the time; wanted: 70.0 %' in log and 'time (eager)' in log
-    assert re.search(r'Timed 1 of \d networks: \d+ seconds more', log)
+    assert log.count('Timing a network with 70 % of the work') == 1
+    assert 'time (eager)' in log

@@ -59,4 +59,4 @@ def test_no_score_at_all():
         found, scores, np.isnan(scores), Score('l2', per='budget'), Budget(latency=0.5)
     )
 
-    assert told['per'] == 'none' and told['unscored'] == found.n_units and sum(told['stay']) == 0
+    assert told['per'] == 'work' and told['unscored'] == found.n_units and sum(told['stay']) == 0

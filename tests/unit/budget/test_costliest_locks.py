@@ -7,7 +7,7 @@ from torch import nn
 
 import mmprune
 from mmprune.budget.choose import Budget, choose
-from mmprune.budget.held import costliest_locks
+from mmprune.budget.costliest_locks import costliest_locks
 from mmprune.graph import cost
 from mmprune.graph.carry import after_cut, from_state, to_state, without
 
