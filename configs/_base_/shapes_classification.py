@@ -5,8 +5,7 @@ custom_imports = dict(
     imports=[
         'mmprune',
         'mmprune.mm.models.classifier',
-        'mmprune.mm.datasets.classification',
-        'mmprune.mm.metrics',
+        'mmprune.mm.demo.classification',
     ]
 )
 data_root = '{{$MMPRUNE_SHAPES:data/shapes}}/'

@@ -2,7 +2,7 @@
 # on first use in the folder that the environment variable MMPRUNE_SHAPES names (data/shapes).
 _base_ = 'mmdet::_base_/default_runtime.py'
 
-dataset_type = 'mmprune.mm.datasets.detection.ShapesDataset'
+dataset_type = 'mmprune.mm.demo.detection.ShapesDataset'
 data_root = '{{$MMPRUNE_SHAPES:data/shapes}}/'
 
 train_pipeline = [

@@ -3,7 +3,7 @@
 # environment variable MMPRUNE_SHAPES names (data/shapes).
 _base_ = 'mmpose::_base_/default_runtime.py'
 
-dataset_type = 'mmprune.mm.datasets.keypoint.ShapesPoseDataset'
+dataset_type = 'mmprune.mm.demo.keypoint.ShapesPoseDataset'
 data_root = '{{$MMPRUNE_SHAPES:data/shapes}}/'
 codec = dict(type='MSRAHeatmap', input_size=(64, 64), heatmap_size=(16, 16), sigma=1)
 

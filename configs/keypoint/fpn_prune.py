@@ -2,5 +2,5 @@
 # python tools/train.py configs/keypoint/fpn_prune.py
 _base_ = ['../_base_/pose_fpn_shapes.py', '../_base_/prune_shapes.py']
 
-custom_imports = dict(imports=['mmprune', 'mmprune.mm.models.pose_fpn'])
+custom_imports = dict(imports=['mmprune', 'mmprune.mm.demo.keypoint'])
 custom_hooks = [*_base_.custom_hooks, _base_.prune_hook]

@@ -16,7 +16,7 @@ from torch import nn
 from mmprune.check.float64 import doubled, in_double
 from mmprune.contexts import tensors_in
 from mmprune.errors import PruneError
-from mmprune.mm.datasets.drawing import draw
+from mmprune.mm.demo.drawing import draw
 from mmprune.mm.deploy.classify import ClassifierNetwork
 from mmprune.mm.deploy.decisions import TOLERANCE, allowed, replayed
 from mmprune.mm.deploy.pose import PoseNetwork, handed_to_codec

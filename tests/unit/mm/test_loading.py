@@ -21,7 +21,7 @@ from torch import nn
 
 import mmprune
 from mmprune.mm import loading
-from mmprune.mm.datasets import shapes
+from mmprune.mm.demo import shapes
 from tests.helpers import processes
 from tests.helpers.deploy_models import pruned, saved
 from tests.helpers.hook_runs import TwoBranch, config, train

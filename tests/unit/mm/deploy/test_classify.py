@@ -8,7 +8,7 @@ from mmengine.runner import Runner
 
 import mmprune
 from mmprune import PruneError
-from mmprune.mm.datasets.shapes import CLASSES, ensure
+from mmprune.mm.demo.shapes import CLASSES, ensure
 from mmprune.mm.deploy import check
 from mmprune.mm.deploy.evaluate import check_dataset, exported_model, use_file
 from mmprune.mm.deploy.export import export_model

@@ -13,7 +13,7 @@ from mmpose.apis import inference_topdown
 from mmpose.codecs import MSRAHeatmap, SimCCLabel, UDPHeatmap
 from mmpose.datasets.datasets.utils import parse_pose_metainfo
 
-from mmprune.mm.datasets.shapes import KEYPOINTS, pose_metainfo
+from mmprune.mm.demo.shapes import KEYPOINTS, pose_metainfo
 from mmprune.mm.deploy.export import export_model
 from mmprune.mm.deploy.pose import codec_of
 from mmprune.mm.zoo import build, load

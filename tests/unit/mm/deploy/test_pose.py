@@ -113,7 +113,7 @@ def test_the_metadata_tells_how_to_decode():
 
 
 def test_names_of_keypoints():
-    from mmprune.mm.datasets.keypoint import ShapesPoseDataset
+    from mmprune.mm.demo.keypoint import ShapesPoseDataset
 
     dataset = ShapesPoseDataset(lazy_init=True, test_mode=True)
     assert keypoint_names(dataset.metainfo) == [

@@ -1,4 +1,4 @@
-"""Makes the embedded data set: `python -m mmprune.mm.datasets.shapes data/shapes`.
+"""Makes the embedded data set: `python -m mmprune.mm.demo.shapes data/shapes`.
 
     OUT/manifest.json                            what it was made with
     OUT/train/000001.jpg ..., OUT/val/...        square pictures
@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 
 from mmprune.errors import PruneError
-from mmprune.mm.datasets.drawing import FIGURE, KEYPOINTS, SHAPES, box_of, draw
+from mmprune.mm.demo.drawing import FIGURE, KEYPOINTS, SHAPES, box_of, draw
 from mmprune.progress import Tell, bar
 
 CLASSES = (*SHAPES, FIGURE)
@@ -57,7 +57,7 @@ def ensure(out, **parameters):
         )
         raise PruneError(
             f'{out} holds a data set made with other parameters ({differences}): make it again '
-            f'with `python -m mmprune.mm.datasets.shapes {out} --force`, or name another folder'
+            f'with `python -m mmprune.mm.demo.shapes {out} --force`, or name another folder'
         )
     if not _complete(out, found):
         del wanted['version']
@@ -237,7 +237,7 @@ def _polygons(mask):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        prog='python -m mmprune.mm.datasets.shapes', description='Make the embedded data set.'
+        prog='python -m mmprune.mm.demo.shapes', description='Make the embedded data set.'
     )
     parser.add_argument('out', type=Path, help='folder to make it in')
     parser.add_argument('--train', type=int, help=f'training pictures (default {DEFAULTS["train"]})')

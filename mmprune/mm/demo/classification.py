@@ -1,22 +1,24 @@
 """The embedded data set for classifiers: what is in the boxes, one picture each."""
 
 import json
+from collections.abc import Sequence
 
 import mmcv
 import numpy as np
 import torch
 from mmengine.dataset import BaseDataset
-from mmengine.registry import DATASETS, TRANSFORMS
+from mmengine.evaluator import BaseMetric
+from mmengine.registry import DATASETS, METRICS, TRANSFORMS
 from mmengine.structures import BaseDataElement
 
-from mmprune.mm.datasets.shapes import CLASSES, ensure
+from mmprune.mm.demo.shapes import CLASSES, ensure
 
 
 @DATASETS.register_module()
 class ShapesCrops(BaseDataset):
     """Boxes of the embedded detection set, by class; made when `data_root` does not hold it.
 
-    In a config: `type='mmprune.mm.datasets.classification.ShapesCrops'`, which needs no import. The
+    In a config: `type='mmprune.mm.demo.classification.ShapesCrops'`, which needs no import. The
     pipeline gets `img_path`, `bbox` (x1, y1, x2, y2) and `gt_label`.
     """
 
@@ -76,3 +78,26 @@ class PackLabel:
         sample.set_field(results['gt_label'], 'gt_label')
         image = np.ascontiguousarray(results['img'].transpose(2, 0, 1))
         return dict(inputs=torch.from_numpy(image), data_samples=sample)
+
+
+@METRICS.register_module()
+class Accuracy(BaseMetric):
+    """``accuracy/top1`` and so on, in percent: the label is among the k highest scores.
+
+    Reads ``gt_label`` and ``pred_score`` (num_classes,) of the data samples.
+    """
+
+    default_prefix = 'accuracy'
+
+    def __init__(self, topk: Sequence[int] = (1, 5), **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.topk = tuple(topk)
+
+    def process(self, data_batch, data_samples: Sequence[dict]) -> None:
+        for sample in data_samples:
+            order = torch.as_tensor(sample['pred_score']).argsort(descending=True).tolist()
+            self.results.append(order.index(int(sample['gt_label'])))
+
+    def compute_metrics(self, results: list[int]) -> dict[str, float]:
+        """``results``: for each image how many classes scored above the right one."""
+        return {f'top{k}': 100 * sum(rank < k for rank in results) / len(results) for k in self.topk}

@@ -2,13 +2,13 @@
 
 from mmdet.datasets import CocoDataset
 
-from mmprune.mm.datasets.shapes import CLASSES, ensure
+from mmprune.mm.demo.shapes import CLASSES, ensure
 
 
 class ShapesDataset(CocoDataset):
     """mmdet's `CocoDataset` that makes the set in `data_root` when it is not there.
 
-    In a config: `type='mmprune.mm.datasets.detection.ShapesDataset'`, which needs no import.
+    In a config: `type='mmprune.mm.demo.detection.ShapesDataset'`, which needs no import.
     """
 
     METAINFO = {

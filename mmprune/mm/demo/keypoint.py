@@ -1,9 +1,25 @@
-"""A feature pyramid for top-down pose estimators, whose heads read one map."""
+"""The embedded data set for mmpose."""
 
+from mmpose.datasets.datasets.base import BaseCocoStyleDataset
 from mmpose.models.necks import FPN
 from mmpose.registry import MODELS
 from torch import Tensor
 from torch.nn import functional as F
+
+from mmprune.mm.demo.shapes import ensure, pose_metainfo
+
+
+class ShapesPoseDataset(BaseCocoStyleDataset):
+    """mmpose's COCO-style data set that makes the set in `data_root` when it is not there.
+
+    In a config: `type='mmprune.mm.demo.keypoint.ShapesPoseDataset'`, which needs no import.
+    """
+
+    METAINFO = pose_metainfo()
+
+    def load_data_list(self):
+        ensure(self.data_root)
+        return super().load_data_list()
 
 
 @MODELS.register_module()
