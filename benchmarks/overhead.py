@@ -41,6 +41,8 @@ from mmprune.graph.tracer import trace_runs
 from mmprune.score import CRITERIA
 from mmprune.score.collector import Collector
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for tools.zoo
+
 
 def seconds(function, device, clock=time.perf_counter):
     start = clock()
@@ -136,7 +138,7 @@ class Peak:
 
 def batch_of(config, size, count):
     """Random images of ``size`` with what the config's loss needs."""
-    from mmprune.mm import zoo
+    from tools import zoo
 
     if config.get('default_scope') == 'mmpose':
         pairs = [zoo.pose_batch(config, seed) for seed in range(-(-count // 2))]
@@ -157,7 +159,8 @@ def one_cut(name, count, device):
     from mmprune.budget.choose import choose
     from mmprune.compensation import Compensation
     from mmprune.graph import carry
-    from mmprune.mm import model_modes, zoo
+    from mmprune.mm import model_modes
+    from tools import zoo
     from mmprune.session import check_cut
     from mmprune.surgery.apply import cut
     from mmprune.surgery.build import baseline_of, make_plan

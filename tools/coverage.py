@@ -24,7 +24,9 @@ from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # for tools.zoo
+
 FAMILIES = ROOT / 'tools' / 'coverage.txt'
 RESULTS = ROOT / 'docs' / 'coverage.json'
 PAGE = ROOT / 'docs' / 'coverage.md'
@@ -58,7 +60,7 @@ def examine(config: str, how: dict, row: dict, done: Callable[[], None]) -> None
     from mmprune.api import score_now
     from mmprune.budget.choose import Budget, choose
     from mmprune.mm.model_modes import both
-    from mmprune.mm.zoo import build
+    from tools.zoo import build
     from mmprune.surgery.apply import cut
     from mmprune.surgery.build import make_plan
 
@@ -182,7 +184,7 @@ def rebuilds(config: str, trained, forward) -> bool:
     import mmprune
     from mmprune.check.compare import relative_error
     from mmprune.contexts import evaluating, tensors_in, unchanged
-    from mmprune.mm.zoo import bare
+    from tools.zoo import bare
     from mmprune.surgery.meta import load_weights
 
     file = io.BytesIO()
@@ -410,7 +412,7 @@ def warm_up() -> None:
     import mmpose.utils
     import torch
 
-    import mmprune.mm.zoo  # noqa: F401
+    import tools.zoo  # noqa: F401
 
     torch.set_num_threads(1)
     mmdet.utils.register_all_modules(init_default_scope=False)

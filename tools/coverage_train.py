@@ -82,7 +82,7 @@ def last_place(error: BaseException) -> str:
 
 def train_with_hook(config: str, how: dict, row: dict, at: Callable, folder: Path) -> None:
     """Two trainings by mmengine's Runner. The second one resumes from the first one's checkpoint."""
-    from mmprune.mm import zoo
+    from tools import zoo
 
     at('build')
     keep_flops = row['keep_flops'] = how.pop('keep_flops', KEEP_FLOPS)
@@ -109,7 +109,7 @@ def train_with_hook(config: str, how: dict, row: dict, at: Callable, folder: Pat
 
 def drawn_samples(cfg, model, size: int) -> list[dict]:
     """Six samples as a data set gives them. Each box of a detector is a filled rectangle."""
-    from mmprune.mm import zoo
+    from tools import zoo
 
     found = []
     for number in range(3):
@@ -199,7 +199,7 @@ def train_plainly(config: str, how: dict, row: dict, at: Callable) -> None:
     import torch
 
     import mmprune
-    from mmprune.mm import zoo
+    from tools import zoo
 
     at('build')
     model, forward = zoo.build(config, **how)

@@ -17,7 +17,7 @@ from mmprune import Plan
 from mmprune.check.verify import compare, compare_in_double
 from mmprune.contexts import evaluating, tensors_in
 from mmprune.graph import cost
-from mmprune.mm import zoo
+from tools import zoo
 from mmprune.mm.model_modes import first_samples, forwards_of
 
 CONFIGS = Path(__file__).parents[2] / 'configs'

@@ -10,7 +10,7 @@ from mmdet.apis import inference_detector
 import mmprune
 from mmprune import Plan
 from mmprune.check.verify import verify
-from mmprune.mm import zoo
+from tools import zoo
 from mmprune.mm.hooks import PruneHook
 from tests.helpers.by_hand import assert_exact, narrowed
 from tests.helpers.equality import assert_same

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from mmprune.errors import PruneError
-from mmprune.mm import zoo
+from mmprune.mm.analysis.random_batches import detection_batch, pose_batch
 from mmprune.mm.checkpoint import read_checkpoint, without_pretrained
 from mmprune.surgery.meta import load_weights, plan_in
 
@@ -85,8 +85,8 @@ def random_batch(cfg: Config) -> Any:
         )
     try:
         if scope == 'mmpose':
-            return zoo.pose_batch(cfg)
-        return zoo.detection_batch(cfg, RANDOM_SIDE)
+            return pose_batch(cfg)
+        return detection_batch(cfg, RANDOM_SIDE)
     except PruneError:
         raise
     except Exception as error:  # whatever a pipeline may raise on such pictures

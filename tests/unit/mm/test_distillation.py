@@ -16,7 +16,7 @@ from mmprune.mm.distillation import (
     points_of,
     softmax_loss,
 )
-from mmprune.mm.zoo import bare, build, load
+from tools.zoo import bare, build, load
 
 OWN, POSE = 'configs/_base_', 'mmpose::body_2d_keypoint'
 KINDS = {

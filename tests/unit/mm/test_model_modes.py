@@ -9,7 +9,8 @@ from mmengine.structures import BaseDataElement
 from torch import nn
 
 import mmprune
-from mmprune.mm import model_modes, zoo
+from mmprune.mm import model_modes
+from tools import zoo
 from mmprune.mm.model_modes import both, first_samples, first_trace, forwards_of, runs_of
 from tests.helpers.equality import assert_same
 

@@ -13,7 +13,7 @@ from mmpose.models.utils.transformer import GAUEncoder
 from torch import nn
 
 import mmprune
-from mmprune.mm import zoo
+from tools import zoo
 from tests.helpers.by_hand import assert_exact
 
 

@@ -10,7 +10,7 @@ import mmprune
 from mmprune.mm.deploy import check
 from mmprune.mm.deploy.export import export_model, wrapper_for
 from mmprune.mm.deploy.runtime import open_model
-from mmprune.mm.zoo import build, load
+from tools.zoo import build, load
 from tests.helpers.deploy_models import META
 from tests.helpers.lively import enliven, finds_nothing
 

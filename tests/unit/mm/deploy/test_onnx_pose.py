@@ -16,7 +16,7 @@ from mmpose.datasets.datasets.utils import parse_pose_metainfo
 from mmprune.mm.demo.shapes import KEYPOINTS, pose_metainfo
 from mmprune.mm.deploy.export import export_model
 from mmprune.mm.deploy.pose import codec_of
-from mmprune.mm.zoo import build, load
+from tools.zoo import build, load
 from tests.helpers import tiny
 
 EXAMPLE = Path(__file__).parents[4] / 'examples' / 'onnx_pose.py'

@@ -13,7 +13,7 @@ from mmprune import PruneError
 from mmprune.mm.deploy import check
 from mmprune.mm.deploy.pose import PoseNetwork, codec_of, keypoint_names, pose_wrapper
 from mmprune.mm.deploy.runtime import BACKENDS, open_model
-from mmprune.mm.zoo import build, load
+from tools.zoo import build, load
 
 SIMPLE = 'configs/_base_/simple_baseline_shapes.py'
 HOURGLASS = 'configs/_base_/hourglass_shapes.py'
@@ -125,11 +125,11 @@ def test_heads_that_give_neither():
     config = load(SIMPLE)
     config.model.head.decoder = None
     with pytest.raises(PruneError, match=r'head \(HeatmapHead\): has no decoder; add decoder=codec'):
-        pose_wrapper(mmprune.mm.zoo.build_model(config))
+        pose_wrapper(zoo.build_model(config))
     regression = load(
         'mmpose::body_2d_keypoint/topdown_regression/coco/td-reg_res50_8xb64-210e_coco-256x192.py'
     )
-    assert pose_wrapper(mmprune.mm.zoo.build_model(regression)) is None
+    assert pose_wrapper(zoo.build_model(regression)) is None
     assert pose_wrapper(torch.nn.Conv2d(3, 3, 1)) is None
     detector = build('configs/_base_/retinanet_shapes.py')[0]
     assert pose_wrapper(detector) is None

@@ -13,7 +13,7 @@ from mmprune.mm.deploy.decisions import recorded, replayed
 from mmprune.mm.deploy.export import export_model
 from mmprune.mm.deploy.graph import to_onnx
 from mmprune.mm.deploy.runtime import open_model
-from mmprune.mm.zoo import build, load
+from tools.zoo import build, load
 from tests.helpers.deploy_models import META
 from tests.unit.mm.deploy.test_families import NECK, SMALL
 

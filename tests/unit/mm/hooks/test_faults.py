@@ -11,7 +11,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 import mmprune
-from mmprune.mm import zoo
+from tools import zoo
 from mmprune.mm.hooks import PruneHook
 from mmprune.mm.model_modes import forwards_of
 from mmprune.score.collector import Collector

@@ -10,7 +10,8 @@ from mmengine.structures import BaseDataElement
 
 import mmprune
 import mmprune.mm.demo.shapes
-from mmprune.mm import cli, zoo
+from mmprune.mm import cli
+from tools import zoo
 from mmprune.mm.demo.classification import Accuracy
 from mmprune.mm.models.classifier import ImageClassifier
 from tests.helpers.by_hand import assert_exact

@@ -7,7 +7,7 @@ import torch
 from mmcv.ops import RoIAlign
 
 import mmprune
-from mmprune.mm import zoo
+from tools import zoo
 from mmprune.mm.models.rfcn import cells, fold
 
 CONFIGS = Path(__file__).parents[4] / 'configs'
