@@ -33,7 +33,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import mmprune  # before torchvision, which on some machines imports only after it
+import mmprune.mm  # before torchvision, which on some machines imports only after it
 
 import torchvision  # isort: skip
 from mmprune.graph.coupling import couple
@@ -160,10 +160,10 @@ def one_cut(name, count, device):
     from mmprune.compensation import Compensation
     from mmprune.graph import carry
     from mmprune.mm import model_modes
-    from tools import zoo
     from mmprune.session import check_cut
     from mmprune.surgery.apply import cut
     from mmprune.surgery.build import baseline_of, make_plan
+    from tools import zoo
 
     config = zoo.load(name)
     size = model_modes.test_size(config)
