@@ -1,4 +1,4 @@
-# A top-down pose estimator with a feature pyramid in the place of deconvolutions.
+# A top-down pose estimator with a feature pyramid instead of deconvolutions.
 _base_ = './simple_baseline_shapes.py'
 custom_imports = dict(imports=['mmprune', 'mmprune.mm.demo.keypoint'])
 model = dict(

@@ -1,4 +1,4 @@
-# A ResNet with FPN, top-down, on the embedded shapes, pruned to half its FLOPs in training:
+# A ResNet with FPN, top-down, on the embedded shapes, pruned to half its FLOPs during training:
 # python tools/train.py configs/keypoint/fpn_prune.py
 _base_ = ['../_base_/pose_fpn_shapes.py', '../_base_/prune_shapes.py']
 
