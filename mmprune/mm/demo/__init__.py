@@ -1,5 +1,6 @@
-"""The embedded data set: drawn shapes and puppets in COCO layout, made in seconds.
+"""The embedded data set, with which the example configs train in minutes without a download.
 
-`shapes` generates it, `drawing` draws one picture; `detection` and `keypoint` are the data sets of
-mmdet and mmpose that make it on first use.
+``shapes`` writes a data set of drawn shapes and puppets in COCO's layout. ``detection``, ``keypoint``
+and ``classification`` have the data set classes for mmdet, mmpose and mmengine, which write it on first
+use, and other parts that the example configs need and OpenMMLab lacks.
 """

@@ -1,7 +1,8 @@
-"""The embedded data set for classifiers: what is in the boxes, one picture each."""
+"""The embedded data set for classifiers: a picture of each box. Its transforms and its metric."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import mmcv
 import numpy as np
@@ -16,10 +17,9 @@ from mmprune.mm.demo.shapes import CLASSES, ensure
 
 @DATASETS.register_module()
 class ShapesCrops(BaseDataset):
-    """Boxes of the embedded detection set, by class; made when `data_root` does not hold it.
+    """The boxes of the embedded data set and their classes. ``data_root`` is written if it is missing.
 
-    In a config: `type='mmprune.mm.demo.classification.ShapesCrops'`, which needs no import. The
-    pipeline gets `img_path`, `bbox` (x1, y1, x2, y2) and `gt_label`.
+    The pipeline gets ``img_path``, ``bbox`` (x1, y1, x2, y2) in pixels, and ``gt_label``.
     """
 
     METAINFO = {'classes': CLASSES}
@@ -30,31 +30,30 @@ class ShapesCrops(BaseDataset):
             content = json.load(file)
         names = {image['id']: image['file_name'] for image in content['images']}
         folder = self.data_prefix['img_path']
-        data = []
+        samples = []
         for item in content['annotations']:
             x, y, w, h = item['bbox']
-            data.append(
-                dict(
-                    img_path=f'{folder}/{names[item["image_id"]]}',
-                    bbox=(x, y, x + w, y + h),
-                    gt_label=item['category_id'] - 1,
-                )
-            )
-        return data
+            path = f'{folder}/{names[item["image_id"]]}'
+            label = item['category_id'] - 1
+            samples.append(dict(img_path=path, bbox=(x, y, x + w, y + h), gt_label=label))
+        return samples
 
 
 @TRANSFORMS.register_module()
 class LoadCrop:
-    """Reads a picture and keeps the square around `bbox`, resized to `size` x `size`.
+    """Reads a picture and crops the square around ``bbox``.
 
-    `margin`: what is seen around the box on each side, as a part of its longer side. `jitter`: the
-    square's centre and side vary by this part; it is mirrored one time in two then.
+    Args:
+        size: height and width of the result in pixels.
+        margin: the border around the box on each side, as a fraction of the longer side of the box.
+        jitter: the largest random change of the square's centre and side, as a fraction of its side. If
+            it is not 0, half of the crops are mirrored as well.
     """
 
-    def __init__(self, size, margin=0.1, jitter=0.0):
+    def __init__(self, size: int, margin: float = 0.1, jitter: float = 0.0) -> None:
         self.size, self.margin, self.jitter = size, margin, jitter
 
-    def __call__(self, results):
+    def __call__(self, results: Mapping[str, Any]) -> dict[str, Any]:
         image = mmcv.imread(results['img_path'])
         x1, y1, x2, y2 = results['bbox']
         side = max(x2 - x1, y2 - y1) * (1 + 2 * self.margin)
@@ -71,9 +70,9 @@ class LoadCrop:
 
 @TRANSFORMS.register_module()
 class PackLabel:
-    """Ends a pipeline: `inputs` is the (3, H, W) picture, `data_samples` holds `gt_label`."""
+    """Ends a pipeline. ``inputs`` is the picture (3, H, W), and ``data_samples`` holds ``gt_label``."""
 
-    def __call__(self, results):
+    def __call__(self, results: Mapping[str, Any]) -> dict[str, Any]:
         sample = BaseDataElement(metainfo=dict(img_path=results['img_path']))
         sample.set_field(results['gt_label'], 'gt_label')
         image = np.ascontiguousarray(results['img'].transpose(2, 0, 1))
@@ -82,9 +81,11 @@ class PackLabel:
 
 @METRICS.register_module()
 class Accuracy(BaseMetric):
-    """``accuracy/top1`` and so on, in percent: the label is among the k highest scores.
+    """Computes how often the label is among the k highest scores, in percent, as ``accuracy/top1`` etc.
 
-    Reads ``gt_label`` and ``pred_score`` (num_classes,) of the data samples.
+    Args:
+        topk: the values of k.
+        kwargs: the options of mmengine's ``BaseMetric``.
     """
 
     default_prefix = 'accuracy'
@@ -93,11 +94,17 @@ class Accuracy(BaseMetric):
         super().__init__(**kwargs)
         self.topk = tuple(topk)
 
-    def process(self, data_batch, data_samples: Sequence[dict]) -> None:
+    def process(self, data_batch: Any, data_samples: Sequence[dict]) -> None:
+        """Notes for each sample the number of classes with a higher score than the label's.
+
+        Args:
+            data_batch: the batch, which is not used.
+            data_samples: samples with ``gt_label`` and ``pred_score`` (num_classes,).
+        """
         for sample in data_samples:
             order = torch.as_tensor(sample['pred_score']).argsort(descending=True).tolist()
             self.results.append(order.index(int(sample['gt_label'])))
 
     def compute_metrics(self, results: list[int]) -> dict[str, float]:
-        """``results``: for each image how many classes scored above the right one."""
+        """Computes the metric from the ranks that :meth:`process` noted."""
         return {f'top{k}': 100 * sum(rank < k for rank in results) / len(results) for k in self.topk}

@@ -1,4 +1,4 @@
-"""The embedded data set for mmpose."""
+"""The embedded data set for mmpose, and a feature pyramid for top-down pose estimators."""
 
 from mmpose.datasets.datasets.base import BaseCocoStyleDataset
 from mmpose.models.necks import FPN
@@ -10,9 +10,9 @@ from mmprune.mm.demo.shapes import ensure, pose_metainfo
 
 
 class ShapesPoseDataset(BaseCocoStyleDataset):
-    """mmpose's COCO-style data set that makes the set in `data_root` when it is not there.
+    """mmpose's COCO-style data set, which writes the embedded data set to ``data_root`` if needed.
 
-    In a config: `type='mmprune.mm.demo.keypoint.ShapesPoseDataset'`, which needs no import.
+    A config needs no import for it: ``type='mmprune.mm.demo.keypoint.ShapesPoseDataset'``.
     """
 
     METAINFO = pose_metainfo()
@@ -24,10 +24,20 @@ class ShapesPoseDataset(BaseCocoStyleDataset):
 
 @MODELS.register_module()
 class TopDownFPN(FPN):
-    """mmpose's FPN whose levels are resized to the finest and added up."""
+    """mmpose's FPN, whose levels are resized to the finest one and added.
+
+    The heads of top-down estimators read a single map.
+    """
 
     def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-        """(N, C_i, H_i, W_i) of each level -> one map (N, out_channels, H_0, W_0)."""
+        """Computes one map from the stages of the backbone.
+
+        Args:
+            inputs: a map (N, C_i, H_i, W_i) from each stage, the finest first.
+
+        Returns:
+            One map (N, out_channels, H_0, W_0).
+        """
         finest, *others = super().forward(inputs)
         size = finest.shape[2:]
         resized = [F.interpolate(x, size, mode='bilinear', align_corners=False) for x in others]
