@@ -47,7 +47,10 @@ def pose(tmp_path_factory):
 def run(tmp_path_factory):
     """A pruned checkpoint of a training with momentum and EMA."""
     folder = tmp_path_factory.mktemp('run')
-    hooks = [dict(type='PruneHook', keep_flops=0.5, interval=5, steps=1), dict(type='EMAHook')]
+    hooks = [
+        dict(type='PruneHook', keep_flops=0.5, divisor=1, interval=5, steps=1),
+        dict(type='EMAHook'),
+    ]
     train(config(folder, epochs=2, custom_hooks=hooks))
     return folder / 'epoch_2.pth'
 

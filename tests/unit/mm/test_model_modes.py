@@ -10,9 +10,9 @@ from torch import nn
 
 import mmprune
 from mmprune.mm import model_modes
-from tools import zoo
 from mmprune.mm.model_modes import both, first_samples, first_trace, forwards_of, runs_of
 from tests.helpers.equality import assert_same
+from tools import zoo
 
 
 class Model(BaseModel):

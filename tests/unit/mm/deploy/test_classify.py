@@ -13,8 +13,8 @@ from mmprune.mm.deploy import check
 from mmprune.mm.deploy.evaluate import check_dataset, exported_model, use_file
 from mmprune.mm.deploy.export import export_model
 from mmprune.mm.deploy.runtime import open_model
-from tools.zoo import build
 from tests.helpers.deploy_models import saved
+from tools.zoo import build
 
 CONFIG = 'configs/classification/resnet18_prune.py'
 

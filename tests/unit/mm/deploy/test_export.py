@@ -14,9 +14,10 @@ from mmprune.mm.deploy import check
 from mmprune.mm.deploy import export as exporting
 from mmprune.mm.deploy.export import export, export_model
 from mmprune.mm.deploy.runtime import open_model
-from tools.zoo import build, load
 from tests.helpers.deploy_models import META, pruned, saved
 from tests.helpers.lively import enliven, finds_nothing
+from tools import zoo
+from tools.zoo import build, load
 
 RETINANET = 'configs/detection/retinanet_prune.py'
 THIN = dict(deepen_factor=0.33, widen_factor=0.125)

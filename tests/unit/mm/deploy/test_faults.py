@@ -13,7 +13,6 @@ from mmprune import PruneError
 from mmprune.mm.deploy import candidates, check, dense, two_stage
 from mmprune.mm.deploy.decisions import recorded
 from mmprune.mm.deploy.export import wrapper_for
-from tools.zoo import build, load
 from tests.helpers.deploy_models import META
 from tests.helpers.lively import enliven
 from tests.unit.mm.deploy.test_families import (
@@ -27,6 +26,7 @@ from tests.unit.mm.deploy.test_families import (
     RPN,
     SMALL,
 )
+from tools.zoo import build, load
 
 FASTER = dict(
     backbone=SMALL, neck=NECK, rpn_head=RPN, test_cfg=BEST,

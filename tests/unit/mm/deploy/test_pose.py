@@ -13,6 +13,7 @@ from mmprune import PruneError
 from mmprune.mm.deploy import check
 from mmprune.mm.deploy.pose import PoseNetwork, codec_of, keypoint_names, pose_wrapper
 from mmprune.mm.deploy.runtime import BACKENDS, open_model
+from tools import zoo
 from tools.zoo import build, load
 
 SIMPLE = 'configs/_base_/simple_baseline_shapes.py'

@@ -13,9 +13,9 @@ from mmprune.mm.deploy.decisions import recorded, replayed
 from mmprune.mm.deploy.export import export_model
 from mmprune.mm.deploy.graph import to_onnx
 from mmprune.mm.deploy.runtime import open_model
-from tools.zoo import build, load
 from tests.helpers.deploy_models import META
 from tests.unit.mm.deploy.test_families import NECK, SMALL
+from tools.zoo import build, load
 
 BOX = dict(
     type='DIIHead', num_classes=6, num_heads=2, feedforward_channels=32, in_channels=32,

@@ -88,7 +88,7 @@ def test_a_resumed_run_takes_the_same_statistics(tmp_path):
 def test_frozen_norms_move_with_what_goes_into_them(tmp_path):
     """Of the stem nothing is cut in front of the norm; of the block the stem's channels are."""
     frozen = dict(type='Frozen', norms=('stem.1', 'block.1'))
-    hook = dict(keep_channels=0.6, steps=2, interval=3, recalibrate=100, compensate=False)
+    hook = dict(keep_channels=0.6, divisor=1, steps=2, interval=3, recalibrate=100, compensate=False)
     runner = train(config(tmp_path, epochs=1, hook=hook, model=frozen))
     stem, block = runner.model.stem[1], runner.model.block[1]
     torch.testing.assert_close(stem.running_mean, torch.zeros(stem.num_features))

@@ -11,10 +11,10 @@ from mmengine.structures import BaseDataElement
 import mmprune
 import mmprune.mm.demo.shapes
 from mmprune.mm import cli
-from tools import zoo
 from mmprune.mm.demo.classification import Accuracy
 from mmprune.mm.models.classifier import ImageClassifier
 from tests.helpers.by_hand import assert_exact
+from tools import zoo
 
 CONFIGS = Path(__file__).parents[4] / 'configs'
 
