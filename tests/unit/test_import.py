@@ -31,6 +31,7 @@ def test_the_core_imports_nothing_of_openmmlab(tmp_path):
     assert {'torch', 'scipy', 'rich'} <= imported
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'script',
     [
