@@ -30,11 +30,11 @@ from mmprune.budget.choose import choose, device_divisor
 from mmprune.budget.device import least_of
 from mmprune.budget.latency import cut_copy, device_of, measure, ratio_of
 from mmprune.budget.measured import choose_measured
-from mmprune.mm.deploy.timing import prepare_raw
+from mmprune.mm.deploy.raw import prepare_raw
 from mmprune.surgery.build import Baseline
+from tools import zoo
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tools import zoo  # noqa: E402
 
 
 def run_of(model: nn.Module, size: int) -> Callable[[nn.Module], Any]:

@@ -159,14 +159,14 @@ def one_cut(name, count, device):
     from mmprune.budget.choose import choose
     from mmprune.compensation import Compensation
     from mmprune.graph import carry
-    from mmprune.mm import model_modes
+    from mmprune.mm import configs, model_modes
     from mmprune.session import check_cut
     from mmprune.surgery.apply import cut
     from mmprune.surgery.build import baseline_of, make_plan
     from tools import zoo
 
     config = zoo.load(name)
-    size = model_modes.test_size(config)
+    size = configs.image_size(config)
     model = zoo.build_model(config).to(device)
     batch = batch_of(config, size, count)
     optimizer = build_optim_wrapper(model, config.optim_wrapper)

@@ -1,10 +1,10 @@
-"""What a config's model costs, what can be cut of it, how far, and what hurts: before any training.
+"""Shows what the model of a config costs, what can be cut of it, how far, and what hurts.
 
     python tools/analyze.py CONFIG [CHECKPOINT] [--data train|random] [--out DIR]
-        [--metric NAME] [--batches N] [--fractions F ...] [--tolerance T] [--static] [--no-times]
+        [--metric NAME] [--batches N] [--fractions F ...] [--static] [--no-times]
 
-Shows tables, and writes analysis.json and analysis.html. With a checkpoint each group of channels is
-masked in turn, and a budget is suggested.
+Nothing is trained. The tables are also written to analysis.json and analysis.html. With a checkpoint,
+each group of channels is masked in turn.
 """
 
 import argparse
@@ -14,45 +14,34 @@ from mmengine.config import Config
 from rich.console import Console
 
 from mmprune.analysis.sensitivity import FRACTIONS
-from mmprune.analysis.suggest import TOLERANCE
 from mmprune.mm import cli
-from mmprune.mm.analysis import page, run, show
+from mmprune.mm.analysis import analysis_page, run
+from mmprune.mm.pages.terminal import print_page
 
 
 def parse_args() -> argparse.Namespace:
     parser = cli.config_parser('Show what can be cut of a model, how far, and what hurts.')
-    parser.add_argument(
-        'checkpoint', nargs='?', type=cli.checkpoint_file,
-        help='trained weights, pruned or not (default: random weights, and no sensitivities)',
-    )  # fmt: skip
-    parser.add_argument(
-        '--data', choices=['train', 'random'], default='train',
-        help="pictures: the config's own, or random ones (default: train)",
-    )  # fmt: skip
-    parser.add_argument(
-        '--out', type=Path, metavar='DIR', help="for the files (default: work_dirs/CONFIG's name)"
+    add = parser.add_argument
+    checkpoint_help = 'trained weights, pruned or not (default: random weights, and no sensitivities)'
+    add('checkpoint', nargs='?', type=cli.checkpoint_file, help=checkpoint_help)
+    data_help = 'training pictures of the config, or random ones (default: train)'
+    add('--data', choices=['train', 'random'], default='train', help=data_help)
+    out_help = "folder for the two files (default: work_dirs/CONFIG's name)"
+    add('--out', type=Path, metavar='DIR', help=out_help)
+    metric_help = (
+        'judge masked models by this metric on all validation data, e.g. coco/bbox_mAP '
+        '(default: by their loss on some batches)'
     )
-    parser.add_argument(
-        '--metric', metavar='NAME',
-        help='judge masked models by this metric on all validation data, e.g. coco/bbox_mAP '
-        '(default: by their loss on some batches)',
-    )  # fmt: skip
-    parser.add_argument(
-        '--batches',
-        type=positive,
-        default=8,
-        help='that the loss is of; scores are of four times as many (default: 8)',
+    add('--metric', metavar='NAME', help=metric_help)
+    batches_help = (
+        'validation batches for the loss; scoring uses four times as many training batches (default: 8)'
     )
-    parser.add_argument(
-        '--fractions', type=fraction, nargs='+', default=list(FRACTIONS), metavar='F',
-        help='of each group that stay, in turn (default: 0.9 0.7 0.5)',
-    )  # fmt: skip
-    parser.add_argument(
-        '--tolerance', type=float, default=TOLERANCE,
-        help='by which share the value may become worse where a cut is said to be borne (default: 0.1)',
-    )  # fmt: skip
-    parser.add_argument('--static', action='store_true', help='no sensitivities')
-    parser.add_argument('--no-times', action='store_true', help='measure nothing')
+    add('--batches', type=positive, default=8, metavar='N', help=batches_help)
+    fractions_help = 'fractions of each group that stay, in turn (default: 0.9 0.7 0.5)'
+    add('--fractions', type=fraction, nargs='+', default=FRACTIONS, metavar='F', help=fractions_help)
+    add('--static', action='store_true', help='no sensitivities')
+    add('--no-times', action='store_true', help='measure no times')
+    add('--tolerance', type=removed, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -64,7 +53,7 @@ def positive(text: str) -> int:
 
 
 def fraction(text: str) -> float:
-    """An argparse type: a fraction that stays."""
+    """An argparse type: a fraction between 0 and 1."""
     try:
         value = float(text)
     except ValueError:
@@ -72,6 +61,14 @@ def fraction(text: str) -> float:
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f'{text} must be a number between 0 and 1: it is what stays')
     return value
+
+
+def removed(text: str) -> None:
+    """An argparse type: an option that was for the suggestion of a budget."""
+    raise argparse.ArgumentTypeError(
+        'the option was removed, since no budget is suggested any more: choose keep_flops by the '
+        'sensitivities'
+    )
 
 
 def main() -> None:
@@ -84,16 +81,15 @@ def main() -> None:
         metric=args.metric,
         batches=args.batches,
         fractions=tuple(sorted(set(args.fractions), reverse=True)),
-        tolerance=args.tolerance,
         times=not args.no_times,
         sensitivity=not args.static,
     )
     content = run.analyze_config(cfg, args.checkpoint, options, say=Console(stderr=True).print)
     console = Console()
-    console.width = max(console.width, 110)  # where it is no terminal it would be 80
-    show.show(content, console)
-    written = run.write(content, folder), page.write(content, folder)
-    console.print(f'Wrote {" and ".join(map(str, written))}', soft_wrap=True, highlight=False)
+    console.width = max(console.width, 110)  # 80 if the output is no terminal
+    print_page(analysis_page.page_of(content), console)
+    paths = run.write(content, folder), analysis_page.write(content, folder)
+    console.print(f'Wrote {" and ".join(map(str, paths))}', soft_wrap=True, highlight=False)
 
 
 if __name__ == '__main__':

@@ -3,55 +3,255 @@
     python tools/benchmark.py CONFIG CHECKPOINT [--size HEIGHT WIDTH] [--batch 1 8] [--threads 1]
         [--modes eager channels_last compile onnxruntime openvino] [--json FILE]
 
-Whole networks with post-processing, both in turns, in single precision: as PyTorch runs them (eager,
-channels_last, compiled), and as exported files in ONNX Runtime and OpenVINO. On a CUDA device too where
-there is one.
+Whole networks with post-processing run in single precision, both in turns: in PyTorch (eager,
+channels_last, compiled), and as exported files in ONNX Runtime and OpenVINO. If there is a CUDA
+device, they also run there.
+
+Both networks do the same work. The unpruned one has the pruned one's weights, with zeros in the place
+of the removed channels, so that both find the same and post-processing costs both the same.
 """
 
 import argparse
+import contextlib
+import ctypes
+import gc
 import json
+import multiprocessing
 import platform
 import sys
 import tempfile
-from dataclasses import replace
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.config import Config
+from mmengine.registry import MODELS
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor, nn
 
 from mmprune import PruneError
+from mmprune.copies import copied
+from mmprune.graph.slots import named_state
 from mmprune.mm import cli
-from mmprune.mm.deploy import benchmark, pipeline
-from mmprune.mm.deploy.export import divisor_of, export_model
-from mmprune.mm.deploy.pose import pose_wrapper
-from mmprune.mm.deploy.runtime import open_model
+from mmprune.mm.checkpoint import load_pruned, without_pretrained
+from mmprune.mm.configs import image_size
+from mmprune.mm.deploy.export import divisor_of, export_model, flops_of, network_of
+from mmprune.mm.deploy.onnx_file import BACKENDS, open_model
+from mmprune.mm.deploy.pose_and_classifiers import pose_network
+from mmprune.mm.deploy.raw import RawNetwork
+from mmprune.surgery.fusion import fuse
+from mmprune.surgery.plan import Plan, plan_of
+
+MODES = ('eager', 'channels_last', 'compile', *BACKENDS)
+CUDA_MODES = ('cuda eager', 'cuda channels_last', 'cuda compile')
+VERSIONS = ('unpruned', 'pruned')
+WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Job:
+    """One network that is run in one way.
+
+    Args:
+        config: the unpruned config.
+        checkpoint: the pruned checkpoint.
+        size: height and width of the images.
+        batch: the number of images of one run.
+        threads: the number of threads of one run.
+        raw: leave post-processing out.
+        mode: one of ``MODES`` or ``CUDA_MODES``.
+        version: ``'unpruned'`` or ``'pruned'``.
+        files: the exported file of each version, for the modes that run files.
+    """
+
+    config: Config
+    checkpoint: str
+    size: tuple[int, int]
+    batch: int
+    threads: int = 1
+    raw: bool = False
+    mode: str = 'eager'
+    version: str = 'pruned'
+    files: dict[str, Path] | None = None
+
+
+# -- the two networks -----------------------------------------------------------------------------
+
+
+def load(job: Job) -> nn.Module:
+    """The model of the job's checkpoint, pruned or as wide as it was before."""
+    pruned = load_pruned(job.config, job.checkpoint)
+    if job.version == 'pruned':
+        return pruned
+    model = MODELS.build(without_pretrained(job.config.model)).eval()
+    widen(model, pruned, plan_of(pruned))
+    model.cfg, model.dataset_meta = pruned.cfg, pruned.dataset_meta
+    return model
+
+
+def widen(original: nn.Module, pruned: nn.Module, plan: Plan) -> None:
+    """Gives the unpruned model the pruned one's tensors, with zeros in the place of removed
+    channels."""
+    narrow = dict(named_state(pruned))
+    with torch.no_grad():
+        for name, tensor in named_state(original):
+            kept = plan.keep.get(name, {})
+            places = [torch.tensor(kept.get(d, range(size))) for d, size in enumerate(tensor.shape)]
+            tensor.zero_()
+            if places:
+                tensor[torch.meshgrid(*places, indexing='ij')] = narrow[name]
+            else:
+                tensor.copy_(narrow[name])
+
+
+def timed_network(model: nn.Module, raw: bool) -> nn.Module:
+    """The network that an exported file has in it."""
+    return (RawNetwork(model) if raw else network_of(model)).eval()
+
+
+def folded(model: nn.Module) -> nn.Module:
+    """The model, changed in place: batch norms are folded into convolutions, as every runtime does."""
+    with contextlib.suppress(PruneError):  # there may be none
+        fuse(model)
+    return model
+
+
+# -- one way of running it ------------------------------------------------------------------------
+
+
+def ready(job: Job, model: nn.Module | None = None) -> Callable[[], Any]:
+    """A function that runs the job's batch once, and returns when the run is done. ``model`` is the
+    job's model if it is loaded already."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(job.batch, 3, *job.size, generator=generator)
+    if job.mode in BACKENDS:
+        file, batch = open_model(job.files[job.version], job.mode, job.threads), images.numpy()
+        return lambda: file(batch)
+    torch.set_num_threads(job.threads)
+    network = timed_network(folded(load(job) if model is None else copied(model)), job.raw)
+    device, kind = ('cuda', job.mode.removeprefix('cuda ')) if 'cuda' in job.mode else ('cpu', job.mode)
+    network, images = network.to(device), images.to(device)
+    if kind == 'channels_last':
+        network = network.to(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=torch.channels_last)
+    if kind == 'compile':
+        network = torch.compile(network, dynamic=False)
+    return lambda: _run(network, images)
+
+
+@torch.inference_mode()
+def _run(network: nn.Module, images: Tensor) -> Any:
+    out = network(images)
+    if images.is_cuda:
+        torch.cuda.synchronize()
+    return out
+
+
+def in_turns(runs: Sequence[Callable[[], Any]], rounds: int) -> np.ndarray:
+    """Milliseconds of each run, (rounds, number of runs). Every second round has the reverse order."""
+    for run in list(runs) * WARM_UP:
+        run()
+    times = np.empty((rounds, len(runs)))
+    for number in range(rounds):
+        order = range(len(runs)) if number % 2 else reversed(range(len(runs)))
+        for column in order:
+            start = time.perf_counter()
+            runs[column]()
+            times[number, column] = (time.perf_counter() - start) * 1000
+    return times
+
+
+def peak_memory(job: Job) -> int | None:
+    """The bytes that weights and runs add at their peak to a process that does nothing else; for CUDA
+    to the device. ``None`` if they cannot be measured: outside Linux, and for compiled networks, whose
+    compiler takes more memory than they do."""
+    if 'compile' in job.mode or not Path('/proc/self/clear_refs').exists():
+        return None
+    # A server process has all imports and never had a model, so that its children start alike.
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['mmprune.mm.deploy.export'])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_peak_memory, job).result()
+
+
+def _peak_memory(job: Job) -> int:
+    if 'cuda' in job.mode:
+        run = ready(job)
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated()
+    before = _memory('VmRSS')
+    run = ready(job)
+    gc.collect()
+    with contextlib.suppress(AttributeError):  # glibc keeps what loading took, and runs would use it
+        ctypes.CDLL(None).malloc_trim(0)
+    Path('/proc/self/clear_refs').write_text('5')  # resets the peak, which loading has raised
+    for _ in range(WARM_UP):
+        run()
+    return _memory('VmHWM') - before
+
+
+def _memory(name: str) -> int:
+    """A line of this process's status in bytes."""
+    lines = Path('/proc/self/status').read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
+
+
+def measure(job: Job, models: dict[str, nn.Module], rounds: int, flops_ratio: float) -> dict[str, Any]:
+    """The row of one mode and batch: times in ms, peaks in bytes, how many times faster the pruned
+    network is, and that as a share of the factor by which its FLOPs are fewer. If ``torch.compile``
+    fails, the row has ``failure`` instead."""
+    jobs = [replace(job, version=version) for version in VERSIONS]
+    row: dict[str, Any] = {'mode': job.mode, 'batch': job.batch}
+    try:
+        times = in_turns([ready(job, models[job.version]) for job in jobs], rounds)
+    except PruneError:
+        raise
+    except Exception as error:  # the compiler may raise anything
+        if 'compile' not in job.mode:
+            raise
+        lines = str(error).strip().splitlines() or ['']
+        return row | {'failure': f'{type(error).__name__}: {lines[0][:200]}'}
+    finally:
+        torch._dynamo.reset()
+    for column, job in enumerate(jobs):
+        row[job.version] = {
+            'median_ms': float(np.median(times[:, column])),
+            'p95_ms': float(np.percentile(times[:, column], 95)),
+            'peak_bytes': peak_memory(job),
+        }
+    # The median of the rounds' ratios: other work on the machine slows both runs of a round.
+    row['time_ratio'] = float(np.median(times[:, 0] / times[:, 1]))
+    row['of_flops_ratio'] = row['time_ratio'] / flops_ratio
+    return row
+
+
+# -- the command ----------------------------------------------------------------------------------
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Times a pruned model against its unpruned one.')
-    parser.add_argument('config', type=cli.existing_file, help='the unpruned config')
-    parser.add_argument('checkpoint', type=cli.checkpoint_file, help='a pruned checkpoint')
-    parser.add_argument(
-        '--size', type=int, nargs=2, metavar=('HEIGHT', 'WIDTH'),
-        help="of the images (default: the size of the files, or of the config's test pipeline)",
-    )  # fmt: skip
-    parser.add_argument('--batch', type=positive, nargs='+', default=[1, 8], help='images a run')
-    parser.add_argument('--threads', type=positive, default=1)
-    parser.add_argument('--rounds', type=positive, default=30, help='runs of each, after warm-up')
-    parser.add_argument(
-        '--modes', nargs='+', choices=benchmark.MODES + benchmark.CUDA_MODES,
-        help='ways to run it (default: all that this machine has)',
-    )  # fmt: skip
-    parser.add_argument(
-        '--onnx', type=cli.existing_file, nargs=2, metavar=('UNPRUNED', 'PRUNED'),
-        help='exported files (default: both are exported for the run)',
-    )  # fmt: skip
-    parser.add_argument('--raw', action='store_true', help='the head outputs, no post-processing')
-    parser.add_argument('--json', metavar='FILE', help='write the figures here')
+    add = parser.add_argument
+    add('config', type=cli.existing_file, help='the unpruned config')
+    add('checkpoint', type=cli.checkpoint_file, help='a pruned checkpoint')
+    size = "size of the images (default: the size of the files, or of the config's test pipeline)"
+    add('--size', type=positive, nargs=2, metavar=('HEIGHT', 'WIDTH'), help=size)
+    add('--batch', type=positive, nargs='+', default=[1, 8], help='images of one run')
+    add('--threads', type=positive, default=1)
+    add('--rounds', type=positive, default=30, help='runs of each network, after warm-up')
+    modes = 'ways to run the networks (default: all that this machine has)'
+    add('--modes', nargs='+', choices=MODES + CUDA_MODES, help=modes)
+    files = 'exported files (default: both networks are exported for the run)'
+    add('--onnx', type=cli.existing_file, nargs=2, metavar=('UNPRUNED', 'PRUNED'), help=files)
+    add('--raw', action='store_true', help="the head's outputs, without post-processing")
+    add('--json', metavar='FILE', help='write the figures here')
     return parser.parse_args()
 
 
@@ -66,31 +266,29 @@ def main() -> None:
     args = parse_args()
     if args.json and not Path(args.json).parent.is_dir():
         raise PruneError(f'--json {args.json}: there is no folder {Path(args.json).parent}')
-    modes = args.modes or benchmark.MODES
-    if torch.cuda.is_available() and not args.modes:
-        modes += benchmark.CUDA_MODES
+    modes = args.modes or (MODES + CUDA_MODES if torch.cuda.is_available() else MODES)
     cfg = Config.fromfile(args.config)
-    job = benchmark.Job(cfg, args.checkpoint, (0, 0), 1, args.threads, args.raw)
-    tell('building both networks')
-    models = {'pruned': benchmark.load(job)}
+    job = Job(cfg, args.checkpoint, (0, 0), 1, args.threads, args.raw)
+    show('building both networks')
+    models = {'pruned': load(job)}
     job = replace(job, size=size_of(args, cfg, models['pruned']))
-    tell(f'images of {job.size[0]} x {job.size[1]} (height, width)')
-    models['unpruned'] = benchmark.load(replace(job, which='unpruned'))
-    flops = {which: benchmark.flops_of(models[which], job.size, job.raw) for which in benchmark.WHICH}
-    report = about(args, job, models, flops)
+    show(f'images of {job.size[0]} x {job.size[1]} (height, width)')
+    models['unpruned'] = load(replace(job, version='unpruned'))
+    report = header(args, job, models)
     with tempfile.TemporaryDirectory() as scratch:
-        if set(modes) & set(benchmark.BACKENDS):
+        if set(modes) & set(BACKENDS):
             job = replace(job, files=exported(args, models, job, Path(scratch)))
-        todo = [(batch, mode) for batch in args.batch for mode in modes]
-        for number, (batch, mode) in enumerate(todo, 1):
-            where = f'{number} of {len(todo)}: {mode}, batch {batch}'
-            tell(where)
-            each = replace(job, mode=mode, batch=batch)
-            row = benchmark.measure(each, models, args.rounds, report['flops_ratio'])
+        steps = [(batch, mode) for batch in args.batch for mode in modes]
+        for number, (batch, mode) in enumerate(steps, 1):
+            step = f'{number} of {len(steps)}: {mode}, batch {batch}'
+            show(step)
+            row = measure(
+                replace(job, mode=mode, batch=batch), models, args.rounds, report['flops_ratio']
+            )
             report['rows'].append(row)
-            tell(f'{where}: {outcome(row)}')
+            show(f'{step}: {outcome(row)}')
     console = Console()
-    console.width = max(console.width, 100)  # where it is no terminal it would be 80
+    console.width = max(console.width, 100)  # without a terminal it would be 80
     console.print(table(report))
     for row in report['rows']:
         if 'failure' in row:
@@ -99,68 +297,67 @@ def main() -> None:
         Path(args.json).write_text(json.dumps(report, indent=2) + '\n')
 
 
-def tell(text: str) -> None:
-    """One line of progress, apart from the table: a run may take many minutes."""
+def show(text: str) -> None:
+    """Prints a line of progress to standard error: a run may take many minutes."""
     print(f'benchmark.py: {text}', file=sys.stderr, flush=True)
 
 
 def outcome(row: dict[str, Any]) -> str:
+    """A row as a line of progress."""
     if 'failure' in row:
         return f'fails: {row["failure"]}'
-    medians = ' to '.join(f'{row[which]["median_ms"]:.1f}' for which in benchmark.WHICH)
+    medians = ' to '.join(f'{row[version]["median_ms"]:.1f}' for version in VERSIONS)
     return f'{medians} ms, {row["time_ratio"]:.2f} x as fast'
 
 
-def size_of(args: argparse.Namespace, cfg: Config, model: torch.nn.Module) -> tuple[int, int]:
-    """(height, width) of the images to run: what was asked for, what the files say, or what a picture
-    becomes that fills the scale of the test pipeline. Sides are rounded up to what the model takes.
+def size_of(args: argparse.Namespace, cfg: Config, model: nn.Module) -> tuple[int, int]:
+    """(height, width) of the images: ``--size``, or the size of the files, or that of the test
+    pipeline. Sides are rounded up to what the model takes.
 
     Raises:
         PruneError: none of these names a size, or the files take another one.
     """
-    pose = pose_wrapper(model)
+    pose = pose_network(model)
     size = args.size or (pose.input_size if pose else None)
     for path in args.onnx or ():
         written = open_model(path).metadata
-        fixed = written['input_size']
-        size = size or pipeline.input_size(written)
+        fixed, scale = written['input_size'], (written.get('resize') or {}).get('scale')
+        # The scale is (width, height).
+        size = size or fixed or (scale and rounded(scale[::-1], written['pad_divisor']))
         if fixed and tuple(fixed) != tuple(size):
             raise PruneError(f'{path}: takes {fixed} alone, not {list(size)}; export it with --dynamic')
-    divisor = divisor_of(model, size or pipeline.size_in(cfg))
-    about = {'input_size': pipeline.size_in(cfg), 'pad_divisor': divisor}
-    size = size or pipeline.input_size(about | pipeline.describe(cfg, None))
+    divisor = divisor_of(model, size or image_size(cfg, only_fixed=True))
+    size = size or image_size(cfg)
     if size is None:
         raise PruneError(
             '--size: the test pipeline of the config names no size of images; give HEIGHT WIDTH'
         )
-    height, width = (-(-side // divisor) * divisor for side in size)
-    if (height, width) != tuple(size):
-        tell(f'{size[0]} x {size[1]} is padded: the model takes multiples of {divisor}')
-    return height, width
+    if rounded(size, divisor) != tuple(size):
+        show(f'{size[0]} x {size[1]} is padded: the model takes multiples of {divisor}')
+    return rounded(size, divisor)
+
+
+def rounded(size: Sequence[int], divisor: int) -> tuple[int, ...]:
+    """The sides, rounded up to multiples of ``divisor``."""
+    return tuple(-(-side // divisor) * divisor for side in size)
 
 
 def exported(
-    args: argparse.Namespace, models: dict[str, torch.nn.Module], job: benchmark.Job, folder: Path
+    args: argparse.Namespace, models: dict[str, nn.Module], job: Job, folder: Path
 ) -> dict[str, Path]:
-    """The files of both networks: those that were given, or new ones."""
+    """The files of both networks: those of ``--onnx``, or new ones."""
     if args.onnx:
-        return dict(zip(benchmark.WHICH, map(Path, args.onnx), strict=True))
+        return dict(zip(VERSIONS, map(Path, args.onnx), strict=True))
     files = {}
-    for which, model in models.items():
-        tell(f'exporting the {which} network')
-        path = folder / f'{which}.onnx'
-        files[which] = export_model(model, path, raw=job.raw, size=job.size, check=())
+    for name, model in models.items():
+        show(f'exporting the {name} network')
+        files[name] = export_model(model, folder / f'{name}.onnx', raw=job.raw, size=job.size, check=())
     return files
 
 
-def about(
-    args: argparse.Namespace,
-    job: benchmark.Job,
-    models: dict[str, torch.nn.Module],
-    flops: dict[str, int],
-) -> dict[str, Any]:
-    """What was measured where; the rows are still missing."""
-    packages = ('torch', 'onnxruntime', 'openvino')
+def header(args: argparse.Namespace, job: Job, models: dict[str, nn.Module]) -> dict[str, Any]:
+    """The report without its rows: what is measured, and where."""
+    flops = {name: flops_of(timed_network(models[name], job.raw), job.size) for name in VERSIONS}
     return {
         'config': args.config,
         'checkpoint': args.checkpoint,
@@ -171,18 +368,16 @@ def about(
         'rounds': args.rounds,
         'processor': processor(),
         'cuda': torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        'versions': {name: version(name) for name in packages},
+        'versions': {name: version(name) for name in ('torch', 'onnxruntime', 'openvino')},
         'flops': flops,
         'flops_ratio': flops['unpruned'] / flops['pruned'],
-        'params': {
-            which: sum(parameter.numel() for parameter in models[which].parameters())
-            for which in benchmark.WHICH
-        },
+        'params': {name: sum(p.numel() for p in models[name].parameters()) for name in VERSIONS},
         'rows': [],
     }
 
 
 def processor() -> str:
+    """The name of the processor."""
     path = Path('/proc/cpuinfo')
     lines = path.read_text().splitlines() if path.exists() else []
     names = [line.split(':', 1)[1].strip() for line in lines if line.startswith('model name')]
@@ -190,30 +385,27 @@ def processor() -> str:
 
 
 def table(report: dict[str, Any]) -> Table:
-    """The figures for a person."""
+    """The report as a table for the terminal."""
     height, width = report['size']
     flops = report['flops']
-    out = Table(
-        title=f'{height} x {width}, {report["precision"]}, threads: {report["threads"]}, '
-        f'{report["processor"]}',
-        caption=f'FLOPs {flops["unpruned"]:,} to {flops["pruned"]:,}, {report["flops_ratio"]:.2f} '
-        'times fewer: what a model is faster by is also given as a share of this. Times: median / 95th '
-        'percentile in ms. Memory: the peak over that of the process without a model.',
-        title_justify='left', caption_justify='left',
-    )  # fmt: skip
-    for name in ('batch', 'mode', *benchmark.WHICH, 'faster', 'of the FLOPs', 'memory in MB'):
+    title = f'{height} x {width}, float32, threads: {report["threads"]}, {report["processor"]}'
+    caption = (
+        f'FLOPs {flops["unpruned"]:,} to {flops["pruned"]:,}, {report["flops_ratio"]:.2f} times fewer. '
+        '"of the FLOPs" is the gain in time as a share of this factor. Times: median / 95th percentile '
+        'in ms. Memory: the peak above that of the process without a model.'
+    )
+    out = Table(title=title, caption=caption, title_justify='left', caption_justify='left')
+    for name in ('batch', 'mode', *VERSIONS, 'faster', 'of the FLOPs', 'memory in MB'):
         out.add_column(name, justify='left' if name == 'mode' else 'right', no_wrap=True)
     for row in report['rows']:
         if 'failure' in row:
             out.add_row(str(row['batch']), row['mode'], 'fails')
             continue
-        times = (f'{row[w]["median_ms"]:.1f} / {row[w]["p95_ms"]:.1f}' for w in benchmark.WHICH)
-        peaks = [row[which]['peak_bytes'] for which in benchmark.WHICH]
+        times = (f'{row[name]["median_ms"]:.1f} / {row[name]["p95_ms"]:.1f}' for name in VERSIONS)
+        peaks = [row[name]['peak_bytes'] for name in VERSIONS]
         memory = '' if None in peaks else ' to '.join(f'{peak / 1e6:.0f}' for peak in peaks)
-        out.add_row(
-            str(row['batch']), row['mode'], *times, f'{row["time_ratio"]:.2f} x',
-            f'{row["of_flops_ratio"]:.0%}', memory,
-        )  # fmt: skip
+        gain = (f'{row["time_ratio"]:.2f} x', f'{row["of_flops_ratio"]:.0%}')
+        out.add_row(str(row['batch']), row['mode'], *times, *gain, memory)
     return out
 
 

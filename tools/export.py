@@ -3,8 +3,8 @@
 Usage: python tools/export.py configs/faster_rcnn_prune.py work_dirs/faster_rcnn_prune/epoch_12.pth \\
     --out model.onnx
 
-With ``--out weights.pth`` it writes a checkpoint again, without what only training needs: the weights,
-the plan, and the names of the classes or keypoints.
+With ``--out weights.pth``, it writes the checkpoint again without what only training needs: the
+weights, the plan, and the names of the classes or keypoints remain.
 """
 
 import argparse
@@ -18,43 +18,31 @@ from mmprune.mm import cli
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('config', type=cli.existing_file, help='the unpruned config')
-    parser.add_argument('checkpoint', type=cli.checkpoint_file, help='checkpoint file')
-    parser.add_argument(
-        '--out', required=True, metavar='FILE',
-        help='a name that ends in .onnx, or in .pth for the weights and the plan alone; must not exist',
-    )  # fmt: skip
-    parser.add_argument(
-        '--raw', action='store_true', help="the head's outputs, without post-processing; any model"
-    )
+    parser = cli.config_parser(__doc__.splitlines()[0])
+    add = parser.add_argument
+    add('checkpoint', type=cli.checkpoint_file, help='checkpoint file')
+    out = 'file to write: .onnx, or .pth for the weights and the plan alone; must not exist'
+    add('--out', required=True, metavar='FILE', help=out)
+    raw = "export the head's outputs without post-processing, which works for any model"
+    add('--raw', action='store_true', help=raw)
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument(
         '--size', nargs=2, type=int, metavar=('H', 'W'), help='a fixed size of the input'
     )
-    sizes.add_argument(
-        '--dynamic', action='store_true',
-        help="leave height and width open (default: the config's fixed size if it has one, else this)",
-    )  # fmt: skip
-    parser.add_argument('--opset', type=int, help="version of ONNX's operators (default: 18)")
-    parser.add_argument(
-        '--with-preprocess', action='store_true',
-        help='the file takes BGR pictures, 0 to 255, and normalises them itself',
-    )  # fmt: skip
-    parser.add_argument(
-        '--check', nargs='+', default=['onnxruntime'], choices=['onnxruntime', 'openvino'],
-        help='compare the file with PyTorch in these (default: onnxruntime)',
-    )  # fmt: skip
-    parser.add_argument(
-        '--int8', metavar='DATA',
-        help='also write FILE_int8.onnx, in 8-bit integers, calibrated on the training set of the '
-        'config (train) or on a folder of pictures',
-    )  # fmt: skip
-    parser.add_argument('--device', default='cpu', help='where PyTorch runs (default: cpu)')
-    parser.add_argument(
-        '--cfg-options', nargs='+', action=cli._KeyValues, metavar='KEY=VALUE',
-        help="values to put over the config's",
-    )  # fmt: skip
+    dynamic = 'leave height and width open (default: only if the config does not fix the size)'
+    sizes.add_argument('--dynamic', action='store_true', help=dynamic)
+    add('--opset', type=int, help="version of ONNX's operators (default: 18)")
+    preprocess = 'the file takes BGR pictures, 0 to 255, and normalises them itself'
+    add('--with-preprocess', action='store_true', help=preprocess)
+    backends = ['onnxruntime', 'openvino']
+    check = 'compare the file with PyTorch in these (default: onnxruntime)'
+    add('--check', nargs='+', default=['onnxruntime'], choices=backends, help=check)
+    int8 = (
+        'also write FILE_int8.onnx in 8-bit integers, calibrated on the training set of the config '
+        '(train) or on a folder of pictures'
+    )
+    add('--int8', metavar='DATA', help=int8)
+    add('--device', default='cpu', help='where PyTorch runs (default: cpu)')
     return parser.parse_args()
 
 
@@ -63,38 +51,40 @@ def main() -> None:
     MMLogger.get_instance('mmprune', log_level='INFO')
     config = Config.fromfile(args.config)
     cli.put_over(config, args.cfg_options)
-    if args.out.endswith('.pth'):
+    out = Path(args.out)
+    if out.suffix == '.pth':
         write_checkpoint(config, args)
         return
     from mmprune.mm import export
 
-    small = Path(args.out).with_name(f'{Path(args.out).stem}_int8.onnx')
+    small = out.with_name(f'{out.stem}_int8.onnx')
     if args.int8 and args.raw:
         raise PruneError('--int8 and --raw: only whole models are quantized; leave one of them out')
     if args.int8 and small.exists():
         raise PruneError(f'--int8: {small} exists; remove it, or give another --out')
-    path = export(
-        config, args.checkpoint, args.out, raw=args.raw, size=args.size, dynamic=args.dynamic,
-        opset=args.opset, with_preprocess=args.with_preprocess, check=args.check, device=args.device,
-    )  # fmt: skip
-    print(f'{path}: {path.stat().st_size / 1e6:.1f} MB')
+    names = ('raw', 'size', 'dynamic', 'opset', 'with_preprocess', 'check', 'device')
+    show(export(config, args.checkpoint, out, **{name: getattr(args, name) for name in names}))
     if args.int8:
-        from mmprune.mm.deploy.int8 import quantize_with
+        from mmprune.mm.deploy.int8 import calibration_images, quantize
 
-        small = quantize_with(config, path, small, args.int8)
-        print(f'{small}: {small.stat().st_size / 1e6:.1f} MB')
+        show(quantize(out, small, calibration_images(config, out, args.int8)))
 
 
 def write_checkpoint(config: Config, args: argparse.Namespace) -> None:
-    from mmprune.mm.deploy.strip import strip
+    """Writes the stripped checkpoint. Options of .onnx files are an error."""
+    from mmprune.mm.deploy.export import strip
 
     names = ('raw', 'size', 'dynamic', 'opset', 'with_preprocess', 'int8')
     given = [f'--{name.replace("_", "-")}' for name in names if getattr(args, name)]
     if given:
         raise PruneError(
-            f'{", ".join(given)}: {args.out} is a checkpoint, and these are of .onnx files'
+            f'{", ".join(given)}: {args.out} is a checkpoint, and these are options of .onnx files'
         )
-    path = strip(config, args.checkpoint, args.out)
+    show(strip(config, args.checkpoint, args.out))
+
+
+def show(path: Path) -> None:
+    """Prints the size of a file."""
     print(f'{path}: {path.stat().st_size / 1e6:.1f} MB')
 
 

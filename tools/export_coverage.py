@@ -4,9 +4,9 @@
     python tools/export_coverage.py --only 'mmdet/*rcnn*' --jobs 2
     python tools/export_coverage.py --resume              # only families without a row
 
-One model of each family, random weights, a fixed size, each in a process of its own; the file is
-compared with PyTorch in ONNX Runtime. Results are merged into docs/deploy.json after each family, and
-the table in docs/deploy.md is written from that.
+One model of each family is exported, with random weights and at a fixed size, in a separate process.
+The file is compared with PyTorch in ONNX Runtime. After each family its result is merged into
+docs/deploy.json, and at the end the table in docs/deploy.md is written from that.
 """
 
 import argparse
@@ -34,7 +34,8 @@ FORK = multiprocessing.get_context('fork')
 
 
 def examine(config: str, how: dict, pipe) -> None:
-    """Sends the row of one family: ``export`` (whole, raw, not), and ``reason`` where not whole."""
+    """Sends the row of one family through a pipe: ``export`` (whole, raw or not), and the ``reason``
+    if it is not whole. ``how`` has arguments of ``build``."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     from mmprune.errors import PruneError
@@ -51,9 +52,9 @@ def examine(config: str, how: dict, pipe) -> None:
         pose = model.cfg.get('default_scope') == 'mmpose'
         size = fixed_side(model) if pose else (side, side)
         as_trained(model, forward, size)
-    except Exception as error:  # a fault of the zoo, whatever it is
-        told = '' if isinstance(error, PruneError) else 'does not build: '
-        return pipe.send({'export': 'not', 'reason': f'{told}{error}'.splitlines()[0][:200]})
+    except Exception as error:  # the zoo's own code may raise anything
+        prefix = '' if isinstance(error, PruneError) else 'does not build: '
+        return pipe.send({'export': 'not', 'reason': f'{prefix}{error}'.splitlines()[0][:200]})
     row: dict = {'reason': ''}
     with tempfile.TemporaryDirectory() as folder:
         for kind in ('whole', 'raw'):
@@ -63,11 +64,11 @@ def examine(config: str, how: dict, pipe) -> None:
                 row['export'] = kind
                 break
             except PruneError as error:
-                told = str(error)
-            except Exception as error:  # of a model's own code
-                told = f'{type(error).__name__}: {error}'
+                reason = str(error)
+            except Exception as error:  # a model's own code may raise anything
+                reason = f'{type(error).__name__}: {error}'
             row['export'] = 'not'
-            row['raw_reason' if raw else 'reason'] = (told.splitlines() or [''])[0][:300]
+            row['raw_reason' if raw else 'reason'] = (reason.splitlines() or [''])[0][:300]
             pipe.send(row | {'export': 'not'})
     pipe.send(row)
 
@@ -76,14 +77,17 @@ SPREADS = {
     'conv_offset': 0.05, 'spatial_conv_offset': 0.05, 'offset_s': 0.05, 'offset_l': 0.05,
     'sampling_offsets': 0.05, 'conv2.fc2': 0.3, 'switch': 0.5, 'pre_context': 0.1, 'post_context': 0.1,
 }  # fmt: skip
-"""The largest standard deviation of what layers give, by the ends of their names."""
+"""The largest standard deviation of the outputs of some layers, by the ends of their names."""
 
 
 def as_trained(model, forward, size: tuple[int, int]) -> None:
-    """Takes back what random weights do and no training leaves: deformable convolutions that jump over
-    maps of noise, split attention (ResNeSt) that takes one half alone, by the last bit, and contexts
-    that drown what they are added to (DetectoRS). In such a network PyTorch in single precision is no
-    nearer to itself in double than any other number."""
+    """Limits layers whose outputs are far larger with random weights than after any training.
+
+    Otherwise deformable convolutions sample far away in maps of noise, split attention (ResNeSt)
+    chooses one half by the last bit, and contexts drown the maps that they are added to (DetectoRS).
+    Rounding alone then changes most results of such a network, so that there is nothing to compare
+    with.
+    """
     import torch
 
     from mmprune.mm.deploy import check as checks
@@ -102,14 +106,14 @@ def as_trained(model, forward, size: tuple[int, int]) -> None:
         if f'.{name}'.endswith(f'.{end}')
     ]
     if hooks:
-        shake(model, forward)  # which sets the statistics of batch norms anew
+        shake(model, forward)  # also estimates the statistics of batch norms
         pictures = checks.pictures_for(size, 32, 2)[0]
         with torch.no_grad():
             model.eval()
             model.extract_feat(checks.prepared(model, pictures)[0])
     for hook in hooks:
         hook.remove()
-    # mmdet's QueryInst predicts only where all of its boxes are detections.
+    # mmdet's QueryInst predicts only if all of its boxes are detections.
     queries = getattr(getattr(model, 'rpn_head', None), 'num_proposals', None)
     if queries is not None:
         model.roi_head.test_cfg.max_per_img = queries
@@ -122,10 +126,10 @@ def as_trained(model, forward, size: tuple[int, int]) -> None:
 
 
 def config_of(config: str) -> Config | None:
-    """The config of one of torchvision's classifiers, in the model that they are trained in here.
+    """A config with one of torchvision's classifiers; ``None`` for other names.
 
     Raises:
-        PruneError: it is no classifier.
+        PruneError: the torchvision model is no classifier.
     """
     if not config.startswith('torchvision::'):
         return None
@@ -143,7 +147,7 @@ def config_of(config: str) -> Config | None:
 
 
 def fixed_side(model) -> tuple[int, int] | None:
-    """(height, width) that a pose model's codec fixes."""
+    """(height, width) of the images of a pose model, by its codec."""
     codec = model.cfg.get('codec') or {}
     codec = codec[-1] if isinstance(codec, list) else codec
     width, height = codec.get('input_size', (192, 256))
@@ -151,58 +155,66 @@ def fixed_side(model) -> tuple[int, int] | None:
 
 
 def write_table(rows: list[dict]) -> None:
-    """Puts the table of all rows between its marks in docs/deploy.md."""
+    """Writes the table of all rows between its marks in docs/deploy.md."""
     text = PAGE.read_text()
     start, end = '<!-- families -->\n', '<!-- /families -->'
     before, rest = text.split(start, 1)
     lines = []
     for zoo in ('mmdet', 'mmpose', 'torchvision'):
-        own = [row for row in rows if row['name'].startswith(zoo)]
-        counts = Counter(row['export'] for row in own)
-        told = ', '.join(f'{counts[kind]} {kind}' for kind in ('whole', 'raw', 'not'))
-        lines += [f'### {zoo}: {told}', '', '| family | | why not whole, or not at all |']
+        chosen = [row for row in rows if row['name'].startswith(zoo)]
+        counts = Counter(row['export'] for row in chosen)
+        title = ', '.join(f'{counts[kind]} {kind}' for kind in ('whole', 'raw', 'not'))
+        lines += [f'### {zoo}: {title}', '', '| family | | why not whole, or not at all |']
         lines.append('|---|---|---|')
-        lines += [f'| {row["name"].split("/")[1]} | {row["export"]} | {why(row)} |' for row in own]
+        lines += [f'| {row["name"].split("/")[1]} | {row["export"]} | {why(row)} |' for row in chosen]
         lines.append('')
     PAGE.write_text(before + start + '\n'.join(lines) + end + rest.split(end, 1)[1])
 
 
 def why(row: dict) -> str:
-    """The reason of a row, as short as it says all."""
+    """The reason of a row, shortened for the table."""
     if row['export'] == 'whole':
         return ''
-    told = row.get('raw_reason') if row['export'] == 'not' else None
-    told = (told or row['reason']).split(': has no wrapper')[0].split('. There are those')[0]
-    told = told.split(' the current sys.path')[0].split('; nothing was written')[0]
-    told = re.sub(r'\S*/(whole|raw)\.onnx\.part', 'the file', told).replace('|', '/')
+    reason = (row['export'] == 'not' and row.get('raw_reason')) or row['reason']
+    for end in (
+        ': has no wrapper',
+        '. There are those',
+        ' the current sys.path',
+        '; nothing was written',
+    ):
+        reason = reason.split(end)[0]
+    reason = re.sub(r'\S*/(whole|raw)\.onnx\.part', 'the file', reason).replace('|', '/')
     if ' has no wrapper' in row['reason'] and row['export'] == 'raw':
-        return f'no wrapper for {told}'
-    return told[:160].rstrip(', ') + (' (an older run)' if row.get('older') else '')
+        return f'no wrapper for {reason}'
+    return reason[:160].rstrip(', ')
 
 
 def run(name: str, config: str, how: dict, limit: int) -> dict:
+    """The row of one family, which a separate process has at most ``limit`` seconds for."""
     here, there = FORK.Pipe(duplex=False)
     how = {key: value for key, value in how.items() if key == 'size'}
     process = FORK.Process(target=examine, args=(config, how, there))
     process.start()
     there.close()
-    row, end = {'export': 'not', 'reason': 'the process crashed'}, time.monotonic() + limit
+    row: dict = {}
+    end = time.monotonic() + limit
     try:
         while here.poll(max(0, end - time.monotonic())):
             row = here.recv()
         process.kill()
-        row.setdefault('reason', f'no end within {limit} s')
+        row = row or {'export': 'not', 'reason': f'no end within {limit} s'}
     except EOFError:
         process.join()
-    return {'name': name, 'config': config} | row
+    crashed = {'export': 'not', 'reason': 'the process crashed'}
+    return {'name': name, 'config': config} | (row or crashed)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument('--only', nargs='+', default=['*'], help='patterns, e.g. mmdet/*detr*')
-    parser.add_argument('--jobs', type=int, default=1, help='processes at a time')
+    parser.add_argument('--jobs', type=int, default=1, help='number of processes')
     parser.add_argument('--limit', type=int, default=300, help='seconds for one family')
-    parser.add_argument('--resume', action='store_true', help='leave families with a row alone')
+    parser.add_argument('--resume', action='store_true', help='skip families that have a row')
     parser.add_argument('--out', type=Path, default=RESULTS)
     args = parser.parse_args()
     chosen = {n: f for n, f in families().items() if any(fnmatchcase(n, p) for p in args.only)}

@@ -1,6 +1,6 @@
-"""A page of what became of a pruned run: one HTML file. Several runs are set side by side.
+"""Makes the page of a pruned run, one HTML file.
 
-    python tools/report.py WORK_DIR [WORK_DIR ...] [--out report.html]
+    python tools/report.py WORK_DIR [--out report.html]
 
 Training writes the same page at its end, as WORK_DIR/report.html.
 """
@@ -10,23 +10,24 @@ from pathlib import Path
 
 from mmprune import PruneError
 from mmprune.mm import cli
-from mmprune.mm.recording.page import write_page
+from mmprune.mm.recording.run_page import write_page
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description='Makes a page of pruned runs, one HTML file.')
-    parser.add_argument(
-        'work_dir', type=folder, nargs='+', help='where training wrote its files; several: side by side'
-    )
-    parser.add_argument(
-        '--out', metavar='FILE.html',
-        help='the page (default: WORK_DIR/report.html; of several runs report.html here)',
-    )  # fmt: skip
-    return parser.parse_args()
+    parser = argparse.ArgumentParser(description='Makes the page of a pruned run, one HTML file.')
+    parser.add_argument('work_dir', type=folder, nargs='+', help='the work directory of a training')
+    parser.add_argument('--out', metavar='FILE', help='the page (default: WORK_DIR/report.html)')
+    args = parser.parse_args()
+    if len(args.work_dir) > 1:
+        parser.error(
+            f'{len(args.work_dir)} work directories were given, but the comparison of several runs was '
+            'removed: give one directory at a time'
+        )
+    return args
 
 
 def folder(path: str) -> str:
-    """An argparse type: a folder that is there."""
+    """An argparse type: an existing folder."""
     if not Path(path).is_dir():
         raise argparse.ArgumentTypeError(f'{path} is no folder; give the work directory of a training')
     return path
@@ -35,7 +36,7 @@ def folder(path: str) -> str:
 def main() -> None:
     args = parse_args()
     try:
-        path = write_page(args.work_dir, args.out)
+        path = write_page(args.work_dir[0], args.out)
     except OSError as error:
         raise PruneError(
             f'{error.filename}: {error.strerror}; name a file that can be written: --out FILE.html'

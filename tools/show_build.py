@@ -1,10 +1,10 @@
-"""Run a long build, show how far it is, and keep all that it prints in a file.
+"""Run a long build, show its progress, and keep its output in a file.
 
     python tools/show_build.py LOG COMMAND [ARGUMENT ...]
 
-Counts the `[12/77]` with which ninja begins each file's line. Exits as the command does; where that
-is a failure, its compiler errors and last lines are shown. Uses nothing but the standard library,
-since it runs before anything is installed.
+The progress comes from the `[12/77]` with which ninja begins the line of each file. The exit code is
+that of the command. If the command fails, its compiler errors and its last lines are shown. Only the
+standard library is used, since the script runs before anything is installed.
 """
 
 import re
@@ -15,7 +15,7 @@ from collections import deque
 from pathlib import Path
 
 COUNT = re.compile(r'\s*\[(\d+)/(\d+)\]')
-# So that the log of a machine without a terminal stays short, and yet nobody takes it for dead.
+# Keeps logs short where there is no terminal, and still shows that the build is running.
 SECONDS_BETWEEN_LINES = 5
 
 
@@ -38,7 +38,7 @@ def main() -> int:
 
 
 def copied(lines, file):
-    """The same lines, each also written to the file at once."""
+    """Yields the lines, and writes each one to the file at once."""
     for line in lines:
         file.write(line)
         file.flush()
@@ -46,7 +46,7 @@ def copied(lines, file):
 
 
 def progress(lines):
-    """What to show of a build's lines: now and then, how many files are compiled."""
+    """Yields a line of progress every few seconds: the number of files that are compiled."""
     start = shown = time.monotonic()
     for line in lines:
         count = COUNT.match(line)
@@ -60,7 +60,7 @@ def progress(lines):
 
 
 def failure(log: Path):
-    """What to show of a build that failed: its first errors, its last lines, where the rest is."""
+    """The lines to show for a build that failed: its first errors, its last lines, and the log file."""
     errors, last = [], deque(maxlen=20)
     with open(log, errors='replace') as file:
         for line in map(str.rstrip, file):
@@ -72,7 +72,7 @@ def failure(log: Path):
         *errors,
         'Last lines:',
         *last,
-        f'The build failed. All that it printed: {log}',
+        f'The build failed. Its whole output: {log}',
     ]
 
 

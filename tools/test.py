@@ -11,6 +11,7 @@ from mmengine.registry import METRICS
 
 import mmprune
 from mmprune.mm import cli
+from mmprune.mm.configs import dataset_with_pipeline
 
 
 def parse_args():
@@ -110,9 +111,7 @@ def show_predictions(cfg: Config, args: argparse.Namespace) -> None:
 
 def augment(cfg: Config) -> None:
     """Sets up test-time augmentation: that of the config, or for mmdet a horizontal flip by default."""
-    dataset = cfg.test_dataloader.dataset
-    while 'dataset' in dataset:
-        dataset = dataset.dataset
+    dataset = dataset_with_pipeline(cfg.test_dataloader.dataset)
     if cfg.get('default_scope') == 'mmdet':
         cfg.setdefault('tta_model', merged_detections())
         cfg.setdefault('tta_pipeline', flipped(dataset.pipeline))

@@ -1,10 +1,6 @@
 """Where a network is run so that it can be timed: eager torch, ONNX Runtime or OpenVINO, on the CPU."""
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,6 +10,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mmprune.contexts import Forward, evaluating, unchanged
 from mmprune.errors import PruneError
+from mmprune.onnx_sessions import load_package, open_session, quiet
 from mmprune.surgery.meta import first_line
 
 BACKENDS = ('eager', 'onnxruntime', 'openvino')
@@ -46,7 +43,7 @@ def prepare_for(forward: Forward, backend: str) -> Prepare:
         with unchanged(model), evaluating(model), torch.no_grad():
             network, tensors = _called(model, forward)
             try:
-                with _quiet():
+                with quiet():
                     program = torch.onnx.export(
                         network.eval(), tensors, dynamo=True, opset_version=OPSET, verbose=False
                     )
@@ -150,44 +147,20 @@ def onnx_model(name: str, values: dict[str, Any]) -> tuple[Any, dict[str, np.nda
 
 def loaded(content: bytes, feed: dict[str, np.ndarray], backend: str) -> Callable[[], Any]:
     """An ONNX model, ready to run on ``feed`` (arrays by name of the input)."""
-    threads = torch.get_num_threads()
-    if backend == 'onnxruntime':
-        runtime = needed('onnxruntime')
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        options.log_severity_level = 3  # errors; its warnings are about its own optimisations
-        session = runtime.InferenceSession(content, options, providers=['CPUExecutionProvider'])
-        return lambda: session.run(None, feed)
-    openvino = needed('openvino')
-    core = openvino.Core()
-    settings = {'INFERENCE_NUM_THREADS': threads, 'INFERENCE_PRECISION_HINT': 'f32'}
-    model = core.compile_model(core.read_model(io.BytesIO(content)), 'CPU', settings)
-    request = model.create_infer_request()
-    return lambda: request.infer(feed)
+    session = open_session(content, backend, torch.get_num_threads())
+    return lambda: session.run(feed)
 
 
 def needed(package: str) -> Any:
-    """The package, imported; it is not among what mmprune always needs."""
-    try:
-        with _quiet():
-            return __import__(package)
-    except ImportError as error:
-        raise PruneError(
-            f'{package} can not be imported ({error}): pip install {package}, which times of that '
-            "runtime are taken with; or take backend='eager'"
-        ) from error
+    """Imports a package that mmprune's core does not require.
 
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    Raises:
+        PruneError: it is not installed.
+    """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            yield
-    finally:
-        logging.disable(before)
+        return load_package(package)
+    except PruneError as error:
+        raise PruneError(f"{error}; or take backend='eager'") from error
 
 
 def versions(backend: str) -> str:

@@ -14,7 +14,7 @@ compat.allow_mmengine_checkpoints()
 
 from mmprune.mm import loading, logs, wrappers  # noqa: E402, F401  (wrappers register themselves)
 from mmprune.mm.checkpoint import load_pruned, plan_from  # noqa: E402
-from mmprune.mm.deploy.runtime import Runtime, open_model  # noqa: E402
+from mmprune.mm.deploy.onnx_file import OnnxFile, open_model  # noqa: E402
 from mmprune.mm.hooks import (  # noqa: E402
     AtomicCheckpointHook,
     DistillHook,
@@ -28,9 +28,9 @@ logs.send_to_mmengine()
 __all__ = [
     'AtomicCheckpointHook',
     'DistillHook',
+    'OnnxFile',
     'PruneHook',
     'RebuildHook',
-    'Runtime',
     'export',
     'load_pruned',
     'open_model',

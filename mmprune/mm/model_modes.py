@@ -1,7 +1,6 @@
 """How a model of mmengine, mmdet or mmpose is run for a trace: its loss, and its plain forward."""
 
 import copy
-from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -85,8 +84,8 @@ def runs_of(
         batch: what the training's data loader gives.
         modes: those that work.
         count: samples of the batch that the loss is run on. All else runs on the first one.
-        size: height and width of the single image (:func:`test_size`); the first sample is resized to
-            it. By default it keeps its own.
+        size: height and width of the single image (:func:`mmprune.mm.configs.image_size`); the first
+            sample is resized to it. By default it keeps its own.
 
     Raises:
         PruneError: the model is not a ``BaseModel``.
@@ -135,26 +134,6 @@ def forwards_of(model: nn.Module, batch: Any, count: int = 4) -> tuple[Forward, 
     """(the run whose FLOPs count, further runs whose ties count) for one batch of training data."""
     first, *others = first_trace(model, runs_of(model, batch, MODES, count))[1].ordered
     return first, tuple(others)
-
-
-def test_size(cfg: Mapping[str, Any]) -> tuple[int, int] | None:
-    """(height, width) of the images that a config tests at, by the last transform of its test
-    pipeline that names a size; of ``(1333, 800)`` with the ratio kept, a picture that fills it.
-    ``None`` where none does: then pictures keep their own sizes."""
-    loader = cfg.get('test_dataloader') or cfg.get('val_dataloader') or {}
-    dataset = loader.get('dataset', {})
-    while 'pipeline' not in dataset and isinstance(dataset.get('dataset'), Mapping):
-        dataset = dataset['dataset']
-    found = None
-    for step in dataset.get('pipeline') or ():
-        for key in ('scale', 'size', 'img_scale', 'input_size', 'crop_size'):
-            value = step.get(key)
-            if isinstance(value, int) and not isinstance(value, bool):
-                value = (value, value)
-            whole = isinstance(value, list | tuple) and len(value) == 2
-            if whole and all(isinstance(side, int) and side > 0 for side in value):
-                found = (value[1], value[0])  # OpenMMLab's are (width, height)
-    return found
 
 
 def _preprocessed(model: nn.Module, batch: Any, count: int) -> Any:

@@ -1,4 +1,4 @@
-"""Before and after: tables for a person (rich) and the same as JSON."""
+"""Figures of a pruning run before and after, in the log, in the terminal and as JSON."""
 
 import io
 import json
@@ -19,111 +19,153 @@ from mmprune.score.collector import Collector
 from mmprune.session import Outcome
 from mmprune.surgery.plan import Plan
 
-FILE = 'prune_report.json'
+REPORT_FILE = 'prune_report.json'
+
+Axes = dict[str, list[list[Any]]]
+"""The output channels of all layers with weights, by part: {part: [[tensor, dimension, size]]}."""
 
 
 def before(graph: ChannelGraph) -> dict[str, Any]:
-    """What a trace says of the model before any cut of this run: channels by part (by tensor, so
-    that the plan alone tells them later), what is locked and why. Plain data."""
-    axes: dict[str, list[list[Any]]] = {}
-    locked: list[dict[str, Any]] = []
-    merged: list[str] = []
-    what = 'The layers and what is locked could not be noted for the report'
-    with optional(MMLogger.get_current_instance(), what):
+    """Notes the model as it is at the first trace of a run.
+
+    Returns:
+        Plain data: ``axes`` (:data:`Axes`), from which a plan alone gives the widths later; ``locked``,
+        a dict of name, dim, units and reasons for each locked tensor; ``merged``, a sentence for each
+        merged group; and ``failed``, which is empty until a group fails the check.
+    """
+    notes: dict[str, Any] = {'axes': {}, 'locked': [], 'merged': [], 'failed': {}}
+    with optional(MMLogger.get_current_instance(), 'The layers and locks could not be noted'):
         for axis in cost.output_axes(graph):
-            axes.setdefault(cost.part_of(axis.name), []).append([axis.name, axis.dim, axis.size])
-        for each in graph.locked:
-            why = list(map(str, each.reasons))
-            locked.append({'name': each.name, 'dim': each.dim, 'units': each.count, 'why': why})
-        merged += map(str, graph.merged)
-    return {'axes': axes, 'locked': locked, 'merged': merged, 'failed': {}}
-
-
-def channels(axes: dict[str, list[list[Any]]], plan: Plan) -> dict[str, dict[str, int]]:
-    """{part: {'before', 'start', 'after'}}: output channels of all layers with weights, of the
-    original, at the start of this run, and now."""
-    found = {}
-    for part, entries in axes.items():
-        pairs = [width(plan, *entry) for entry in entries]
-        found[part] = {
-            'before': sum(was for was, _ in pairs),
-            'start': sum(size for _, _, size in entries),
-            'after': sum(now for _, now in pairs),
-        }
-    return found
+            part = cost.part_of(axis.name)
+            notes['axes'].setdefault(part, []).append([axis.name, axis.dim, axis.size])
+        notes['locked'] = [
+            {
+                'name': lock.name,
+                'dim': lock.dim,
+                'units': lock.count,
+                'why': list(map(str, lock.reasons)),
+            }
+            for lock in graph.locked
+        ]
+        notes['merged'] = list(map(str, graph.merged))
+    return notes
 
 
 def width(plan: Plan | None, name: str, dim: int, size: int) -> tuple[int, int]:
-    """A tensor's (original size, size now) along a dimension that had ``size`` before this run."""
+    """(unpruned size, current size) of a dimension of a tensor.
+
+    Args:
+        plan: all cuts so far; ``None`` before the first one.
+        name: the name of the tensor.
+        dim: the dimension.
+        size: the size at the start of this run, which counts if the plan does not know the tensor.
+    """
     if plan is None or name not in plan.fingerprint:
         return size, size
-    original = plan.fingerprint[name][dim]
-    return original, len(plan.keep.get(name, {}).get(dim, range(original)))
+    unpruned = plan.fingerprint[name][dim]
+    return unpruned, len(plan.keep.get(name, {}).get(dim, range(unpruned)))
+
+
+def figures(plan: Plan, axes: Axes) -> dict[str, Any]:
+    """FLOPs, parameters and channels before and after a plan, and the history of its cuts: plain data.
+
+    ``channels`` also has the numbers at the start of this run, since an earlier run may have pruned.
+    """
+    channels = {}
+    for part, entries in axes.items():
+        unpruned, current = zip(*(width(plan, *entry) for entry in entries), strict=True)
+        at_start = sum(size for _, _, size in entries)
+        channels[part] = {'before': sum(unpruned), 'start': at_start, 'after': sum(current)}
+    last = plan.history[-1]
+    return {
+        'flops': {'before': last['flops_before'], 'after': last['flops']},
+        'params': {'before': last['params_before'], 'after': last['params']},
+        'channels': channels,
+        'history': plan.history,
+    }
+
+
+def units_removed(history: list[dict[str, Any]]) -> int:
+    """The number of units that all cuts of a history removed."""
+    return sum(entry.get('units_removed') or 0 for entry in history)
+
+
+# -- the log -----------------------------------------------------------------------------------------
 
 
 def log_trace(logger: logging.Logger, graph: ChannelGraph, counted_as: str) -> None:
-    """One table of what may go; what can't be cut at level DEBUG, since it stands in the report too.
+    """Logs what can be cut as a table. Locks are logged at level DEBUG; the report has them too.
 
-    ``counted_as``: what the FLOPs are those of.
+    Args:
+        logger: the logger of the run.
+        graph: the traced model.
+        counted_as: the input that FLOPs are counted for, such as ``'one image of 800 x 1333'``.
     """
-    for name, where in graph.unknown_ops.items():
-        logger.warning(f'No rule for {name}: locked what goes into it in {", ".join(where)}')
-    for each in graph.locked:
-        logger.debug(f'Locked {each.count} of {each.name}[dim {each.dim}]: {each.reasons[0]}')
-    for each in graph.merged:
-        logger.info(str(each))
-    locked = sum(each.count for each in graph.locked)
+    for name, modules in graph.unknown_ops.items():
+        logger.warning(f'No rule for {name}: its input channels are locked, in {", ".join(modules)}')
+    for lock in graph.locked:
+        logger.debug(f'Locked {lock.count} of {lock.name}[dim {lock.dim}]: {lock.reasons[0]}')
+    for merged in graph.merged:
+        logger.info(str(merged))
+    locked = sum(lock.count for lock in graph.locked)
     with optional(logger, 'The table of what can be cut could not be made'):
         logger.info(
             f'{graph.n_units} units in {len(graph.groups)} groups may be cut, {locked} are locked '
-            f'(reasons: {FILE}); FLOPs are of {counted_as}\n{as_text(trace_table(graph))}'
+            f'(reasons: {REPORT_FILE}); FLOPs are of {counted_as}\n{as_text(trace_table(graph))}'
         )
 
 
 def trace_table(graph: ChannelGraph) -> Table:
-    """By part: output channels, how many of them may go, FLOPs and parameters."""
+    """Output channels, FLOPs and parameters of each part, and how many of the channels can be cut."""
+    axes = cost.output_axes(graph)
+    everything = np.ones(graph.n_units, dtype=bool)
+    rows: dict[str, tuple[int, ...]] = {}
+    for part in dict.fromkeys(cost.part_of(axis.name) for axis in axes):
+        axes_of_part = [axis for axis in axes if cost.part_of(axis.name) == part]
+        rows[part] = (
+            sum(axis.size for axis in axes_of_part),
+            sum(int((graph.unit_of[axis.ids] >= 0).sum()) for axis in axes_of_part),
+            round(cost.flops(graph, part)(everything)),
+            round(cost.params(graph, part)(everything)),
+        )
+    channels, free = (sum(row[column] for row in rows.values()) for column in (0, 1))
     out = Table()
     out.add_column('part')
     for name in ('channels', 'may go', 'FLOPs', 'parameters'):
         out.add_column(name, justify='right')
-    axes = cost.output_axes(graph)
-    rows: dict[str, tuple[int, ...]] = {}
-    everything = np.ones(graph.n_units, dtype=bool)
-    for part in dict.fromkeys(cost.part_of(axis.name) for axis in axes):
-        own = [axis for axis in axes if cost.part_of(axis.name) == part]
-        rows[part] = (
-            sum(axis.size for axis in own),
-            sum(int((graph.unit_of[axis.ids] >= 0).sum()) for axis in own),
-            round(cost.flops(graph, part)(everything)),
-            round(cost.params(graph, part)(everything)),
-        )
     for part, numbers in rows.items():
         out.add_row(part, *(f'{number:,}' for number in numbers))
     out.add_section()
-    channels, free = (sum(row[i] for row in rows.values()) for i in (0, 1))
-    out.add_row('all', *(f'{n:,}' for n in (channels, free, graph.flops, graph.params)))
+    out.add_row('all', *(f'{number:,}' for number in (channels, free, graph.flops, graph.params)))
     return out
 
 
-def as_text(content: Table) -> str:
-    """A table for a log file: no colours, as wide as it needs."""
+def as_text(table: Table) -> str:
+    """A table as plain text for a log file."""
     console = Console(width=120, color_system=None, force_terminal=False, file=io.StringIO())
-    console.print(content)
+    console.print(table)
     return console.file.getvalue().rstrip()
 
 
 def log_scores(logger: logging.Logger, collector: Collector) -> None:
-    """What could not be scored, iterations and units, and why."""
-    skipped = {why: count for why, count in collector.skipped.items() if count}
+    """Logs which iterations and which units could not be scored, and why."""
+    skipped = {reason: count for reason, count in collector.skipped.items() if count}
     if skipped:
         logger.warning(f'Iterations that were not scored: {skipped}')
     with optional(logger, 'The units without a score could not be listed'):
         for reader, count in collector.unscored().items():
-            logger.debug(f'{count} units stay, since {reader}')  # a warning named them at the first cut
+            logger.debug(f'{count} units stay, since {reader}')  # a warning names them at the first cut
 
 
 def log_cut(logger: logging.Logger, number: int, entry: dict[str, Any], steps: int) -> None:
-    """What a cut did. ``steps``: how many cuts the schedule has."""
+    """Logs the size of the model after a cut.
+
+    Args:
+        logger: the logger of the run.
+        number: the number of the cut, from 1.
+        entry: the last entry of the plan's history.
+        steps: the number of cuts in the schedule. Later ones follow if the budget was not reached.
+    """
     extra = f' (after the {steps} of the schedule, since the budget was not met)' * (number > steps)
     logger.info(
         f'Cut {number}{extra}: {entry["units_removed"]} units removed; '
@@ -133,145 +175,137 @@ def log_cut(logger: logging.Logger, number: int, entry: dict[str, Any], steps: i
 
 
 JUMP = 0.5
-"""A cut that raises the loss of the same batch by more than this fraction of it gets a warning."""
+"""A cut that raises the loss of one batch by more than this fraction gets a warning."""
+
+
+def has_jumped(before_cut: float, after_cut: float) -> bool:
+    """Whether a cut raised a loss by more than ``JUMP``, or made it infinite or NaN."""
+    return not np.isfinite(after_cut) or after_cut - before_cut > JUMP * abs(before_cut)
 
 
 def loss_change(
-    runner: Runner,
-    number: int,
-    losses: tuple[float, float],
-    narrowed: list[str],
-    result: Outcome,
+    runner: Runner, number: int, losses: tuple[float, float], narrowed: list[str], result: Outcome
 ) -> dict[str, Any]:
-    """Logs what a cut did to the loss of one batch, and how many layers were compensated. Returns it as
-    plain data for the page of the run.
+    """Logs how a cut changed the loss of one batch, and how many layers were compensated.
 
     Args:
-        number: of the cut.
-        losses: of the same samples, before the cut and after it.
-        narrowed: the groups that lost the largest share of their units.
-        result: of the cut.
+        runner: the run.
+        number: the number of the cut, from 1.
+        losses: the losses of the same samples before and after the cut.
+        narrowed: the names of the groups that lost the largest share of their units.
+        result: the result of the cut.
+
+    Returns:
+        The same as plain data, for the page of the run.
     """
-    before, after = losses
+    before_cut, after_cut = losses
     done, refused = len(result.compensated), len(result.refused)
     if done or refused:
-        text = f', {refused} refused: no better output, or inputs not seen' if refused else ''
-        runner.logger.info(f'Cut {number}: {done} layers compensated{text}')
+        why = f', {refused} refused: no better output, or no inputs seen' if refused else ''
+        runner.logger.info(f'Cut {number}: {done} layers compensated{why}')
         runner.logger.debug(f'Refused: {", ".join(result.refused)}')
-    if not after - before <= JUMP * abs(before):
+    if has_jumped(before_cut, after_cut):
         runner.logger.warning(
-            f'Cut {number} raised the loss of the same batch from {before:.3g} to {after:.3g}. The '
-            f'groups that lost the largest share of their channels: {", ".join(narrowed)}. If training '
-            'does not recover, lock these groups (lock=[...]), keep more of them (parts=...), or make '
-            'more and smaller cuts (a later end)'
+            f'Cut {number} raised the loss of the same batch from {before_cut:.3g} to {after_cut:.3g}. '
+            f'These groups lost the largest share of their channels: {", ".join(narrowed)}. If '
+            'training does not recover, lock these groups (lock=[...]), keep more of them (parts=...), '
+            'or make more and smaller cuts (a later end)'
         )
     return {
         'cut': number,
         'iteration': runner.iter + 1,
-        'before': before,
-        'after': after,
+        'before': before_cut,
+        'after': after_cut,
         'groups': narrowed,
         'compensated': done,
         'refused': refused,
     }
 
 
-def units_removed(history: list[dict[str, Any]]) -> int:
-    """Units that all cuts of a history removed."""
-    return sum(entry.get('units_removed') or 0 for entry in history)
-
-
-def figures(plan: Plan, axes: dict[str, list[list[Any]]]) -> dict[str, Any]:
-    """FLOPs, parameters and channels before and after a plan, and its history: plain data."""
-    last = plan.history[-1]
-    return {
-        'flops': {'before': last['flops_before'], 'after': last['flops']},
-        'params': {'before': last['params_before'], 'after': last['params']},
-        'channels': channels(axes, plan),
-        'history': plan.history,
-    }
+# -- the end of a run --------------------------------------------------------------------------------
 
 
 def finish(
     runner: Runner,
-    started: dict[str, Any],
+    notes: dict[str, Any],
     plan: Plan,
     metrics: dict[str, dict[str, float]],
     start: dict[str, float],
 ) -> None:
-    """Writes ``prune_report.json`` into the work directory and prints the table.
+    """Writes ``prune_report.json`` into the work directory and prints the result as a table.
 
     Args:
-        started: the result of :func:`before`, and what the run added to it.
-        plan: against the original.
-        metrics, start: of :class:`mmprune.mm.hooks.prune_state.PruneState`.
+        runner: the run.
+        notes: the result of :func:`before`, with ``failed`` and ``latency`` where the run added them.
+        plan: all cuts so far, from the unpruned model on.
+        metrics: as in :class:`mmprune.mm.hooks.prune_state.PruneState`.
+        start: as in :class:`mmprune.mm.hooks.prune_state.PruneState`.
     """
-    content = figures(plan, started['axes']) | {
+    content = figures(plan, notes['axes']) | {
         'metrics': metrics,
         'start': start,
         'units_removed': units_removed(plan.history),
-        'locked': started['locked'],
-        'merged': started.get('merged', []),
-        'failed': started.get('failed', {}),
+        'locked': notes['locked'],
+        'merged': notes.get('merged', []),
+        'failed': notes.get('failed', {}),
     }
-    if started.get('latency') is not None:
-        content |= {'latency': started['latency'], 'backend': plan.budget.get('backend', 'eager')}
-    path = Path(runner.work_dir) / FILE
+    if notes.get('latency') is not None:
+        content |= {'latency': notes['latency'], 'backend': plan.budget.get('backend', 'eager')}
+    path = Path(runner.work_dir) / REPORT_FILE
     path.write_text(json.dumps(content, indent=2) + '\n')
-    runner.logger.info(f'Wrote {path}\n{as_text(table(content))}')
-    screens = [each for each in runner.logger.handlers if type(each) is logging.StreamHandler]
-    if not any(each.level <= logging.INFO for each in screens):
-        Console().print(table(content))  # at every level: this is what one waits for
+    result = result_table(content)
+    runner.logger.info(f'Wrote {path}\n{as_text(result)}')
+    screens = [handler for handler in runner.logger.handlers if type(handler) is logging.StreamHandler]
+    if not any(handler.level <= logging.INFO for handler in screens):
+        Console().print(result)  # at every log level, since people wait for it
 
 
-def table(content: dict[str, Any]) -> Table:
-    """The content of ``prune_report.json`` as a table: unpruned, pruned, what is left. If the model had
-    been pruned by an earlier run, a column shows it at the start of this run."""
+def result_table(content: dict[str, Any]) -> Table:
+    """The content of ``prune_report.json`` as a table. A column shows the start of this run if an
+    earlier run had pruned the model."""
     start, metrics = content.get('start', {}), content['metrics']
-    again = 'start' in metrics or any(fraction < 1 for fraction in start.values())
+    was_pruned = 'start' in metrics or any(fraction < 1 for fraction in start.values())
     out = Table(title='Pruned', title_justify='left')
     out.add_column('')
-    for name in ('unpruned', *['at the start of this run'] * again, 'pruned', 'left'):
+    for name in ('unpruned', *['at the start of this run'] * was_pruned, 'pruned', 'left'):
         out.add_column(name, justify='right')
 
-    def add(label: str, was: str, at_start: str, now: str, left: str) -> None:
-        out.add_row(label, was, *[at_start] * again, now, left)
+    def add(label: str, unpruned: str, at_start: str, pruned: str, left: str) -> None:
+        out.add_row(label, unpruned, *[at_start] * was_pruned, pruned, left)
 
     for label, key in (('FLOPs', 'flops'), ('parameters', 'params')):
-        was, now = content[key]['before'], content[key]['after']
-        add(label, f'{was:,}', f'{round(was * start.get(key, 1)):,}', f'{now:,}', f'{now / was:.1%}')
+        old, new = content[key]['before'], content[key]['after']
+        add(label, f'{old:,}', f'{round(old * start.get(key, 1)):,}', f'{new:,}', f'{new / old:.1%}')
     out.add_section()
-    for part, widths in content['channels'].items():
-        was, now = widths['before'], widths['after']
-        at_start = f'{widths.get("start", was):,}'
-        add(f'channels: {part}', f'{was:,}', at_start, f'{now:,}', f'{now / was:.1%}')
+    for part, channels in content['channels'].items():
+        old, new = channels['before'], channels['after']
+        at_start = f'{channels.get("start", old):,}'
+        add(f'channels: {part}', f'{old:,}', at_start, f'{new:,}', f'{new / old:.1%}')
     if content.get('latency') is not None:
         out.add_section()
         add(f'time ({content.get("backend", "eager")})', '', '', '', f'{content["latency"]:.1%}')
-    unpruned, first, pruned = (metrics.get(k, {}) for k in ('unpruned', 'start', 'pruned'))
-    names = [n for n in {**unpruned, **first, **pruned} if is_headline(n)]
-    if names:
-        out.add_section()
-    for name in names:
-        add(name, *(_number(values.get(name)) for values in (unpruned, first, pruned)), '')
+    columns = [metrics.get(phase, {}) for phase in ('unpruned', 'start', 'pruned')]
+    out.add_section()
+    for name in dict.fromkeys(name for values in columns for name in values if is_headline(name)):
+        add(name, *(_number(values.get(name)) for values in columns), '')
     return out
-
-
-def is_headline(name: str) -> bool:
-    """Metrics for the table: all are in the JSON; those by object size and recalls stay there."""
-    return not name.endswith(('_s', '_m', '_l', '(M)', '(L)', 'data_time', '/time', 'time'))
-
-
-LOWER = ('loss', 'err', 'nme', 'epe', 'mpjpe', 'mae', 'mse', 'fid', 'dist', 'miss')
-"""Parts of the names of metrics that are better where they are lower."""
-
-
-def higher_is_better(metric: str) -> bool:
-    """Of a metric, by its name: errors and losses are better where they are lower."""
-    return not any(word in metric.rpartition('/')[2].lower() for word in LOWER)
 
 
 def _number(value: float | None) -> str:
     if value is None or not np.isfinite(value):
         return ''
     return f'{value:,}' if isinstance(value, int) else f'{value:.3f}'
+
+
+def is_headline(name: str) -> bool:
+    """Whether a metric belongs into tables. Times and metrics by object size are in the JSON alone."""
+    return not name.endswith(('_s', '_m', '_l', '(M)', '(L)', 'time'))
+
+
+LOWER_IS_BETTER = ('loss', 'err', 'nme', 'epe', 'mpjpe', 'mae', 'mse', 'fid', 'dist', 'miss')
+"""Parts of the names of errors."""
+
+
+def higher_is_better(metric: str) -> bool:
+    """Whether a metric is better where it is higher, judged by its name."""
+    return not any(word in metric.rpartition('/')[2].lower() for word in LOWER_IS_BETTER)

@@ -73,6 +73,7 @@ def test_python_runs(name, a_users_folder, tables_as_before, tmp_path, monkeypat
         return
     place = shutil.copytree(a_users_folder, tmp_path / 'user', symlinks=True)
     monkeypatch.chdir(place)
+    monkeypatch.syspath_prepend(ROOT / 'examples')
     scope = {'__name__': 'page'}
     section = ''
     own = (place / 'my_config.py').read_text()

@@ -12,11 +12,11 @@ from mmengine.runner import load_checkpoint
 from torch import nn
 
 import mmprune
-from mmprune import PruneError
+from mmprune import PruneError, onnx_sessions
 from mmprune.budget import measured
 from mmprune.mm import cli, loading
 from mmprune.mm.checkpoint import load_pruned
-from mmprune.mm.deploy import export, runtime
+from mmprune.mm.deploy import export, onnx_file
 from mmprune.mm.hooks import PruneHook
 from tests.helpers import hook_runs, processes, tiny
 from tests.helpers.pages import ROOT, blocks
@@ -363,7 +363,7 @@ def _(folder):
 
 @meets('A head that can not be exported')
 def _(folder):
-    export.wrapper_for(net())
+    export.network_of(net())
 
 
 @meets('The file is there already')
@@ -374,10 +374,10 @@ def _(folder):
 
 @meets('Pictures of another size')
 def _(folder):
-    run = runtime.open_model(tiny.detector('model.onnx', [[0, 0, 9, 9, 1]], [0], size=(64, 64)))
+    run = onnx_file.open_model(tiny.detector('model.onnx', [[0, 0, 9, 9, 1]], [0], size=(64, 64)))
     run(torch.zeros(1, 3, 96, 96).numpy())
 
 
 @meets('A package is missing')
 def _(folder):
-    runtime.load_package('onnxruntime_of_nobody')
+    onnx_sessions.load_package('onnxruntime_of_nobody')

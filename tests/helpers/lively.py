@@ -4,6 +4,7 @@ offsets spread as those of a trained one do."""
 import torch
 
 from mmprune.mm.deploy import check
+from mmprune.mm.deploy.patches import predicting
 
 SPREAD = {
     'retina_cls': (-3, 1.5), 'rtm_cls': (-3, 1.5), 'multi_level_conv_cls': (0, 1.5),
@@ -32,7 +33,7 @@ def enliven(model, size=(128, 160)):
             seen.setdefault(layer, []).append(out.flatten())
 
         hooks = [layer.register_forward_hook(note) for layer in layers]
-        with torch.no_grad():
+        with torch.no_grad(), predicting():
             model.predict(inputs, samples, rescale=False)
             for layer, outs in seen.items():
                 out, (mean, spread) = torch.cat(outs), layers[layer]

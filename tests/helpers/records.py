@@ -11,8 +11,9 @@ from mmprune.mm.recording import record
 LAYERS = 40
 
 
-def content(left: float = 0.5, criterion: str = 'taylor') -> dict:
+def content() -> dict:
     """Of a detector of 40 layers and three classes, of which the star fell."""
+    left = 0.5
     names = 'square', 'circle', 'star', 'none'
     by_class = {'unpruned': (0.5, 0.4, 0.36, None), 'pruned': (0.6, 0.41, 0.2, None)}
     files = ['/data/val/a.png', '/data/val/b.png']
@@ -40,10 +41,7 @@ def content(left: float = 0.5, criterion: str = 'taylor') -> dict:
         'format': record.FORMAT, 'finished': True, 'iteration': 200, 'max_iters': 200,
         'config': {'file': 'my_config.py', 'text': f'keep_flops = {left}\n' + 'x = 1\n' * 50},
         'versions': {'torch': '2.13.0', 'mmprune': '0.1.0'},
-        'scalars': {
-            'loss': [[n, 2 / n] for n in range(1, 201)],
-            'time': [[n, 0.3 - n / 1e3] for n in range(1, 201)],
-        },
+        'scalars': {'loss': [[n, 2 / n] for n in range(1, 201)]},
         'layers': layers,
         'locked': [
             {'name': 'head.cls.weight', 'dim': 0, 'units': 3, 'why': ['output of the model']},
@@ -58,14 +56,13 @@ def content(left: float = 0.5, criterion: str = 'taylor') -> dict:
             for n in range(1, 5)
         ],
         'idle': [{'group': 'neck.coarse.weight[0]', 'units': 16, 'share': 0.0004}],
-        'tested': {'data_set': 'CocoDataset', 'count': 60, 'files': ['a.png', 'b.png']},
         'metrics': metrics,
         'validations': [
             {'iteration': at, 'which': which, 'metrics': metrics[which]}
             for at, which in ((100, 'unpruned'), (200, 'pruned'))
         ],
         'scores': {
-            'iteration': 140, 'criterion': criterion, 'per': 'flops',
+            'iteration': 140, 'criterion': 'taylor', 'per': 'flops',
             'edges': np.linspace(-9, -6, 31).tolist(), 'stay': list(range(30)),
             'gone': [9, 7, 5, 3, 1] + [0] * 25, 'not_positive': [2, 5], 'unscored': 4,
             'parts': {'backbone': [400, 20], 'neck': [60, 5]},
@@ -94,16 +91,16 @@ def content(left: float = 0.5, criterion: str = 'taylor') -> dict:
     }  # fmt: skip
 
 
-def write(folder: Path, **options) -> Path:
+def write(folder: Path) -> Path:
     """A work directory with a record and the copies of its pictures."""
-    record.write(folder, content(**options))
+    record.write(folder, content())
     grey = np.full((480, 480, 3), 128, np.uint8)
     for number in range(2):
-        cv2.imwrite(str(folder / record.FOLDER / f'{number}.jpg'), grey)
+        cv2.imwrite(str(folder / record.RECORD_FOLDER / f'{number}.jpg'), grey)
     return folder
 
 
 def change(folder: Path, **entries) -> None:
     """Puts ``entries`` over those of the record."""
-    path = folder / record.FOLDER / record.FILE
+    path = folder / record.RECORD_FOLDER / record.RECORD_FILE
     path.write_text(json.dumps(json.loads(path.read_text()) | entries))

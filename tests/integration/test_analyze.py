@@ -44,12 +44,12 @@ def weights(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize('config', [DETECTOR, POSE])
 def test_the_embedded_networks(config, weights, tmp_path):
-    options = ('--batches', 1, '--fractions', 0.5, '--tolerance', 9, '--no-times')
+    options = ('--batches', 1, '--fractions', 0.5, '--no-times')
     content, shown = analyzed(config, weights[config], *options, folder=tmp_path)
     worth = content['sensitivity']
     assert worth['value'] == 'the loss on 1 batch of validation data', content['notes']
     assert len(worth['groups']) == len(content['groups']) > 10
-    assert content['suggestion']['snippet'] in shown
+    assert 'Sensitivity' in shown
     assert not content['unknown_ops']
     assert 'input channels' in content['locks'][0]['reasons'][0]
 

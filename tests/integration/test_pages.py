@@ -2,7 +2,7 @@
 
 import pytest
 
-from mmprune.mm.recording.page import write_page
+from mmprune.mm.recording.run_page import write_page
 from tests.helpers import records
 from tests.helpers.browser import browsing
 
@@ -15,15 +15,11 @@ def browser(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def pages(tmp_path_factory):
-    """{name: file}: of a run, of three side by side, of a folder that is no run."""
+    """{name: file}: of a run, and of one without a cut."""
     folder = tmp_path_factory.mktemp('runs')
-    runs = [records.write(folder / f'run{n}', left=left) for n, left in enumerate((0.5, 0.4, 0.3))]
-    (folder / 'foreign').mkdir()
-    return {
-        'one': write_page(runs[:1]),
-        'three': write_page(runs, folder / 'three.html'),
-        'foreign': write_page([folder / 'foreign']),
-    }
+    runs = [records.write(folder / name) for name in ('one', 'uncut')]
+    records.change(runs[1], finished=False, history=[], scores=None, jumps=[], flops=None, params=None)
+    return {run.name: write_page(run) for run in runs}
 
 
 class Watched:
@@ -68,7 +64,7 @@ OVERFLOWING = """() => {
 
 
 @pytest.mark.parametrize('width', [1280, 390])
-@pytest.mark.parametrize('name', ['one', 'three', 'foreign'])
+@pytest.mark.parametrize('name', ['one', 'uncut'])
 def test_is_whole_in_itself_and_nothing_overflows(browser, pages, name, width):
     with Watched(browser, pages[name], width) as watched:
         for details in watched.page.query_selector_all('details'):
@@ -81,7 +77,7 @@ def test_is_whole_in_itself_and_nothing_overflows(browser, pages, name, width):
 
 
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
-@pytest.mark.parametrize('name', ['one', 'three', 'foreign'])
+@pytest.mark.parametrize('name', ['one', 'uncut'])
 def test_axe_finds_nothing(browser, pages, name, scheme):
     """Contrast, names, headings, tables, landmarks: axe-core's rules, all of them."""
     axe = pytest.importorskip('axe_playwright_python.sync_playwright').Axe()

@@ -11,7 +11,7 @@ PACKAGE = Path(mmprune.__file__).parent
 
 LAYERS = [
     {'errors', '_version', 'registration'},
-    {'contexts', 'progress'},
+    {'contexts', 'onnx_sessions', 'progress'},
     {'copies'},
     {'graph'},
     {'surgery'},

@@ -1,1 +1,1 @@
-"""What a config's model costs, what can be cut of it, and what that does: ``tools/analyze.py``."""
+"""Analyses the model of a config before any training: its costs, locks, floors and sensitivities."""

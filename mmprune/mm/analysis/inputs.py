@@ -1,4 +1,4 @@
-"""The model and the batches of a config, without a Runner: nothing is trained, no log is written."""
+"""The model and the batches of a config without a Runner: nothing is trained, no log is written."""
 
 import contextlib
 import logging
@@ -18,23 +18,27 @@ from torch.utils.data import DataLoader
 from mmprune.errors import PruneError
 from mmprune.mm.analysis.random_batches import detection_batch, pose_batch
 from mmprune.mm.checkpoint import read_checkpoint, without_pretrained
+from mmprune.mm.configs import dataset_with_pipeline, type_name
 from mmprune.surgery.meta import load_weights, plan_in
 
 RANDOM_SIDE = 128
-"""Height and width of the random pictures that the loss of a detector is traced on."""
+"""The height and width of random pictures for detectors."""
 
 
 def model_of(cfg: Config, checkpoint: str | None) -> nn.Module:
-    """The config's model in training mode, with random weights or those of a checkpoint; one that is
-    pruned is rebuilt.
+    """Builds the model of a config in training mode.
+
+    Args:
+        cfg: the config.
+        checkpoint: its weights are loaded; a pruned model is rebuilt. ``None`` gives random weights.
 
     Raises:
-        PruneError: it can not be built, or the checkpoint does not fit it.
+        PruneError: the model cannot be built, or the checkpoint does not fit it.
     """
     scope = cfg.get('default_scope') or 'mmengine'
-    registration = {'mmdet': 'mmdet.utils', 'mmpose': 'mmpose.utils'}.get(scope)
-    if registration:
-        __import__(registration, fromlist=['x']).register_all_modules(init_default_scope=False)
+    if scope in ('mmdet', 'mmpose'):
+        utils = __import__(f'{scope}.utils', fromlist=['register_all_modules'])
+        utils.register_all_modules(init_default_scope=False)
     init_default_scope(scope)
     if 'model' not in cfg:
         raise PruneError('the config has no model: give one that tools/train.py could train')
@@ -50,7 +54,8 @@ def model_of(cfg: Config, checkpoint: str | None) -> nn.Module:
         raise PruneError(
             f'{type(model).__name__} is not an mmengine BaseModel: use mmprune.analyze on it'
         )
-    MessageHub.get_current_instance().update_info('epoch', 0)  # as a Runner would, for TOOD
+    # A Runner sets the epoch, and TOOD's loss reads it.
+    MessageHub.get_current_instance().update_info('epoch', 0)
     model = revert_sync_batchnorm(model)
     if checkpoint is not None:
         content = read_checkpoint(checkpoint)
@@ -58,12 +63,12 @@ def model_of(cfg: Config, checkpoint: str | None) -> nn.Module:
         if plan is not None:
             plan.apply(model)
         load_weights(model, content, checkpoint)
-    model.train()  # some detectors' own train() returns nothing
+    model.train()  # not chained: the train() of some detectors returns nothing
     return model
 
 
 def training_batches(cfg: Config, count: int) -> list[Any]:
-    """The first ``count`` batches of the training data, as the config's own pipeline makes them.
+    """The first ``count`` batches of the training data.
 
     Raises:
         PruneError: there is no data.
@@ -75,21 +80,19 @@ def random_batch(cfg: Config) -> Any:
     """A batch of random pictures with random boxes or keypoints.
 
     Raises:
-        PruneError: for a kind of model that none can be made for.
+        PruneError: no random batch can be made for this kind of model.
     """
     scope = cfg.get('default_scope')
     if scope not in ('mmdet', 'mmpose'):
         raise PruneError(
-            f'--data random: random pictures are made for models of mmdet and mmpose, and '
+            '--data random: random pictures are made for models of mmdet and mmpose, and the '
             f'default_scope of this config is {scope!r}: take --data train'
         )
     try:
-        if scope == 'mmpose':
-            return pose_batch(cfg)
-        return detection_batch(cfg, RANDOM_SIDE)
+        return pose_batch(cfg) if scope == 'mmpose' else detection_batch(cfg, RANDOM_SIDE)
     except PruneError:
         raise
-    except Exception as error:  # whatever a pipeline may raise on such pictures
+    except Exception as error:  # pipelines raise all kinds of errors on such pictures
         raise PruneError(
             f'--data random: no random batch can be made for this config ({type(error).__name__}: '
             f'{error}): take --data train'
@@ -97,13 +100,20 @@ def random_batch(cfg: Config) -> Any:
 
 
 def validation_loader(cfg: Config) -> DataLoader:
-    """The validation data as it is evaluated."""
+    """The loader of the validation data as the config evaluates it.
+
+    Raises:
+        PruneError: there is no data.
+    """
     return _loader(cfg, 'val_dataloader')
 
 
 def labelled_batches(cfg: Config, count: int) -> list[Any]:
-    """Batches of the validation data that have what a loss needs: its pipeline with annotations loaded
-    first, so that they are resized too, and with targets made as in training (mmpose).
+    """The first ``count`` batches of the validation data with all that a loss needs.
+
+    A validation pipeline may load annotations after it resizes the picture, or not at all, and makes no
+    targets. Here annotations are loaded first, so they are resized too, and mmpose's targets are made
+    as in training.
 
     Raises:
         PruneError: there is no data.
@@ -112,53 +122,42 @@ def labelled_batches(cfg: Config, count: int) -> list[Any]:
         raise PruneError('the config has no val_dataloader beside its train_dataloader')
     cfg = cfg.copy()
     loader, train = cfg.val_dataloader, cfg.train_dataloader
-    dataset, trained_on = _with_pipeline(loader.dataset), _with_pipeline(train.dataset)
-    if dataset is not None and trained_on is not None:
-        dataset.pipeline = _with_labels(list(dataset.pipeline), list(trained_on.pipeline))
-    if dataset is not None and cfg.get('default_scope') == 'mmpose':
-        dataset.test_mode = False  # with keypoints, and not boxes of a detector
-        dataset.pop('bbox_file', None)
+    dataset = dataset_with_pipeline(loader.dataset)
+    train_dataset = dataset_with_pipeline(train.dataset)
+    if 'pipeline' in dataset and 'pipeline' in train_dataset:
+        dataset.pipeline = _with_labels(list(dataset.pipeline), list(train_dataset.pipeline))
+    if cfg.get('default_scope') == 'mmpose':
+        dataset.test_mode = False  # in test mode, samples have no keypoints
+        dataset.pop('bbox_file', None)  # boxes of a detector
     loader.batch_size = train.get('batch_size', 1)
     return _batches(_loader(cfg, 'val_dataloader'), count)
 
 
-def _with_labels(steps: list[Any], trained_on: list[Any]) -> list[Any]:
-    """A pipeline of validation with what that of training says of annotations and targets."""
-    loads = [step for step in steps if _name(step).startswith('Load')]
-    rest = [step for step in steps if not _name(step).startswith('Load')]
-    names = set(map(_name, steps))
-    if 'LoadImageFromFile' in names and 'LoadAnnotations' not in names:  # mmdet's testing may lack them
-        loads += [step for step in trained_on if _name(step) == 'LoadAnnotations']
-    targets = [step for step in trained_on if _name(step) == 'GenerateTarget']
+def _with_labels(steps: list[Any], train_steps: list[Any]) -> list[Any]:
+    """The transforms of a validation pipeline, with those of the training pipeline that make labels."""
+    names = [type_name(step) for step in steps]
+    loads = [step for step in steps if type_name(step).startswith('Load')]
+    others = [step for step in steps if not type_name(step).startswith('Load')]
+    if 'LoadImageFromFile' in names and 'LoadAnnotations' not in names:
+        loads += [step for step in train_steps if type_name(step) == 'LoadAnnotations']
+    targets = [step for step in train_steps if type_name(step) == 'GenerateTarget']
     if targets and 'GenerateTarget' not in names:
-        rest = [*rest[:-1], *targets, trained_on[-1]]
-    return [*loads, *rest]
+        others = [*others[:-1], *targets, train_steps[-1]]  # the last step packs the sample
+    return [*loads, *others]
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No log below warnings: weights that are set, files that are read."""
-    logger, before = MMLogger.get_current_instance(), logging.root.manager.disable
+    """Suppresses log messages below warnings, such as those on initial weights."""
+    logger, disabled = MMLogger.get_current_instance(), logging.root.manager.disable
     level = logger.level
     logging.disable(logging.INFO)
-    logger.setLevel(logging.WARNING)  # mmengine's own remembers what it was enabled for
+    logger.setLevel(logging.WARNING)  # mmengine's logger caches which levels are enabled
     try:
         yield
     finally:
-        logging.disable(before)
+        logging.disable(disabled)
         logger.setLevel(level)
-
-
-def _name(step: Any) -> str:
-    kind = step['type']
-    return (kind if isinstance(kind, str) else kind.__name__).rpartition('.')[2]
-
-
-def _with_pipeline(dataset: Any) -> Any:
-    """The innermost data set, which has the pipeline that loads."""
-    while dataset is not None and 'pipeline' not in dataset:
-        dataset = dataset.get('dataset')
-    return dataset
 
 
 def _loader(cfg: Config, name: str) -> DataLoader:
@@ -179,12 +178,12 @@ def _loader(cfg: Config, name: str) -> DataLoader:
 
 def _batches(loader: DataLoader, count: int) -> list[Any]:
     try:
-        found = list(islice(loader, count))
+        batches = list(islice(loader, count))
     except OSError as error:
         raise PruneError(f'the pictures can not be read: {error}') from error
-    if not found:
+    if not batches:
         raise PruneError(
             f'the data set {type(loader.dataset).__name__} has no picture: set its place with '
             '--cfg-options, or take --data random'
         )
-    return found
+    return batches

@@ -14,6 +14,7 @@ from torch import nn
 
 from mmprune.contexts import random_states
 from mmprune.errors import PruneError
+from mmprune.mm.configs import dataset_with_pipeline
 
 SKIPPED_TRANSFORMS = ('LoadImage', 'Mosaic', 'YOLOXMixUp', 'Albumentation', 'KeypointConverter')
 """Transforms that read files, combine several samples, or expect the keypoints of another data set."""
@@ -108,9 +109,7 @@ def pose_batch(config: Config, seed: int = 0, training: bool = True) -> dict[str
     from mmpose.registry import TRANSFORMS
 
     loader = config.train_dataloader if training else config.val_dataloader
-    dataset = loader.dataset
-    while 'pipeline' not in dataset and 'dataset' in dataset:
-        dataset = dataset.dataset
+    dataset = dataset_with_pipeline(loader.dataset)
     steps = [
         step
         for step in dataset.pipeline

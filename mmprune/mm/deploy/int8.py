@@ -2,13 +2,12 @@
 
     quantize('model.onnx', 'model_int8.onnx', images)
 
-Convolutions and matrix products compute on 8-bit integers; all else, post-processing above all, stays
-in single precision, where coordinates keep their digits.
+Convolutions and matrix products compute on 8-bit integers. All else, post-processing above all, stays
+in single precision, so that coordinates keep their digits.
 """
 
-import contextlib
+import itertools
 import json
-import logging
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,17 +16,22 @@ from typing import Any
 import cv2
 import numpy as np
 from mmengine.config import Config
-from mmengine.dataset import pseudo_collate
+from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import DATASETS, init_default_scope
 
 from mmprune.errors import PruneError
 from mmprune.mm.atomic_files import sync_folder
-from mmprune.mm.deploy.evaluate import Network, exported_model
-from mmprune.mm.deploy.runtime import METADATA, load_package, open_model
+from mmprune.mm.configs import dataset_with_pipeline
+from mmprune.mm.deploy.evaluate import exported_model, images_for
+from mmprune.mm.deploy.onnx_file import METADATA, open_model
+from mmprune.onnx_sessions import load_package, quiet
 
 OPERATORS = ('Conv', 'ConvTranspose', 'Gemm', 'MatMul')
+
 PICTURES = 64
-"""How many pictures tell the ranges of values."""
+"""The number of pictures on which the ranges of values are measured."""
+
+ENDINGS = ('.jpg', '.jpeg', '.png', '.bmp')
 
 
 def quantize(path: str | Path, out: str | Path, images: Iterable[np.ndarray]) -> Path:
@@ -35,47 +39,50 @@ def quantize(path: str | Path, out: str | Path, images: Iterable[np.ndarray]) ->
 
     Args:
         path: the file, in single precision.
-        out: the file to write; must not exist.
-        images: what the network is calibrated on: (1, 3, H, W) float32, prepared as it takes them.
+        out: the file to write. It must not exist.
+        images: inputs to calibrate on, (1, 3, H, W) float32, prepared as the file takes them.
+
+    Returns:
+        ``out`` as a path.
 
     Raises:
-        PruneError: ``out`` exists, an extra is missing, there are no images, or the file can't be
+        PruneError: ``out`` exists, an extra is missing, there are no images, or the file cannot be
             read. No file is left then.
     """
     path, out = Path(path), Path(out)
     if out.exists():
         raise PruneError(f'{out}: exists; remove it, or give another name')
-    run = open_model(path)
-    onnx = load_package('onnx')
-    quantization = load_package('onnxruntime.quantization')
-    name = run.inputs[0].name
+    file = open_model(path)
+    onnx, quantization = load_package('onnx'), load_package('onnxruntime.quantization')
+    name = file.inputs[0].name
     feed = ({name: image} for image in images)
     first = next(feed, None)
     if first is None:
         raise PruneError(f'{path}: there is no picture to calibrate on; give a folder with some')
+    feed = itertools.chain([first], feed)
 
     class Reader(quantization.CalibrationDataReader):
-        """Hands out the first image, then the others."""
-
-        def __init__(self) -> None:
-            self.left: Iterator[dict[str, np.ndarray]] = _chain(first, feed)
-
         def get_next(self) -> dict[str, np.ndarray] | None:
-            return next(self.left, None)
+            return next(feed, None)
 
     part = out.with_name(f'{out.name}.part')
+    types = quantization.QuantType
     try:
-        with tempfile.TemporaryDirectory() as scratch, _quiet():
+        with tempfile.TemporaryDirectory() as scratch, quiet():
             prepared = Path(scratch) / 'prepared.onnx'
             # Folds batch norms and infers shapes, which the quantizer needs.
             quantization.quant_pre_process(path, prepared, skip_symbolic_shape=True)
             quantization.quantize_static(
-                prepared, part, Reader(), op_types_to_quantize=list(OPERATORS), per_channel=True,
-                activation_type=quantization.QuantType.QUInt8,
-                weight_type=quantization.QuantType.QInt8,
-            )  # fmt: skip
+                prepared,
+                part,
+                Reader(),
+                op_types_to_quantize=list(OPERATORS),
+                per_channel=True,
+                activation_type=types.QUInt8,
+                weight_type=types.QInt8,
+            )
         model = onnx.load(part)
-        about = run.metadata | {'precision': 'int8'}
+        about = file.metadata | {'precision': 'int8'}
         onnx.helper.set_model_props(model, {METADATA: json.dumps(about)})
         onnx.save(model, part)
         part.replace(out)
@@ -85,88 +92,58 @@ def quantize(path: str | Path, out: str | Path, images: Iterable[np.ndarray]) ->
     return out
 
 
-def quantize_with(
-    config: str | Path | Config, path: str | Path, out: str | Path, data: str, pictures: int = PICTURES
-) -> Path:
-    """:func:`quantize` on pictures that the config's test pipeline has prepared.
-
-    Args:
-        data: ``train`` for the config's training set, or a folder of pictures (for detectors).
-        pictures: how many, spread evenly over all there are.
-    """
-    cfg = config if isinstance(config, Config) else Config.fromfile(config)
-    return quantize(path, out, calibration_images(cfg, path, data, pictures))
-
-
 def calibration_images(
     cfg: Config, path: str | Path, data: str, pictures: int = PICTURES
 ) -> Iterator[np.ndarray]:
-    """(1, 3, H, W) inputs of the file.
+    """Inputs of a file, (1, 3, H, W), prepared by the config's test pipeline.
+
+    Args:
+        cfg: the config that the file was exported with.
+        path: the file.
+        data: ``'train'`` for the config's training set, or a folder of pictures (for detectors).
+        pictures: the number of pictures, spread evenly over all there are.
 
     Raises:
-        PruneError: there is no such folder, nothing in it, or the file takes other images.
+        PruneError: the folder has no pictures, or the file takes other images.
     """
     init_default_scope(cfg.get('default_scope') or 'mmengine')
     model = exported_model(str(path), 'onnxruntime', cfg.model)
-    preprocessor = model.data_preprocessor
-    network = Network(model.runtime, preprocessor)
-    for sample in _samples(cfg, data, pictures):
-        ready = preprocessor(pseudo_collate([sample]), training=False)
-        yield network.prepared(ready['inputs']).cpu().numpy().astype(np.float32)
+    samples = _training_samples(cfg) if data == 'train' else _FolderSamples(cfg, Path(data))
+    for index in np.linspace(0, len(samples) - 1, min(pictures, len(samples))).astype(int):
+        batch = model.data_preprocessor(pseudo_collate([samples[int(index)]]), training=False)
+        yield images_for(model.file, model.data_preprocessor, batch['inputs'])
 
 
-def _samples(cfg: Config, data: str, pictures: int) -> Iterator[Any]:
-    """What the test pipeline makes of training pictures."""
-    test = _innermost(cfg.test_dataloader.dataset)
-    if data != 'train':
-        yield from _of_folder(cfg, test.pipeline, Path(data), pictures)
-        return
-    source = _innermost(cfg.train_dataloader.dataset)
+def _training_samples(cfg: Config) -> Any:
+    """The training set, with the test pipeline."""
+    source = dataset_with_pipeline(cfg.train_dataloader.dataset)
     source = type(source)(source)
-    source.pipeline = test.pipeline
-    dataset = DATASETS.build(source)
-    for index in np.linspace(0, len(dataset) - 1, min(pictures, len(dataset))).astype(int):
-        yield dataset[int(index)]
+    source.pipeline = dataset_with_pipeline(cfg.test_dataloader.dataset).pipeline
+    return DATASETS.build(source)
 
 
-def _of_folder(cfg: Config, pipeline: Any, folder: Path, pictures: int) -> Iterator[Any]:
-    if cfg.get('default_scope') == 'mmpose':
-        raise PruneError(
-            f"--int8 {folder}: keypoints need people's boxes too; give train, for the training set"
-        )
-    from mmengine.dataset import Compose
+class _FolderSamples:
+    """The pictures in a folder, prepared by the test pipeline."""
 
-    endings = ('.jpg', '.jpeg', '.png', '.bmp')
-    found = sorted(p for p in folder.glob('**/*') if p.suffix.lower() in endings)
-    if not found:
-        raise PruneError(
-            f'--int8 {folder}: no pictures ({", ".join(endings)}) in it; give a folder with some, or '
-            'train'
-        )
-    steps = Compose([step for step in pipeline if 'Annotations' not in str(step['type'])])
-    for index in np.linspace(0, len(found) - 1, min(pictures, len(found))).astype(int):
-        if cv2.imread(str(found[index])) is None:
-            raise PruneError(f'--int8: {found[index]}: is no picture; remove it')
-        yield steps({'img_path': str(found[index]), 'img_id': int(index)})
+    def __init__(self, cfg: Config, folder: Path) -> None:
+        if cfg.get('default_scope') == 'mmpose':
+            raise PruneError(
+                f"--int8 {folder}: keypoints need people's boxes too; give train, for the training set"
+            )
+        self.paths = sorted(p for p in folder.glob('**/*') if p.suffix.lower() in ENDINGS)
+        if not self.paths:
+            raise PruneError(
+                f'--int8 {folder}: no pictures ({", ".join(ENDINGS)}) in it; give a folder with some, '
+                'or train'
+            )
+        pipeline = dataset_with_pipeline(cfg.test_dataloader.dataset).pipeline
+        self.steps = Compose([step for step in pipeline if 'Annotations' not in str(step['type'])])
 
+    def __len__(self) -> int:
+        return len(self.paths)
 
-def _innermost(dataset: Any) -> Any:
-    while 'pipeline' not in dataset and 'dataset' in dataset:
-        dataset = dataset['dataset']
-    return dataset
-
-
-def _chain(first: Any, others: Iterable[Any]) -> Iterator[Any]:
-    yield first
-    yield from others
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the quantizer's advice on how to prepare models."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
+    def __getitem__(self, index: int) -> Any:
+        path = str(self.paths[index])
+        if cv2.imread(path) is None:
+            raise PruneError(f'--int8: {path}: is no picture; remove it')
+        return self.steps({'img_path': path, 'img_id': index})

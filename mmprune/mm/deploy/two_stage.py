@@ -1,319 +1,343 @@
-"""Two-stage detectors: proposals of a fixed number, RoIs pooled on the level they belong to, boxes from
-one box head or a cascade of them, and masks.
+"""Two-stage detectors for export: a fixed number of proposals, RoIs pooled on the level that suits
+their size, boxes from one box head or from a cascade of them, and masks.
 
-Standard and cascade heads are told by mmdet's methods that they inherit; what they run on RoIs is
-their own ``_bbox_forward`` and ``_mask_forward``, so R-FCN, C4's shared head, or double heads need no
-line of their own.
+The methods of mmdet that a head inherits decide how it is exported. Its own ``_bbox_forward`` and
+``_mask_forward`` run on the RoIs, so R-FCN, C4's shared head and double heads are exported as they are.
 """
 
-import contextlib
 from collections.abc import Iterator
-from functools import partial
 
 import torch
 from mmcv.ops import RoIAlign
-from mmdet.models.dense_heads import RPNHead
+from mmdet.models.dense_heads import EmbeddingRPNHead, RPNHead
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
-from mmdet.models.detectors import TwoStageDetector as MMDetTwoStage
-from mmdet.models.roi_heads import BaseRoIHead, CascadeRoIHead, StandardRoIHead
+from mmdet.models.detectors import TwoStageDetector
+from mmdet.models.roi_heads import BaseRoIHead, CascadeRoIHead, SparseRoIHead, StandardRoIHead
 from mmdet.models.roi_heads.bbox_heads import BBoxHead
 from mmdet.models.roi_heads.mask_heads import FCNMaskHead
-from mmdet.models.roi_heads.roi_extractors import (
-    BaseRoIExtractor,
-    GenericRoIExtractor,
-    SingleRoIExtractor,
-)
+from mmdet.models.roi_heads.roi_extractors import BaseRoIExtractor
 from torch import Tensor, nn
 
 from mmprune.errors import PruneError
 from mmprune.mm.deploy.candidates import (
+    NMS,
     Candidates,
     Size,
-    above,
     best,
     clipped,
-    highest,
     joined,
     nms_of,
     outputs,
+    ranked,
     rows_at,
+    sigmoid,
     suppressed,
     without_small,
 )
-from mmprune.mm.deploy.decisions import settled
-from mmprune.mm.deploy.dense import CODERS, activated, decoded, flat, overrides, priors_of
+from mmprune.mm.deploy.one_stage import (
+    CODERS,
+    activated,
+    corners_of,
+    decoded,
+    flat,
+    overrides,
+    priors_of,
+)
 from mmprune.mm.deploy.ops import NOT_A_CANDIDATE
+from mmprune.mm.deploy.patches import traceable_rois
+
+Features = tuple[Tensor, ...]
+"""The maps (N, C, H, W) of a backbone or neck, one for each level."""
 
 
-def two_stage_wrapper(model: nn.Module) -> nn.Module | None:
-    """A module from images to detections; ``None`` if it is not such a detector, or decodes its
-    boxes in a way of its own.
+def two_stage_network(model: nn.Module) -> nn.Module | None:
+    """The network to export in the place of a two-stage detector; ``None`` for other models, and for
+    those that decode their boxes in another way.
 
     Raises:
-        PruneError: it pools RoIs by something that ONNX lacks.
+        PruneError: the detector pools RoIs in a way that ONNX lacks.
     """
-    if not isinstance(model, MMDetTwoStage) or overrides(model, MMDetTwoStage, 'predict'):
+    if not isinstance(model, TwoStageDetector) or overrides(model, TwoStageDetector, 'predict'):
         return None
-    rpn, roi_head = getattr(model, 'rpn_head', None), getattr(model, 'roi_head', None)
-    if not isinstance(rpn, RPNHead) or any(
-        overrides(rpn, base, method)
-        for base, method in (
-            (BaseDenseHead, 'predict_by_feat'), (RPNHead, '_predict_by_feat_single'),
-            (RPNHead, '_bbox_post_process'),
-        )
-    ):  # fmt: skip
+    rpn, head = getattr(model, 'rpn_head', None), getattr(model, 'roi_head', None)
+    if _is_standard(rpn, head):
+        kind = TwoStageNetwork
+    elif _is_sparse(rpn, head):
+        kind = SparseNetwork
+    else:
         return None
-    if not known_roi_head(roi_head):
-        return None
-    checked_rois(roi_head)
-    return TwoStageNetwork(model)
-
-
-def checked_rois(head: nn.Module) -> None:
-    """Raises a PruneError where a RoI head pools by something that ONNX lacks."""
-    for name, layer in roi_layers(head):
+    for name, layer in _roi_layers(head):
         if not isinstance(layer, RoIAlign) or layer.pool_mode != 'avg':
             raise PruneError(
                 f'roi_head.{name} ({layer}): RoIs can be exported where they are pooled by RoIAlign '
                 'with the average; write that into the config'
             )
+    return kind(model)
 
 
-def known_roi_head(head: nn.Module | None) -> bool:
-    """Whether a RoI head decodes boxes and masks as mmdet's standard or cascade head does."""
+def _is_standard(rpn: nn.Module | None, head: nn.Module | None) -> bool:
+    """Whether boxes and masks are decoded as by mmdet's RPN and its standard or cascade head."""
+    if (
+        not isinstance(rpn, RPNHead)
+        or overrides(rpn, BaseDenseHead, 'predict_by_feat')
+        or overrides(rpn, RPNHead, '_predict_by_feat_single', '_bbox_post_process')
+    ):
+        return False
     if not isinstance(head, BaseRoIHead) or overrides(head, BaseRoIHead, 'predict'):
         return False
-    base = CascadeRoIHead if isinstance(head, CascadeRoIHead) else StandardRoIHead
-    methods = ['predict_bbox', *(['_refine_roi'] if base is CascadeRoIHead else [])]
-    box_heads = head.bbox_head if base is CascadeRoIHead else [head.bbox_head]
-    known = not any(overrides(head, base, method) for method in methods) and not any(
-        not isinstance(box_head, BBoxHead)
-        or overrides(box_head, BBoxHead, 'predict_by_feat')
-        or overrides(box_head, BBoxHead, '_predict_by_feat_single')
-        or type(box_head.bbox_coder) not in CODERS
-        for box_head in box_heads
-    )
-    if not known or not head.with_mask:
-        return known
-    mask_heads = head.mask_head if base is CascadeRoIHead else [head.mask_head]
-    return not overrides(head, base, 'predict_mask') and not any(
-        not isinstance(mask_head, FCNMaskHead)
-        or overrides(mask_head, FCNMaskHead, '_predict_by_feat_single')
-        for mask_head in mask_heads
+    if isinstance(head, CascadeRoIHead):
+        base, methods = CascadeRoIHead, ['predict_bbox', '_refine_roi']
+    else:
+        base, methods = StandardRoIHead, ['predict_bbox']
+    if overrides(head, base, *methods) or not all(
+        isinstance(box_head, BBoxHead)
+        and not overrides(box_head, BBoxHead, 'predict_by_feat', '_predict_by_feat_single')
+        and type(box_head.bbox_coder) in CODERS
+        for box_head in _stages(head.bbox_head)
+    ):
+        return False
+    return not head.with_mask or (not overrides(head, base, 'predict_mask') and _has_known_masks(head))
+
+
+def _is_sparse(rpn: nn.Module | None, head: nn.Module | None) -> bool:
+    """Whether boxes and masks are decoded as by Sparse R-CNN."""
+    return (
+        isinstance(rpn, EmbeddingRPNHead)
+        and isinstance(head, SparseRoIHead)
+        and not overrides(rpn, EmbeddingRPNHead, '_decode_init_proposals')
+        and not overrides(
+            head, SparseRoIHead, 'predict_bbox', 'predict_mask', '_bbox_forward', '_mask_forward'
+        )
+        and all(
+            box_head.reg_class_agnostic and type(box_head.bbox_coder) in CODERS
+            for box_head in head.bbox_head
+        )
+        and (not head.with_mask or _has_known_masks(head))
     )
 
 
-def roi_layers(head: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """What pools RoIs on each level."""
+def _has_known_masks(head: nn.Module) -> bool:
+    return all(
+        isinstance(mask_head, FCNMaskHead)
+        and not overrides(mask_head, FCNMaskHead, '_predict_by_feat_single')
+        for mask_head in _stages(head.mask_head)
+    )
+
+
+def _stages(heads: nn.Module) -> list[nn.Module]:
+    """The heads of all stages; a standard RoI head has one of each kind."""
+    return list(heads) if isinstance(heads, nn.ModuleList) else [heads]
+
+
+def _roi_layers(head: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The layers that pool RoIs, with their names."""
     for name, extractor in head.named_modules():
         if isinstance(extractor, BaseRoIExtractor):
             for number, layer in enumerate(extractor.roi_layers):
                 yield f'{name}.roi_layers.{number}', layer
 
 
-class TwoStageNetwork(nn.Module):
-    """Images (N, 3, H, W) -> ``dets`` (N, K, 5), ``labels`` (N, K), and of a detector with masks
+class RoINetwork(nn.Module):
+    """Images (N, 3, H, W) to ``dets`` (N, K, 5) and ``labels`` (N, K), and of a detector with masks
     ``masks`` (N, K, h, w): probabilities inside each box."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.rpn_nms = nms_of(model.rpn_head.test_cfg, 'rpn_head')
-        self.nms = nms_of(model.roi_head.test_cfg, 'roi_head')
         self.output_names = ('dets', 'labels')
         self.metadata = {}
         if model.roi_head.with_mask:
             self.output_names += ('masks',)
             self.metadata['mask_threshold'] = model.roi_head.test_cfg.mask_thr_binary
 
+
+# -- Faster, Cascade and Mask R-CNN ---------------------------------------------------------------
+
+
+class TwoStageNetwork(RoINetwork):
+    """A detector with an RPN and a standard or cascade head."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.rpn_nms = nms_of(model.rpn_head.test_cfg, 'rpn_head')
+        self.nms = nms_of(model.roi_head.test_cfg, 'roi_head')
+
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        model, size = self.model, images.shape[-2:]
-        features = model.extract_feat(images)
-        with traceable_rois(model.roi_head):
-            found = proposals(model.rpn_head, model.rpn_head(features), size, self.rpn_nms)
-            rois, there = rois_of(found.boxes, size), found.scores > NOT_A_CANDIDATE
-            head = model.roi_head
-            forward = refined if isinstance(head, CascadeRoIHead) else once
-            box_head, rois, logits, offsets = forward(head, features, rois, size)
-            found = boxes_of(box_head, rois, logits, offsets, there, size, head.test_cfg)
-            found = suppressed(found, self.nms, head.test_cfg.max_per_img, size)
+        head, size = self.model.roi_head, images.shape[-2:]
+        features = self.model.extract_feat(images)
+        with traceable_rois(head):
+            regions = proposals(self.model.rpn_head, self.model.rpn_head(features), size, self.rpn_nms)
+            stage = run_stages(head, features, rois_of(regions.boxes), size)
+            candidates = boxes_of(*stage, regions.scores > NOT_A_CANDIDATE, size, head.test_cfg)
+            detections = suppressed(candidates, self.nms, head.test_cfg.max_per_img)
             if not head.with_mask:
-                return outputs(found)
-            return *outputs(found), masks_of(head, features, found, size)
+                return outputs(detections)
+            return *outputs(detections), masks_of(head, features, detections)
 
-    def before_nms(self, images: Tensor) -> tuple:
-        """The heads' own outputs: the RPN's, then the RoIs, their logits and offsets."""
+    def raw_outputs(self, images: Tensor) -> tuple:
+        """The RPN's outputs, then the RoIs (N * k, 5) of its proposals, the logits of their classes,
+        and the offsets to them."""
         model, size = self.model, images.shape[-2:]
         features = model.extract_feat(images)
-        raw = model.rpn_head(features)
+        outs = model.rpn_head(features)
         with traceable_rois(model.roi_head):
-            found = proposals(model.rpn_head, raw, size, self.rpn_nms)
-            forward = refined if isinstance(model.roi_head, CascadeRoIHead) else once
-            _, *stage = forward(model.roi_head, features, rois_of(found.boxes, size), size)
-        return (*raw, *stage)
+            rois = rois_of(proposals(model.rpn_head, outs, size, self.rpn_nms).boxes)
+            _, *stage = run_stages(model.roi_head, features, rois, size)
+        return (*outs, *stage)
 
 
-def proposals(rpn: nn.Module, raw: tuple[list[Tensor], list[Tensor]], size: Size, nms) -> Candidates:
-    """The ``max_per_img`` best boxes of an RPN's outputs ``raw``; levels do not suppress each other."""
-    cfg, (cls_scores, bbox_preds) = rpn.test_cfg, raw
-    parts = []
+def proposals(
+    rpn: nn.Module, outs: tuple[list[Tensor], list[Tensor]], size: Size, nms: NMS
+) -> Candidates:
+    """The ``max_per_img`` best boxes of an RPN.
+
+    Args:
+        rpn: the RPN.
+        outs: its scores and offsets on each level.
+        size: height and width of the images.
+        nms: how boxes of one level suppress each other.
+    """
+    cfg, (cls_scores, bbox_preds) = rpn.test_cfg, outs
+    levels = []
     for level, priors in enumerate(priors_of(rpn, cls_scores)):
         scores = activated(rpn, flat(cls_scores[level], rpn.cls_out_channels)).flatten(1)
         scores, rows = best(scores, cfg['nms_pre'])
-        offsets = flat(bbox_preds[level], rpn.bbox_coder.encode_size)
-        boxes = decoded(rpn.bbox_coder, rows_at(priors, rows), rows_at(offsets, rows), size)
-        parts.append(Candidates(boxes, scores, torch.full_like(rows, level)))
-    found = without_small(joined(parts), cfg, size)
-    return suppressed(found, nms, cfg['max_per_img'], size)
+        offsets = rows_at(flat(bbox_preds[level], rpn.bbox_coder.encode_size), rows)
+        boxes = decoded(rpn.bbox_coder, rows_at(priors, rows), offsets, size)
+        levels.append(Candidates(boxes, scores, torch.full_like(rows, level)))
+    return suppressed(without_small(joined(levels), cfg), nms, cfg['max_per_img'])
 
 
-def rois_of(boxes: Tensor, size: Size) -> Tensor:
-    """(N, k, 4) boxes -> (N * k, 5): the number of its image, and each box."""
+def rois_of(boxes: Tensor) -> Tensor:
+    """(N, k, 4) boxes as RoIs (N * k, 5), which begin with the number of the image."""
     n, k = boxes.shape[:2]
     images = torch.arange(n, device=boxes.device, dtype=boxes.dtype)
     images = images[:, None, None].expand(n, k, 1)
-    rois = torch.cat([images, boxes], -1).reshape(n * k, 5)
-    return settled('RoIs', rois, size)
+    return torch.cat([images, boxes], -1).reshape(n * k, 5)
 
 
 Stage = tuple[nn.Module, Tensor, Tensor, Tensor | None]
-"""(box head, (N * k, 5) RoIs, logits of their classes, offsets to them or ``None``)."""
+"""A box head, its RoIs (N * k, 5), the logits of their classes, and the offsets to them or ``None``."""
 
 
-def once(head: nn.Module, features: tuple[Tensor, ...], rois: Tensor, size: Size) -> Stage:
-    """The single stage of a standard head."""
-    found = head._bbox_forward(features, rois)
-    return head.bbox_head, rois, found['cls_score'], found['bbox_pred']
-
-
-def refined(head: nn.Module, features: tuple[Tensor, ...], rois: Tensor, size: Size) -> Stage:
-    """The stages of a cascade: each moves the RoIs for the next; logits are averaged over all."""
+def run_stages(head: nn.Module, features: Features, rois: Tensor, size: Size) -> Stage:
+    """Runs the box head, or the stages of a cascade: each moves the RoIs for the next one. Returns the
+    last stage, with the logits averaged over all stages."""
+    if not isinstance(head, CascadeRoIHead):
+        results = head._bbox_forward(features, rois)
+        return head.bbox_head, rois, results['cls_score'], results['bbox_pred']
     logits = []
     for stage, box_head in enumerate(head.bbox_head):
-        found = head._bbox_forward(stage, features, rois)
-        logits.append(found['cls_score'])
-        offsets = found['bbox_pred']
+        results = head._bbox_forward(stage, features, rois)
+        scores, offsets = results['cls_score'], results['bbox_pred']
+        logits.append(scores)
         if stage == head.num_stages - 1:
             break
-        scores = found['cls_score']
         if box_head.custom_activation:
             scores = box_head.loss_cls.get_activation(scores)
-        _, labels = highest(scores[:, :-1])
+        labels = scores[:, :-1].argmax(-1)
         moved = box_head.regress_by_class(rois[:, 1:], labels, offsets, {'img_shape': None})
         if box_head.bbox_coder.clip_border:
             moved = clipped(moved, size)
-        rois = settled('RoIs', torch.cat([rois[:, :1], moved], 1), size)
+        rois = torch.cat([rois[:, :1], moved], 1)
     return box_head, rois, sum(logits) / len(logits), offsets
 
 
 def boxes_of(
-    head: nn.Module, rois: Tensor, logits: Tensor, offsets: Tensor | None, there: Tensor, size: Size,
+    head: nn.Module,
+    rois: Tensor,
+    logits: Tensor,
+    offsets: Tensor | None,
+    real: Tensor,
+    size: Size,
     cfg: dict,
-) -> Candidates:  # fmt: skip
-    """A box for every RoI and class: (N, k * classes) candidates. ``there``: (N, k), which RoIs are
-    proposals."""
-    n, k = there.shape
-    own = head.loss_cls.get_activation if head.custom_cls_channels else None
-    scores = own(logits) if own else logits.softmax(-1)
+) -> Candidates:
+    """A candidate for every RoI and class: (N, k * classes) of them.
+
+    Args:
+        head: the box head of the last stage.
+        rois: (N * k, 5).
+        logits: (N * k, classes + 1), the background last.
+        offsets: (N * k, 4 or 4 * classes), or ``None`` for a head without box regression.
+        real: (N, k), false for RoIs that only fill up the number of proposals.
+        size: height and width of the images.
+        cfg: the RoI head's ``test_cfg``.
+    """
+    n, k = real.shape
+    activation = head.loss_cls.get_activation if head.custom_cls_channels else None
+    scores = activation(logits) if activation else logits.softmax(-1)
     scores = scores[:, :-1].reshape(n, k, -1)
     classes = scores.shape[-1]
     boxes = rois[:, 1:] if offsets is None else head.bbox_coder.decode(rois[:, 1:], offsets)
     boxes = boxes.reshape(n, k, -1, 4)
     if offsets is None or head.bbox_coder.clip_border:
         boxes = clipped(boxes, size)
-    boxes = boxes.expand(n, k, classes, 4)
-    out = ~(there[..., None] & above(scores, cfg.score_thr))
-    labels = torch.arange(classes, device=rois.device).expand(n, k, classes)
+    dropped = ~(real[..., None] & (scores > cfg.score_thr))
     return Candidates(
-        boxes.reshape(n, -1, 4),
-        scores.masked_fill(out, NOT_A_CANDIDATE).flatten(1),
-        labels.reshape(n, -1),
+        boxes.expand(n, k, classes, 4).reshape(n, -1, 4),
+        scores.masked_fill(dropped, NOT_A_CANDIDATE).flatten(1),
+        torch.arange(classes, device=rois.device).expand(n, k, classes).reshape(n, -1),
     )
 
 
-def masks_of(head: nn.Module, features: tuple[Tensor, ...], found: Candidates, size: Size) -> Tensor:
-    """(N, K, h, w) probabilities of the mask of each detection's class."""
-    n, k = found.labels.shape
-    rois, labels = rois_of(found.boxes, size), found.labels.clamp(min=0).reshape(-1)
-    if isinstance(head, CascadeRoIHead):
-        stages = [
-            of_class(head._mask_forward(stage, features, rois)['mask_preds'], labels, mask_head)
-            for stage, mask_head in enumerate(head.mask_head)
-        ]
-    else:
-        stages = [of_class(head._mask_forward(features, rois)['mask_preds'], labels, head.mask_head)]
-    masks = sum(stages) / len(stages)
-    return masks.reshape(n, k, *masks.shape[-2:])
+def masks_of(head: nn.Module, features: Features, detections: Candidates) -> Tensor:
+    """(N, K, h, w) probabilities: the mask of each detection's class, averaged over the stages."""
+    n, k = detections.labels.shape
+    rois, labels = rois_of(detections.boxes), detections.labels.clamp(min=0).reshape(-1)
+    masks = []
+    for stage, mask_head in enumerate(_stages(head.mask_head)):
+        arguments = (stage,) if isinstance(head, CascadeRoIHead) else ()
+        logits = head._mask_forward(*arguments, features, rois)['mask_preds']
+        places = torch.zeros_like(labels) if mask_head.class_agnostic else labels
+        places = places[:, None, None, None].expand(-1, 1, *logits.shape[-2:])
+        masks.append(logits.gather(1, places)[:, 0].sigmoid())
+    mean = sum(masks) / len(masks)
+    return mean.reshape(n, k, *mean.shape[-2:])
 
 
-def of_class(logits: Tensor, labels: Tensor, mask_head: nn.Module) -> Tensor:
-    """(R, classes or 1, h, w) and (R,) -> (R, h, w)."""
-    if mask_head.class_agnostic:
-        return logits[:, 0].sigmoid()
-    wanted = labels[:, None, None, None].expand(-1, 1, *logits.shape[-2:])
-    return logits.gather(1, wanted)[:, 0].sigmoid()
+# -- Sparse R-CNN ---------------------------------------------------------------------------------
 
 
-# -- RoIs without sizes that depend on data -------------------------------------------------------
+class SparseNetwork(RoINetwork):
+    """Sparse R-CNN and its kin (QueryInst), for images without padding.
 
+    The first boxes are learned and the same for every picture. Each stage moves them, and the best of
+    the last stage are the detections. There is no NMS.
+    """
 
-@contextlib.contextmanager
-def traceable_rois(head: nn.Module) -> Iterator[None]:
-    """While it holds, the head pools by the custom operator, and gives each RoI its level by masks."""
-    changed = []
-    for module in head.modules():
-        if isinstance(module, RoIAlign):
-            new = partial(pooled, module)
-        elif isinstance(module, SingleRoIExtractor) and not overrides(
-            module, SingleRoIExtractor, 'forward'
-        ):
-            new = partial(from_levels, module)
-        elif isinstance(module, BaseRoIExtractor) and overrides(module, GenericRoIExtractor, 'forward'):
-            raise PruneError(f'{type(module).__name__}: how it pools RoIs can not be exported')
-        else:
-            continue
-        vars(module)['forward'] = new
-        changed.append(module)
-    try:
-        yield
-    finally:
-        for module in changed:  # an extractor that boxes and masks share is met twice while tracing
-            vars(module).pop('forward', None)
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        head = self.model.roi_head
+        outs = self.raw_outputs(images)
+        logits, boxes = outs[2 * head.num_stages - 2 : 2 * head.num_stages]
+        box_head = head.bbox_head[-1]
+        use_sigmoid = box_head.loss_cls.use_sigmoid
+        scores = sigmoid(logits) if use_sigmoid else logits.softmax(-1)[..., :-1]
+        scores, places = ranked(scores.flatten(1), head.test_cfg.max_per_img)
+        classes = box_head.num_classes
+        detections = Candidates(rows_at(boxes, places // classes), scores, places % classes)
+        if not head.with_mask:
+            return outputs(detections)
+        masks = outs[-1].flatten(1, 2)
+        places = places[..., None, None].expand(-1, -1, *masks.shape[-2:])
+        return *outputs(detections), masks.gather(1, places).sigmoid()
 
-
-def pooled(layer: nn.Module, features: Tensor, rois: Tensor) -> Tensor:
-    """mmcv's ``RoIAlign``, by :func:`mmprune.mm.deploy.ops.roi_align`."""
-    out = torch.ops.mmprune.roi_align(
-        features, rois, *layer.output_size, layer.spatial_scale, layer.sampling_ratio, layer.aligned
-    )  # fmt: skip
-    if layer.sampling_ratio > 0 or not layer.aligned:
-        return out
-    # Without a single sample OpenVINO divides by zero where the others give zeros.
-    empty = ((rois[:, 3:] - rois[:, 1:3]) <= 0).any(1)
-    return torch.where(empty[:, None, None, None], 0.0, out)
-
-
-def from_levels(
-    extractor: nn.Module,
-    features: tuple[Tensor, ...],
-    rois: Tensor,
-    roi_scale_factor: float | None = None,
-) -> Tensor:
-    """mmdet's ``SingleRoIExtractor``: on each level all RoIs, those of other levels shrunk to nothing
-    (which takes no time where the number of samples follows the size)."""
-    layers = extractor.roi_layers
-    if len(features) == 1:
-        return layers[0](features[0], rois)
-    area = (rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])
-    # The logarithm of ``map_roi_levels`` as comparisons, which round alike everywhere.
-    scale = area.sqrt() / extractor.finest_scale + 1e-6
-    levels = sum((scale >= 2.0**level).long() for level in range(1, len(features)))
-    levels = settled('levels of RoIs', levels, scale)
-    if roi_scale_factor is not None:
-        rois = extractor.roi_rescale(rois, roi_scale_factor)
-    total = 0.0
-    for level, (layer, feature) in enumerate(zip(layers, features, strict=False)):
-        own = levels == level
-        values = layer(feature, torch.where(own[:, None], rois, 0.0))
-        total = torch.where(own[:, None, None, None], values, total)
-    return total
+    def raw_outputs(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The logits (N, P, classes) and boxes (N, P, 4) of each stage. Of a detector with masks also
+        the logits (N, P, classes, h, w) of the last stage's masks."""
+        rpn, head = self.model.rpn_head, self.model.roi_head
+        features, size = self.model.extract_feat(images), images.shape[-2:]
+        n, count = images.shape[0], rpn.num_proposals
+        boxes = corners_of(rpn.init_proposal_bboxes.weight, size).expand(n, count, 4)
+        objects = rpn.init_proposal_features.weight.expand(n, count, -1)
+        outs = ()
+        with traceable_rois(head):
+            for box_head, extractor in zip(head.bbox_head, head.bbox_roi_extractor, strict=True):
+                pooled = extractor(features[: extractor.num_inputs], rois_of(boxes))
+                logits, offsets, objects, attended = box_head(pooled, objects)
+                boxes = decoded(box_head.bbox_coder, boxes, offsets.reshape(n, count, 4), size)
+                outs += (logits, boxes)
+            if not head.with_mask:
+                return outs
+            last = head.num_stages - 1
+            masks = head._mask_forward(last, features, rois_of(boxes), attended)['mask_preds']
+        return *outs, masks.reshape(n, count, *masks.shape[1:])

@@ -79,12 +79,12 @@ class ReportHook(Hook):
         if runner.val_loop is not None and last != runner.iter:
             validate_apart(runner)  # a run that was ended in its last validation
         if is_main_process():
-            with optional(runner.logger, f'{report.FILE} could not be written'):
+            with optional(runner.logger, f'{report.REPORT_FILE} could not be written'):
                 report.finish(runner, state.report, plan, state.metrics, state.start)
             self.recorder.write(runner, plan, finished=True)
             again = f'Make it again: python tools/report.py {shlex.quote(str(runner.work_dir))}'
             with optional(runner.logger, 'The report page could not be made', again):
                 # Imported late: only a page needs its texts and drawings.
-                from mmprune.mm.recording.page import write_page
+                from mmprune.mm.recording.run_page import write_page
 
-                runner.logger.info(f'Wrote {write_page([runner.work_dir])}')
+                runner.logger.info(f'Wrote {write_page(runner.work_dir)}')

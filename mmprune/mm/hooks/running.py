@@ -14,7 +14,7 @@ from torch import nn
 from mmprune.budget.budget import Budget
 from mmprune.budget.runtimes import Prepare, needed
 from mmprune.errors import PruneError
-from mmprune.mm.model_modes import test_size
+from mmprune.mm.configs import image_size
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -113,12 +113,12 @@ def prepare_for_timing(runner: Runner, budget: Budget) -> Prepare | None:
     if budget.latency is None or budget.backend == 'eager':
         return None
     needed(budget.backend)
-    size = test_size(runner.cfg)
+    size = image_size(runner.cfg)
     if size is None:
         raise PruneError(
             f'PruneHook: latency={budget.latency} with backend={budget.backend!r}: the test pipeline '
             "of the config names no size of images to time at; take backend='eager'"
         )
-    from mmprune.mm.deploy.timing import prepare_raw  # late, because it takes mmdet along
+    from mmprune.mm.deploy.raw import prepare_raw  # late, because it takes mmdet along
 
     return prepare_raw(size, budget.backend)

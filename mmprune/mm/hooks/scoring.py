@@ -10,10 +10,11 @@ from mmprune.distributed import all_gather, is_distributed, raise_together
 from mmprune.graph.coupling import ChannelGraph
 from mmprune.graph.unseen import unseen_message
 from mmprune.mm import report
+from mmprune.mm.configs import image_size
 from mmprune.mm.hooks.preflight import check_floor
 from mmprune.mm.hooks.prune_state import PruneState
 from mmprune.mm.hooks.running import unwrapped
-from mmprune.mm.model_modes import Runs, first_trace, runs_of, test_size
+from mmprune.mm.model_modes import Runs, first_trace, runs_of
 from mmprune.score import Score
 from mmprune.score.collector import Collector
 from mmprune.surgery.build import baseline_of, remaining
@@ -48,7 +49,7 @@ class Scoring:
 
     def runs(self, runner: Runner, batch: Any, modes: frozenset[str]) -> Runs:
         """How the model is run on ``batch``."""
-        size = test_size(runner.cfg)
+        size = image_size(runner.cfg)
         return runs_of(unwrapped(runner.model), batch, modes, self.samples, size)
 
     def try_to_start(self, runner: Runner, batch: Any, state: PruneState) -> None:

@@ -1,6 +1,7 @@
-"""Pages for a browser: one file each, with everything in it, from plain sections."""
+"""Pages of blocks (texts, tables, charts): one HTML file without outside parts, or a terminal."""
 
-from mmprune.mm.pages.page import (
+from mmprune.mm.pages.blocks import (
+    Block,
     Cell,
     Code,
     Facts,
@@ -17,6 +18,7 @@ from mmprune.mm.pages.page import (
 from mmprune.mm.pages.render import render, write
 
 __all__ = [
+    'Block',
     'Cell',
     'Code',
     'Facts',

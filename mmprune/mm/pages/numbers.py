@@ -1,15 +1,15 @@
-"""Numbers as a page shows them."""
+"""Numbers as a page shows them. All of these return an empty text if there is no number to show."""
 
 import math
 
 
-def whole(value: float | None) -> str:
-    """``350,455,552``; nothing where there is no number."""
+def integer(value: float | None) -> str:
+    """``350,455,552``."""
     return '' if value is None else f'{round(value):,}'
 
 
 def short(value: float | None) -> str:
-    """``350.5 M``: four digits at most."""
+    """``350.5 M``: at most four digits."""
     if value is None:
         return ''
     for size, letter in ((1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
@@ -18,25 +18,25 @@ def short(value: float | None) -> str:
     return f'{value:.4g}'
 
 
-def percent(part: float | None, of: float | None = 1.0) -> str:
-    """``50.0%``; nothing where there is no number, or nothing to divide by."""
-    return f'{part / of:.1%}' if part is not None and of else ''
+def percent(part: float | None, total: float | None = 1.0) -> str:
+    """``50.0%``; empty as well if ``total`` is zero."""
+    return f'{part / total:.1%}' if part is not None and total else ''
 
 
 def score(value: float | None) -> str:
-    """A metric: three decimals; nothing for none, NaN and COCO's -1 for "there were none"."""
+    """A metric with three decimals; empty as well for NaN and for -1, COCO's value without objects."""
     if value is None or not math.isfinite(value) or value == -1:
         return ''
     return f'{value:,.3f}'
 
 
 def change(before: float | None, after: float | None) -> str:
-    """``+0.078``; nothing where one of both is missing."""
+    """``+0.078``: the difference of two metrics."""
     return f'{after - before:+,.3f}' if score(before) and score(after) else ''
 
 
 def faster(before: float | None, after: float | None) -> str:
-    """``1.6 x as fast``, from two times; nothing where one of both is missing or zero."""
+    """``1.6 x as fast``, from the time before and the time after."""
     if not before or not after:
         return ''
     ratio = before / after

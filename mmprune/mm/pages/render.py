@@ -1,4 +1,4 @@
-"""From a page to the text of its file."""
+"""Pages as HTML files."""
 
 import re
 from importlib import resources
@@ -8,38 +8,38 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 from mmprune.mm.atomic_files import replace_file
-from mmprune.mm.pages.page import Block, Cell, Page
+from mmprune.mm.pages.blocks import Cell, Page
 
 WIDE, NARROW = 1000, 334
-"""Widths that a figure is drawn at: what fits the page on a desk, and on a phone of 390 pixels."""
+"""Widths of a chart in pixels: one fits the page on a desk, the other a phone of 390 pixels."""
 
 
 def render(page: Page) -> str:
-    """The page as HTML: one file that fetches nothing, and says so to the browser."""
-    here = resources.files(__package__)
+    """The HTML of a page. It loads nothing from elsewhere, and its security policy forbids that."""
+    folder = resources.files(__package__)
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(marked=marked, kind=kind, cell=cell)
-    template = environment.from_string((here / 'page.html.j2').read_text())
-    style = Markup((here / 'page.css').read_text())
+    environment.filters.update(
+        marked=_marked,
+        kind=lambda block: type(block).__name__.lower(),
+        cell=lambda content: content if isinstance(content, Cell) else Cell(str(content)),
+    )
+    template = environment.from_string((folder / 'page.html.j2').read_text())
+    style = Markup((folder / 'page.css').read_text())
     text = template.render(page=page, style=style, wide=WIDE, narrow=NARROW, Markup=Markup)
     return text.lstrip()  # macros leave empty lines
 
 
 def write(page: Page, path: str | Path) -> Path:
-    """Writes the page's file, whole or not at all (an OSError then)."""
+    """Writes a page to a file and returns its path.
+
+    Raises:
+        OSError: the file cannot be written. A file of that name stays as it was.
+    """
     return replace_file(path, render(page).encode(), sync=False)
 
 
-def marked(text: str) -> Markup:
-    """Text in which what stands between backticks is code."""
+def _marked(text: str) -> Markup:
+    """Escapes a text, and marks what stands between backticks as code."""
     return Markup(re.sub(r'`([^`]+)`', r'<code>\1</code>', str(escape(text))))
-
-
-def kind(block: Block) -> str:
-    return type(block).__name__.lower()
-
-
-def cell(content: str | Cell) -> Cell:
-    return content if isinstance(content, Cell) else Cell(str(content))

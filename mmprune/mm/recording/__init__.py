@@ -1,1 +1,1 @@
-"""What a run notes of itself for its page: plain data in its folder and in its checkpoints."""
+"""The record of a run, which training writes, and the page that is made of it."""

@@ -1,5 +1,10 @@
-"""What a network finds in a few pictures of the validation set: noted as numbers, drawn later."""
+"""A few pictures of the validation set with the predictions of a network.
 
+While training validates, predictions for the chosen pictures are noted as numbers. When the page of the
+run is made, mmdet's or mmpose's visualizer draws them.
+"""
+
+import base64
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,70 +14,68 @@ import cv2
 import numpy as np
 import torch
 
+from mmprune.mm.pages import Picture
+
 COUNT = 4
-LEAST, MOST = 480, 640
-"""Pixels of a picture's longer side as it is kept."""
+SHORTEST, LONGEST = 480, 640
+"""Bounds of the longer side of a stored picture in pixels."""
 
 THRESHOLD = 0.3
-"""Lower scores are not noted."""
+"""Predictions with lower scores are not shown."""
 
-Found = dict[str, list[Any]]
-"""``boxes`` [[x1, y1, x2, y2]], ``labels``, ``scores``; or ``keypoints`` [[[x, y]]],
-``keypoint_scores``: in pixels of the data set's file. Annotations have no scores of boxes; their
-``keypoint_scores`` say what is visible."""
+Instances = dict[str, list[Any]]
+"""Objects of a picture, in pixels of its file: ``boxes`` [[x1, y1, x2, y2]] with ``labels`` and
+``scores``, or ``keypoints`` [[[x, y]]] with ``keypoint_scores``. Annotated boxes have no scores, and
+the scores of annotated keypoints are their visibility."""
 
 
 def choose(dataset: Any, processes: int = 1) -> dict[str, Any]:
-    """Chooses the pictures of a run.
+    """Chooses pictures that are spread over a data set.
 
     Args:
-        dataset: a data set of mmengine's kind; one that cannot name its files gives none.
-        processes: of these only the first one's share of the data set is chosen from.
+        dataset: a data set with mmengine's interface. Others cannot name their files: none is chosen.
+        processes: the number of processes that validate. The first one sees every so many-th picture,
+            and the choice is made among these.
 
     Returns:
-        {'files': names of ``COUNT`` files spread over the data set, 'meta': :func:`meta_of` it,
-        'truth': {file: boxes that are annotated}, 'scales': {}, 'found': {}}.
+        ``files``: up to ``COUNT`` paths; ``meta``: the result of :func:`drawing_meta`; ``truth``:
+        {file: annotated boxes}; and ``scales`` and ``found``, which are empty until a validation.
     """
-    chosen = {'meta': meta_of(getattr(dataset, 'metainfo', None)), 'scales': {}, 'found': {}}
-    infos = spread(dataset, processes)
-    truth = {str(info['img_path']): boxes_of(info) for info in infos}
-    return chosen | {
-        'files': list(truth),
-        'truth': {file: boxes for file, boxes in truth.items() if boxes is not None},
-    }
-
-
-def spread(dataset: Any, processes: int = 1) -> list[Mapping[str, Any]]:
-    """What a data set says of ``COUNT`` samples that are spread over it and have a file."""
-    if not hasattr(dataset, 'get_data_info') or not len(dataset):
-        return []
-    numbers = np.linspace(0, len(dataset) - 1, 2 * COUNT + 1)[1::2].astype(int)
-    infos = [dataset.get_data_info(int(n - n % processes)) for n in numbers]
-    return [info for info in infos if info.get('img_path')]
-
-
-def tested(dataset: Any) -> dict[str, Any]:
-    """Identifies the pictures of a data set: its class, their number, and the names of a few files."""
-    names = [Path(str(info['img_path'])).name for info in spread(dataset)]
-    count = len(dataset) if hasattr(dataset, '__len__') else None
-    return {'data_set': type(dataset).__name__, 'count': count, 'files': names}
-
-
-def boxes_of(info: Mapping[str, Any]) -> Found | None:
-    """The annotated boxes of a sample of mmdet's data sets, those of ignored regions left out; ``None``
-    if it has none of these annotations."""
-    instances = info.get('instances')
-    if not isinstance(instances, list) or not all('bbox' in each for each in instances):
-        return None
-    told = [each for each in instances if not each.get('ignore_flag')]
+    infos: list[Mapping[str, Any]] = []
+    if hasattr(dataset, 'get_data_info') and len(dataset):
+        numbers = np.linspace(0, len(dataset) - 1, 2 * COUNT + 1)[1::2].astype(int)
+        infos = [dataset.get_data_info(int(number - number % processes)) for number in numbers]
+    truth = {str(info['img_path']): _annotated_boxes(info) for info in infos if info.get('img_path')}
     return {
-        'boxes': [[round(float(side), 1) for side in each['bbox']] for each in told],
-        'labels': [int(each.get('bbox_label', 0)) for each in told],
+        'files': list(truth),
+        'meta': drawing_meta(getattr(dataset, 'metainfo', None)),
+        'truth': {file: boxes for file, boxes in truth.items() if boxes is not None},
+        'scales': {},
+        'found': {},
     }
 
 
-def keypoints_of(sample: Any) -> Found | None:
-    """The annotated keypoints of a data sample, in pixels of the data set's file."""
+def _annotated_boxes(info: Mapping[str, Any]) -> Instances | None:
+    """The boxes of a sample of mmdet's data sets without ignored regions; ``None`` if it has none."""
+    instances = info.get('instances')
+    if not isinstance(instances, list) or not all('bbox' in instance for instance in instances):
+        return None
+    instances = [instance for instance in instances if not instance.get('ignore_flag')]
+    return {
+        'boxes': [[round(float(side), 1) for side in instance['bbox']] for instance in instances],
+        'labels': [int(instance.get('bbox_label', 0)) for instance in instances],
+    }
+
+
+def drawing_meta(dataset_meta: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The entries of a data set's meta that drawing needs, as plain data."""
+    names = 'classes', 'palette', 'keypoint_colors', 'skeleton_links', 'skeleton_link_colors'
+    meta = dataset_meta or {}
+    return {name: np.asarray(meta[name]).tolist() for name in names if meta.get(name) is not None}
+
+
+def annotated_keypoints(sample: Any) -> Instances | None:
+    """The annotated 2D keypoints of a data sample; ``None`` if it has none."""
     instances = getattr(sample, 'gt_instances', None)
     if instances is None or not {'keypoints', 'keypoints_visible'} <= set(instances.keys()):
         return None
@@ -83,9 +86,9 @@ def keypoints_of(sample: Any) -> Found | None:
     return {'keypoints': points.round(1).tolist(), 'keypoint_scores': visible.tolist()}
 
 
-def found_in(sample: Any) -> Found | None:
-    """What a data sample holds of predictions above the threshold; ``None`` of a kind that is not
-    drawn here."""
+def predictions_of(sample: Any) -> Instances | None:
+    """The predicted boxes above the threshold, or the predicted 2D keypoints, of a data sample;
+    ``None`` for other kinds of predictions."""
     instances = getattr(sample, 'pred_instances', None)
     if instances is None:
         return None
@@ -94,75 +97,137 @@ def found_in(sample: Any) -> Found | None:
         if points.ndim != 3 or points.shape[-1] != 2:
             return None
         return {'keypoints': points.round(1).tolist(), 'keypoint_scores': scores.round(3).tolist()}
-    if 'bboxes' in instances and 'scores' in instances:
-        boxes, labels, scores = (_array(instances[k]) for k in ('bboxes', 'labels', 'scores'))
-        if boxes.ndim != 2 or boxes.shape[-1] != 4:
-            return None
-        sure = scores > THRESHOLD
-        return {
-            'boxes': boxes[sure].round(1).tolist(),
-            'labels': labels[sure].tolist(),
-            'scores': scores[sure].round(3).tolist(),
-        }
-    return None
-
-
-def together(first: Found | None, second: Found) -> Found:
-    """Of two data samples of one file: persons that were cut out one by one."""
-    return second if first is None else {key: first[key] + second[key] for key in second}
+    if 'bboxes' not in instances or 'scores' not in instances:
+        return None
+    boxes, labels, scores = (_array(instances[name]) for name in ('bboxes', 'labels', 'scores'))
+    if boxes.ndim != 2 or boxes.shape[-1] != 4:
+        return None
+    shown = scores > THRESHOLD
+    return {
+        'boxes': boxes[shown].round(1).tolist(),
+        'labels': labels[shown].tolist(),
+        'scores': scores[shown].round(3).tolist(),
+    }
 
 
 def _array(value: Any) -> np.ndarray:
-    value = getattr(value, 'tensor', value)  # mmdet's boxes with a type
+    value = getattr(value, 'tensor', value)  # mmdet's boxes may be objects around a tensor
     return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
 
 
-def meta_of(dataset_meta: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What is needed to draw, as plain data."""
-    names = 'classes', 'palette', 'keypoint_colors', 'skeleton_links', 'skeleton_link_colors'
-    meta = dataset_meta or {}
-    return {name: np.asarray(meta[name]).tolist() for name in names if meta.get(name) is not None}
+def merged(first: Instances | None, second: Instances) -> Instances:
+    """The instances of two samples of one file: top-down networks see each person as a sample."""
+    return second if first is None else {key: first[key] + second[key] for key in second}
 
 
 def small_copy(file: str) -> tuple[bytes, float] | None:
-    """A file as JPEG at the size of pages, and by how much it was scaled; ``None`` if it is no
-    picture that can be read."""
+    """A picture as a small JPEG, and its scale; ``None`` if the file cannot be read."""
     image = cv2.imread(file, cv2.IMREAD_COLOR)
     if image is None:
         return None
     longer = max(image.shape[:2])
-    scale = min(max(longer, LEAST), MOST) / longer
+    scale = min(max(longer, SHORTEST), LONGEST) / longer
     size = tuple(max(1, round(side * scale)) for side in image.shape[1::-1])
-    kind = cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA
-    return _jpeg(cv2.resize(image, size, interpolation=kind), 92), scale
+    interpolation = cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA
+    return _jpeg(cv2.resize(image, size, interpolation=interpolation), 92), scale
+
+
+def _jpeg(image: np.ndarray, quality: int) -> bytes:
+    return cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
+
+
+# -- drawing -----------------------------------------------------------------------------------------
 
 
 def drawn(
-    picture: bytes, scale: float, found: Found, meta: Mapping[str, Any], truth: Found | None = None
+    picture: bytes,
+    scale: float,
+    predictions: Instances,
+    meta: Mapping[str, Any],
+    truth: Instances | None = None,
 ) -> bytes:
-    """A JPEG of ``picture`` with what was found in it, by mmdet's or mmpose's own visualizer.
+    """Draws predictions and annotations into a picture.
 
     Args:
         picture: a JPEG.
-        scale: pixels of ``picture`` for one of the data set's file.
-        found: what was found.
-        meta: of the data set.
-        truth: what is annotated, or ``None``. Drawn over all else: boxes dashed in white on black,
-            keypoints as white crosses.
+        scale: the number of pixels of ``picture`` for one pixel of the data set's file.
+        predictions: drawn by mmdet's or mmpose's visualizer.
+        meta: the result of :func:`drawing_meta`.
+        truth: annotations, drawn over the rest in white: boxes dashed, keypoints as crosses. ``None``
+            for none.
+
+    Returns:
+        A JPEG.
     """
     image = cv2.imdecode(np.frombuffer(picture, np.uint8), cv2.IMREAD_COLOR)
-    kind = _draw_pose if 'keypoints' in found else _draw_boxes
-    image = np.ascontiguousarray(kind(image[..., ::-1], scale, found, meta)[..., ::-1])
+    draw = _draw_poses if 'keypoints' in predictions else _draw_boxes
+    image = np.ascontiguousarray(draw(image[..., ::-1], scale, predictions, meta)[..., ::-1])
     _draw_truth(image, scale, truth or {})
     return _jpeg(image, 85)
 
 
+def side_by_side(
+    notes: Mapping[str, Any], folder: Path
+) -> tuple[list[tuple[str, list[Picture]]], list[str], list[str]]:
+    """The pictures of a run with the predictions of both networks.
+
+    Args:
+        notes: the result of :func:`choose`, with the ``scales`` and ``found`` of validations.
+        folder: the folder with the copies of the pictures.
+
+    Returns:
+        A row for each picture: its title, and the picture of each network; the files whose copies are
+        missing; and the errors of pictures that could not be drawn.
+    """
+    rows, missing, failures = [], [], []
+    by_phase, meta = notes['found'], notes['meta']
+    for number, file in enumerate(notes['files']):
+        copy = folder / f'{number}.jpg'
+        if not any(file in predictions for predictions in by_phase.values()):
+            continue
+        if not copy.is_file() or file not in notes['scales']:
+            missing.append(file)
+            continue
+        truth = (notes.get('truth') or {}).get(file)
+        row = []
+        for phase in ('unpruned', 'pruned'):
+            if phase not in by_phase:
+                continue
+            predictions = by_phase[phase].get(file) or {'boxes': [], 'labels': [], 'scores': []}
+            try:
+                jpeg = drawn(copy.read_bytes(), notes['scales'][file], predictions, meta, truth)
+            except Exception as error:  # visualizers raise all kinds of errors
+                failures.append(f'{type(error).__name__}: {error}')
+                continue
+            label, objects = _in_words(predictions, meta)
+            address = 'data:image/jpeg;base64,' + base64.b64encode(jpeg).decode()
+            row.append(Picture(f'{phase}: {label}', address, f'{phase} network, which found {objects}'))
+        annotated = '' if truth is None else f': {len(next(iter(truth.values())))} annotated'
+        if row:
+            rows.append((Path(file).name + annotated, row))
+    return rows, missing, failures
+
+
+def _in_words(predictions: Instances, meta: Mapping[str, Any]) -> tuple[str, str]:
+    """The number of predictions, and a list of them."""
+    if 'keypoints' in predictions:
+        count = sum(score > THRESHOLD for person in predictions['keypoint_scores'] for score in person)
+        text = f'{len(predictions["keypoints"])} instances, {count} keypoints'
+        return text, text
+    classes = meta.get('classes') or []
+    objects = [
+        f'{classes[label] if label < len(classes) else label} {score:.2f}'
+        for label, score in zip(predictions['labels'], predictions['scores'], strict=True)
+    ]
+    return f'{len(objects)} found', ', '.join(objects[:20]) or 'nothing'
+
+
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 DASH = 6
-"""Pixels of a dash, and of the gap after it."""
+"""The length of a dash, and of the gap after it, in pixels."""
 
 
-def _draw_truth(image: np.ndarray, scale: float, truth: Found) -> None:
+def _draw_truth(image: np.ndarray, scale: float, truth: Instances) -> None:
     for box in truth.get('boxes', ()):
         x1, y1, x2, y2 = (round(side * scale) for side in box)
         cv2.rectangle(image, (x1, y1), (x2, y2), BLACK, 1)
@@ -172,9 +237,8 @@ def _draw_truth(image: np.ndarray, scale: float, truth: Found) -> None:
         for y in range(y1, y2, 2 * DASH):
             for x in (x1, x2):
                 cv2.line(image, (x, y), (x, min(y + DASH, y2)), WHITE, 2)
-    for points, visible in zip(
-        truth.get('keypoints', ()), truth.get('keypoint_scores', ()), strict=True
-    ):
+    people = zip(truth.get('keypoints', ()), truth.get('keypoint_scores', ()), strict=True)
+    for points, visible in people:
         for (x, y), is_visible in zip(points, visible, strict=True):
             if is_visible:
                 centre = round(x * scale), round(y * scale)
@@ -182,15 +246,17 @@ def _draw_truth(image: np.ndarray, scale: float, truth: Found) -> None:
                 cv2.drawMarker(image, centre, WHITE, cv2.MARKER_TILTED_CROSS, 9, 2)
 
 
-def _draw_boxes(image: np.ndarray, scale: float, found: Found, meta: Mapping[str, Any]) -> np.ndarray:
+def _draw_boxes(
+    image: np.ndarray, scale: float, predictions: Instances, meta: Mapping[str, Any]
+) -> np.ndarray:
     from mmdet.structures import DetDataSample
     from mmdet.visualization import DetLocalVisualizer
     from mmengine.structures import InstanceData
 
-    boxes = torch.tensor(found['boxes'], dtype=torch.float32).reshape(-1, 4) * scale
-    labels = torch.tensor(found['labels'], dtype=torch.int64)
-    sample = DetDataSample(
-        pred_instances=InstanceData(bboxes=boxes, labels=labels, scores=torch.tensor(found['scores']))
+    instances = InstanceData(
+        bboxes=torch.tensor(predictions['boxes'], dtype=torch.float32).reshape(-1, 4) * scale,
+        labels=torch.tensor(predictions['labels'], dtype=torch.int64),
+        scores=torch.tensor(predictions['scores']),
     )
     visualizer = DetLocalVisualizer(line_width=2)
     palette = meta.get('palette')
@@ -198,37 +264,30 @@ def _draw_boxes(image: np.ndarray, scale: float, found: Found, meta: Mapping[str
         'classes': meta.get('classes'),
         'palette': [tuple(colour) for colour in palette] if palette else None,
     }
-    return _shown(visualizer, image, sample, pred_score_thr=THRESHOLD)
+    return _visualized(visualizer, image, DetDataSample(pred_instances=instances), 'pred_score_thr')
 
 
-def _draw_pose(image: np.ndarray, scale: float, found: Found, meta: Mapping[str, Any]) -> np.ndarray:
+def _draw_poses(
+    image: np.ndarray, scale: float, predictions: Instances, meta: Mapping[str, Any]
+) -> np.ndarray:
     from mmengine.structures import InstanceData
     from mmpose.structures import PoseDataSample
     from mmpose.visualization import PoseLocalVisualizer
 
-    points = np.array(found['keypoints'], dtype=np.float32) * scale
-    scores = np.array(found['keypoint_scores'], dtype=np.float32)  # what is drawn, it asks of visible
-    sample = PoseDataSample(
-        pred_instances=InstanceData(keypoints=points, keypoint_scores=scores, keypoints_visible=scores)
-    )
+    points = np.array(predictions['keypoints'], dtype=np.float32) * scale
+    scores = np.array(predictions['keypoint_scores'], dtype=np.float32)
+    # The visualizer compares the visibility with its threshold, not the scores.
+    instances = InstanceData(keypoints=points, keypoint_scores=scores, keypoints_visible=scores)
     visualizer = PoseLocalVisualizer(radius=5, line_width=3)
-    colours = {
-        name: np.array(meta[name], dtype=np.uint8)
-        for name in ('keypoint_colors', 'skeleton_link_colors')
-        if name in meta
-    }
-    visualizer.set_dataset_meta({**meta, **colours})
-    return _shown(visualizer, image, sample, kpt_thr=THRESHOLD)
+    names = [name for name in ('keypoint_colors', 'skeleton_link_colors') if name in meta]
+    visualizer.set_dataset_meta({**meta, **{name: np.array(meta[name], np.uint8) for name in names}})
+    return _visualized(visualizer, image, PoseDataSample(pred_instances=instances), 'kpt_thr')
 
 
-def _shown(visualizer: Any, image: np.ndarray, sample: Any, **threshold: float) -> np.ndarray:
-    """Written to a file that nobody needs: without one the visualizer looks for places to store it."""
+def _visualized(visualizer: Any, image: np.ndarray, sample: Any, threshold: str) -> np.ndarray:
+    """Draws a sample. Without a file to write, the visualizer would look for a backend to store it."""
     with tempfile.TemporaryDirectory() as folder:
         out = str(Path(folder) / 'drawn.png')
-        options = {'draw_gt': False, 'out_file': out, **threshold}
+        options = {'draw_gt': False, 'out_file': out, threshold: THRESHOLD}
         visualizer.add_datasample('drawn', np.ascontiguousarray(image), sample, **options)
         return cv2.imread(out, cv2.IMREAD_COLOR)[..., ::-1]
-
-
-def _jpeg(image: np.ndarray, quality: int) -> bytes:
-    return cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()

@@ -1,34 +1,48 @@
-"""The file in which a run notes itself: ``prune_record/record.json``, of its last validation or cut."""
+"""The record of a run, ``prune_record/record.json``: what the page of the run shows, as plain data.
+
+It is written after each validation and each cut, and read when the page is made.
+"""
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from mmengine.runner import Runner
 
 from mmprune import __version__
+from mmprune.errors import PruneError
 from mmprune.mm import report
 from mmprune.mm.atomic_files import replace_file
 from mmprune.mm.hooks.prune_state import PruneState
+from mmprune.mm.pages.numbers import score
 from mmprune.surgery.plan import Plan
 
-FOLDER = 'prune_record'
-FILE = 'record.json'
+RECORD_FOLDER = 'prune_record'
+RECORD_FILE = 'record.json'
 FORMAT = 1
 POINTS = 240
-"""Of a curve, at most."""
+"""The largest number of points of the loss curve."""
+
+BENCHMARK_FILE = 'benchmark.json'
+"""A file of ``tools/benchmark.py --json`` in the work directory: times of both networks."""
+
+
+# -- writing -----------------------------------------------------------------------------------------
 
 
 def content_of(runner: Runner, state: PruneState, plan: Plan | None, finished: bool) -> dict[str, Any]:
-    """All of it, as plain data.
+    """The record of a run, as plain data.
 
     Args:
-        plan: what was cut so far.
-        finished: the training went to its end.
+        runner: the run.
+        state: the state of its ``PruneHook``.
+        plan: all cuts so far; ``None`` before the first one.
+        finished: whether training has reached its end.
     """
     axes = state.report.get('axes', {})
     content = {
@@ -37,13 +51,11 @@ def content_of(runner: Runner, state: PruneState, plan: Plan | None, finished: b
         'iteration': runner.iter,
         'max_iters': runner.max_iters,
         'config': {'file': str(runner.cfg.filename or ''), 'text': runner.cfg.pretty_text},
-        'versions': versions(),
-        'scalars': {name: curve(runner, name) for name in ('loss', 'time')},
-        'layers': layers(axes, plan),
-        'locked': state.report.get('locked', []),
+        'versions': _versions(),
+        'scalars': {'loss': _loss_curve(runner)},
+        'layers': _layers(axes, plan),
+        **{name: state.report.get(name, []) for name in ('locked', 'jumps', 'idle')},
         'failed': state.report.get('failed', {}),
-        'jumps': state.report.get('jumps', []),
-        'idle': state.report.get('idle', []),
         'metrics': state.metrics,
         **state.record,
     }
@@ -53,44 +65,167 @@ def content_of(runner: Runner, state: PruneState, plan: Plan | None, finished: b
 
 
 def write(work_dir: str | Path, content: Mapping[str, Any]) -> Path:
-    """Whole or not at all (an OSError then)."""
+    """Writes the record into a work directory.
+
+    Raises:
+        OSError: the file cannot be written. An earlier record stays.
+    """
     text = json.dumps(content, indent=1, default=_plain) + '\n'
-    return replace_file(Path(work_dir) / FOLDER / FILE, text.encode(), sync=False)
+    return replace_file(Path(work_dir) / RECORD_FOLDER / RECORD_FILE, text.encode(), sync=False)
 
 
 def _plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
 
 
-def layers(axes: Mapping[str, Any], plan: Plan | None) -> list[list[Any]]:
-    """[[part, layer, output channels of the original, now]] in the model's order."""
-    found = []
-    for part, entries in axes.items():
-        for name, dim, size in entries:
-            was, now = report.width(plan, name, dim, size)
-            found.append([part, name.removesuffix('.weight'), was, now])
-    return found
+def _layers(axes: report.Axes, plan: Plan | None) -> list[list[Any]]:
+    """[[part, layer, unpruned output channels, current output channels]] in the order of the model."""
+    return [
+        [part, name.removesuffix('.weight'), *report.width(plan, name, dim, size)]
+        for part, entries in axes.items()
+        for name, dim, size in entries
+    ]
 
 
-def curve(runner: Runner, name: str) -> list[list[float]]:
-    """[[iteration, mean since the last point]] of what mmengine logs of training steps. Its message hub
-    has all of them, and goes through checkpoints; it has none of before a run that went on without."""
-    buffer = runner.message_hub.log_scalars.get(f'train/{name}')
+def _loss_curve(runner: Runner) -> list[list[float]]:
+    """[[iteration, mean loss since the last point]] from mmengine's message hub, which checkpoints
+    hold. It lacks the iterations before a run that was resumed without it."""
+    buffer = runner.message_hub.log_scalars.get('train/loss')
     values = np.asarray(buffer.data[0] if buffer is not None else [], dtype=np.float64)
     if not values.size:
         return []
     first = runner.message_hub.get_info('iter', 0) + 1 - values.size
-    bounds = np.unique(np.linspace(0, values.size, min(values.size, POINTS) + 1).astype(int))
-    means = [float(values[a:b].mean()) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
-    return [[int(first + b), float(f'{mean:.5g}')] for b, mean in zip(bounds[1:], means, strict=True)]
+    ends = np.unique(np.linspace(0, values.size, min(values.size, POINTS) + 1).astype(int))
+    means = [values[start:end].mean() for start, end in zip(ends[:-1], ends[1:], strict=True)]
+    return [[int(first + end), float(f'{mean:.5g}')] for end, mean in zip(ends[1:], means, strict=True)]
 
 
-def versions() -> dict[str, str]:
-    """Of what the run was made with, as far as it is there."""
-    found = {'mmprune': __version__, 'python': platform.python_version()}
+def _versions() -> dict[str, str]:
+    """The versions of the packages that shape a run, as far as they are installed."""
+    versions = {'mmprune': __version__, 'python': platform.python_version()}
     for name in ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmpose', 'numpy'):
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
+
+
+# -- reading -----------------------------------------------------------------------------------------
+
+
+class Timing(NamedTuple):
+    """How long both networks take for inference.
+
+    Args:
+        runtime: the runtime that ran them, such as ``'onnxruntime'``.
+        how: how they were timed, in a few words.
+        before: the time of the unpruned network.
+        after: the time of the pruned network.
+        unit: the unit of both times; empty if they are fractions of the unpruned network's time.
+    """
+
+    runtime: str
+    how: str
+    before: float
+    after: float
+    unit: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """A work directory.
+
+    Args:
+        folder: its path.
+        content: the content of its record. Older records lack some entries.
+        benchmark: the rows of its ``benchmark.json``; empty if it has none.
+    """
+
+    folder: Path
+    content: Mapping[str, Any]
+    benchmark: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def metrics(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """{name: value} of the unpruned and of the pruned network."""
+        metrics = self.content.get('metrics', {})
+        return metrics.get('unpruned', {}), metrics.get('pruned', {})
+
+    @property
+    def metric_names(self) -> list[str]:
+        unpruned, pruned = self.metrics
+        names = {**unpruned, **pruned}
+        return [name for name in names if report.is_headline(name) and name != 'iteration']
+
+    @property
+    def main_metric(self) -> str | None:
+        """The first metric of both networks, or else the first of either; ``None`` without any."""
+        unpruned, pruned = self.metrics
+        of_both = [n for n in self.metric_names if score(unpruned.get(n)) and score(pruned.get(n))]
+        return next(iter(of_both or self.metric_names), None)
+
+    @property
+    def runtime(self) -> str | None:
+        """The runtime that the budget names; ``None`` if it names neither a runtime nor a time."""
+        budget = self.content.get('budget') or {}
+        if budget.get('backend'):
+            return str(budget['backend'])
+        return 'eager' if budget.get('latency') is not None else None
+
+    @property
+    def times(self) -> list[Timing]:
+        """All times of both networks. Those in the runtime of the budget come first."""
+        times = [
+            Timing(
+                row['mode'],
+                f'batch of {row["batch"]}, `tools/benchmark.py`',
+                row['unpruned']['median_ms'],
+                row['pruned']['median_ms'],
+                'ms',
+            )
+            for row in self.benchmark
+            if 'failure' not in row
+        ]
+        fractions = [cut.get('latency') for cut in self.content.get('history', [])]
+        measured = [fraction for fraction in fractions if fraction is not None]
+        if measured:
+            times.append(Timing(self.runtime or 'eager', 'at the last cut', 1.0, measured[-1], ''))
+        return sorted(times, key=lambda timing: timing.runtime != (self.runtime or timing.runtime))
+
+    @property
+    def main_time(self) -> Timing | None:
+        """The first time in the runtime of the budget, or the first of all if it names none."""
+        first = next(iter(self.times), None)
+        return first if first and self.runtime in (None, first.runtime) else None
+
+
+def read_run(folder: str | Path) -> Run:
+    """Reads what a run has left in its work directory.
+
+    Raises:
+        PruneError: there is no record, or a file cannot be used.
+    """
+    folder = Path(folder)
+    path, benchmark = folder / RECORD_FOLDER / RECORD_FILE, folder / BENCHMARK_FILE
+    if not path.is_file():
+        raise PruneError(
+            f'{path} does not exist: give the work directory of a training with a PruneHook'
+        )
+    content = _json_of(path)
+    version = content.get('format')
+    if version != FORMAT:
+        raise PruneError(
+            f'{path} has format {version}, and this version of mmprune reads format {FORMAT}'
+        )
+    return Run(folder, content, _json_of(benchmark).get('rows', ()) if benchmark.is_file() else ())
+
+
+def _json_of(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise PruneError(f'{path} can not be read: {error}') from error
+    if not isinstance(content, dict):
+        raise PruneError(f'{path} can not be used: mmprune did not write it')
+    return content

@@ -9,7 +9,6 @@ from mmengine.structures import BaseDataElement
 from torch import nn
 
 import mmprune
-from mmprune.mm import model_modes
 from mmprune.mm.model_modes import both, first_samples, first_trace, forwards_of, runs_of
 from tests.helpers.equality import assert_same
 from tools import zoo
@@ -84,20 +83,6 @@ def test_flops_are_of_one_image_of_the_size_that_is_tested_at():
     assert traced.flops == 8 * 6 * (3 * 8 + 8 * 2)
     assert runs.counted_as == 'one image of 8 x 6'
     assert runs_of(model, BATCH).counted_as == 'one image of 4 x 4'
-
-
-@pytest.mark.parametrize(
-    ('config', 'size'),
-    [
-        ('mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', (800, 1333)),
-        ('mmdet::rtmdet/rtmdet_s_8xb32-300e_coco.py', (640, 640)),
-        ('mmdet::ssd/ssd300_coco.py', (300, 300)),
-        ('mmpose::body_2d_keypoint/rtmpose/coco/rtmpose-m_8xb256-420e_coco-256x192.py', (256, 192)),
-        ('configs/faster_rcnn_prune.py', None),
-    ],
-)
-def test_the_size_that_a_config_tests_at(config, size):
-    assert model_modes.test_size(zoo.load(config)) == size
 
 
 def test_a_batch_is_looked_at_without_a_trace():

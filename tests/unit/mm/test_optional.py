@@ -21,19 +21,18 @@ def prune_scalars_broken(self, scalars, *args, **kwargs):
 
 
 STEPS = [
-    ('mmprune.mm.report.cost', 'The layers and what is locked could not be noted'),
+    ('mmprune.mm.report.cost', 'The layers and locks could not be noted'),
     ('mmprune.mm.report.trace_table', 'The table of what can be cut could not be made'),
     ('mmprune.score.collector.Collector.unscored', 'The units without a score could not be listed'),
     ('mmprune.mm.report.log_cut', 'The figures of a cut could not be logged'),
     ('mmprune.mm.report.finish', 'prune_report.json could not be written'),
     ('mmprune.mm.recording.recorder.record.content_of', 'record.json could not be written'),
-    ('mmprune.mm.recording.recorder.scores.summary', 'The scores could not be noted'),
-    ('mmprune.mm.recording.recorder.classes.watched', 'Metrics by class could not be noted'),
+    ('mmprune.mm.recording.recorder.summary_of_scores', 'The scores could not be noted'),
+    ('mmprune.mm.recording.recorder.watched_class_metrics', 'Metrics by class could not be noted'),
     ('mmprune.mm.recording.recorder.pictures.choose', 'No pictures for the report'),
-    ('mmprune.mm.recording.recorder.pictures.tested', 'The data set of the validation could not be'),
-    ('mmprune.mm.recording.recorder.pictures.found_in', 'The detections for the report'),
+    ('mmprune.mm.recording.recorder.pictures.predictions_of', 'The detections for the report'),
     ('mmprune.mm.recording.recorder.pictures.small_copy', 'The pictures for the report'),
-    ('mmprune.mm.recording.page.write_page', 'The report page could not be made'),
+    ('mmprune.mm.recording.run_page.write_page', 'The report page could not be made'),
 ]
 
 
@@ -48,7 +47,7 @@ def trained_with(folder, monkeypatch, place, replacement=broken):
         chosen = {'files': ['None'], 'meta': {}, 'truth': {}, 'scales': {}, 'found': {}}
         monkeypatch.setattr(f'{pictures}.choose', lambda *args: chosen)
     if place == f'{pictures}.small_copy':
-        monkeypatch.setattr(f'{pictures}.found_in', lambda sample: {'boxes': []})
+        monkeypatch.setattr(f'{pictures}.predictions_of', lambda sample: {'boxes': []})
     if place == 'mmprune.mm.report.cost':  # the module, which others use too
         replacement = SimpleNamespace(output_axes=broken)
     monkeypatch.setattr(place, replacement)

@@ -29,4 +29,4 @@ def test_a_failure_shows_its_errors_and_keeps_its_exit_code(tmp_path):
     assert done.returncode == 7
     assert done.stderr.count('error: no') == 1
     assert done.stderr.count('x\n') == 20
-    assert done.stderr.endswith(f'The build failed. All that it printed: {log}\n')
+    assert done.stderr.endswith(f'The build failed. Its whole output: {log}\n')

@@ -1,11 +1,9 @@
 """Unpruned and pruned do the same work, in turns, and what is measured is of each."""
 
 import argparse
-import importlib.util
 import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,14 +11,13 @@ import torch
 from mmengine.config import Config
 
 from mmprune import PruneError
-from mmprune.mm.deploy import benchmark
-from mmprune.mm.deploy.benchmark import Job
 from tests.helpers import tiny
 from tests.helpers.deploy_models import pruned, saved
+from tools import benchmark
+from tools.benchmark import Job
 
 POSE = 'configs/_base_/simple_baseline_shapes.py'
 RETINANET = 'configs/_base_/retinanet_shapes.py'
-TOOL = Path(__file__).parents[4] / 'tools' / 'benchmark.py'
 
 
 @pytest.fixture(scope='module')
@@ -30,20 +27,12 @@ def job(tmp_path_factory):
 
 
 @pytest.fixture
-def main_module():
-    spec = importlib.util.spec_from_file_location('mmprune_tools_benchmark', TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def run(monkeypatch, main_module):
+def run(monkeypatch):
     """The tool's main function with such arguments."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, 'argv', ['benchmark.py', *map(str, arguments)])
-        main_module.main()
+        benchmark.main()
 
     return run
 
@@ -52,12 +41,12 @@ def run(monkeypatch, main_module):
 def test_both_find_the_same(tmp_path, config, task, side):
     model = pruned(config, task)
     job = Job(Config.fromfile(config), saved(model, tmp_path / 'x.pth'), (side, side), 1)
-    wide = benchmark.load(replace(job, which='unpruned'))
+    wide = benchmark.load(replace(job, version='unpruned'))
     sizes = [sum(p.numel() for p in each.parameters()) for each in (wide, model)]
     assert sizes[1] < 0.8 * sizes[0]
     images = torch.randn(2, 3, side, side)
     with torch.no_grad():
-        a, b = (benchmark.network_of(each, raw=True)(images) for each in (wide, model))
+        a, b = (benchmark.timed_network(each, raw=True)(images) for each in (wide, model))
     a, b = ([x] if isinstance(x, torch.Tensor) else list(x) for x in (a, b))
     for x, y in zip(a, b, strict=True):
         assert y.std() > 1e-4
@@ -72,7 +61,7 @@ def test_what_is_timed_has_its_norms_folded_and_computes_the_same(job):
     torch.manual_seed(0)
     images = torch.randn(2, 3, *job.size)
     with torch.no_grad():
-        found, wanted = (benchmark.network_of(each, job.raw)(images) for each in (deployed, model))
+        found, wanted = (benchmark.timed_network(each, job.raw)(images) for each in (deployed, model))
     assert float((found - wanted).abs().max()) < 1e-4 * float(wanted.abs().max())
 
 
@@ -94,7 +83,7 @@ def test_time_goes_to_whom_it_belongs():
 
 def test_memory_is_of_a_process_of_its_own(job):
     """Weights count, those of the network alone, and activations with the batch."""
-    wide = replace(job, which='unpruned')
+    wide = replace(job, version='unpruned')
     weights = sum(p.numel() * 4 for p in benchmark.load(wide).parameters())
     ballast = torch.ones(1 << 26)  # 256 MB that are not the model's
     peak = benchmark.peak_memory(wide)
@@ -105,8 +94,8 @@ def test_memory_is_of_a_process_of_its_own(job):
 
 
 def test_a_row(job, monkeypatch):
-    monkeypatch.setattr(benchmark, 'peak_memory', lambda job: {'unpruned': 7, 'pruned': 5}[job.which])
-    models = {which: benchmark.load(replace(job, which=which)) for which in benchmark.WHICH}
+    monkeypatch.setattr(benchmark, 'peak_memory', lambda job: {'unpruned': 7, 'pruned': 5}[job.version])
+    models = {version: benchmark.load(replace(job, version=version)) for version in benchmark.VERSIONS}
     monkeypatch.setattr(
         benchmark, 'in_turns', lambda runs, rounds: np.array([[8.0, 4], [9, 3], [50, 25]])
     )
@@ -121,7 +110,7 @@ def test_a_compiler_that_fails_is_a_row(job, monkeypatch):
         raise RuntimeError('no compiler here\nand much more')
 
     monkeypatch.setattr(torch, 'compile', refuse)
-    models = {which: benchmark.load(replace(job, which=which)) for which in benchmark.WHICH}
+    models = {version: benchmark.load(replace(job, version=version)) for version in benchmark.VERSIONS}
     row = benchmark.measure(replace(job, mode='compile'), models, 2, 2.0)
     assert row == {'mode': 'compile', 'batch': 2, 'failure': 'RuntimeError: no compiler here'}
 
@@ -154,16 +143,16 @@ SCALE = dict(type='Resize', scale=(133, 80), keep_ratio=True)
     ([dict(SCALE, keep_ratio=False)], None, (96, 160)),
     ([SCALE], (100, 64), (128, 64)),
 ])  # fmt: skip
-def test_the_size_is_that_of_the_test_pipeline(main_module, capsys, steps, asked, wanted):
+def test_the_size_is_that_of_the_test_pipeline(capsys, steps, asked, wanted):
     cfg = Config.fromfile(RETINANET)
     cfg.test_dataloader.dataset.pipeline = steps
     arguments = argparse.Namespace(size=asked, onnx=None)
-    assert main_module.size_of(arguments, cfg, pruned(RETINANET)) == wanted
+    assert benchmark.size_of(arguments, cfg, pruned(RETINANET)) == wanted
     padded = (asked or wanted) != wanted
     assert ('is padded: the model takes multiples of 32' in capsys.readouterr().err) >= padded
 
 
-def test_the_size_is_that_of_the_files(main_module, tmp_path):
+def test_the_size_is_that_of_the_files(tmp_path):
     cfg, model = Config.fromfile(RETINANET), pruned(RETINANET)
     resize = dict(scale=[70, 70], keep_ratio=True, interpolation='bilinear')
     found = dict(dets=[[0, 0, 9, 9, 1]], labels=[0])
@@ -171,9 +160,9 @@ def test_the_size_is_that_of_the_files(main_module, tmp_path):
     fixed = tiny.detector(tmp_path / 'b.onnx', **found, size=(64, 96))
     for files, wanted in ((dynamic, dynamic), (96, 96)), ((fixed, fixed), (64, 96)):
         arguments = argparse.Namespace(size=None, onnx=files)
-        assert main_module.size_of(arguments, cfg, model) == wanted
+        assert benchmark.size_of(arguments, cfg, model) == wanted
     with pytest.raises(PruneError, match=r'b.onnx: takes \[64, 96\] alone, not \[96, 96\]; export'):
-        main_module.size_of(argparse.Namespace(size=None, onnx=(dynamic, fixed)), cfg, model)
+        benchmark.size_of(argparse.Namespace(size=None, onnx=(dynamic, fixed)), cfg, model)
 
 
 def test_bad_input(job, run, tmp_path, capsys):

@@ -12,7 +12,7 @@ from mmprune.mm.demo.shapes import CLASSES, ensure
 from mmprune.mm.deploy import check
 from mmprune.mm.deploy.evaluate import check_dataset, exported_model, use_file
 from mmprune.mm.deploy.export import export_model
-from mmprune.mm.deploy.runtime import open_model
+from mmprune.mm.deploy.onnx_file import open_model
 from tests.helpers.deploy_models import saved
 from tools.zoo import build
 
@@ -49,10 +49,10 @@ def test_a_file_gives_the_scores_that_the_model_predicts(classifier, tmp_path):
 
 
 def test_a_wrong_file_is_found_out(classifier, tmp_path, monkeypatch):
-    from mmprune.mm.deploy.classify import ClassifierNetwork
+    from mmprune.mm.deploy.pose_and_classifiers import ClassifierNetwork
 
     monkeypatch.setattr(ClassifierNetwork, 'forward', lambda self, images: self.model(images).sigmoid())
-    with pytest.raises(PruneError, match='scores parts from PyTorch by .*; allowed is 1e-04'):
+    with pytest.raises(PruneError, match='scores differs from PyTorch by .*; allowed is 1e-04'):
         export_model(classifier[0], tmp_path / 'model.onnx')
     assert not list(tmp_path.iterdir())
 

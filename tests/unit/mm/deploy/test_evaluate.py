@@ -15,8 +15,9 @@ from mmengine.runner import Runner
 from mmprune import PruneError
 from mmprune.mm import checkpoint
 from mmprune.mm.demo.shapes import CLASSES, ensure
-from mmprune.mm.deploy.evaluate import check_dataset, exported_model, use_file
+from mmprune.mm.deploy.evaluate import check_dataset, exported_model, images_for, use_file
 from mmprune.mm.deploy.export import export_model
+from mmprune.mm.deploy.onnx_file import open_model
 from tests.helpers import tiny
 from tests.helpers.deploy_models import pruned, saved
 
@@ -198,11 +199,9 @@ def test_a_fixed_size_with_room_and_without(tmp_path, config):
 
 
 def test_padding_is_what_the_file_expects(tmp_path):
-    from mmprune.mm.deploy.evaluate import pad
-
-    about = dict(input_size=None, pad_divisor=32, pad_value=7)
-    padded = pad(torch.ones(2, 3, 33, 64), about, tmp_path)
-    assert padded.shape == (2, 3, 64, 64) and padded[..., 33:, :].unique().tolist() == [7]
+    file = open_model(tiny.detector(tmp_path / 'x.onnx', DETS, [2, 0, -1], pad_value=7))
+    padded = images_for(file, torch.nn.Identity(), torch.ones(2, 3, 33, 64))
+    assert padded.shape == (2, 3, 64, 64) and np.unique(padded[..., 33:, :]).tolist() == [7]
 
 
 # -- keypoints ------------------------------------------------------------------------------------

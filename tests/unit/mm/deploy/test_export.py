@@ -13,7 +13,7 @@ from mmprune import PruneError
 from mmprune.mm.deploy import check
 from mmprune.mm.deploy import export as exporting
 from mmprune.mm.deploy.export import export, export_model
-from mmprune.mm.deploy.runtime import open_model
+from mmprune.mm.deploy.onnx_file import open_model
 from tests.helpers.deploy_models import META, pruned, saved
 from tests.helpers.lively import enliven, finds_nothing
 from tools import zoo
@@ -149,15 +149,15 @@ def test_a_checkpoint_without_a_plan_is_exported_unpruned(tmp_path):
 def test_a_file_that_parts_is_not_left(retinanet, tmp_path, monkeypatch):
     model, _ = retinanet
     # A wrong wrapper: it lets the best box suppress all that it touches.
-    right = exporting.wrapper_for
+    right = exporting.network_of
 
     def wrong(model):
         network = right(model)
         network.nms = type(network.nms)(0.0)
         return network
 
-    monkeypatch.setattr(exporting, 'wrapper_for', wrong)
-    with pytest.raises(PruneError, match='the file parts from PyTorch: class .* nothing was written'):
+    monkeypatch.setattr(exporting, 'network_of', wrong)
+    with pytest.raises(PruneError, match='the file differs from PyTorch: class .* nothing was written'):
         export_model(model, tmp_path / 'model.onnx', size=(128, 160))
     assert not list(tmp_path.iterdir())
 
@@ -213,13 +213,13 @@ def test_matching_tells_what_is_missing_and_what_is_too_many():
     want = {'boxes': boxes, 'scores': np.array([0.9, 0.4]), 'labels': np.array([1, 2])}
     # Another order, and within the tolerance.
     same = {key: value[::-1] * (1 if key == 'labels' else 1 + 5e-5) for key, value in want.items()}
-    assert check.matched(want, same, 100) == ([(0, 1), (1, 0)], [])
+    assert check.picture_differs(want, same, [], 100) == []
     for change in (
         {'labels': np.array([1, 3])}, {'scores': np.array([0.9, 0.4002])}, {'boxes': boxes + 0.02},
     ):  # fmt: skip
-        _, complaints = check.matched(want, want | change, 100)
+        complaints = check.picture_differs(want, want | change, [], 100)
         assert len(complaints) in (2, 4) and 'missing' in complaints[0]
         assert 'is not in PyTorch' in complaints[-1]
     # Nor is one let off because it is the last of those that may be there.
     other = want | {'labels': np.array([1, 3])}
-    assert len(check.matched(want, other, 100)[1]) == 2
+    assert len(check.picture_differs(want, other, [], 100)) == 2

@@ -8,8 +8,8 @@ import torch
 
 import mmprune
 from mmprune.mm.deploy import check
-from mmprune.mm.deploy.export import export_model, wrapper_for
-from mmprune.mm.deploy.runtime import open_model
+from mmprune.mm.deploy.export import export_model, network_of
+from mmprune.mm.deploy.onnx_file import open_model
 from tests.helpers.deploy_models import META
 from tests.helpers.lively import enliven, finds_nothing
 from tools.zoo import build, load
@@ -87,7 +87,7 @@ def made(family):
 def test_a_pruned_detector_of_this_kind_equals_predict(family, tmp_path):
     model, size = made(family), FIXED.get(family)
     path = export_model(model, tmp_path / 'model.onnx', size=size, dynamic=size is None)
-    network, run = wrapper_for(model), open_model(path)
+    network, run = network_of(model), open_model(path)
     for batch in check.pictures_for(size, 32, 2)[-1:]:
         given = check.prepared(model, batch)[0]
         found = run(given.numpy())

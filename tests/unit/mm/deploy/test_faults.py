@@ -1,5 +1,4 @@
-"""Planted faults of decoding: none of them may pass as rounding, be it in the file alone or in the
-wrapper that PyTorch runs too."""
+"""Planted faults of decoding: none of them may pass as rounding."""
 
 import contextlib
 import copy
@@ -10,9 +9,8 @@ import pytest
 import torch
 
 from mmprune import PruneError
-from mmprune.mm.deploy import candidates, check, dense, two_stage
-from mmprune.mm.deploy.decisions import recorded
-from mmprune.mm.deploy.export import wrapper_for
+from mmprune.mm.deploy import candidates, check, one_stage, patches, two_stage
+from mmprune.mm.deploy.export import network_of
 from tests.helpers.deploy_models import META
 from tests.helpers.lively import enliven
 from tests.unit.mm.deploy.test_families import (
@@ -59,8 +57,8 @@ def priors_off(right):
 
 def with_labels(change):
     def make(right):
-        def wrong(head, level, cfg):
-            scores, labels, rows = right(head, level, cfg)
+        def wrong(head, level):
+            scores, labels, rows = right(head, level)
             return scores, *change(labels, rows, head.cls_out_channels)
 
         return wrong
@@ -92,24 +90,26 @@ def next_level(right):
 
 
 def other_nms(make):
-    return lambda right: lambda found, nms, k, size: right(found, make(nms), k, size)
+    return lambda right: lambda found, nms, k: right(found, make(nms), k)
 
 
-BOTH = (dense, two_stage)
+BOTH = (one_stage, two_stage)
 FAULTS = {
     'a level has the wrong stride': replaced('priors_of', priors_off, *BOTH),
     'no clip': replaced('clipped', lambda _: lambda boxes, size: boxes, *BOTH),
-    'columns swapped': replaced('decoded', lambda r: lambda *a: r(*a)[..., [1, 0, 3, 2]], dense),
+    'columns swapped': replaced('decoded', lambda r: lambda *a: r(*a)[..., [1, 0, 3, 2]], one_stage),
     'offsets a tenth too small': replaced(
         'decoded', lambda r: lambda c, p, offsets, s: r(c, p, 0.9 * offsets, s), *BOTH
     ),
-    'no score factor': replaced('scaled', lambda _: lambda scores, factors, rows: scores, dense),
-    'sigmoid twice': replaced('sigmoid', lambda right: lambda x: right(right(x)), dense),
+    'no score factor': replaced('scaled', lambda _: lambda scores, factors, rows: scores, one_stage),
+    'sigmoid twice': replaced('sigmoid', lambda right: lambda x: right(right(x)), one_stage),
     'the next class': replaced(
-        'best_of_level', with_labels(lambda labels, rows, n: ((labels + 1) % n, rows)), dense
+        'best_of_level', with_labels(lambda labels, rows, n: ((labels + 1) % n, rows)), one_stage
     ),
     'the next row': replaced(
-        'best_of_level', with_labels(lambda labels, rows, n: (labels, (rows + 1).clamp(max=0))), dense
+        'best_of_level',
+        with_labels(lambda labels, rows, n: (labels, (rows + 1).clamp(max=0))),
+        one_stage,
     ),
     'another overlap': replaced(
         'suppressed', other_nms(lambda nms: candidates.NMS(0.9 * nms.iou_threshold)), *BOTH
@@ -117,8 +117,8 @@ FAULTS = {
     'classes suppress each other': replaced(
         'suppressed', other_nms(lambda nms: candidates.NMS(nms.iou_threshold, True)), *BOTH
     ),
-    'RoIs on the next level': replaced('from_levels', next_level, two_stage),
-    'RoIs half a pixel off': replaced('pooled', without('aligned', lambda is_so: not is_so), two_stage),
+    'RoIs on the next level': replaced('from_levels', next_level, patches),
+    'RoIs half a pixel off': replaced('pooled', without('aligned', lambda is_so: not is_so), patches),
 }  # fmt: skip
 CASES = {
     'retinanet': [
@@ -146,42 +146,28 @@ def made(family):
     return enliven(model.eval(), size_of(family))
 
 
-def run(network, images):
-    """(what a file of the network would give, the same with its decisions)"""
-    with recorded() as decisions:
-        out = check.arrays(network(images))
-    got = dict(zip(network.output_names, out, strict=True))
-    return got, got | {f'decision_{n}': value.numpy() for n, value in enumerate(decisions)}
-
-
-def compared(model, network, images, samples, got, probed):
-    """As the export does it. Raises where results part."""
-    try:
-        check.detections(model, images, copy.deepcopy(samples), got, 'here')
-    except PruneError as parts:
-        check.by_rounding(model, network, images, samples, got, probed, parts)
+def outputs_of(network, images):
+    """What a file of the network would give."""
+    return dict(zip(network.output_names, (x.numpy() for x in network(images)), strict=True))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize('family', CASES)
 def test_no_fault_passes(family):
     model = made(family)
-    network = wrapper_for(model)
+    network = network_of(model)
     images, samples = check.prepared(model, check.pictures_for(size_of(family), 32, 2)[0])
-    right = run(network, images)
-    compared(model, network, images, samples, *right)
+    right = outputs_of(network, images)
+    check.check_outputs(right, network, images, samples, 'here')
     passed = []
     for name in CASES[family]:
         with contextlib.ExitStack() as stack:
             FAULTS[name](stack)
-            wrong = run(network, images)
-            assert not np.allclose(wrong[0]['dets'], right[0]['dets'], 1e-3) or not np.array_equal(
-                wrong[0]['labels'], right[0]['labels']
-            ), f'{name}: changes nothing'
-            with contextlib.suppress(PruneError):
-                compared(model, network, images, samples, *wrong)
-                passed.append(f'{name}, in the wrapper')
+            wrong = outputs_of(network, images)
+        assert not np.allclose(wrong['dets'], right['dets'], 1e-3) or not np.array_equal(
+            wrong['labels'], right['labels']
+        ), f'{name}: changes nothing'
         with contextlib.suppress(PruneError):
-            compared(model, network, images, samples, *wrong)
-            passed.append(f'{name}, in the file')
+            check.check_outputs(wrong, network, images, samples, 'here')
+            passed.append(name)
     assert not passed

@@ -13,8 +13,8 @@ from mmengine.config import Config
 from mmprune import PruneError
 from mmprune.mm.demo.shapes import ensure
 from mmprune.mm.deploy.export import export_model
-from mmprune.mm.deploy.int8 import calibration_images, quantize, quantize_with
-from mmprune.mm.deploy.runtime import BACKENDS, open_model
+from mmprune.mm.deploy.int8 import calibration_images, quantize
+from mmprune.mm.deploy.onnx_file import BACKENDS, open_model
 from tests.helpers.deploy_models import pruned, saved
 
 POSE = 'configs/_base_/simple_baseline_shapes.py'
@@ -35,7 +35,8 @@ def shapes(tmp_path, monkeypatch):
 
 
 def test_an_8_bit_file(exported, tmp_path, shapes):
-    path = quantize_with(POSE, exported, tmp_path / 'int8.onnx', 'train', 6)
+    images = calibration_images(Config.fromfile(POSE), exported, 'train', 6)
+    path = quantize(exported, tmp_path / 'int8.onnx', images)
     assert path.stat().st_size < 0.4 * exported.stat().st_size
     kinds = {node.op_type for node in onnx.load(path).graph.node}
     assert kinds & {'QuantizeLinear', 'QLinearConv'}

@@ -1,7 +1,6 @@
 """examples/onnx_detect.py: right boxes on the picture, and neither torch nor mmprune."""
 
 import importlib.util
-import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +11,8 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from mmprune import PruneError
+from mmprune.mm.configs import image_size
 from mmprune.mm.deploy import pipeline
-from mmprune.mm.deploy.runtime import open_model
 from tests.helpers import tiny
 
 EXAMPLE = Path(__file__).parents[4] / 'examples' / 'onnx_detect.py'
@@ -127,28 +125,13 @@ def test_pictures_are_resized_as_the_test_pipeline_does(example, tmp_path, name,
         pad_divisor=32, pad_value=0, with_preprocess=False, input_size=None,
         **pipeline.describe(config, None),
     )  # fmt: skip
-    for prepare in (example.prepare, pipeline.prepare):
-        images, scale = prepare(picture, about)
-        np.testing.assert_allclose(images, wanted, atol=1e-5 if preprocess else 1e-3)
-        scaled = sample['data_samples'].metainfo.get('scale_factor', (1, 1))
-        np.testing.assert_allclose(scale, scaled, rtol=1e-6)
+    images, scale = example.prepare(picture, about)
+    np.testing.assert_allclose(images, wanted, atol=1e-5 if preprocess else 1e-3)
+    scaled = sample['data_samples'].metainfo.get('scale_factor', (1, 1))
+    np.testing.assert_allclose(scale, scaled, rtol=1e-6)
     fixed = dict(about, input_size=wanted.shape[2:], **pipeline.describe(config, wanted.shape[2:]))
     assert example.prepare(picture, fixed)[0].shape == wanted.shape
-    assert pipeline.size_in(config) in (None, tuple(wanted.shape[2:]))
-
-
-def test_a_runtime_prepares_pictures(example, tmp_path):
-    about = dict(resize=dict(scale=[64, 64], keep_ratio=True, interpolation='bilinear'), pad=None)
-    run = open_model(tiny.detector(tmp_path / 'x.onnx', DETS, LABELS, **about))
-    (images, scale), (wanted, _) = run.prepare(PICTURE), example.prepare(PICTURE, run.metadata)
-    np.testing.assert_array_equal(images, wanted)
-    assert images.shape == (1, 3, 32, 64) and scale.tolist() == pytest.approx([64 / 96, 32 / 48])
-    assert run(images)['labels'].tolist() == [LABELS]
-
-
-def test_the_example_and_the_package_resize_alike(example):
-    assert inspect.getsource(example.sizes) == inspect.getsource(pipeline.sizes)
-    assert example.INTERPOLATION == pipeline.INTERPOLATION
+    assert image_size(config, only_fixed=True) in (None, tuple(wanted.shape[2:]))
 
 
 def test_a_pipeline_that_can_not_be_described(example, capsys):
@@ -162,8 +145,6 @@ def test_a_pipeline_that_can_not_be_described(example, capsys):
         assert pipeline.describe(config, None) == {}
     assert example.prepare(PICTURE, PLAIN)[0].shape == (1, 3, 64, 96)
     assert 'does not say how its pictures are resized; give --size' in capsys.readouterr().err
-    with pytest.raises(PruneError, match='does not say how a picture is resized'):
-        pipeline.prepare(PICTURE, PLAIN)
 
 
 def test_another_size_is_fitted(example):

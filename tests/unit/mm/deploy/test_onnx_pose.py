@@ -15,7 +15,7 @@ from mmpose.datasets.datasets.utils import parse_pose_metainfo
 
 from mmprune.mm.demo.shapes import KEYPOINTS, pose_metainfo
 from mmprune.mm.deploy.export import export_model
-from mmprune.mm.deploy.pose import codec_of
+from mmprune.mm.deploy.pose_and_classifiers import codec_of
 from tests.helpers import tiny
 from tools.zoo import build, load
 

@@ -11,8 +11,8 @@ import torch
 import mmprune
 from mmprune import PruneError
 from mmprune.mm.deploy import check
-from mmprune.mm.deploy.pose import PoseNetwork, codec_of, keypoint_names, pose_wrapper
-from mmprune.mm.deploy.runtime import BACKENDS, open_model
+from mmprune.mm.deploy.onnx_file import BACKENDS, open_model
+from mmprune.mm.deploy.pose_and_classifiers import PoseNetwork, codec_of, keypoint_names, pose_network
 from tools import zoo
 from tools.zoo import build, load
 
@@ -35,7 +35,7 @@ def written(network, path):
     program = torch.onnx.export(
         network, (example,), dynamo=True, opset_version=18, verbose=False,
         input_names=['input'], output_names=list(network.output_names),
-        dynamic_shapes={'input': {0: torch.export.Dim('batch', min=1)}},
+        dynamic_shapes=({0: torch.export.Dim('batch', min=1)},),
     )  # fmt: skip
     model = program.model_proto
     onnx.helper.set_model_props(model, {'mmprune': json.dumps(network.metadata)})
@@ -54,7 +54,7 @@ def written(network, path):
 )
 def test_the_file_computes_what_the_model_does(tmp_path, config, shapes):
     model = pruned(config)
-    network = pose_wrapper(model)
+    network = pose_network(model)
     path = written(network, tmp_path / 'x.onnx')
     for backend in BACKENDS:
         run = open_model(path, backend, threads=1)
@@ -77,38 +77,38 @@ def test_the_file_computes_what_the_model_does(tmp_path, config, shapes):
 class FirstStage(PoseNetwork):
     """A wrapper that takes the wrong one of two stages."""
 
-    def forward(self, input):
-        return self.model.head.forward(self.model.extract_feat(input))[0]
+    def forward(self, images):
+        return self.model.head.forward(self.model.extract_feat(images))[0]
 
 
 class Swapped(PoseNetwork):
     """A wrapper that swaps the vectors of x and y."""
 
-    def forward(self, input):
-        return super().forward(input)[::-1]
+    def forward(self, images):
+        return super().forward(images)[::-1]
 
 
 @pytest.mark.parametrize('config, wrong', [(HOURGLASS, FirstStage), (RTMPOSE, Swapped)])
 def test_a_wrong_wrapper_does_not_pass_the_check(tmp_path, config, wrong):
     """The file holds what the wrapper says, so that only the model's own ``predict`` can tell."""
     model = pruned(config)
-    right = pose_wrapper(model)
+    right = pose_network(model)
     (pictures,) = check.pictures_for(right.input_size, 1, 2)
-    check.check_file(written(right, tmp_path / 'right.onnx'), model, right, [pictures], False)
+    check.check_file(written(right, tmp_path / 'right.onnx'), right, [pictures], False)
     network = wrong(model, right.kind).eval()
     path = written(network, tmp_path / 'wrong.onnx')
     with pytest.raises(PruneError, match='nothing was written'):
-        check.check_file(path, model, network, [pictures], False)
+        check.check_file(path, network, [pictures], False)
 
 
 def test_the_metadata_tells_how_to_decode():
-    network = pose_wrapper(build(SIMPLE)[0])
+    network = pose_network(build(SIMPLE)[0])
     assert network.input_size == (64, 64) and network.metadata['task'] == 'pose'
     codec = json.loads(json.dumps(network.metadata))['codec']
     assert codec.items() >= dict(
         type='MSRAHeatmap', input_size=[64, 64], heatmap_size=[16, 16], sigma=1, unbiased=False
     ).items()  # fmt: skip
-    network = pose_wrapper(build(RTMPOSE)[0])
+    network = pose_network(build(RTMPOSE)[0])
     assert network.input_size == (256, 192)  # height first, where codecs have the width first
     assert network.metadata['codec']['simcc_split_ratio'] == 2.0
 
@@ -126,14 +126,14 @@ def test_heads_that_give_neither():
     config = load(SIMPLE)
     config.model.head.decoder = None
     with pytest.raises(PruneError, match=r'head \(HeatmapHead\): has no decoder; add decoder=codec'):
-        pose_wrapper(zoo.build_model(config))
+        pose_network(zoo.build_model(config))
     regression = load(
         'mmpose::body_2d_keypoint/topdown_regression/coco/td-reg_res50_8xb64-210e_coco-256x192.py'
     )
-    assert pose_wrapper(zoo.build_model(regression)) is None
-    assert pose_wrapper(torch.nn.Conv2d(3, 3, 1)) is None
+    assert pose_network(zoo.build_model(regression)) is None
+    assert pose_network(torch.nn.Conv2d(3, 3, 1)) is None
     detector = build('configs/_base_/retinanet_shapes.py')[0]
-    assert pose_wrapper(detector) is None
+    assert pose_network(detector) is None
 
 
 def test_a_codec_is_plain_data():

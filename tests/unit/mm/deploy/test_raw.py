@@ -8,11 +8,10 @@ from mmcv.ops.masked_conv import MaskedConv2d
 from torch import nn
 
 from mmprune import PruneError
-from mmprune.mm.deploy import compiled, raw
-from mmprune.mm.deploy.decisions import recorded, replayed
+from mmprune.mm.deploy import patches, raw
 from mmprune.mm.deploy.export import export_model
-from mmprune.mm.deploy.graph import to_onnx
-from mmprune.mm.deploy.runtime import open_model
+from mmprune.mm.deploy.onnx_file import open_model
+from mmprune.mm.deploy.tracing import to_onnx
 from tests.helpers.deploy_models import META
 from tests.unit.mm.deploy.test_families import NECK, SMALL
 from tools.zoo import build, load
@@ -78,7 +77,7 @@ def test_learned_boxes_become_detections(queryinst, tmp_path):
 def test_a_masked_convolution_is_one_with_zeros():
     layer, x = MaskedConv2d(3, 5, 3, padding=1), torch.randn(1, 3, 6, 7)
     mask = torch.rand(1, 6, 7) > 0.5
-    with compiled.plain_masked_convs(), torch.no_grad():
+    with patches.cpu_masked_convs(), torch.no_grad():
         found = layer(x, mask)
     padded = torch.nn.functional.pad(x, (1, 1, 1, 1))
     for row, column in np.ndindex(6, 7):
@@ -86,40 +85,6 @@ def test_a_masked_convolution_is_one_with_zeros():
         value = (layer.weight * window).sum((1, 2, 3)) + layer.bias
         wanted = value if mask[0, row, column] else torch.zeros(5)
         torch.testing.assert_close(found[0, :, row, column], wanted)
-
-
-def test_choices_inside_of_a_model_are_decisions():
-    x = torch.tensor([[[0.3, 0.9, 0.30001], [0.1, 0.2, 0.2]]])
-
-    def run():
-        with raw.settled_choices():
-            best = x.topk(2, dim=2)
-            peaks = torch.nn.functional.max_pool1d(x, 3, 1, 1) == x
-            lowest = torch.topk(x, 1, 1, largest=False)
-        assert (x == x).all() and (torch.arange(3) == torch.arange(3)).all()  # not these
-        return best, peaks, lowest
-
-    with recorded() as own:
-        best, peaks, _ = run()
-    assert [tuple(outcome.shape) for outcome in own] == [(2, 2), (1, 2, 3), (3, 1)]
-    taken = [own[0].clone(), own[1].clone(), own[2]]
-    taken[0][0, 1] = 0  # 0.3 for 0.30001: a near tie
-    taken[1][0, 1, 2] = False  # one of two that are equal
-    with replayed(taken) as exact:
-        run()
-    with replayed(taken, exact):
-        again = run()
-    assert again[0].values[0, 0].tolist() == pytest.approx([0.9, 0.3]) and not again[1][0, 1, 2]
-    taken[1][0, 0, 0] = True
-    with pytest.raises(PruneError, match=r'\(equal\): whether 0.9 and 0.3 are equal is told otherwise'):  # noqa: SIM117
-        with replayed(taken, exact):
-            run()
-
-
-def test_the_best_of_one_row_are_a_decision_too():
-    with recorded() as own, raw.settled_choices():
-        found = torch.tensor([0.1, 0.9, 0.5]).topk(2)
-    assert found.indices.tolist() == [1, 2] and [tuple(outcome.shape) for outcome in own] == [(1, 2)]
 
 
 class OnlyTrains(nn.Module):
@@ -138,7 +103,7 @@ class OnlyTrains(nn.Module):
 def test_a_run_that_computes_losses_is_none():
     network = raw.RawNetwork(OnlyTrains())
     network.try_out(torch.zeros(1, 3, 8, 8))
-    assert network.run is raw.of_features and not network.needs_samples
+    assert network.run is raw.on_features and not network.needs_samples
 
 
 class Clamped(nn.Module):
@@ -168,7 +133,7 @@ def test_a_head_that_needs_more_than_images_gives_what_its_predict_hands_on(name
     model, _ = build(config, size=64)
     network = raw.RawNetwork(model.eval())
     network.try_out(torch.zeros(1, 3, 64, 64))
-    assert network.run is raw.of_predict and network.needs_samples
+    assert network.run is raw.up_to_predict_by_feat and network.needs_samples
     handed = []
     stage = model.rpn_head.stages[-1]
     stage.predict_by_feat = lambda *args, **kwargs: handed.extend(raw.tensors_in(args)) or 1 / 0

@@ -73,7 +73,7 @@ def test_bad_input(run, tmp_path):
         ((path, '--out', path), 'x.pth: exists; remove it, or give another --out'),
         ((path, '--out', tmp_path / 'no' / 'y.pth'), 'there is no folder .*no; make it first'),
         ((path, '--out', tmp_path / 'y.pth', '--dynamic', '--with-preprocess'),
-         '--dynamic, --with-preprocess: .*y.pth is a checkpoint, and these are of .onnx files'),
+         '--dynamic, --with-preprocess: .*y.pth is a checkpoint, and these are options of .onnx files'),
     ):  # fmt: skip
         with pytest.raises(PruneError, match=text):
             run(RETINANET, *arguments)

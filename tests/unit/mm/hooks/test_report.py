@@ -8,7 +8,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
 from mmprune.mm.checkpoint import read_checkpoint
-from mmprune.mm.recording import page
+from mmprune.mm.recording import run_page
 from tests.helpers.hook_runs import HOOK, config, train
 
 
@@ -56,7 +56,7 @@ def test_a_run_that_is_killed_leaves_a_record_of_its_last_cut(tmp_path):
 
     noted = record_of(tmp_path)
     assert not noted['finished'] and len(noted['history']) == 1
-    assert 'has not come to its end' in page.write_page([tmp_path]).read_text()
+    assert 'has not reached its end' in run_page.write_page(tmp_path).read_text()
 
 
 def test_a_resumed_run_has_all_that_was_noted_before(tmp_path):
@@ -87,10 +87,10 @@ def test_state_is_plain_data_that_loads_without_code(tmp_path):
 def test_a_page_that_fails_leaves_a_good_training_and_says_how_to_make_it(
     tmp_path, monkeypatch, caplog
 ):
-    def failing(folders):
+    def failing(folder):
         raise RuntimeError('no ink')
 
-    monkeypatch.setattr(page, 'write_page', failing)
+    monkeypatch.setattr(run_page, 'write_page', failing)
     cfg = config(tmp_path)
     with caplog.at_level(logging.ERROR):
         runner = train(cfg)

@@ -17,7 +17,7 @@ def test_short(value, text):
 
 
 def test_nothing_is_shown_where_there_is_no_number():
-    assert numbers.whole(None) == numbers.percent(None) == numbers.percent(1, 0) == ''
+    assert numbers.integer(None) == numbers.percent(None) == numbers.percent(1, 0) == ''
     assert numbers.score(float('nan')) == numbers.score(-1) == numbers.score(None) == ''
     assert numbers.change(0.5, -1) == ''
 
@@ -27,4 +27,4 @@ def test_fractions_scores_and_changes():
     assert numbers.score(0.49949) == '0.499'
     assert numbers.change(0.5, 0.25) == '-0.250'
     assert numbers.change(0.25, 0.5) == '+0.250'
-    assert numbers.whole(350455552) == '350,455,552'
+    assert numbers.integer(350455552) == '350,455,552'

@@ -1,12 +1,15 @@
 """Pages from plain sections: whole, escaped, and complete in themselves."""
 
+import io
 import re
 from html.parser import HTMLParser
 
 import pytest
+from rich.console import Console
 
 from mmprune.mm import pages
 from mmprune.mm.pages import charts
+from mmprune.mm.pages.terminal import ROWS, print_page
 
 EVIL = '<script>alert("x")</script>'
 
@@ -14,9 +17,12 @@ EVIL = '<script>alert("x")</script>'
 def everything(word: str = 'word') -> pages.Page:
     """One of each block, with ``word`` wherever text goes."""
     bars = charts.paired_bars([charts.Bar(word, 8, 4), charts.Bar('b', 4, 4)])
-    lines = [charts.Line(word, [(0, 1), (1, 2)], labels=[word], marks=True)]
+    lines = [charts.Line(word, [(0, 1), (1, 2)], marks=True)]
     table = pages.Table(
-        word, [word, 'n'], [[word, pages.Cell(word, share=0.5, of=1.0, mark='fell', code=True)]], ['n']
+        word,
+        [word, 'n'],
+        [[word, pages.Cell(word, share=0.5, share_before=1.0, mark='fell', code=True)]],
+        ['n'],
     )
     blocks = [
         pages.Text(word),
@@ -24,7 +30,6 @@ def everything(word: str = 'word') -> pages.Page:
         pages.Facts([(word, word, word)]),
         pages.Figure(word, bars, word, [(word, 'was')], table),
         pages.Figure(word, charts.curves(lines, word, word, moments=[0.5]), key=charts.key(lines)),
-        pages.Figure(word, charts.histogram([0, 1, 2], [(word, 'now', [1, 2])], word, word)),
         pages.Pictures(
             [(word, [pages.Picture(word, 'data:image/gif;base64,R0lGODlhAQABAAAAACw=', word)])]
         ),
@@ -103,7 +108,6 @@ def test_curves_are_drawn_of_whatever_numbers_there_are(numbers):
 def test_no_bars_and_bars_of_nothing():
     assert '<svg' in charts.paired_bars([])(300)
     assert '<svg' in charts.paired_bars([charts.Bar('a', 0, 0)])(300)
-    assert '<svg' in charts.histogram([0, 1], [('a', 'now', [0])], 'x', 'y')(300)
 
 
 def test_bars_are_as_long_as_what_they_stand_for():
@@ -118,3 +122,30 @@ def test_ticks_are_round_and_inside():
     assert charts.ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     assert charts.ticks(0.37, 0.52, 4) == pytest.approx([0.4, 0.45, 0.5])
     assert charts.ticks(2, 2) == [2]
+
+
+def printed(page):
+    console = Console(file=io.StringIO(), width=140)
+    print_page(page, console)
+    return console.file.getvalue()
+
+
+def test_a_terminal_shows_texts_and_tables_as_they_are():
+    word = '[bold]word[/]'
+    page = everything(word)
+    table = pages.Table(word, [word, 'n'], [[pages.Cell(word), '1']], ['n'])
+
+    text = printed(pages.Page(word, word, [*page.sections, pages.Section('t', 't', [table])]))
+
+    assert f'Warning: {word}' in text
+    assert f'┃ {word} ┃' in text and f'│ {word} │' in text
+
+
+def test_a_terminal_says_how_many_rows_it_leaves_out():
+    rows = [[f'row {number}', str(number)] for number in range(ROWS + 3)]
+    section = pages.Section('a', 'A', [pages.Table('Rows', ['row', 'n'], rows, ['n'])])
+
+    text = printed(pages.Page('title', 'lead', [section]))
+
+    assert f'row {ROWS - 1} ' in text and f'row {ROWS} ' not in text
+    assert '3 more rows are in the files' in text

@@ -29,7 +29,7 @@ def boxes(coordinates, scores, labels=None):
 
 
 def test_notes_boxes_above_the_threshold_as_plain_numbers():
-    found = pictures.found_in(boxes([[1, 2, 3, 4.04], [5, 6, 7, 8]], [0.9, 0.1], [2, 0]))
+    found = pictures.predictions_of(boxes([[1, 2, 3, 4.04], [5, 6, 7, 8]], [0.9, 0.1], [2, 0]))
 
     assert found == {'boxes': [[1, 2, 3, 4.0]], 'labels': [2], 'scores': [pytest.approx(0.9)]}
     assert type(found['labels'][0]) is int and type(found['boxes'][0][0]) is float
@@ -38,15 +38,15 @@ def test_notes_boxes_above_the_threshold_as_plain_numbers():
 def test_persons_of_one_picture_come_together():
     one = {'keypoints': [[[1.0, 2.0]]], 'keypoint_scores': [[0.5]]}
 
-    assert pictures.together(None, one) == one
-    assert pictures.together(one, one)['keypoints'] == [[[1.0, 2.0]], [[1.0, 2.0]]]
+    assert pictures.merged(None, one) == one
+    assert pictures.merged(one, one)['keypoints'] == [[[1.0, 2.0]], [[1.0, 2.0]]]
 
 
 def test_what_is_not_drawn_here_is_not_noted():
-    assert pictures.found_in(DetDataSample()) is None
-    assert pictures.found_in(1.0) is None
+    assert pictures.predictions_of(DetDataSample()) is None
+    assert pictures.predictions_of(1.0) is None
     flat = InstanceData(keypoints=np.zeros((1, 5, 3)), keypoint_scores=np.zeros((1, 5)))
-    assert pictures.found_in(DetDataSample(pred_instances=flat)) is None
+    assert pictures.predictions_of(DetDataSample(pred_instances=flat)) is None
 
 
 class Files:
@@ -92,16 +92,10 @@ def test_notes_the_annotated_boxes_without_ignored_regions():
 def test_notes_the_annotated_keypoints():
     points, visible = np.array([[[1.0, 2.0], [3.0, 4.0]]]), np.array([[1, 0]])
     people = InstanceData(keypoints=points, keypoints_visible=visible)
-    found = pictures.keypoints_of(DetDataSample(gt_instances=people))
+    found = pictures.annotated_keypoints(DetDataSample(gt_instances=people))
     assert found == {'keypoints': [[[1.0, 2.0], [3.0, 4.0]]], 'keypoint_scores': [[1, 0]]}
-    assert pictures.keypoints_of(DetDataSample()) is None
-    assert pictures.keypoints_of(1.0) is None
-
-
-def test_says_which_pictures_a_run_was_tested_on():
-    told = pictures.tested(Files(['x/a.png', 'x/b.png']))
-    assert told['count'] == 2 and set(told['files']) <= {'a.png', 'b.png'}
-    assert pictures.tested([1, 2, 3]) == {'data_set': 'list', 'count': 3, 'files': []}
+    assert pictures.annotated_keypoints(DetDataSample()) is None
+    assert pictures.annotated_keypoints(1.0) is None
 
 
 @pytest.mark.parametrize(('size', 'scale'), [((64, 96), 5.0), ((600, 500), 1.0), ((1280, 640), 0.5)])
@@ -174,7 +168,7 @@ def test_draws_crosses_at_annotated_keypoints_that_are_visible(tmp_path):
 
 def test_draws_nothing_where_nothing_was_found(tmp_path):
     picture, scale = pictures.small_copy(jpeg(tmp_path))
-    found = pictures.found_in(boxes([], []))
+    found = pictures.predictions_of(boxes([], []))
 
     assert not changed(pictures.drawn(picture, scale, found, {}), picture).any()
 
@@ -182,5 +176,5 @@ def test_draws_nothing_where_nothing_was_found(tmp_path):
 def test_a_data_sets_meta_as_plain_data():
     meta = {'classes': ('a', 'b'), 'keypoint_colors': np.array([[1, 2, 3]]), 'sigmas': np.ones(3)}
 
-    assert pictures.meta_of(meta) == {'classes': ['a', 'b'], 'keypoint_colors': [[1, 2, 3]]}
-    assert pictures.meta_of(None) == {}
+    assert pictures.drawing_meta(meta) == {'classes': ['a', 'b'], 'keypoint_colors': [[1, 2, 3]]}
+    assert pictures.drawing_meta(None) == {}

@@ -8,7 +8,7 @@ from torch import nn
 import mmprune
 from mmprune.budget.budget import Budget
 from mmprune.graph import cost
-from mmprune.mm.recording.scores import summary
+from mmprune.mm.recording.recorder import summary_of_scores
 from mmprune.score import Score
 
 
@@ -26,7 +26,7 @@ def test_every_unit_is_counted_once():
     keep = np.ones(found.n_units, dtype=bool)
     keep[[0, 5, 6]] = False
 
-    told = summary(found, scores, keep, Score('l2', per='none'), Budget(keep_flops=0.5))
+    told = summary_of_scores(found, scores, keep, Score('l2', per='none'), Budget(keep_flops=0.5))
 
     assert sum(told['stay']) == found.n_units - 3 - 2
     assert sum(told['gone']) == 2
@@ -44,7 +44,7 @@ def test_scores_are_set_against_the_cost_that_the_choice_divides_by(budget, cost
     keep = np.ones(found.n_units, dtype=bool)
     scores = cost_of_units(found).unit_gradient(keep)
 
-    told = summary(found, scores, keep, Score('l2'), Budget(**{budget: 0.5}))
+    told = summary_of_scores(found, scores, keep, Score('l2'), Budget(**{budget: 0.5}))
 
     assert told['per'] == cost_of_units.__name__
     assert told['edges'][0] <= 0.0 <= told['edges'][-1]
@@ -55,6 +55,8 @@ def test_no_score_at_all():
     found = graph()
     scores = np.full(found.n_units, np.nan)
 
-    told = summary(found, scores, np.isnan(scores), Score('l2', per='budget'), Budget(latency=0.5))
+    told = summary_of_scores(
+        found, scores, np.isnan(scores), Score('l2', per='budget'), Budget(latency=0.5)
+    )
 
     assert told['per'] == 'none' and told['unscored'] == found.n_units and sum(told['stay']) == 0

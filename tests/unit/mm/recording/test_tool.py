@@ -1,36 +1,51 @@
 """tools/report.py, as it is called."""
 
-import subprocess
+import runpy
 import sys
 from pathlib import Path
+
+import pytest
 
 from tests.helpers import records
 
 TOOL = Path(__file__).parents[4] / 'tools' / 'report.py'
 
 
-def call(*args, cwd):
-    return subprocess.run(
-        [sys.executable, str(TOOL), *map(str, args)], capture_output=True, text=True, cwd=cwd
-    )
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Calls the tool and returns what it prints, or the error that it ends with."""
+
+    def call(*args):
+        monkeypatch.setattr(sys, 'argv', [str(TOOL), *map(str, args)])
+        try:
+            runpy.run_path(str(TOOL), run_name='__main__')
+        except SystemExit as error:
+            return capsys.readouterr().err + str(error)
+        return capsys.readouterr().out
+
+    return call
 
 
-def test_makes_a_page_of_one_run_and_says_where(tmp_path):
-    run = records.write(tmp_path / 'run')
+@pytest.fixture
+def run(tmp_path):
+    return records.write(tmp_path / 'run')
 
-    done = call(run, cwd=tmp_path)
 
-    assert done.returncode == 0 and f'Wrote {run}/report.html' in done.stdout
+def test_makes_a_page_of_one_run_and_says_where(call, run, tmp_path):
+    assert f'Wrote {run}/report.html' in call(run)
     assert (run / 'report.html').is_file()
+    assert 'Wrote' in call(run, '--out', tmp_path / 'page.html')
+    assert (tmp_path / 'page.html').is_file()
 
 
-def test_what_is_no_folder_and_what_can_not_be_written_are_told_in_a_line(tmp_path):
-    run = records.write(tmp_path / 'run')
+def test_errors_name_the_remedy(call, run, tmp_path):
     (tmp_path / 'file').write_text('')
 
-    missing = call(tmp_path / 'none', cwd=tmp_path)
-    full = call(run, '--out', tmp_path / 'file' / 'page.html', cwd=tmp_path)
+    assert 'is no folder' in call(tmp_path / 'none')
+    assert 'record.json does not exist' in call(tmp_path)
+    unwritable = call(run, '--out', tmp_path / 'file' / 'page.html')
+    assert 'name a file that can be written: --out' in unwritable
 
-    assert missing.returncode == 2 and 'is no folder' in missing.stderr
-    assert full.returncode == 1 and 'name a file that can be written: --out' in full.stderr
-    assert 'Traceback' not in missing.stderr + full.stderr
+
+def test_the_comparison_of_several_runs_is_named_as_removed(call, run):
+    assert 'the comparison of several runs was removed: give one directory' in call(run, run)

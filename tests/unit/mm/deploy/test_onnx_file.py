@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mmprune import PruneError
-from mmprune.mm.deploy.runtime import BACKENDS, Port, open_model
+from mmprune.mm.deploy.onnx_file import BACKENDS, Port, open_model
 from tests.helpers.tiny import save
 
 IMAGES = np.random.default_rng(0).uniform(1, 9, (4, 3, 4, 6)).astype(np.float32)
