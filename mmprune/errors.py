@@ -30,8 +30,11 @@ class InexactCut(PruneError):
     """
 
 
-REMOVED_OPTIONS: dict[str, str] = {}
-"""What to use in place of each option that earlier versions had: {option: replacement, as a sentence}."""
+REMOVED_OPTIONS: dict[str, str] = {
+    'predictions': 'distillation compares features alone; leave it out',
+    'temperature': 'distillation compares features alone; leave it out',
+}
+"""{option of an earlier version: what to do in its place, as a clause}."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

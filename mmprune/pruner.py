@@ -27,7 +27,8 @@ from mmprune.session import choose_for, cut_once
 from mmprune.surgery.build import remaining
 from mmprune.surgery.meta import plan_in, read_file
 from mmprune.surgery.parts import innermost, unwrapped_in_steps
-from mmprune.surgery.plan import Plan, fingerprint, plan_of, shape_text
+from mmprune.surgery.plan import Plan, plan_of
+from mmprune.surgery.structure import fingerprint, shape_text
 
 ToLoss = Callable[[nn.Module, Any], Any]
 

@@ -42,7 +42,6 @@ STUDY = Study(
         DEFAULT,
         DEFAULT_30,
         pruned('distill', 'with distillation', distill=True),
-        pruned('heatmaps', 'with distillation of heatmaps alone', distill=dict(features=0)),
         replace(pruned('taught', 'with distillation from "not pruned"', distill=True), teacher='dense'),
         replace(
             pruned(

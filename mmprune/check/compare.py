@@ -1,35 +1,43 @@
-"""How far two runs' outputs are from each other, in numbers that outlive the outputs."""
+"""Compares the outputs of two runs, and keeps only numbers, so that the outputs can be freed."""
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
 
-from mmprune.contexts import tensors_in
 from mmprune.errors import PruneError
 
 TOLERANCE = 1e-4
 """Largest relative error that rounding explains in single precision, over a deep network."""
 
-Key = tuple[str, int, int]
-"""A module's name, its how many-th call, and the position of a tensor in what it returned."""
+OutputKey = tuple[str, int, int]
+"""(name of a module, index of its call, position of a tensor in its output)."""
 
 
 @dataclass
 class Comparison:
-    """Numbers of the outputs that were compared; the outputs themselves are gone by then."""
+    """The differences between the outputs of two models.
 
-    differences: dict[Key, tuple[float, float]] = field(default_factory=dict)
+    Args:
+        narrower: names of modules whose output has fewer channels in the pruned model. These outputs
+            are not compared. A module whose output changes its shape is added.
+        differences: {output: (largest absolute difference, largest absolute value)}.
+        sizes: {(module, position): largest absolute value over all calls}. A head that runs on five
+            levels may return almost zero on one of them, where rounding would look like an error.
+        numbers: how many finite numbers were compared.
+        coarsest: the largest machine epsilon among the outputs.
+    """
+
+    narrower: set[str]
+    differences: dict[OutputKey, tuple[float, float]] = field(default_factory=dict)
     sizes: dict[tuple[str, int], float] = field(default_factory=dict)
-    narrower: set[str] = field(default_factory=set)
     numbers: int = 0
     coarsest: float = 0.0
 
-    def add(self, key: Key, wanted: torch.Tensor, found: torch.Tensor) -> None:
-        """One output of each model. One whose shape changed is that of a narrower layer."""
+    def add(self, key: OutputKey, wanted: torch.Tensor, found: torch.Tensor) -> None:
+        """Compares one output of the original with that of the pruned model."""
         name, _, position = key
         self.coarsest = max(self.coarsest, torch.finfo(wanted.dtype).eps)
         if found.shape != wanted.shape:
@@ -38,17 +46,15 @@ class Comparison:
         difference, size, count = deviation(wanted, found)
         self.differences[key] = (difference, size)
         self.numbers += count
-        # A head that runs on five levels may give next to nothing on one of them.
         if name:
             self.sizes[name, position] = max(self.sizes.get((name, position), 0.0), size)
 
-    def results(self, wanted: Any, found: Any) -> str:
-        """Adds what the models returned; a complaint where the shapes differ."""
-        made = tensors_in(found)
-        for position, tensor in enumerate(tensors_in(wanted)):
+    def add_results(self, wanted: list[torch.Tensor], found: list[torch.Tensor]) -> str:
+        """Compares what the two models returned. Returns a complaint if the shapes differ, or ''."""
+        for position, tensor in enumerate(wanted):
             if not tensor.is_floating_point():
                 continue
-            other = made[position] if position < len(made) else None
+            other = found[position] if position < len(found) else None
             if other is None or other.shape != tensor.shape:
                 shape = None if other is None else tuple(other.shape)
                 return (
@@ -61,7 +67,13 @@ class Comparison:
     def verdict(
         self, decided: float, tolerance: float | None, modules: dict[str, nn.Module]
     ) -> tuple[float, str]:
-        """The largest relative error, and a complaint where it is too large."""
+        """The largest relative error, and a complaint if it is above the tolerance.
+
+        Args:
+            decided: the largest relative error of the inputs of decisions.
+            tolerance: largest relative error that passes; ``None``: it follows from the precision.
+            modules: the modules of the pruned model by name, for the message.
+        """
         if not self.numbers:
             raise PruneError(
                 'nothing can be compared: forward returns no finite number, and no module gives one of '
@@ -84,50 +96,49 @@ class Comparison:
         )
 
 
-def deviation(wanted: torch.Tensor, found: torch.Tensor) -> tuple[float, float, int]:
-    """(max |a - b|, max |a|, how many numbers that is over): of finite positions; the first is
-    infinite where only one of the two is finite."""
-    difference, size, count = 0.0, 0.0, wanted.numel()
-    for a, b in zip(_pieces(wanted), _pieces(found), strict=True):
-        one, two = _largest(a), _largest(a - b)
-        if not math.isfinite(one + two):
-            finite = torch.isfinite(a)
-            count += int(finite.sum()) - a.numel()
-            alike = torch.equal(finite, torch.isfinite(b))
-            a, b = a.nan_to_num(0, 0, 0), b.nan_to_num(0, 0, 0)
-            one, two = _largest(a), _largest(a - b) if alike else math.inf
-        difference, size = max(difference, two), max(size, one)
-    return difference, size, count
-
-
-def largest(value: torch.Tensor) -> float:
-    """max |value| over finite positions."""
-    return max((_largest(piece.nan_to_num(0, 0, 0)) for piece in _pieces(value)), default=0.0)
-
-
 def relative_error(wanted: torch.Tensor, found: torch.Tensor) -> float:
-    """max |a - b| / max |a|, over finite positions; infinite where only one is finite."""
+    """max |a - b| / max |a| over finite positions; infinite if only one of two numbers is finite."""
     difference, size, _ = deviation(wanted, found)
     return difference / max(size, 1e-12)
 
 
+def deviation(wanted: torch.Tensor, found: torch.Tensor) -> tuple[float, float, int]:
+    """Compares two tensors of one shape at the positions where they are finite.
+
+    Returns:
+        (max |a - b|, max |a|, number of finite positions). The first is infinite if at some position
+        only one of the two numbers is finite.
+    """
+    difference, size, count = 0.0, 0.0, wanted.numel()
+    for a, b in zip(_pieces(wanted), _pieces(found), strict=True):
+        piece_size, piece_difference = _largest(a), _largest(a - b)
+        if not math.isfinite(piece_size + piece_difference):
+            finite = torch.isfinite(a)
+            count += int(finite.sum()) - a.numel()
+            alike = torch.equal(finite, torch.isfinite(b))
+            a, b = a.nan_to_num(0, 0, 0), b.nan_to_num(0, 0, 0)
+            piece_size, piece_difference = _largest(a), _largest(a - b) if alike else math.inf
+        difference, size = max(difference, piece_difference), max(size, piece_size)
+    return difference, size, count
+
+
 def is_finite(value: torch.Tensor) -> bool:
+    """Whether all numbers are finite."""
     return all(math.isfinite(_largest(piece)) for piece in _pieces(value))
 
 
 PIECE = 1 << 18
-"""Numbers that are compared at a time: few enough for a processor's cache."""
+"""Numbers that a CPU compares at a time: few enough for its cache."""
 
 
 def _pieces(value: torch.Tensor) -> Iterator[torch.Tensor]:
-    """``value`` in parts, in single precision where it is coarser."""
+    """``value`` in parts. Numbers of less than single precision are converted to single precision."""
     size = PIECE if value.device.type == 'cpu' else max(value.numel(), 1)
     for piece in value.detach().reshape(-1).split(size) if value.numel() else ():
         yield piece.float() if piece.element_size() < 4 else piece
 
 
 def _largest(value: torch.Tensor) -> float:
-    """max |value|; not finite where there is a number that is not. (A norm would be 30 times slower
-    on a CPU.)"""
+    """max |value|; not finite if any number is not. (A norm would be 30 times slower on a CPU.)"""
     low, high = torch.aminmax(value)
     return float(torch.maximum(-low, high))

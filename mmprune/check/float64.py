@@ -1,4 +1,14 @@
-"""Runs code that was written for single precision in double precision, to tell rounding from faults."""
+"""Runs code that was written for single precision in double precision, to tell rounding from faults.
+
+The problem: a cut that is exact may still differ by rounding, and a deep network that divides by small
+numbers can lose more than four digits. In double precision rounding is a billion times smaller, so what
+still differs there is a fault. But ``model.double()`` is not enough: code that names ``torch.float32``
+would round again, or fail on mixed precisions.
+
+The idea: modes of torch convert every single precision tensor, and every ``torch.float32`` that is an
+argument, before an operation runs. For example, ``x.to(torch.float32)`` leaves ``x`` in double
+precision.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -15,16 +25,16 @@ COLUMNS = 1 << 26
 """Numbers that a convolution may unfold its input to at once."""
 
 
-class Double(TorchDispatchMode):
-    """Every operation takes its single precision inputs in double, whatever the code asks for."""
+class DoubleOperations(TorchDispatchMode):
+    """Converts the single precision inputs of every operation to double precision."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        # How deepcopy makes a tensor of the same memory.
+        # `deepcopy` makes a tensor that shares memory by these two operations.
         fresh = func is torch.ops.aten.new_empty.default and not args[1]
         if fresh or func._schema.name == 'aten::set_':
             return func(*args, **kwargs)
-        if func._schema.is_mutable:  # what is written to must be the tensor itself
+        if func._schema.is_mutable:  # the tensor that is written to must stay the same tensor
             return func(args[0], *tree_map(widened, args[1:]), **tree_map(widened, kwargs))
         args, kwargs = tree_map(widened, (args, kwargs))
         if func is torch.ops.aten.convolution.default and not kwargs:
@@ -32,8 +42,8 @@ class Double(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-class Before(TorchFunctionMode):
-    """The same for what a function checks before it comes to operations (a convolution, its dtypes)."""
+class DoubleFunctions(TorchFunctionMode):
+    """Converts the inputs of torch's functions, since some check dtypes before they call operations."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -43,10 +53,10 @@ class Before(TorchFunctionMode):
 
 
 def doubled(forward: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """``forward`` under the modes, which belong to the thread that it is called in."""
+    """``forward`` under both modes, which hold for the thread that calls it."""
 
     def run(model: Any) -> Any:
-        with Before(), Double():
+        with DoubleFunctions(), DoubleOperations():
             return forward(model)
 
     return run
@@ -54,7 +64,7 @@ def doubled(forward: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 @contextlib.contextmanager
 def in_double() -> Iterator[None]:
-    """What the modes do not see, for all threads: new tensors, and compiled functions."""
+    """Converts what the modes do not see, for all threads: new tensors, and compiled functions."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -65,32 +75,34 @@ def in_double() -> Iterator[None]:
 
 
 def convolved(x: torch.Tensor, weight: torch.Tensor, *options: Any) -> torch.Tensor:
-    """A convolution, by few enough examples at a time. In double precision a CPU unfolds the input of
-    all of them first, which at 800 x 1333 pixels takes more memory than a training step."""
+    """A convolution that takes few examples at a time. In double precision a CPU first unfolds the
+    input of all examples, which at 800 x 1333 pixels takes more memory than a training step."""
     columns = x[0, 0].numel() * weight[0].numel() * options[-1] if x.numel() else 0
-    some = max(1, COLUMNS // max(1, columns))
-    if some >= x.shape[0]:
+    examples = max(1, COLUMNS // max(1, columns))
+    if examples >= x.shape[0]:
         return torch.ops.aten.convolution.default(x, weight, *options)
-    parts = [torch.ops.aten.convolution.default(part, weight, *options) for part in x.split(some)]
-    return torch.cat(parts)
+    parts = x.split(examples)
+    return torch.cat([torch.ops.aten.convolution.default(part, weight, *options) for part in parts])
 
 
 def widened(value: Any) -> Any:
+    """A single precision tensor in double precision, or the double dtype for the single one."""
     if isinstance(value, torch.Tensor) and value.dtype == torch.float32:
         return value.double()
     return torch.float64 if value is torch.float32 else value
 
 
-def in_single(value: Any) -> Any:
-    return value.float() if isinstance(value, torch.Tensor) and value.dtype == torch.float64 else value
-
-
 def compiled(name: str, function: Callable, args: tuple, kwargs: dict) -> Any:
-    """Some (mmcv's nms) know single precision only; what they return are decisions."""
+    """Calls a compiled function in double precision if it can, or else in single precision. Functions
+    such as mmcv's nms know single precision only; they return decisions, which are not rounded."""
     args, kwargs = tree_map(widened, (args, kwargs))
     try:
         return function(*args, **kwargs)
     except RuntimeError:
         with _disable_current_modes():
-            args, kwargs = tree_map(in_single, (args, kwargs))
+            args, kwargs = tree_map(_in_single, (args, kwargs))
             return function(*args, **kwargs)
+
+
+def _in_single(value: Any) -> Any:
+    return value.float() if isinstance(value, torch.Tensor) and value.dtype == torch.float64 else value

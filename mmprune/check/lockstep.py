@@ -1,4 +1,16 @@
-"""Two runs that take turns, so that what they compute can be compared piece by piece and dropped."""
+"""Runs a function in a second thread, in turns with the caller, so that two runs can be compared.
+
+The problem: comparing all outputs of two runs needs the outputs of one run in memory until the other
+run has made the same ones. For a detector at full size that takes as much memory as a training step.
+
+The idea: the two runs take turns. The first run stops whenever it has shown enough tensors, and waits.
+The second run compares its outputs with the shown ones, drops them, and asks for more. Example::
+
+    ahead = RunAhead(lambda show: [show(i, layer) for i, layer in enumerate(layers_of_the_original)])
+    ahead.advance()   # the first run makes the first outputs: ahead.shown = deque([(0, tensor)])
+    ...               # the caller compares them with its own, and clears ahead.shown
+    ahead.advance()   # the first run goes on from where it stopped
+"""
 
 import random
 import threading
@@ -10,7 +22,7 @@ import numpy as np
 import torch
 
 AHEAD = 16 * 2**20
-"""Bytes of small tensors that may pile up before the other run gets its turn: turns cost time too."""
+"""Bytes of shown tensors after which the run ahead stops. Fewer would cost time, by more turns."""
 
 
 class Abandoned(BaseException):
@@ -18,15 +30,15 @@ class Abandoned(BaseException):
 
 
 class RunAhead:
-    """A function in a thread of its own that stops where it has shown enough tensors.
+    """A function in a second thread that stops when it has shown enough tensors.
 
-    Only one of the two threads runs at any moment, and each has its own random state, so both draw what
-    they would have drawn alone. Modes of torch (no_grad, dispatch modes) belong to a thread; gradients
-    are off in this one, and autocast and the device are the caller's.
+    Only one of the two threads runs at any moment, and each has its own random state, so both draw the
+    numbers that they would draw alone. Modes of torch (no_grad, dispatch modes) belong to a thread: the
+    second thread runs without gradients, with the caller's autocast and GPU.
 
     Args:
         function: called with ``show(key, tensor)``, which may wait until :meth:`advance` is called
-            again. A tensor is shown as it is at that moment, whatever is written into it later.
+            again. A tensor is shown with its values at that moment, even if it is written to later.
     """
 
     def __init__(self, function: Callable[[Callable[[Any, torch.Tensor], None]], Any]) -> None:
@@ -34,21 +46,24 @@ class RunAhead:
         self._turn = threading.Condition()
         self._runs = self._abandoned = False
         self._randomness = random_state()
-        self._devices = [(kind, *_autocast(kind)) for kind in ('cpu', 'cuda')]
+        self._autocast = [
+            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+            for kind in ('cpu', 'cuda')
+        ]
         self._cuda = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         self._error: BaseException | None = None
+        self._held = 0  # bytes shown since the last turn
         self.shown: deque[tuple[Any, torch.Tensor]] = deque()
-        self._held = 0
         self.result: Any = None
         self.ended = False
         self.thread = threading.Thread(target=self._run, daemon=True)
 
     def advance(self) -> None:
-        """Goes on until more is in ``shown``, or to ``ended`` and ``result``. Raises what the function
-        raised."""
+        """Lets the function run until more is in ``shown``, or until it has ``ended`` with ``result``.
+        Raises what the function raised."""
         if self.ended:
             return
-        mine = random_state()
+        callers_randomness = random_state()
         set_random_state(self._randomness)
         self._held = 0
         with self._turn:
@@ -58,7 +73,7 @@ class RunAhead:
             self._turn.notify_all()
             self._turn.wait_for(lambda: not self._runs)
         self._randomness = random_state()
-        set_random_state(mine)
+        set_random_state(callers_randomness)
         if self._error is not None:
             error, self._error = self._error, None
             raise error
@@ -72,15 +87,15 @@ class RunAhead:
             self.thread.join()
 
     def show(self, key: Any, tensor: torch.Tensor) -> None:
-        """Called by the function only; elsewhere (the other run entered this one's model) it does
-        nothing."""
+        """Adds to ``shown``. Calls from another thread (the other run entered this run's model) are
+        ignored."""
         if threading.current_thread() is not self.thread:
             return
         self._held += tensor.numel() * tensor.element_size()
         if self._held < AHEAD:
             self.shown.append((key, tensor.clone()))
             return
-        self.shown.append((key, tensor))  # nothing is written into it before it was looked at
+        self.shown.append((key, tensor))  # no copy: this thread waits until the caller has seen it
         with self._turn:
             self._runs = False
             self._turn.notify_all()
@@ -92,7 +107,7 @@ class RunAhead:
         try:
             if self._cuda is not None:
                 torch.cuda.set_device(self._cuda)
-            for kind, enabled, dtype in self._devices:
+            for kind, enabled, dtype in self._autocast:
                 torch.set_autocast_enabled(kind, enabled)
                 torch.set_autocast_dtype(kind, dtype)
             with torch.no_grad():
@@ -105,10 +120,6 @@ class RunAhead:
             with self._turn:
                 self.ended, self._runs = True, False
                 self._turn.notify_all()
-
-
-def _autocast(kind: str) -> tuple[bool, torch.dtype]:
-    return torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
 
 def random_state() -> tuple[Any, ...]:

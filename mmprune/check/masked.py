@@ -1,4 +1,4 @@
-"""The original as a cut should leave it: what is cut set to zero, in place or in a copy."""
+"""The original as a cut should leave it: the parameters of removed channels are zero."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -7,44 +7,33 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmprune.copies import copied
-from mmprune.surgery.plan import Plan, check_fingerprint
+from mmprune.surgery.plan import Plan
 
 MASK = 1e-18
-"""What stands for zero: a weight that is divided by its own norm (weight norm) would be NaN at zero.
-Its square is still a normal number in single precision; in half precision it is zero."""
+"""The value that is used for zero. At zero itself, a weight that is divided by its own norm (weight
+norm) would be NaN. The square of this value is still a normal number in single precision; in half
+precision the value is zero."""
 
 
 @contextlib.contextmanager
 def masked_in_place(model: nn.Module, plan: Plan) -> Iterator[None]:
-    """The parameters of every channel that ``plan`` removes are zero (``MASK``) meanwhile.
+    """Sets the parameters of every channel that ``plan`` removes to zero (``MASK``) inside the block.
 
-    Through ``.data``, so that a graph that still waits for its backward pass is not told: the values
-    that it was made with come back to the bit.
+    Afterwards each parameter has the same bits as before. Writing through ``.data`` hides the change
+    from autograd, so a graph that still waits for its backward pass stays valid.
     """
     put_back: list[Callable[[], Any]] = []
     try:
         for name, parameter in model.named_parameters():
             value = parameter.data
             for dim in plan.keep.get(name, {}):
-                gone = torch.tensor(plan.removed(name, dim), device=value.device)
-                old = value.index_select(dim, gone)
+                removed = torch.tensor(plan.removed(name, dim), device=value.device)
+                old = value.index_select(dim, removed)
                 put_back.append(
-                    lambda value=value, dim=dim, gone=gone, old=old: value.index_copy_(dim, gone, old)
+                    lambda value=value, dim=dim, at=removed, old=old: value.index_copy_(dim, at, old)
                 )
-                value.index_fill_(dim, gone, MASK)
+                value.index_fill_(dim, removed, MASK)
         yield
     finally:
         for back in reversed(put_back):
             back()
-
-
-def masked(original: nn.Module, plan: Plan) -> nn.Module:
-    """A copy of ``original`` in which the parameters of every removed channel are zero (``MASK``)."""
-    check_fingerprint(plan.fingerprint, original, 'the plan', plan.aliases)
-    model = copied(original)
-    for name, parameter in model.named_parameters():
-        for dim in plan.keep.get(name, {}):
-            gone = torch.tensor(plan.removed(name, dim), device=parameter.device)
-            parameter.data.index_fill_(dim, gone, MASK)
-    return model

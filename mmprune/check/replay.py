@@ -1,4 +1,16 @@
-"""Decisions of one run, repeated in a second, so that rounding can't tip them."""
+"""Repeats the decisions of one run in a second run, so that rounding can't change them.
+
+The problem: near ties in top-k, thresholds and matching fall either way by rounding. Two detectors that
+compute the same up to rounding may then keep different boxes, and everything after that differs
+although no channel was cut wrongly.
+
+The idea: results of operations that are integers or booleans are decisions. The first run records them,
+and the second run gets the recorded result in place of its own. A wrong cut must still be seen, so the
+inputs of each decision are compared by their sums.
+
+Example: ``scores.topk(100)`` returns (values, indices). The second run keeps its own values and gets
+the indices of the first run.
+"""
 
 import functools
 from collections.abc import Callable
@@ -12,121 +24,134 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from mmprune.contexts import tensors_in
 from mmprune.graph.slots import named_state
 
-Key = tuple[str, int]
-"""An operation's name, and its how many-th call."""
+Call = tuple[str, int]
+"""(operation name, call index)."""
 
 Basis = tuple[torch.Size, float, float]
-"""Shape, sum, and sum of absolute values of a tensor that a decision was taken on."""
-
+"""(shape, sum, sum of absolute values) of a tensor that a decision depends on."""
 
 AT_BOXES = frozenset({'mmcv::roi_align_forward', 'mmcv::roi_pool_forward'})
-"""Compiled functions of (map, boxes (K, 5), ...)."""
+"""Compiled functions whose arguments are (map, boxes (K, 5), ...)."""
 
 
 @dataclass
-class Taken:
-    """What the first run decided and the second has not come to yet. ``error``: the largest relative
-    difference between what decisions were taken on in the two runs (its sum, over the sum of its
-    absolute values)."""
+class Decisions:
+    """Decisions of the first run that the second run has not reached yet.
 
-    results: dict[Key, list[Any]] = field(default_factory=dict)
-    bases: dict[Key, list[Basis]] = field(default_factory=dict)
-    places: dict[Key, torch.Tensor] = field(default_factory=dict)
+    Args:
+        results: {call: results of the operation}.
+        bases: {call: basis of each floating point input}.
+        boxes: {call: boxes at which a map is sampled, (K, 5)}.
+        error: the largest relative difference between the inputs of decisions in the two runs: the
+            difference of their sums over the sum of absolute values.
+    """
+
+    results: dict[Call, list[Any]] = field(default_factory=dict)
+    bases: dict[Call, list[Basis]] = field(default_factory=dict)
+    boxes: dict[Call, torch.Tensor] = field(default_factory=dict)
     error: float = 0.0
 
 
 class DecisionReplay(TorchDispatchMode):
-    """Records integer and boolean results of one run into ``taken``, or repeats them from there.
+    """Records the decisions of one run, or repeats them in a second run.
 
-    The second run is the one that has ``catch_up``. Near ties in top-k, thresholds and matching fall
-    either way by rounding; what follows would then differ without anything being wrong. Results whose
-    shape changed are those of narrower tensors, no decisions, and left alone. ``reads_model``: whether
-    the run used ``model`` at all.
+    A result whose shape differs between the runs belongs to a narrower tensor, is no decision, and
+    stays as it is.
+
+    Args:
+        model: the model that the run should use; ``reads_model`` then says whether it does.
+        decisions: where the first run records, and the second run reads.
+        catch_up: for the second run only: lets the first run continue, and returns whether it could.
     """
 
     def __init__(
-        self, model: nn.Module, taken: Taken, catch_up: Callable[[], bool] | None = None
+        self, model: nn.Module, decisions: Decisions, catch_up: Callable[[], bool] | None = None
     ) -> None:
-        """``catch_up``: of the second run: lets the first go on, and says whether it could."""
         super().__init__()
-        self._own = {id(tensor) for _, tensor in named_state(model)}
-        self._taken, self._catch_up = taken, catch_up
+        self._state_ids = {id(tensor) for _, tensor in named_state(model)}
+        self._decisions, self._catch_up = decisions, catch_up
         self._calls: dict[str, int] = {}
         self.reads_model = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not self.reads_model:
-            self.reads_model = any(id(t) in self._own for t in tensors_in((args, kwargs)))
+            self.reads_model = any(id(t) in self._state_ids for t in tensors_in((args, kwargs)))
         out = func(*args, **kwargs)
-        # A view must stay one: what is written through it has to reach the tensor behind it.
-        return out if _shares(func) else self._settled(str(func), (args, kwargs), out)
+        # A view must stay a view: what is written to it has to reach the tensor that it shows.
+        return out if _shares_memory(func) else self._settled(str(func), (args, kwargs), out)
 
     def compiled(self, name: str, function: Callable, args: tuple, kwargs: dict) -> Any:
-        """The same for a compiled function (nms). Where one samples a map at boxes, the second run
-        takes those of the first, which are compared: a map changes fast from pixel to pixel, so that a
-        box moved by rounding alone gives other features."""
+        """Does the same for a compiled function, such as nms.
+
+        If the function samples a map at boxes, the second run samples at the first run's boxes, and the
+        boxes are compared. A map changes fast from pixel to pixel, so a box that is moved by rounding
+        alone would give other features.
+        """
         if name in AT_BOXES:
             with _disable_current_modes():
-                args = (args[0], self._places(name, args[1]), *args[2:])
+                args = (args[0], self._settled_boxes(name, args[1]), *args[2:])
         out = function(*args, **kwargs)
-        with _disable_current_modes():  # what is copied here is no decision of the model's
+        with _disable_current_modes():  # copies that are made here are no operations of the model
             return self._settled(name, (args, kwargs), out)
 
-    def _places(self, name: str, boxes: torch.Tensor) -> torch.Tensor:
-        number = self._calls[name] = self._calls.get(name, -1) + 1
+    def _settled_boxes(self, name: str, boxes: torch.Tensor) -> torch.Tensor:
+        call = self._next_call(name)
         if self._catch_up is None:
-            self._taken.places[name, number] = boxes
+            self._decisions.boxes[call] = boxes
             return boxes
-        self._wait_for(self._taken.places, (name, number))
-        before = self._taken.places.pop((name, number), boxes)
+        self._wait_for(self._decisions.boxes, call)
+        before = self._decisions.boxes.pop(call, boxes)
         if before.shape != boxes.shape:
             return boxes
         if boxes.numel():
             moved = (before - boxes).abs().amax(0) / before.abs().amax(0).clamp_min(1e-12)
-            self._taken.error = max(self._taken.error, float(moved.max()))
+            self._decisions.error = max(self._decisions.error, float(moved.max()))
         return before.to(boxes.dtype)
 
     def _settled(self, name: str, inputs: Any, out: Any) -> Any:
-        """``out``, recorded, or with decisions of the first run in its place."""
+        """``out`` itself in the first run; in the second with the decisions of the first."""
         results = out if isinstance(out, list | tuple) else [out]
-        if not any(_decides(r) for r in results):
+        if not any(_decides(result) for result in results):
             return out
-        number = self._calls[name] = self._calls.get(name, -1) + 1
-        key = (name, number)
-        bases = [_basis(t) for t in tensors_in(inputs) if t.is_floating_point()]
-        taken = self._taken
+        call, decisions = self._next_call(name), self._decisions
+        bases = [_basis(tensor) for tensor in tensors_in(inputs) if tensor.is_floating_point()]
         if self._catch_up is None:
-            taken.bases[key] = bases
-            taken.results[key] = [
+            decisions.bases[call] = bases
+            decisions.results[call] = [
                 r.clone() if isinstance(r, torch.Tensor) and _decides(r) else r for r in results
             ]
             return out
-        self._wait_for(taken.results, key)
-        for old, new in zip(taken.bases.pop(key, bases), bases, strict=False):
+        self._wait_for(decisions.results, call)
+        for old, new in zip(decisions.bases.pop(call, bases), bases, strict=False):
             if old[0] == new[0]:
-                taken.error = max(taken.error, abs(old[1] - new[1]) / max(old[2], 1e-12))
-        before = taken.results.pop(key, results)
+                decisions.error = max(decisions.error, abs(old[1] - new[1]) / max(old[2], 1e-12))
+        before = decisions.results.pop(call, results)
         repeated = [
             old if _decides(new) and _alike(old, new) else new
             for old, new in zip(before, results, strict=True)
         ]
         return type(out)(repeated) if isinstance(out, list | tuple) else repeated[0]
 
-    def _wait_for(self, found: dict[Key, Any], key: Key) -> None:
-        """The first run may not have come as far, if what it waits with is of no interest any more."""
-        while key not in found and self._catch_up is not None and self._catch_up():
+    def _next_call(self, name: str) -> Call:
+        self._calls[name] = self._calls.get(name, -1) + 1
+        return name, self._calls[name]
+
+    def _wait_for(self, recorded: dict[Call, Any], call: Call) -> None:
+        """Lets the first run continue until it has recorded this call, or has ended. It may be behind
+        if its outputs so far are of modules that are not compared any more."""
+        while call not in recorded and self._catch_up is not None and self._catch_up():
             pass
 
 
 @functools.cache
-def _shares(func: Any) -> bool:
+def _shares_memory(func: Any) -> bool:
     """Whether an operation writes to its inputs, or returns them or a view of them."""
     return func._schema.is_mutable or any(r.alias_info for r in func._schema.returns)
 
 
 def _basis(tensor: torch.Tensor) -> Basis:
-    """Of what is finite in ``tensor``; in its own precision, or single where that is coarser."""
+    """The basis over the finite numbers, computed at least in single precision."""
     values = tensor.detach()
     values = values.float() if values.element_size() < 4 else values
     if values.is_sparse:

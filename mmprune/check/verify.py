@@ -1,4 +1,18 @@
-"""Checks a cut: the pruned model computes what the original does with the cut channels at zero."""
+"""Checks a cut: the pruned model computes what the original does with the removed channels at zero.
+
+The problem: a rule or an adapter may be wrong, so a cut has to be compared with something independent
+of them. The idea: in the original, set the parameters of all removed channels to zero, and run both
+models on one batch. Everything that still has its shape must be equal up to rounding.
+
+Example: of a convolution with 8 channels, 4 are removed. Its own output has another shape, so it is not
+compared. The next convolution reads 8 channels in the original, of which 4 are zero, and 4 in the
+pruned model: both must return the same numbers.
+
+Three things make this work on detectors. Both runs proceed in turns, so that few activations are held
+(:mod:`mmprune.check.lockstep`). Decisions of the original are repeated in the pruned model, so that a
+near tie does not look like a fault (:mod:`mmprune.check.replay`). If the difference could be rounding,
+the comparison is repeated in double precision (:mod:`mmprune.check.float64`).
+"""
 
 import contextlib
 import math
@@ -12,24 +26,21 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._python_dispatch import _disable_current_modes
 
-from mmprune.check.compare import (
-    Comparison,
-    Key,
-    is_finite,
-)
+from mmprune.check.compare import Comparison, OutputKey, is_finite
 from mmprune.check.float64 import doubled, in_double
 from mmprune.check.lockstep import RunAhead
 from mmprune.check.masked import masked_in_place
-from mmprune.check.replay import DecisionReplay, Taken
+from mmprune.check.replay import DecisionReplay, Decisions
 from mmprune.contexts import Forward, evaluating, tensors_in, tensors_of_output, unchanged
 from mmprune.copies import copied
 from mmprune.errors import InexactCut, PruneError
 from mmprune.graph.extensions import intercept
 from mmprune.surgery.parts import innermost
-from mmprune.surgery.plan import Plan, check_fingerprint
+from mmprune.surgery.plan import Plan
+from mmprune.surgery.structure import check_fingerprint
 
-DOUBLE = 1e-5
-"""The same in double precision: the worst conditioned networks of the zoos come to 1e-6."""
+TOLERANCE_IN_DOUBLE = 1e-5
+"""Largest relative error in double precision. OpenMMLab's worst conditioned networks reach 1e-6."""
 
 
 def verify(
@@ -39,35 +50,31 @@ def verify(
     forward: Forward,
     tolerance: float | None = None,
 ) -> float:
-    """Compares a pruned model with the original in which the cut channels are masked.
+    """Compares a pruned model with the original in which the removed channels are masked.
 
-    Both run ``forward`` side by side, each module right after its like in the other model, so that no
-    more than two activations are held for the comparison. Dropout and batch norm are in evaluation
-    mode, and the random state is the same. Compared are all tensors of the result and the outputs of
-    all modules whose shapes did not change, each by the largest absolute difference over the largest
-    absolute value. Decisions (indices, comparisons, numbers of proposals) of the original are repeated
-    in the pruned model, so that rounding can't tip them; what they were taken on is compared by sum.
-
-    Above the tolerance, all is run once more in double precision, where rounding can't be the reason:
-    deep networks of which a part divides by small numbers lose more than four digits.
+    The comparison covers all tensors of the result, and the outputs of all modules whose shapes did not
+    change. Dropout and batch norm are in evaluation mode, and both runs draw the same random numbers.
+    Decisions (indices, comparisons, numbers of proposals) of the original are repeated in the pruned
+    model, and the tensors that they depend on are compared by their sums. If the error is above the
+    tolerance, both models are compared once more in double precision.
 
     Args:
-        original: the model before the cut. Its weights are masked in place meanwhile, and are put
-            back to the bit.
-        pruned: the same after the cut.
-        plan: the cut between the two.
+        original: the model before the cut. Its weights are masked in place during the comparison;
+            afterwards they have the same bits as before.
+        pruned: the model after the cut.
+        plan: the cut from ``original`` to ``pruned``.
         forward: runs the model that it is given, and returns its outputs.
-        tolerance: by default ``TOLERANCE``, or 8 units in the last place of the lowest precision among
-            the results. Where it is given, double precision is not tried.
+        tolerance: largest relative error that passes. ``None``: ``TOLERANCE``, or 8 machine epsilons of
+            the coarsest precision among the results. With a number, double precision is not tried.
 
     Returns:
-        The largest relative error, the largest absolute difference over the largest absolute value.
+        The largest relative error: the largest absolute difference over the largest absolute value.
 
     Raises:
-        InexactCut: above ``tolerance``, with the first module that differs; or ``forward`` fails for
-            the pruned model alone.
-        PruneError: ``forward`` does not run the model that it is given, or gives nothing that can be
-            compared; a parameter is not finite.
+        InexactCut: the error is above the tolerance, and the message names the first module that
+            differs; or ``forward`` fails for the pruned model alone.
+        PruneError: ``forward`` does not run the model that it is given, or returns nothing that can be
+            compared; or a parameter is not finite.
 
     Example:
         >>> import copy, torch
@@ -79,15 +86,15 @@ def verify(
         True
     """
     original, pruned = innermost(original), innermost(pruned)
-    wrong = [name for name, p in original.named_parameters() if not is_finite(p)]
-    if wrong:
+    diverged = [name for name, p in original.named_parameters() if not is_finite(p)]
+    if diverged:
         raise PruneError(
-            f'{wrong[0]} and {len(wrong) - 1} more parameters hold NaN or infinity: the training '
+            f'{diverged[0]} and {len(diverged) - 1} more parameters hold NaN or infinity: the training '
             'diverged; go back to an earlier checkpoint'
         )
     error, complaint = compare(original, pruned, plan, forward, tolerance)
     if complaint and tolerance is None and math.isfinite(error):
-        with contextlib.suppress(PruneError, RuntimeError):  # not all code runs in double
+        with contextlib.suppress(PruneError, RuntimeError):  # not all code runs in double precision
             error, again = compare_in_double(original, pruned, plan, forward)
             complaint = complaint if again else ''
     if complaint:
@@ -98,87 +105,89 @@ def verify(
 def compare_in_double(
     original: nn.Module, pruned: nn.Module, plan: Plan, forward: Forward
 ) -> tuple[float, str]:
-    """:func:`compare` of copies in double precision."""
+    """:func:`compare` for copies of both models in double precision."""
     wide, narrow = copied(original).double(), copied(pruned).double()
     with in_double():
-        return compare(wide, narrow, plan, doubled(forward), DOUBLE)
+        return compare(wide, narrow, plan, doubled(forward), TOLERANCE_IN_DOUBLE)
 
 
 def compare(
-    original: nn.Module,
-    pruned: nn.Module,
-    plan: Plan,
-    forward: Forward,
-    tolerance: float | None,
+    original: nn.Module, pruned: nn.Module, plan: Plan, forward: Forward, tolerance: float | None
 ) -> tuple[float, str]:
-    """The work of :func:`verify`: the error, and a complaint about it where it is too large."""
+    """One comparison of :func:`verify`.
+
+    Returns:
+        (largest relative error, complaint). The complaint is empty if the error is small enough.
+    """
     check_fingerprint(plan.fingerprint, original, 'the plan', plan.aliases)
-    found = Comparison(narrower=narrower_layers(pruned, plan))
+    comparison = Comparison(narrower=narrower_layers(pruned, plan))
     with contextlib.ExitStack() as stack:
         for model in (original, pruned):
             stack.enter_context(unchanged(model))
             stack.enter_context(evaluating(model))
         stack.enter_context(masked_in_place(original, plan))
         stack.enter_context(torch.no_grad())
-        wanted, made, decided = _side_by_side(original, pruned, forward, found)
-    complaint = found.results(wanted, made)
+        wanted, found, decided = _run_both(original, pruned, forward, comparison)
+    complaint = comparison.add_results(wanted, found)
     if complaint:
         return float('inf'), complaint
-    return found.verdict(decided, tolerance, dict(pruned.named_modules()))
+    return comparison.verdict(decided, tolerance, dict(pruned.named_modules()))
 
 
-def _side_by_side(
-    original: nn.Module, pruned: nn.Module, forward: Forward, found: 'Comparison'
-) -> tuple[Any, Any, float]:
-    """(result of the original, that of the pruned model, largest error of what decisions were taken
-    on). Every output of a module is handed to ``found`` on the way."""
-    taken = Taken()
-    first = DecisionReplay(original, taken)
+def _run_both(
+    original: nn.Module, pruned: nn.Module, forward: Forward, comparison: Comparison
+) -> tuple[list[torch.Tensor], list[torch.Tensor], float]:
+    """Runs both models in turns, and adds the outputs of their modules to ``comparison``.
 
-    def reference(show: Show) -> Any:
+    Returns:
+        (tensors that the original returned, tensors that the pruned model returned, largest relative
+        error of the inputs of decisions)
+    """
+    decisions = Decisions()
+    recording = DecisionReplay(original, decisions)
+
+    def reference(show: Show) -> list[torch.Tensor]:
         torch.manual_seed(0)
-        with first, shown_outputs(original, show, found.narrower):
-            return tensors_of_output(forward(original))  # iterators run parts of the model
+        with recording, shown_outputs(original, show, comparison.narrower):
+            return tensors_of_output(forward(original))  # may run iterators, parts of the model
 
     ahead = RunAhead(reference)
+    outputs = _Outputs(ahead, comparison)
+    repeating = DecisionReplay(pruned, decisions, outputs.advance)
 
     def compiled(name: str, *call: Any) -> Any:
         here = threading.current_thread() is ahead.thread
-        return (first if here else second).compiled(name, *call)
+        return (recording if here else repeating).compiled(name, *call)
 
-    outputs = _Outputs(ahead)
-    second = DecisionReplay(pruned, taken, outputs.advance)
     try:
         with intercept(compiled):
             outputs.advance()
             torch.manual_seed(0)
-            meet: Show = lambda key, value: outputs.meet(key, value, found)  # noqa: E731
-            with second, shown_outputs(pruned, meet, found.narrower):
+            with repeating, shown_outputs(pruned, outputs.meet, comparison.narrower):
                 try:
-                    made = tensors_of_output(forward(pruned))
+                    found = tensors_of_output(forward(pruned))
                 except (OriginalFailed, PruneError):
                     raise
                 except Exception as error:
-                    # On another model than its own there would be no sense in what it says.
-                    _check_read(second)
+                    _check_runs_model(repeating)  # the error of another model would say nothing
                     raise InexactCut(
                         f'the pruned model fails: {type(error).__name__}: {error}. A module keeps '
                         'a width as a number: declare it with mmprune.adapter, or lock its channels '
                         'by name'
                     ) from error
-            while not ahead.ended:
-                outputs.advance()
+            while outputs.advance():
+                pass
     except OriginalFailed as failed:
         raise failed.error from None
     finally:
         ahead.close()
-    for decisions in (first, second):
-        _check_read(decisions)
-    return ahead.result, made, taken.error
+    _check_runs_model(recording)
+    _check_runs_model(repeating)
+    return ahead.result, found, decisions.error
 
 
-def _check_read(decisions: DecisionReplay) -> None:
-    if not decisions.reads_model:
+def _check_runs_model(replay: DecisionReplay) -> None:
+    if not replay.reads_model:
         raise PruneError(
             'forward does not run the model that it is given, but another one (or none): write it as '
             'lambda model: model(x)'
@@ -186,62 +195,64 @@ def _check_read(decisions: DecisionReplay) -> None:
 
 
 class OriginalFailed(Exception):
-    """Carries what the original raised through the pruned model's forward, which waits for it."""
+    """Carries an error of the original out of the pruned model's forward, which waits for it."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
         self.error = error
 
 
-Show = Callable[[Key, torch.Tensor], None]
+Show = Callable[[OutputKey, torch.Tensor], None]
 
 
 class _Outputs:
-    """Outputs of the run ahead, met one by one by those of the run that follows."""
+    """Compares each output of the pruned model with the same output of the run ahead."""
 
-    def __init__(self, ahead: RunAhead) -> None:
-        self.ahead = ahead
-        self._left: dict[Key, torch.Tensor] = {}  # of modules that only one of the two has come to
+    def __init__(self, ahead: RunAhead, comparison: Comparison) -> None:
+        self._ahead, self._comparison = ahead, comparison
+        self._waiting: dict[OutputKey, torch.Tensor] = {}  # shown, but not yet met by the pruned model
 
     def advance(self) -> bool:
-        """Lets the run ahead go on; false where it has ended."""
-        shown = self.ahead.shown
-        if shown:  # what follows may write over the last of them
+        """Lets the run ahead continue. Returns whether it had not ended before."""
+        shown = self._ahead.shown
+        if shown:  # the run ahead may write over the last tensor, which was not copied
             key, tensor = shown.pop()
             shown.append((key, tensor.clone()))
-        ended = self.ahead.ended
+        if self._ahead.ended:
+            return False
         try:
-            self.ahead.advance()
+            self._ahead.advance()
         except Exception as error:
             raise OriginalFailed(error) from error
-        return not ended
+        return True
 
-    def meet(self, key: Key, value: torch.Tensor, found: 'Comparison') -> None:
-        """Compares an output of the second run with its like of the first, if there is one."""
-        # What the comparison decides is none of the second run's decisions.
-        with _disable_current_modes():
-            self._meet(key, value, found)
-
-    def _meet(self, key: Key, value: torch.Tensor, found: 'Comparison') -> None:
-        shown = self.ahead.shown
-        while key not in self._left and shown:
-            other, tensor = shown.popleft()
-            if other == key:
-                found.add(key, tensor, value)
-            else:
-                self._left[other] = tensor.clone()  # what follows may write over it
-            if not shown:
-                self.advance()  # its decisions up to the next output are needed from here on
-            if other == key:
-                return
-        if key in self._left:
-            found.add(key, self._left.pop(key), value)
+    def meet(self, key: OutputKey, value: torch.Tensor) -> None:
+        """Compares an output of the pruned model, if the original has made the same one."""
+        with _disable_current_modes():  # the comparison makes no decisions of the pruned model
+            shown = self._ahead.shown
+            while key not in self._waiting and shown:
+                shown_key, tensor = shown.popleft()
+                if shown_key == key:
+                    self._comparison.add(key, tensor, value)
+                else:
+                    self._waiting[shown_key] = tensor.clone()  # the run ahead may write over it
+                if not shown:
+                    self.advance()  # from here on its decisions up to the next output are needed
+                if shown_key == key:
+                    return
+            if key in self._waiting:
+                self._comparison.add(key, self._waiting.pop(key), value)
 
 
 @contextlib.contextmanager
 def shown_outputs(model: nn.Module, show: Show, narrower: set[str]) -> Iterator[None]:
-    """Calls ``show`` with each floating point output of each module without children, but of those
-    that are known to be ``narrower`` in one of the two."""
+    """Calls ``show`` with each floating point output of each module without children.
+
+    Args:
+        model: any model.
+        show: called with (module name, index of its call, position of the tensor) and the tensor.
+        narrower: names of modules to leave out. The set may grow during the run.
+    """
     calls: dict[str, int] = {}
 
     def after(name: str, out: Any) -> None:
@@ -265,7 +276,7 @@ def shown_outputs(model: nn.Module, show: Show, narrower: set[str]) -> Iterator[
 
 
 def narrower_layers(model: nn.Module, plan: Plan) -> set[str]:
-    """Names of layers that give fewer channels than before, so that there is nothing to compare."""
+    """Names of layers whose outputs lose channels by ``plan``, so that they can't be compared."""
     plain = (nn.Linear, _ConvNd, _NormBase)
     return {
         name

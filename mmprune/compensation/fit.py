@@ -1,7 +1,8 @@
-"""The fit of one cut, its test on other samples, and what it changes."""
+"""The compensation of one cut: the fit, its test on other samples, and the change of the weights."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,15 +20,24 @@ from mmprune.surgery.plan import Plan
 RIDGE = 1e-2
 """Fraction of the mean power of all input channels that is added to the diagonal of the regression."""
 
+See = Callable[[str, nn.Module, torch.Tensor], None]
+"""Called with the name of a layer, the layer, and its input."""
+
 
 @dataclass
 class _Layer:
-    """One layer that the cut narrows, and the fit for it.
+    """A layer that loses inputs in the cut, and its fit. The layer has C input channels and O outputs
+    that stay; each channel has K weights for an output: the positions of the kernel, or ``block``.
 
     Args:
-        slope, rest: ``(A, c)`` of the fit, (removed, kept) and (removed,).
-        errors: (2,) squared error of the output on samples that were not in the fit, without
-            compensation and with it.
+        module: the layer before the cut.
+        moments: of its input channels.
+        kept: (k,) indices of the channels that stay.
+        removed: (r,) indices of the channels that are removed.
+        rows: indices of the outputs that stay; ``None``: all of them.
+        slope: (r, k), the matrix ``A`` of the fit.
+        rest: (r,), the constant ``c`` of the fit.
+        errors: (2,) squared errors of the output on other samples, without and with compensation.
     """
 
     module: nn.Module
@@ -44,37 +54,50 @@ class _Layer:
         without, compensated = self.errors.tolist()
         return compensated < without
 
-    def changes(self, module: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-        """What is added to the kept part of the weight of ``module``, (O, kept, K), where K counts its
-        kernel's positions or the block, and to its bias, (O,)."""
+    def by_channel(self, module: nn.Module) -> torch.Tensor:
+        """The weight of ``module`` for the outputs that stay, (O, C, K)."""
         weight = module.get_parameter('weight').detach()
         weight = weight if self.rows is None else weight[self.rows]
-        parts = weight.reshape(len(weight), self.moments.sums.numel(), -1).float()
+        return weight.reshape(len(weight), self.moments.sums.numel(), -1)
+
+    def as_weight(self, parts: torch.Tensor) -> torch.Tensor:
+        """(O, channels, K) in the shape of the layer's weight."""
+        kernel = self.module.get_parameter('weight').shape[2:]
+        return parts.reshape(len(parts), parts.shape[1] * self.moments.block, *kernel)
+
+    def changes(self, module: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        """What to add to the weight for the kept channels, (O, k, K), and to the bias, (O,).
+
+        Args:
+            module: this layer in the model or in an EMA model, before the cut.
+        """
+        weight = self.by_channel(module)
+        parts = weight.float()
         lost, left = parts[:, self.removed], parts[:, self.kept]
         change = torch.einsum('orp,rk->okp', lost, self.slope)
         share = len(self.kept) / parts.shape[1]
         scale = growth_bound(left, change, float(parts.square().sum()) / share)
-        rest = self.rest - (scale - 1) * self.slope @ self._means[self.kept] if scale < 1 else self.rest
+        rest = self.rest
+        if scale < 1:
+            means = self.moments.sums / self.moments.count
+            rest = rest - (scale - 1) * self.slope @ means[self.kept]
         return (scale * change).to(weight.dtype), torch.einsum('orp,r->o', lost, rest).to(weight.dtype)
-
-    @property
-    def _means(self) -> torch.Tensor:
-        return self.moments.sums / self.moments.count
 
 
 class Compensation:
-    """The compensation of one cut: ``prepare`` comes before the cut, ``apply`` after it.
+    """The compensation of one cut: call :meth:`prepare` before the cut and :meth:`apply` after it.
 
     Args:
-        model: as it is before the cut.
-        graph: of it.
-        plan: of the cut.
-        forward: runs the model on a batch; without gradients, and the model is left as it was.
-        gathered: what training steps showed. Without it, the fit is of the first half of each layer's
-            samples (of its positions, if it has one sample) in a run of ``forward``. Either way the fit
-            is tested on the second half, in a run of ``forward``.
-        together: makes a context for a part that may fail in one process alone. If ``distributed``, the
-            parts between sums over the default group run in it, and all processes do this at once.
+        model: the model before the cut.
+        graph: the channel graph of ``model``.
+        plan: the plan of the cut.
+        forward: runs the model on a batch. It is called without gradients, and changes nothing.
+        gathered: moments of the layers' inputs over training steps. Without them, the fit uses the
+            first half of each layer's samples (of its positions, if there is one sample) in a run of
+            ``forward``. The fit is always tested on the second half in a run of ``forward``.
+        together: makes a context in which a failure in one process is raised in all of them.
+        distributed: whether all processes of the default group make this call at once. Then moments and
+            errors are summed over them, outside the contexts of ``together``.
     """
 
     def __init__(
@@ -90,21 +113,24 @@ class Compensation:
         self._changes: list[tuple[torch.Tensor, torch.Tensor]] = []
         with together('looking at the inputs of layers'):
             narrowed = {
-                name: found
-                for name, found in compensable(graph, model).items()
+                name: layer
+                for name, layer in compensable(graph, model).items()
                 if 1 in plan.keep.get(f'{name}.weight', {})
             }
+            moments_of = {name: _empty(module, block) for name, (module, block) in narrowed.items()}
             if gathered is not None and gathered.seen:
-                moments = _copied(narrowed, gathered)
+                # Copies, because the sum over processes must not change what was gathered.
+                known = {name: m for name, m in gathered.moments.items() if name in narrowed}
+                moments_of |= copy.deepcopy(known)
             else:
-                moments = _moments_of(model, narrowed, forward)
+                _add_first_halves(model, narrowed, moments_of, forward)
         if distributed:
-            for one in moments.values():
-                one.all_reduce()
+            for moments in moments_of.values():
+                moments.all_reduce()
         with together('fitting the compensation'):
             self.layers, self._narrowed = {}, list(narrowed)
             for name, (module, _) in narrowed.items():
-                layer = _fitted(module, moments[name], plan.keep[f'{name}.weight'])
+                layer = _fitted(module, moments_of[name], plan.keep[f'{name}.weight'])
                 if layer is not None:
                     self.layers[name] = layer
             _measure_errors(model, self.layers, forward)
@@ -119,47 +145,33 @@ class Compensation:
 
     @property
     def refused(self) -> list[str]:
-        """Layers that are cut without compensation: nothing was seen of their inputs, or it would not
-        make their output better."""
+        """Layers that are cut without compensation: their inputs were not seen, or compensation would
+        not lower their output error."""
         accepted = set(self.accepted)
         return [name for name in self._narrowed if name not in accepted]
 
     @torch.no_grad()
     def prepare(self, models: Iterable[nn.Module]) -> None:
-        """Computes what is added to the weights of these models, which are about to be cut: the one
-        that was run, and its EMA models."""
+        """Computes the changes of the weights, which need the weights of the removed channels.
+
+        Args:
+            models: the model and its EMA models, before they are cut.
+        """
         self._changes = []
         for model in models:
             for name in self.accepted:
                 layer, module = self.layers[name], model.get_submodule(name)
                 weight, bias = layer.changes(module)
-                whole = module.get_parameter('weight')
-                inputs = len(layer.kept) * layer.moments.block
-                self._changes.append((whole, weight.reshape(len(weight), inputs, *whole.shape[2:])))
+                self._changes.append((module.get_parameter('weight'), layer.as_weight(weight)))
                 if module._parameters.get('bias') is not None:
                     self._changes.append((module.get_parameter('bias'), bias))
 
     @torch.no_grad()
     def apply(self) -> int:
-        """Changes the weights and biases of the cut models. Returns their number."""
+        """Adds the changes to the cut models. Returns how many weights and biases were changed."""
         for parameter, change in self._changes:
             parameter.add_(change)
         return len(self._changes)
-
-
-def _copied(
-    narrowed: Mapping[str, tuple[nn.Module, int]], gathered: InputMoments
-) -> dict[str, Moments]:
-    """The gathered moments of these layers; adding up the processes' must not change them."""
-    found = {}
-    for name, (module, block) in narrowed.items():
-        known = gathered.moments.get(name)
-        if known is None:
-            known = _empty(module, block)
-        found[name] = Moments(
-            known.block, known.count.clone(), known.sums.clone(), known.squares.clone()
-        )
-    return found
 
 
 def _empty(module: nn.Module, block: int) -> Moments:
@@ -167,62 +179,55 @@ def _empty(module: nn.Module, block: int) -> Moments:
     return Moments.empty(weight.shape[1] // block, block, weight.device)
 
 
-def _moments_of(
-    model: nn.Module, narrowed: Mapping[str, tuple[nn.Module, int]], forward: Forward
-) -> dict[str, Moments]:
-    """Moments over the first half of what each layer reads in one run."""
-    found = {name: _empty(module, block) for name, (module, block) in narrowed.items()}
+def _add_first_halves(
+    model: nn.Module,
+    narrowed: Mapping[str, tuple[nn.Module, int]],
+    moments_of: Mapping[str, Moments],
+    forward: Forward,
+) -> None:
+    """Adds the first half of what each layer reads in one run to its moments."""
 
     def see(name: str, module: nn.Module, x: torch.Tensor) -> None:
-        moments = found[name]
-        half = halves_of(x, module)[0]
+        half, moments = halves_of(x, module)[0], moments_of[name]
         if half.numel():
             moments.add(rows_of(half, module, moments.sums.numel(), moments.block)[0])
 
     _run_watched(model, {name: module for name, (module, _) in narrowed.items()}, forward, see)
-    return found
 
 
 def _measure_errors(model: nn.Module, layers: Mapping[str, _Layer], forward: Forward) -> None:
-    """Adds to each layer's errors what the second half of its samples shows in one run."""
-    differences = {}
+    """Adds the squared errors of each layer's output on the second half of its samples in one run.
+
+    Without compensation, the error is the output of the removed channels. With it, the output that the
+    changes of weight and bias add is subtracted from that.
+    """
+    weights = {}
     with torch.no_grad():
         for name, layer in layers.items():
-            differences[name] = _difference(layer)
+            change, bias = layer.changes(layer.module)
+            lost = layer.by_channel(layer.module)[:, layer.removed]
+            weights[name] = layer.as_weight(lost), layer.as_weight(change), bias
 
     def see(name: str, module: nn.Module, x: torch.Tensor) -> None:
         x = halves_of(x, module)[1]
         if not x.numel():
             return
-        lost, left, bias = differences[name]
+        lost, change, bias = weights[name]
         layer = layers[name]
         without = _output(module, x, layer.removed, layer.moments.block, lost)
-        compensated = without - _output(module, x, layer.kept, layer.moments.block, left)
+        compensated = without - _output(module, x, layer.kept, layer.moments.block, change)
         if module._parameters.get('bias') is not None:
             compensated = compensated - bias.reshape([-1] + [1] * (lost.ndim - 2))
-        layer.errors += torch.stack(
-            [without.double().square().sum(), compensated.double().square().sum()]
-        )
+        errors = [without.double().square().sum(), compensated.double().square().sum()]
+        layer.errors += torch.stack(errors)
 
     _run_watched(model, {name: layer.module for name, layer in layers.items()}, forward, see)
-
-
-def _difference(layer: _Layer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(weight of the removed inputs, change of the kept inputs' weight, change of the bias)."""
-    weight = layer.module.get_parameter('weight').detach()
-    rows = weight if layer.rows is None else weight[layer.rows]
-    parts = rows.reshape(len(rows), layer.moments.sums.numel(), -1)
-    change, bias = layer.changes(layer.module)
-    kernel = weight.shape[2:]
-    block = layer.moments.block
-    lost = parts[:, layer.removed].reshape(len(rows), len(layer.removed) * block, *kernel)
-    return lost, change.reshape(len(rows), len(layer.kept) * block, *kernel), bias
 
 
 def _output(
     module: nn.Module, x: torch.Tensor, channels: torch.Tensor, block: int, weight: torch.Tensor
 ) -> torch.Tensor:
-    """What the layer computes from some of its input channels, without its bias."""
+    """What the layer computes from some of its input channels with ``weight``, and without a bias."""
     if isinstance(module, nn.Linear):
         x = x.reshape(-1, x.shape[-1] // block, block)[:, channels].flatten(1)
         return nn.functional.linear(x, weight.to(x.dtype))
@@ -232,8 +237,8 @@ def _output(
 
 
 def halves_of(x: torch.Tensor, module: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """(first, second) half of a layer's input: of its samples, or of the next dimension that is no
-    channel if there is one sample. Both are empty if nothing can be divided."""
+    """(first half, second half) of a layer's input: of its samples, or if there is one sample, of the
+    next dimension other than the channels. Both are empty if no dimension can be divided."""
     linear = isinstance(module, nn.Linear)
     channels = x.ndim - 1 if linear else x.ndim + 1 - module.get_parameter('weight').ndim
     for dim, size in enumerate(x.shape):
@@ -243,15 +248,14 @@ def halves_of(x: torch.Tensor, module: nn.Module) -> tuple[torch.Tensor, torch.T
 
 
 def _run_watched(
-    model: nn.Module, modules: Mapping[str, nn.Module], forward: Forward, see: Any
+    model: nn.Module, modules: Mapping[str, nn.Module], forward: Forward, see: See
 ) -> None:
-    """One run, in which ``see(name, module, input)`` is called before each of these modules."""
-    handles = [
-        module.register_forward_pre_hook(
-            lambda module, args, name=name: see(name, module, args[0].detach())
-        )
-        for name, module in modules.items()
-    ]
+    """Runs the model once, and calls ``see`` before each call of one of these modules."""
+
+    def hook(name: str) -> Callable[[nn.Module, tuple], None]:
+        return lambda module, args: see(name, module, args[0].detach())
+
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
     try:
         with unchanged(model), torch.no_grad():
             if handles:
@@ -276,11 +280,19 @@ def _fitted(module: nn.Module, moments: Moments, keep: Mapping[int, list[int]]) 
 def regression(
     moments: Moments, kept: torch.Tensor, removed: torch.Tensor, centred: bool
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """``(A, c)``, (removed, kept) and (removed,), of ``x_r = A x_k + c``; c = 0 unless ``centred``.
-    ``None`` if no input was seen, or all of them are constant.
+    """Fits the removed channels by the kept ones, ``x_r = A x_k + c``, with a ridge.
 
     The ridge is :data:`RIDGE` of the mean power of all channels, so the slope of a removed channel of
     power P is at most ``sqrt(P / mean power) / (2 sqrt(RIDGE))``.
+
+    Args:
+        moments: first and second moments of all C channels.
+        kept: (k,) indices of the kept channels.
+        removed: (r,) indices of the removed channels.
+        centred: whether the layer has a bias, which can take up ``c``. Otherwise c = 0.
+
+    Returns:
+        (A, c), of shapes (r, k) and (r,); ``None`` if no input was seen, or all inputs are constant.
     """
     if not float(moments.count):
         return None
@@ -299,7 +311,7 @@ def regression(
 
 
 def growth_bound(left: torch.Tensor, change: torch.Tensor, largest: float) -> float:
-    """The largest factor in [0, 1] with which ``|left + factor * change|^2 <= largest``."""
+    """The largest factor in [0, 1] with ``|left + factor * change|^2 <= largest``."""
     a, b = float(change.square().sum()), float((left * change).sum())
     c = float(left.square().sum()) - largest
     if a + 2 * b + c <= 0 or a == 0:

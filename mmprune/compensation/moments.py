@@ -1,4 +1,10 @@
-"""What the inputs of layers are like: means and products of their channels, gathered while training."""
+"""Means and products of the input channels of layers, gathered while training.
+
+The problem: the fit of a compensation needs the inputs of every layer over many samples, which can't be
+stored. The idea: least squares needs only the sums and the pairwise products of the channels, so these
+are added up. For example, a layer of 256 input channels needs a matrix of 256 x 256 for any number of
+samples.
+"""
 
 from __future__ import annotations
 
@@ -15,35 +21,35 @@ from mmprune.graph.coupling import ChannelGraph
 from mmprune.surgery.plan import Plan
 
 LARGEST = 4096
-"""Layers with more input channels are not compensated: their matrices cost more than they gain."""
+"""Layers with more input channels are not compensated: their matrices would cost too much."""
 
 ROWS = 512
-"""Positions of one call of a layer that :class:`InputMoments` takes, spread evenly."""
+"""Number of positions, spread evenly, that :class:`InputMoments` takes of each call of a layer."""
 
 EVERY = 4
-"""Training steps of which :class:`InputMoments` takes one, if cuts are far enough apart."""
+""":class:`InputMoments` takes one training step of this many, if cuts are far enough apart."""
 
 DECAY = 0.8
-"""Weight of what was seen before a cut against what is seen after it. A cut changes the inputs of
-layers a little, and so does the training between two cuts."""
+"""Weight of the moments from before a cut against those after it. A cut changes the inputs of layers a
+little, and so does the training between two cuts."""
 
 PLAIN_FORWARDS = frozenset(
     {'torch.nn.modules.conv', 'torch.nn.modules.linear', 'mmcv.cnn.bricks.wrappers'}
 )
-"""Modules whose ``forward`` multiplies by the weight and does nothing else. A layer that standardises
-its weight first is not linear in it."""
+"""Python modules with layers whose ``forward`` multiplies by the weight and does nothing else. A layer
+that standardises its weight first is not linear in it."""
 
 
 @dataclass
 class Moments:
-    """First and second moments of the input channels of one layer.
+    """First and second moments of the C input channels of one layer.
 
     Args:
-        block: number of neighbouring weight inputs that are one channel (more than 1 behind a flattened
-            map).
+        block: how many neighbouring inputs of the weight belong to one channel: more than 1 for a
+            linear layer after a flattened map.
         count: scalar tensor, the number of positions seen.
-        sums: (C,) sums of the channels.
-        squares: (C, C) sums of their products.
+        sums: (C,) sums of the channels over all positions.
+        squares: (C, C) sums of the products of two channels.
     """
 
     block: int
@@ -57,8 +63,13 @@ class Moments:
         return cls(block, zeros.new_zeros(()), zeros, zeros.new_zeros(channels, channels))
 
     def add(self, rows: torch.Tensor, weight: float = 1.0) -> None:
-        """Adds positions, (P, C), each counted ``weight`` times. If a number is not finite, all are
-        left out, without waiting for the device to say so."""
+        """Adds positions, unless one of their numbers is not finite. (That is decided on the device, so
+        that nothing has to wait for it.)
+
+        Args:
+            rows: (P, C) values of the channels at P positions.
+            weight: how many times each position counts.
+        """
         rows = rows.float()
         finite = torch.isfinite(rows.sum())
         rows = torch.where(finite, rows, 0.0)
@@ -67,7 +78,11 @@ class Moments:
         self.count += torch.where(finite, float(len(rows) * weight), 0.0)
 
     def after_cut(self, keep: list[int] | None) -> None:
-        """Follows a cut of the layer's inputs to the indices ``keep`` (``None``: nothing was cut)."""
+        """Follows a cut, and reduces the weight of what was seen before it to ``DECAY``.
+
+        Args:
+            keep: kept inputs of the layer's weight; ``None`` if the cut removes none of them.
+        """
         if keep is not None:
             index = kept_channels(keep, self.sums.numel(), self.block, self.sums.device)[0]
             self.sums, self.squares = self.sums[index], self.squares[index][:, index]
@@ -87,12 +102,18 @@ def rows_of(
     limit: int | None = None,
     shift: float = 0,
 ) -> tuple[torch.Tensor, int]:
-    """Positions of a layer's input, (P, C), and how many it has.
+    """Positions of a layer's input.
 
     Args:
-        x: (N, C, ...) or (C, ...) of a convolution, (..., C * block) of a linear layer.
-        limit: largest P; the positions are spread evenly and only they are copied.
-        shift: in [0, 1), moves the positions by that part of the distance between two of them.
+        x: (N, C, ...) or (C, ...) for a convolution, (..., C * block) for a linear layer.
+        module: the layer.
+        channels: C, the number of input channels.
+        block: see :class:`Moments`.
+        limit: the largest number of positions to take; they are spread evenly. ``None``: all of them.
+        shift: in [0, 1), moves the taken positions by this part of the distance between two of them.
+
+    Returns:
+        ((P, C) values at the taken positions, how many positions there are)
     """
     if isinstance(module, nn.Linear):
         x = x.reshape(-1, channels, block)
@@ -107,9 +128,12 @@ def rows_of(
 
 
 def compensable(graph: ChannelGraph, model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
-    """{layer: (module, block)} of the layers that read removable channels and only multiply by their
-    weight."""
-    modules, found = dict(model.named_modules()), {}
+    """The layers that read removable channels and do nothing but multiply by their weight.
+
+    Returns:
+        {layer name: (layer, block)}; for ``block`` see :class:`Moments`.
+    """
+    modules, layers = dict(model.named_modules()), {}
     for axis in graph.consumers:
         name, _, leaf = axis.name.rpartition('.')
         module = modules.get(name)
@@ -118,16 +142,16 @@ def compensable(graph: ChannelGraph, model: nn.Module) -> dict[str, tuple[nn.Mod
         units = graph.unit_of[axis.ids]
         block = block_of(units) if isinstance(module, nn.Linear) else 1
         if (units >= 0).any() and axis.size // block <= LARGEST:
-            found[name] = (module, block)
-    return found
+            layers[name] = (module, block)
+    return layers
 
 
 def block_of(units: np.ndarray) -> int:
-    """How many neighbours of a linear layer's input dimension belong to one channel of a flattened map:
-    the greatest length that all runs of one unit are multiples of.
+    """How many neighbouring inputs of a linear layer belong to one channel of a flattened map: the
+    largest number that divides the length of every run of one unit.
 
     Args:
-        units: (C,) number of the unit of each position, -1 where it is locked.
+        units: (inputs,) number of the unit of each input, -1 for locked inputs.
     """
     starts = np.flatnonzero(np.diff(units, prepend=units[:1] - 1))
     return int(np.gcd.reduce(np.append(starts, units.size)))
@@ -136,38 +160,37 @@ def block_of(units: np.ndarray) -> int:
 def kept_channels(
     keep: list[int], channels: int, block: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(kept, removed) channel indices of a layer, from the kept indices of its weight's inputs."""
+    """(kept, removed) channel indices of a layer, from the kept inputs of its weight."""
     stays = np.zeros(channels, dtype=bool)
     stays[np.asarray(keep) // block] = True
-    kept, removed = (torch.from_numpy(np.flatnonzero(which)).to(device) for which in (stays, ~stays))
+    kept, removed = (torch.from_numpy(np.flatnonzero(mask)).to(device) for mask in (stays, ~stays))
     return kept, removed
 
 
 def _is_plain(module: nn.Module) -> bool:
-    known = isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
     return (
-        known
+        isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
         and type(module).forward.__module__ in PLAIN_FORWARDS
         and getattr(module, 'groups', 1) == 1
     )
 
 
 def steps_between(interval: int) -> int:
-    """Of how many training steps one is taken, with a cut every ``interval`` of them: at least four
-    between two cuts, if there are so many."""
+    """One training step of this many is gathered, with a cut every ``interval`` steps. At least four
+    steps are gathered between two cuts, if there are so many."""
     return max(1, min(EVERY, interval // 4))
 
 
 class InputMoments:
     """Gathers the moments of layers' inputs over training steps, for the compensation of the next cut.
 
-    One of ``every`` steps is taken, and at most :data:`ROWS` positions of a layer's call, so that
-    gathering costs little. No random number is drawn.
+    Gathering costs little: it takes one step of ``every``, and at most :data:`ROWS` positions of each
+    call of a layer. It draws no random number.
 
     Args:
-        graph: of ``model`` as it is.
-        model: hooks are registered on its layers until :meth:`close`.
-        every: steps of which one is taken.
+        graph: the channel graph of ``model``.
+        model: the model that is trained. Hooks are registered on its layers until :meth:`close`.
+        every: how many steps there are for each step that is gathered.
     """
 
     def __init__(self, graph: ChannelGraph, model: nn.Module, every: int = 1) -> None:
@@ -178,7 +201,7 @@ class InputMoments:
         self.watch(graph, model)
 
     def watch(self, graph: ChannelGraph, model: nn.Module) -> None:
-        """Watches the layers of ``graph``, also that after a cut; keeps what is known of them."""
+        """Watches the layers of ``graph``, and keeps the known moments of layers that are unchanged."""
         self.close()
         known, self.moments = self.moments, {}
         for name, (module, block) in compensable(graph, model).items():
@@ -196,17 +219,17 @@ class InputMoments:
             self._handles.append(module.register_forward_pre_hook(see))
 
     def begin_step(self, wanted: bool = True) -> None:
-        """Called before each training step, which is gathered at most if it is ``wanted``."""
+        """To be called before each training step. With ``wanted=False`` the step is never gathered."""
         self.enabled = wanted and self._steps % self.every == 0
         self._steps += wanted
 
     def end_step(self) -> None:
-        """Called after each training step, so that a validation is not gathered."""
+        """To be called after each training step, so that a validation is not gathered."""
         self.enabled = False
 
     def _see(self, module: nn.Module, x: torch.Tensor, moments: Moments) -> None:
-        self._calls += 1  # other positions are seen in each call
-        shift = self._calls * 0.618 % 1
+        self._calls += 1
+        shift = self._calls * 0.618 % 1  # each call takes other positions
         with torch.no_grad():
             rows, total = rows_of(x, module, moments.sums.numel(), moments.block, ROWS, shift)
             if total:
@@ -218,33 +241,39 @@ class InputMoments:
         return any(bool(moments.count > 0) for moments in self.moments.values())
 
     def after_cut(self, plan: Plan, graph: ChannelGraph, model: nn.Module) -> None:
-        """Follows a cut by index. What was seen before it counts :data:`DECAY` times from here on."""
+        """Follows a cut.
+
+        Args:
+            plan: the plan of the cut.
+            graph: the channel graph of the cut model.
+            model: the cut model.
+        """
         for name, moments in self.moments.items():
             moments.after_cut(plan.keep.get(f'{name}.weight', {}).get(1))
         self.watch(graph, model)
 
     def close(self) -> None:
-        """Removes all hooks. What was gathered stays."""
+        """Removes all hooks. The moments stay."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain data and three tensors: of each symmetric matrix the upper triangle."""
-        every = list(self.moments.values())
+        """Plain data and three tensors. Of each symmetric matrix only the upper triangle is stored."""
+        moments_of = self.moments.values()
         none = [torch.zeros(0)]
         return {
             'names': list(self.moments),
-            'sizes': [(moments.sums.numel(), moments.block) for moments in every],
+            'sizes': [(moments.sums.numel(), moments.block) for moments in moments_of],
             'steps': self._steps,
             'calls': self._calls,
-            'count': torch.tensor([float(moments.count) for moments in every]),
-            'sums': torch.cat([moments.sums.cpu() for moments in every] or none),
-            'squares': torch.cat([_upper(moments.squares).cpu() for moments in every] or none),
+            'count': torch.tensor([float(moments.count) for moments in moments_of]),
+            'sums': torch.cat([moments.sums.cpu() for moments in moments_of] or none),
+            'squares': torch.cat([_upper(moments.squares).cpu() for moments in moments_of] or none),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from :meth:`state_dict`. Layers that have another size now start from nothing."""
+        """Continues from :meth:`state_dict`. A layer that has another size now starts empty."""
         self._steps, self._calls = state['steps'], state['calls']
         at = at_square = 0
         for name, (size, block), count in zip(

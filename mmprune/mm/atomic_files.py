@@ -1,4 +1,4 @@
-"""Checkpoint files that are whole or not there, and the newest that can be read."""
+"""Writes checkpoint files that are complete or absent, and finds the newest readable one."""
 
 import contextlib
 import errno
@@ -11,24 +11,22 @@ from mmengine.fileio import LocalBackend, register_backend
 from mmprune.errors import PruneError
 
 ATOMIC = dict(backend='mmprune_atomic')
-"""``backend_args`` for mmengine's ``CheckpointHook``: files by :class:`AtomicBackend`."""
+"""``backend_args`` of mmengine's ``CheckpointHook`` that select :class:`AtomicBackend`."""
 
-DISK = {
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
-    errno.ENOTDIR, errno.ENAMETOOLONG,
-}  # fmt: skip
-"""What an operating system says of a disk that is full, failing or not to be written on."""
+_NAMES = 'ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO ENOTDIR ENAMETOOLONG'
+DISK = {getattr(errno, name) for name in _NAMES.split()}
+"""Error numbers of a disk that is full, failing or read-only."""
 
 _outdated: list[str] = []
 
 
 @register_backend(ATOMIC['backend'])
 class AtomicBackend(LocalBackend):
-    """Writes next to the file, then renames: at every moment the name stands for the old content or
-    the new. What it is told to remove stays until the next file is written.
+    """Writes a new file beside the old one and renames it, so that a kill at any moment leaves either
+    the old content or the new. A file that is to be removed stays until the next one is written.
 
-    mmengine's ``CheckpointHook`` removes the checkpoint that is one too many *before* it writes the
-    next; with ``max_keep_ckpts=1`` a kill between the two would lose both.
+    mmengine's ``CheckpointHook`` removes the oldest checkpoint *before* it writes the next one. With
+    ``max_keep_ckpts=1`` a kill between the two would lose both.
     """
 
     def put(self, obj: bytes | memoryview, filepath: str | Path) -> None:
@@ -36,7 +34,7 @@ class AtomicBackend(LocalBackend):
             replace_file(filepath, obj)
         except OSError as error:
             raise PruneError(
-                f'{filepath}: could not be written: {error.strerror}; the checkpoints of before stay: '
+                f'{filepath}: could not be written: {error.strerror}; earlier checkpoints are kept: '
                 'make room, and go on with --resume'
             ) from error
         outdated = [old for old in _outdated if old != str(filepath)]
@@ -49,14 +47,19 @@ class AtomicBackend(LocalBackend):
 
 
 def replace_file(path: str | Path, content: bytes | memoryview, sync: bool = True) -> Path:
-    """Writes a file beside its name, and renames it when it is on the disk. Folders are made.
+    """Writes a file under another name, and renames it when it is complete. Makes missing folders.
 
     Args:
-        sync: wait for the disk, so that the new file outlasts a loss of power too. It may take a
-            second; a kill alone loses nothing without it.
+        path: the file.
+        content: what to write.
+        sync: whether to wait for the disk, which may take a second, so that the file outlasts a loss of
+            power. A kill of the process loses nothing either way.
+
+    Returns:
+        ``path``.
 
     Raises:
-        OSError: nothing is left of the new file then, and the old one stays.
+        OSError: the file could not be written. The old one stays, and nothing of the new one.
     """
     path, new = Path(path), Path(f'{path}.new')
     try:
@@ -77,10 +80,10 @@ def replace_file(path: str | Path, content: bytes | memoryview, sync: bool = Tru
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes a rename in ``folder`` outlast a loss of power, where the system can."""
+    """Makes a rename in ``folder`` outlast a loss of power, if the system can."""
     try:
         handle = os.open(folder, os.O_RDONLY)
-    except OSError:  # not everywhere may folders be opened
+    except OSError:  # some systems do not open folders
         return
     try:
         with contextlib.suppress(OSError):
@@ -92,13 +95,16 @@ def sync_folder(folder: Path) -> None:
 def latest_readable(
     work_dir: str | Path, read: Callable[[str], dict], warn: Callable[[str], None]
 ) -> str | None:
-    """The checkpoint to resume from: the one that ``last_checkpoint`` names, or where that is truncated
-    or gone the newest beside it that has an optimizer's state. ``None`` if there never was one.
+    """The checkpoint to resume from: the one that ``last_checkpoint`` names. If that one is truncated
+    or gone, the newest file beside it that has the state of an optimizer.
 
     Args:
-        work_dir: where the run wrote its files.
+        work_dir: the folder in which the run wrote its files.
         read: reads a file, and raises a PruneError if it cannot.
-        warn: gets what was passed over, as text.
+        warn: called with a sentence about each file that was passed over.
+
+    Returns:
+        A path or an address; ``None`` if there is no checkpoint.
 
     Raises:
         PruneError: there are checkpoints, and none can be read.
@@ -108,7 +114,7 @@ def latest_readable(
     named = note.read_text(errors='replace').strip() if note.is_file() else None
     if named and '://' in named:
         return named
-    # An empty note was truncated; with none at all, a run may have ended before it wrote its first.
+    # A note that is empty was truncated. Without a note, the run may have ended before it wrote one.
     folder = Path(named).parent if named and Path(named).parent.is_dir() else work_dir
     others = sorted(folder.glob('*.pth'), key=lambda path: path.stat().st_mtime, reverse=True)
     troubles: list[str] = []
@@ -119,14 +125,13 @@ def latest_readable(
             troubles.append(str(error))
             continue
         if path != named and 'optimizer' not in content:
-            continue  # the best one, or one that was published
+            continue  # such as the best checkpoint, or one that was published
         if troubles:
             warn(f'Resuming from {path}, since: ' + '; '.join(troubles))
         return path
     if troubles:
         raise PruneError(
-            f'{work_dir}: no checkpoint in it can be read: '
-            + '; '.join(troubles)
-            + '. Start again without --resume, or give an earlier one: --resume FILE'
+            f'{work_dir}: no checkpoint in it can be read: {"; ".join(troubles)}. Start again without '
+            '--resume, or give an earlier one: --resume FILE'
         )
     return None

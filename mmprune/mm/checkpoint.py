@@ -1,4 +1,4 @@
-"""Checkpoints of mmengine: reading them, and rebuilding the pruned model from its unpruned config."""
+"""Reads checkpoints of mmengine, and rebuilds a pruned model from its unpruned config."""
 
 import contextlib
 import os
@@ -26,8 +26,15 @@ from mmprune.surgery.plan import Plan
 
 
 def read_checkpoint(path: str | Path, device: str = 'cpu') -> dict[str, Any]:
-    """:func:`mmprune.surgery.meta.read_file`, also of an address that mmengine fetches
-    (``https://...``): never runs code either, whatever mmengine's own loader would do."""
+    """The content of a checkpoint. No code in it is run, whatever mmengine's loaders would do.
+
+    Args:
+        path: a file, or an address that mmengine fetches (``https://...``).
+        device: where the tensors are put.
+
+    Raises:
+        PruneError: see :func:`mmprune.surgery.meta.read_file`.
+    """
     path = str(path)
     if '://' not in path:
         return read_file(path, device)
@@ -42,7 +49,7 @@ def read_checkpoint(path: str | Path, device: str = 'cpu') -> dict[str, Any]:
 
 @contextlib.contextmanager
 def weights_only_everywhere() -> Iterator[None]:
-    """Has every ``torch.load`` refuse what could run code, one with ``weights_only=False`` too."""
+    """Makes every ``torch.load`` refuse what could run code, even with ``weights_only=False``."""
     before = {name: os.environ.pop(name, None) for name in (FORCE, FORCE_NOT)}
     os.environ[FORCE] = '1'
     try:
@@ -53,7 +60,8 @@ def weights_only_everywhere() -> Iterator[None]:
 
 
 FORCE, FORCE_NOT = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
-"""torch's own variables. The second counts where a caller says nothing, as mmengine does."""
+"""Environment variables of torch. ``FORCE_NOT`` applies if a caller names no ``weights_only``, as
+mmengine does not."""
 
 
 def plan_from(path: str | Path) -> Plan:
@@ -63,9 +71,13 @@ def plan_from(path: str | Path) -> Plan:
         path: a file, or an address that mmengine fetches.
 
     Raises:
-        PruneError: also where the checkpoint has none.
+        PruneError: the checkpoint has no plan, or can't be read.
     """
-    plan = plan_in(read_checkpoint(path))
+    return _plan_from_content(read_checkpoint(path), path)
+
+
+def _plan_from_content(content: dict[str, Any], path: str | Path) -> Plan:
+    plan = plan_in(content)
     if plan is None:
         raise PruneError(
             f"{path}: has no plan (meta['{META}']): it is a checkpoint of an unpruned model; load it "
@@ -79,15 +91,15 @@ def load_pruned(
 ) -> nn.Module:
     """The pruned model, ready for inference, from its *unpruned* config and its checkpoint.
 
-    It has ``.cfg`` and ``.dataset_meta``, as ``mmdet.apis.inference_detector`` and mmpose's
-    ``inference_topdown`` want them.
+    It has the attributes ``cfg`` and ``dataset_meta`` that ``mmdet.apis.inference_detector`` and
+    mmpose's ``inference_topdown`` need.
 
     Args:
-        config: a file, or what mmengine made of it.
+        config: a file, or a ``Config`` of mmengine.
         checkpoint: a file, or an address that mmengine fetches.
         device: where the model is put.
-        fuse: fold batch norms into convolutions (:func:`mmprune.fuse`): it is faster, and its weights
-            no longer fit a checkpoint.
+        fuse: whether to fold batch norms into convolutions (:func:`mmprune.fuse`). The model is faster
+            then, but its weights no longer fit a checkpoint.
 
     Returns:
         The model in evaluation mode.
@@ -97,9 +109,7 @@ def load_pruned(
     """
     cfg = config if isinstance(config, Config) else Config.fromfile(config)
     content = read_checkpoint(checkpoint)
-    plan = plan_in(content)
-    if plan is None:
-        raise PruneError(f"{checkpoint}: has no plan (meta['{META}']): it is of an unpruned model")
+    plan = _plan_from_content(content, checkpoint)
     init_default_scope(cfg.get('default_scope') or 'mmengine')
     model = MODELS.build(without_pretrained(cfg.model))
     plan.apply(model)
@@ -113,7 +123,7 @@ def load_pruned(
 
 
 def without_pretrained(model_cfg: Any) -> Any:
-    """A copy of a model's config in which nothing is fetched: the weights come from elsewhere."""
+    """A copy of a model's config that fetches no pretrained weights, for weights from elsewhere."""
     if isinstance(model_cfg, dict):
         return type(model_cfg)(
             (key, None if _fetches(key, value) else without_pretrained(value))
@@ -130,7 +140,7 @@ def _fetches(key: str, value: Any) -> bool:
 
 
 def ensure_hook(cfg: Config) -> None:
-    """Adds a ``PruneHook`` to a config that has none, so that a pruned checkpoint is rebuilt."""
+    """Adds a ``RebuildHook`` to a config without a ``PruneHook``, so that pruned checkpoints load."""
     hooks = list(cfg.get('custom_hooks') or [])
-    if not any(hook.get('type') == 'PruneHook' for hook in hooks):
-        cfg.custom_hooks = [*hooks, dict(type='PruneHook', rebuild_only=True)]
+    if not any(hook.get('type') in ('PruneHook', 'RebuildHook') for hook in hooks):
+        cfg.custom_hooks = [*hooks, dict(type='RebuildHook')]

@@ -16,7 +16,7 @@ from mmengine.runner import Runner
 
 from mmprune.errors import PruneError
 from mmprune.mm.atomic_files import DISK
-from mmprune.mm.wrappers.ddp import init_on_cpu, leave
+from mmprune.mm.wrappers import init_on_cpu, leave
 
 
 class _KeyValues(DictAction):

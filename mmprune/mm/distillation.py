@@ -1,11 +1,16 @@
-"""What the unpruned network teaches the pruned one: features, channel by channel, and predictions.
+"""Distillation: the pruned network (student) imitates the features of the unpruned one (teacher).
 
-Both see the same images, and heads of regions the same regions. The teacher has the channels that the
-student has lost; since a plan names those that are left, features need no layer between the two.
+The problem: the student's features have fewer channels than the teacher's. Other methods train a layer
+that maps one to the other. The idea: the plan says which of the teacher's channels the student still
+has, so the two are compared channel by channel. Example: of a neck's 256 channels the student keeps
+``[0, 2, 5, ...]``; its second channel is compared with the teacher's channel 2.
+
+Source of the loss: Cao et al., *PKD: General Distillation Framework for Object Detectors via Pearson
+Correlation Coefficient*, NeurIPS 2022.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,281 +20,133 @@ from torch.nn import functional
 from mmprune.contexts import tensors_in
 from mmprune.errors import PruneError
 from mmprune.graph.sources import channel_sources
-from mmprune.surgery.plan import Plan, plan_of
-
-Losses = dict[str, torch.Tensor]
+from mmprune.surgery.plan import plan_of
 
 
-@dataclass(frozen=True)
-class Points:
-    """Modules that are compared, by name.
-
-    Args:
-        features: whose outputs are features: the neck, or the backbone where there is none.
-        dense: heads of detectors that score classes at every location by a sigmoid; their first output
-            is a list of these, (N, anchors * classes, H, W) for each level.
-        regions: heads that classify regions, and for each of them what pools these; the first output
-            is (regions, classes).
-        heatmaps: layers that make heatmaps, (N, K, H, W), and
-        simcc: those that make scores of coordinates, (N, K, bins).
-    """
-
-    features: str
-    dense: tuple[str, ...] = ()
-    regions: tuple[tuple[str, str], ...] = ()
-    heatmaps: tuple[str, ...] = ()
-    simcc: tuple[str, ...] = ()
-
-    @property
-    def predictions(self) -> tuple[str, ...]:
-        return (*self.dense, *(head for head, _ in self.regions), *self.heatmaps, *self.simcc)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """All of them."""
-        return (self.features, *self.predictions, *(extractor for _, extractor in self.regions))
-
-
-def points_of(model: nn.Module) -> Points:
-    """What can be compared in a detector of mmdet or a pose estimator of mmpose.
+def features_of(model: nn.Module) -> str:
+    """The name of the module whose outputs are compared: the neck, or the backbone without a neck.
 
     Raises:
-        PruneError: it has neither neck nor backbone, or no ``extract_feat``.
+        PruneError: the model has neither of them, or no ``extract_feat``.
     """
     modules = dict(model.named_modules())
-    features = next((name for name in ('neck', 'backbone') if name in modules), None)
-    if features is None or not callable(getattr(model, 'extract_feat', None)):
+    name = next((name for name in ('neck', 'backbone') if name in modules), None)
+    if name is None or not callable(getattr(model, 'extract_feat', None)):
         raise PruneError(
             f'distill: {type(model).__name__} has no neck or backbone that extract_feat runs, so '
             'there are no features to compare'
         )
-    head = modules.get('bbox_head')
-    scores = hasattr(head, 'cls_out_channels') and not hasattr(model, 'forward_transformer')
-    dense = scores and getattr(getattr(head, 'loss_cls', None), 'use_sigmoid', False)
-    extractors = {
-        name: name.replace('bbox_head', 'bbox_roi_extractor')
-        for name, module in modules.items()
-        if name.startswith('roi_head.bbox_head') and hasattr(module, 'fc_cls')
-    }
-    regions = tuple(pair for pair in extractors.items() if pair[1] in modules)
-    simcc = tuple(name for name in ('head.cls_x', 'head.cls_y') if name in modules)
-    heatmaps = tuple(
-        name
-        for name in modules
-        if name == 'head.final_layer' or name.rpartition('.')[0] == 'head.multi_final_layers'
-    )
-    if simcc:  # their final layer makes features
-        heatmaps = ()
-    return Points(features, ('bbox_head',) if dense else (), regions, heatmaps, simcc)
+    return name
 
 
-class Capture:
-    """Keeps what modules take and return in one run of a model, while ``on``.
+class Distillation:
+    """Adds the distillation loss to the losses that a student returns for ``mode='loss'``.
 
-    Functions, and no bound methods, are the hooks: a copy of the model then does not copy this.
-    """
-
-    def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
-        self.on = False
-        self.outputs: dict[str, list[Any]] = {}
-        self.inputs: dict[str, list[tuple]] = {}
-        modules = dict(model.named_modules())
-        self._handles = [modules[name].register_forward_hook(self._hook(name)) for name in names]
-
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple, Any], None]:
-        def keep(module: nn.Module, args: tuple, out: Any) -> None:
-            if self.on:
-                self.outputs.setdefault(name, []).append(out)
-                self.inputs.setdefault(name, []).append(args)
-
-        return keep
-
-    def start(self) -> None:
-        self.outputs, self.inputs, self.on = {}, {}, True
-
-    def stop(self) -> None:
-        self.on = False
-
-    def clear(self) -> None:
-        self.outputs, self.inputs, self.on = {}, {}, False
-
-    def close(self) -> None:
-        self.clear()
-        for handle in self._handles:
-            handle.remove()
-
-
-class Lesson:
-    """Adds what the teacher has to say to the losses of a student: to those of one run with
-    ``mode='loss'`` each time that this is ``armed``. Other runs (traces, checks) are left alone.
+    Only the first such run after ``armed`` is set gets the loss. All other runs, such as traces and
+    checks of a cut, are left alone.
 
     Args:
-        model: the student, pruned from
-        teacher: the unpruned network, frozen.
-        images: (N, 3, H, W), of any N: for a trace of the teacher.
-        features: weight of the loss of features, times the amount of the model's own losses, and
-        predictions: of the others (coordinates: times that amount, too); 0: without.
-        temperature: that divides scores before their softmax.
+        model: the student, pruned from the teacher.
+        teacher: the unpruned network in evaluation mode.
+        images: (N, 3, H, W) preprocessed images of any number, for a trace of the teacher.
+        weight: the loss is this times the mean :func:`feature_loss` over all levels, times the absolute
+            value of the model's summed losses. The last factor passes no gradient. It adapts the loss
+            to the model: the losses of heatmaps are a thousand times smaller than those of boxes.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        teacher: nn.Module,
-        images: Any,
-        features: float,
-        predictions: float,
-        temperature: float,
-    ) -> None:
-        points = points_of(model)
-        self.points = points if predictions else Points(points.features)
-        self.teacher, self.temperature = teacher, temperature
-        self.features, self.predictions = features, predictions
-        # RTMPose's distributions are softmaxes of ten times the scores.
-        loss = getattr(getattr(model, 'head', None), 'loss_module', None)
-        self.beta = getattr(loss, 'beta', 1.0)
-        name = self.points.features
-        run = lambda m: m.extract_feat(images)  # noqa: E731
-        self.sources = channel_sources(teacher, run, [name])[name]
-        self._kept: tuple[Plan | None, list[torch.Tensor | None]] | None = None
+    def __init__(self, model: nn.Module, teacher: nn.Module, images: Any, weight: float) -> None:
+        self.name, self.teacher, self.weight = features_of(model), teacher, weight
+        sources = channel_sources(teacher, lambda m: m.extract_feat(images), [self.name])
+        self._sources = sources[self.name]
         self.armed = False
-        self.student = Capture(model, self.points.names)
-        self.taught = Capture(teacher, self.points.names)
+        features: list[torch.Tensor] | None = None  # of the student, in a run that gets the loss
 
+        # The hooks are functions rather than bound methods, so that copies of the model share them
+        # and do not copy the teacher.
         def begin(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            nonlocal features
+            features = None  # a run that failed may have left some
             if self.armed and kwargs.get('mode') == 'loss':
-                self.armed = False
-                self.student.start()
+                self.armed, features = False, []
+
+        def keep(module: nn.Module, args: tuple, out: Any) -> None:
+            if features is not None:
+                features.extend(tensors_in(out))
 
         def end(module: nn.Module, args: tuple, kwargs: dict[str, Any], losses: Any) -> Any:
-            if not self.student.on:
+            nonlocal features
+            if features is None:
                 return None
-            self.student.stop()
-            self._teach(kwargs['inputs'] if 'inputs' in kwargs else args[0])
-            try:
-                # What the model loses itself is the unit: that of heatmaps is a thousand times smaller
-                # than that of boxes, and a fixed weight would be the whole of what it is trained on.
-                own = module.parse_losses(losses)[0].detach().abs()  # log likelihoods go below 0
-                return dict(losses) | self.losses(module, own)
-            finally:
-                self.student.clear()
-                self.taught.clear()
+            students, features = features, None
+            teachers = self._features_of_teacher(kwargs['inputs'] if 'inputs' in kwargs else args[0])
+            size = module.parse_losses(losses)[0].detach().abs()  # log likelihoods may be negative
+            loss = self.weight * size * self.loss(module, students, teachers)
+            return dict(losses) | {f'loss_distill_{self.name}': loss}
 
         self._handles = [
             model.register_forward_pre_hook(begin, with_kwargs=True),
+            model.get_submodule(self.name).register_forward_hook(keep),
             model.register_forward_hook(end, with_kwargs=True),
         ]
 
     def close(self) -> None:
-        """Takes all hooks away."""
+        """Removes all hooks."""
         for handle in self._handles:
             handle.remove()
-        self.student.close()
-        self.taught.close()
 
     @torch.no_grad()
-    def _teach(self, images: Any) -> None:
-        """Runs the teacher on what the student was run on: its features, its heads, and its regions."""
-        self.taught.start()
-        modules = dict(self.teacher.named_modules())
-        features = self.teacher.extract_feat(images)
-        for name in self.points.dense:
-            modules[name](features)
-        for head, extractor in self.points.regions:
-            stage = head.removeprefix('roi_head.bbox_head').strip('.')
-            for _, regions, *_ in self.student.inputs.get(extractor, ()):
-                modules['roi_head']._bbox_forward(*((int(stage),) if stage else ()), features, regions)
-        if self.points.heatmaps or self.points.simcc:
-            modules['head'](features)
-        self.taught.stop()
+    def _features_of_teacher(self, images: Any) -> list[torch.Tensor]:
+        with outputs_of(self.teacher.get_submodule(self.name)) as outputs:
+            self.teacher.extract_feat(images)
+        return outputs
 
-    def losses(self, model: nn.Module, own: torch.Tensor) -> Losses:
-        """What is added to the model's own losses, the amount of whose sum is ``own``, a scalar."""
-        found = {}
-        if self.features:
-            name = self.points.features
-            both = (tensors_in(run.outputs[name]) for run in (self.student, self.taught))
-            each = [
-                feature_loss(one, other, source.dim if source.dim is not None else 1, kept)
-                for one, other, source, kept in zip(*both, self.sources, self.kept(model), strict=True)
-            ]
-            found[f'loss_distill_{name}'] = self.features * own * torch.stack(each).mean()
-        for kind, losses in self._predictions().items():
-            unit = own if kind == 'simcc' else 1
-            found[f'loss_distill_{kind}'] = self.predictions * unit * torch.stack(losses).mean()
-        return found
+    def loss(
+        self, model: nn.Module, students: list[torch.Tensor], teachers: list[torch.Tensor]
+    ) -> torch.Tensor:
+        """The mean of :func:`feature_loss` over the levels, without any weight.
 
-    def kept(self, model: nn.Module) -> list[torch.Tensor | None]:
-        """The teacher's channels that the student has, for each tensor of features."""
+        Args:
+            model: the student, whose plan says which channels it still has.
+            students: its features at each level.
+            teachers: the teacher's features at each level.
+        """
         plan = plan_of(model)
-        if self._kept is None or self._kept[0] is not plan:
-            device = next(model.parameters()).device
-            each = [source.kept(plan.keep if plan is not None else {}) for source in self.sources]
-            kept = [None if k is None else torch.from_numpy(k).to(device) for k in each]
-            self._kept = plan, kept
-        return self._kept[1]
-
-    def _predictions(self) -> dict[str, list[torch.Tensor]]:
-        """The losses of all heads, by kind."""
-        found: dict[str, list[torch.Tensor]] = {}
-
-        def compare(kind: str, name: str, loss: Callable[[Any, Any], torch.Tensor]) -> None:
-            runs = (run.outputs.get(name, ()) for run in (self.student, self.taught))
-            found.setdefault(kind, []).extend(
-                loss(one, other) for one, other in zip(*runs, strict=True)
-            )
-
-        def softmax(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-            return softmax_loss(student, teacher, self.temperature)
-
-        for name in self.points.dense:
-            compare('cls', name, lambda one, other: dense_loss(_flat(one[0]), _flat(other[0])))
-        for name, _ in self.points.regions:
-            compare('cls', name, lambda one, other: softmax(one[0], other[0]))
-        for name in self.points.heatmaps:
-            compare('heatmap', name, functional.mse_loss)
-        for name in self.points.simcc:
-            compare('simcc', name, lambda one, other: softmax(self.beta * one, self.beta * other))
-        return {kind: losses for kind, losses in found.items() if losses}
+        keep = plan.keep if plan is not None else {}
+        losses = []
+        for student, teacher, source in zip(students, teachers, self._sources, strict=True):
+            kept = source.kept(keep)
+            index = None if kept is None else torch.from_numpy(kept).to(teacher.device)
+            dim = 1 if source.dim is None else source.dim
+            losses.append(feature_loss(student, teacher, dim, index))
+        return torch.stack(losses).mean()
 
 
-def _flat(levels: list[torch.Tensor]) -> torch.Tensor:
-    return torch.cat([scores.flatten() for scores in levels])
+@contextmanager
+def outputs_of(module: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """A list of all tensors that ``module`` returns inside the block."""
+    outputs: list[torch.Tensor] = []
+    handle = module.register_forward_hook(lambda module, args, out: outputs.extend(tensors_in(out)))
+    try:
+        yield outputs
+    finally:
+        handle.remove()
 
 
 def feature_loss(
     student: torch.Tensor, teacher: torch.Tensor, dim: int, kept: torch.Tensor | None
 ) -> torch.Tensor:
-    """Mean over channels of 1 - r, the correlation over images and positions (Cao et al., *PKD: General
-    Distillation Framework for Object Detectors via Pearson Correlation Coefficient*, NeurIPS 2022).
+    """Mean over channels of 1 - r, where r is the Pearson correlation over images and positions.
 
     Args:
-        student: features, with channels on ``dim``, (N, C', H, W), say.
-        teacher: those of the unpruned network, (N, C, H, W).
-        kept: (C',) the indices of the teacher's channels that the student has; ``None``: all.
+        student: features with C' channels on dimension ``dim``, such as (N, C', H, W).
+        teacher: features of the unpruned network, such as (N, C, H, W).
+        dim: the dimension of the channels.
+        kept: (C',) indices of the teacher's channels that the student still has; ``None``: all of them.
     """
     if kept is not None:
         teacher = teacher.index_select(dim, kept)
-    one, other = (
+    standardised = (
         functional.layer_norm(flat, flat.shape[1:])
         for flat in (t.float().movedim(dim, 0).flatten(1) for t in (student, teacher))
     )
-    return 0.5 * functional.mse_loss(one, other)
-
-
-def dense_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """How far class scores at all locations, of any shape before their sigmoid, are from the teacher's:
-    the quality focal loss (Li et al., *Generalized Focal Loss*, NeurIPS 2020, with beta = 2) with the
-    teacher's scores as targets, summed, for one object (by the sum of the teacher's scores)."""
-    student, target = student.float(), teacher.float().sigmoid()
-    cross = functional.binary_cross_entropy_with_logits(student, target, reduction='none')
-    apart = (student.detach().sigmoid() - target).square()
-    return (apart * cross).sum() / target.sum().clamp(min=1)
-
-
-def softmax_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Kullback-Leibler divergence of distributions on the last dimension at a temperature (Hinton et
-    al., 2015), the mean over all others; 0 where there are none."""
-    logs = [functional.log_softmax(t.float() / temperature, -1) for t in (student, teacher)]
-    divergence = functional.kl_div(*logs, reduction='none', log_target=True).sum(-1)
-    return divergence.sum() / max(divergence.numel(), 1) * temperature**2
+    return 0.5 * functional.mse_loss(*standardised)

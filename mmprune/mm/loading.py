@@ -1,18 +1,19 @@
-"""Every load of a pruned checkpoint through mmengine rebuilds the pruned structure, or is an error.
+"""Every load of a pruned checkpoint through mmengine rebuilds the pruned structure, or raises an error.
 
-mmengine skips tensors whose shapes differ from the model's and prints ``size mismatch``, so a part of
-the model keeps random weights. A pruned checkpoint in the model of its unpruned config is such a case.
-``init_detector``, ``init_model``, inferencers, ``Runner`` and ``init_cfg=dict(type='Pretrained')`` all
-load in this way. :func:`install` therefore wraps three functions of mmengine:
+The problem: mmengine skips tensors whose shapes differ from the model's and prints ``size mismatch``,
+so these layers keep random weights. A pruned checkpoint in the model of its unpruned config is such a
+case, and ``init_detector``, ``init_model``, inferencers, ``Runner`` and
+``init_cfg=dict(type='Pretrained')`` all load in this way. The idea: :func:`install` wraps three
+functions of mmengine, through which all of them go.
 
-- ``CheckpointLoader.load_checkpoint``, which reads every file, remembers which tensors came from a
-  pruned checkpoint. Names and dicts may change between reading and loading; the tensors stay.
-- ``load_state_dict``, which loads every model, rebuilds a model that such tensors are put into.
-- ``Runner.call_hook`` rebuilds the model earlier, before hooks are given the checkpoint, together with
-  what depends on the model in a Runner: optimizer, EMA models, DistributedDataParallel. A model that
-  :class:`mmprune.mm.hooks.RebuildHook` has rebuilt has its structure by then, and stays as it is.
-  Checkpoints of a pruned model get its plan in every Runner, with our hook or without: without the plan
-  they could not be loaded again.
+- ``CheckpointLoader.load_checkpoint`` reads every file. Its wrapper remembers which tensors came from a
+  pruned checkpoint. Names and dicts may change between reading and loading, but the tensors stay.
+- ``load_state_dict`` loads every model. Its wrapper rebuilds a model that gets such tensors.
+- ``Runner.call_hook``: its wrapper rebuilds the model of a Runner before hooks are given the
+  checkpoint, together with optimizer, EMA models and DistributedDataParallel. A model that
+  :class:`mmprune.mm.hooks.RebuildHook` has already rebuilt stays as it is. The wrapper also puts the
+  plan into the checkpoints of a pruned model in every Runner, with mmprune's hooks or without, because
+  they could not be loaded again without it.
 """
 
 import functools
@@ -53,7 +54,7 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Puts mmengine's own functions back."""
+    """Puts mmengine's functions back."""
     while _undo:
         _undo.pop()()
 
@@ -96,9 +97,10 @@ def _rebuilding_first(original: Callable) -> Callable:
         if fn_name == 'after_load_checkpoint':
             rebuild_runner(runner, kwargs['checkpoint'])
         original(runner, fn_name, **kwargs)
-        plan = plan_of(innermost(runner.model)) if fn_name == 'before_save_checkpoint' else None
-        if plan is not None:
-            kwargs['checkpoint']['meta'].setdefault(META, plan.to_meta())
+        if fn_name == 'before_save_checkpoint':
+            plan = plan_of(inside_all_wrappers(runner.model))
+            if plan is not None:
+                kwargs['checkpoint']['meta'].setdefault(META, plan.to_meta())
 
     return call_hook
 
@@ -106,8 +108,8 @@ def _rebuilding_first(original: Callable) -> Callable:
 def _rebuilding(original: Callable) -> Callable:
     @functools.wraps(original)
     def load_state_dict(module: nn.Module, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-        found = [value for value in state_dict.values() if isinstance(value, Tensor)]
-        origin = next((_origins[tensor] for tensor in found if tensor in _origins), None)
+        tensors = [value for value in state_dict.values() if isinstance(value, Tensor)]
+        origin = next((_origins[tensor] for tensor in tensors if tensor in _origins), None)
         if origin is not None:
             rebuild(module, state_dict, *origin)
         return original(module, state_dict, *args, **kwargs)
@@ -119,19 +121,19 @@ def _rebuilding(original: Callable) -> Callable:
 
 
 def rebuild_runner(runner: Runner, checkpoint: Any) -> None:
-    """Gives a Runner's model the structure of a checkpoint that is about to be loaded, if its shapes
+    """Gives a Runner's model the structure of a checkpoint that is about to be loaded, if shapes
     differ. Optimizer state, EMA models and DistributedDataParallel follow.
 
     Raises:
         PruneError: the checkpoint's plan does not fit the model.
     """
     plan = plan_in(checkpoint)
-    model = innermost(runner.model)
+    model = inside_all_wrappers(runner.model)
     if plan is None or plan_of(model) is not None:
         return
     if not different_shapes(model, checkpoint.get('state_dict') or {}):
         return
-    optimizer = runner.optim_wrapper  # a dict of options before training builds it
+    optimizer = runner.optim_wrapper  # a dict of options until training builds it
     built = isinstance(optimizer, OptimWrapper | OptimWrapperDict)
     ema_models = averaged_models(runner)
     plan.apply(model, optimizer if built else None, [ema.module for ema in ema_models])
@@ -142,7 +144,7 @@ def rebuild_runner(runner: Runner, checkpoint: Any) -> None:
 
 
 def rebuild(module: nn.Module, state: dict[str, Any], plan: Plan, path: str) -> None:
-    """Gives a model the structure of the checkpoint that ``state`` was read from, if its shapes differ.
+    """Gives a model the structure of the checkpoint that ``state`` was read from, if shapes differ.
 
     Args:
         module: the model that is about to be loaded, or a part of it.
@@ -151,9 +153,9 @@ def rebuild(module: nn.Module, state: dict[str, Any], plan: Plan, path: str) -> 
         path: the file or address of the checkpoint, for messages.
 
     Raises:
-        PruneError: the shapes differ, and the plan does not give ``module`` those of the checkpoint.
+        PruneError: the plan does not give ``module`` the shapes of the checkpoint.
     """
-    model = innermost(module)
+    model = inside_all_wrappers(module)
     different = different_shapes(model, state)
     if not different:
         return
@@ -177,7 +179,7 @@ def rebuild(module: nn.Module, state: dict[str, Any], plan: Plan, path: str) -> 
 
 
 def different_shapes(model: nn.Module, state: dict[str, Any]) -> list[str]:
-    """Which tensors a model and a state dict have in different shapes: their names with both shapes."""
+    """A clause with both shapes for each tensor that differs between a model and a state dict."""
     return [
         f'{name} is {tuple(state[name].shape)} in the checkpoint and {tuple(tensor.shape)} in the model'
         for name, tensor in model.state_dict().items()
@@ -185,7 +187,7 @@ def different_shapes(model: nn.Module, state: dict[str, Any]) -> list[str]:
     ]
 
 
-def innermost(model: nn.Module) -> nn.Module:
+def inside_all_wrappers(model: nn.Module) -> nn.Module:
     """The model inside all wrappers, such as a test-time augmentation in DistributedDataParallel."""
     while (inner := unwrapped(model)) is not model:
         model = inner

@@ -1,4 +1,4 @@
-"""Steps that a training does not need: one that fails is reported once and left out."""
+"""Steps that a training does not need: if one fails, it is reported once and left out."""
 
 import logging
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 _reported: WeakKeyDictionary[logging.Logger, set[str]] = WeakKeyDictionary()
-"""What was reported in each run, by the run's logger."""
+"""The failures that each run's logger has reported."""
 
 
 @contextmanager
@@ -20,7 +20,7 @@ def optional(logger: logging.Logger, what: str, remedy: str = '') -> Iterator[No
         logger: the logger of the run.
         what: the failure as a sentence without its full stop, such as ``'The report page could not be
             made'``. It identifies the step.
-        remedy: a sentence that says what the user can do, or nothing.
+        remedy: a sentence about what the user can do; empty if there is nothing.
     """
     try:
         yield

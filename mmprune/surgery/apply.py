@@ -1,13 +1,14 @@
-"""Applies a plan: narrows tensors, optimizer state, copies of the model, and attributes.
+"""Carries out a plan: narrows tensors, optimizer state, EMA models and attributes, all of them or none.
 
-All or nothing: everything new is made before anything old is replaced, and what was replaced is
-put back should replacing fail.
+All new tensors are made before any old one is replaced. If replacing fails half-way, every change so
+far is undone.
 """
 
 import re
 import reprlib
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol, TypeVar
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,79 +16,55 @@ from torch import nn
 from mmprune.contexts import normal_tensors
 from mmprune.errors import PruneError
 from mmprune.graph.slots import aliases_of, named_state
-from mmprune.surgery.optim import Change, optimizers_in, state_changes
+from mmprune.surgery.optim import Change, Dims, state_changes
 from mmprune.surgery.parts import innermost, plans_in, put_plans, set_plan, stored_plan
-from mmprune.surgery.structure import Fingerprint, Keep, check_fingerprint, narrowed
-
-__all__ = ['commit', 'cut', 'optimizers_in', 'read_attribute', 'write_attribute']
-
-
-class Structure(Protocol):
-    """What is asked of a plan (:class:`mmprune.Plan`, which stands above this module)."""
-
-    @property
-    def keep(self) -> Keep: ...
-    @property
-    def attributes(self) -> dict[str, dict[str, int]]: ...
-    @property
-    def fingerprint(self) -> Fingerprint: ...
-    @property
-    def aliases(self) -> dict[str, str]: ...
-
-    def with_aliases(self, aliases: dict[str, str]) -> Any: ...
-    def module_names(self, name: str) -> list[str]: ...
-
-
-P = TypeVar('P', bound=Structure)
+from mmprune.surgery.structure import check_fingerprint, narrowed
 
 
 @normal_tensors()
-def cut(model: nn.Module, plan: P, optimizer: Any = None, ema_models: Iterable[nn.Module] = ()) -> P:
-    """Narrows ``model`` in place by a plan that was made for it as it is now.
+def cut(
+    model: nn.Module, plan: Any, optimizer: Any = None, ema_models: Iterable[nn.Module] = ()
+) -> Any:
+    """Narrows ``model`` in place by a plan that was made for its present shapes.
 
     Args:
         model: the model, or a wrapper around it (``torch.compile``, ``DataParallel``).
-        plan: what stays of the model as it is now.
-        optimizer: a torch optimizer, an mmengine ``OptimWrapper``, a scheduler, or a list of these;
-            state of a parameter's shape is sliced with it.
-        ema_models: models of the same structure (averaged by EMA), which are cut alike.
+        plan: a :class:`mmprune.Plan` for the model's present shapes.
+        optimizer: a torch optimizer, an mmengine ``OptimWrapper``, a scheduler, or a list of these.
+            State that has the shape of its parameter is sliced with it.
+        ema_models: models of the same structure, such as EMA models, which are cut in the same way.
 
     Returns:
-        The plan against the original, this one after any earlier.
+        The :class:`mmprune.Plan` from the original to the cut model, with all earlier cuts.
 
     Raises:
-        PruneError: the model is another one, or state can't follow. Nothing has changed then.
+        PruneError: the plan is of another model, or optimizer state can't follow. Nothing has changed.
     """
-    model, ema_models = innermost(model), [innermost(each) for each in ema_models]
-    for each in (model, *ema_models):  # a copy may hold a tensor under a name that the model lacks
-        plan = plan.with_aliases(aliases_of(each))
-    for each in (model, *ema_models):
-        check_fingerprint(plan.fingerprint, each, 'the plan', plan.aliases)
+    models = [innermost(target) for target in (model, *ema_models)]
+    for target in models:  # a copy may hold a tensor under a name that the model lacks
+        plan = plan.with_aliases(aliases_of(target))
+    for target in models:
+        check_fingerprint(plan.fingerprint, target, 'the plan', plan.aliases)
     changes: list[Change] = []
-    dims_of: dict[int, dict[int, list[int]]] = {}
-    for each in (model, *ema_models):
-        done: set[int] = set()
-        for name, tensor in named_state(each):
-            if name in plan.keep and id(tensor) not in done:
-                done.add(id(tensor))
+    dims_of: Dims = {}
+    totals = []
+    for target in models:
+        for name, tensor in named_state(target):
+            if name in plan.keep and id(tensor) not in dims_of:
                 dims_of[id(tensor)] = plan.keep[name]
-                changes += _narrow_tensor(tensor, plan.keep[name])
-        changes += _attribute_changes(each, plan)
-        before, plans = stored_plan(each), plans_in(each)
-        total = plan if before is None else before.with_aliases(aliases_of(each)).then(plan)
-        changes.append(
-            (
-                lambda each=each, total=total: set_plan(each, total),
-                lambda plans=plans: put_plans(plans),
-            )
-        )
+                changes.append(_tensor_change(tensor, plan.keep[name]))
+        changes += _attribute_changes(target, plan)
+        before, plans = stored_plan(target), plans_in(target)
+        total = plan if before is None else before.with_aliases(aliases_of(target)).then(plan)
+        totals.append(total)
+        changes.append((partial(set_plan, target, total), partial(put_plans, plans)))
     changes += state_changes(optimizer, dims_of)
     commit(changes)
-    return stored_plan(model).with_aliases(aliases_of(model))
+    return totals[0].with_aliases(aliases_of(models[0]))
 
 
 def commit(changes: list[Change]) -> None:
-    """Makes all changes; if one raises, undoes those before it and raises again."""
+    """Makes all changes. If one raises, undoes it and those before it, and raises again."""
     undo: list[Callable[[], None]] = []
     try:
         for do, back in changes:
@@ -99,24 +76,24 @@ def commit(changes: list[Change]) -> None:
         raise
 
 
-def _narrow_tensor(tensor: torch.Tensor, dims: dict[int, list[int]]) -> list[Change]:
-    old, new, grad = tensor.detach(), narrowed(tensor, dims), tensor.grad
+def _tensor_change(tensor: torch.Tensor, dims: dict[int, list[int]]) -> Change:
+    old, new, gradient = tensor.detach(), narrowed(tensor, dims), tensor.grad
 
-    def put(value: torch.Tensor, gradient: torch.Tensor | None) -> None:
-        # Not `tensor.data = value`: while a graph of an earlier step is alive, autograd would go on
-        # to expect gradients of the old shape. `set_` resets that too.
+    def put(value: torch.Tensor, grad: torch.Tensor | None) -> None:
+        # `tensor.data = value` would not do: while the graph of an earlier step is alive, autograd
+        # would still expect gradients of the old shape. `set_` resets that expectation too.
         with torch.no_grad():
             tensor.grad = None
             tensor.set_(value)  # pyright: ignore[reportArgumentType] (the stub knows storages alone)
-            tensor.grad = gradient
+            tensor.grad = grad
 
-    return [(lambda: put(new, None), lambda: put(old, grad))]
+    return partial(put, new, None), partial(put, old, gradient)
 
 
 # -- attributes -----------------------------------------------------------------------------------
 
 
-def _attribute_changes(model: nn.Module, plan: Structure) -> list[Change]:
+def _attribute_changes(model: nn.Module, plan: Any) -> list[Change]:
     changes: list[Change] = []
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, values in plan.attributes.items():
@@ -137,12 +114,8 @@ def _attribute_changes(model: nn.Module, plan: Structure) -> list[Change]:
                     'which is not a width that could shrink to that: the plan is corrupt, or of '
                     'another version of the library'
                 )
-            changes.append(
-                (
-                    lambda m=module, a=attribute, v=value: write_attribute(m, a, v),
-                    lambda m=module, a=attribute, v=old: write_attribute(m, a, v),
-                )
-            )
+            write = partial(write_attribute, module, attribute)
+            changes.append((partial(write, value), partial(write, old)))
     return changes
 
 
@@ -151,17 +124,17 @@ def _steps(attribute: str) -> list[str | int]:
 
 
 def read_attribute(module: nn.Module, attribute: str) -> Any:
-    """``a``, ``a.b`` or ``a[0]`` of a module."""
+    """The value at ``a``, ``a.b`` or ``a[0]`` of a module."""
     value: Any = module
     for step in _steps(attribute):
         if isinstance(value, int | float | str):
-            raise LookupError(f'{attribute} goes on behind {value!r}')
+            raise LookupError(f'{attribute} goes on after {value!r}, which has no parts')
         value = value[step] if isinstance(step, int) else getattr(value, step)
     return value
 
 
 def write_attribute(module: nn.Module, attribute: str, value: Any) -> None:
-    """Sets what :func:`read_attribute` reads; a tuple on the way is replaced by a new one."""
+    """Sets what :func:`read_attribute` reads. A tuple on the way is replaced by a new one."""
     *path, last = _steps(attribute)
     if isinstance(last, str):
         holder: Any = module

@@ -12,19 +12,20 @@ from mmprune.graph import cost
 from mmprune.graph.coupling import ChannelGraph
 from mmprune.surgery.apply import read_attribute
 from mmprune.surgery.history import CutNotes, CutRecord
-from mmprune.surgery.plan import Plan, fingerprint, plan_of
+from mmprune.surgery.plan import Plan, plan_of
+from mmprune.surgery.structure import fingerprint
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """What a model had before its first cut. What is not known is what it has now.
+    """A model before its first cut. A value that is ``None`` is taken to be what the model has now.
 
     Args:
         flops: multiply-adds, on the batch that the model was traced on (batches differ in size).
         params: number of parameters.
-        units: how many each group had, in the order of the graph's groups.
+        units: number of units of each group, in the order of the graph's groups.
         latency: seconds of a run, by the table of timings.
-        plan: the cuts since then; ``None`` where there were none.
+        plan: all cuts so far; ``None`` if there were none.
     """
 
     flops: float | None = None
@@ -41,26 +42,26 @@ def make_plan(
     asked: Mapping[str, Any],
     notes: CutNotes | None = None,
 ) -> Plan:
-    """The plan of one cut: which tensors are narrowed to what, from the units that stay.
+    """The plan of one cut, from the units that stay.
 
     Args:
-        graph: of the model.
-        model: as it is now.
-        keep: (n_units,) bool, which stay.
+        graph: the channel graph of ``model``.
+        model: the model before this cut. It may have been cut before.
+        keep: (n_units,) bool, true for each unit that stays.
         asked: the budget as plain data, for the record.
-        notes: what to note beside units, FLOPs and parameters.
+        notes: what to record beside the numbers of units, FLOPs and parameters.
 
     Returns:
-        The plan for ``model`` as it is now; :meth:`Plan.then` puts it behind earlier ones.
+        The plan for the present shapes of ``model``; :meth:`Plan.then` appends it to earlier ones.
 
     Raises:
         PruneError: all units stay.
-        InexactCut: an attribute can't follow the widths that are left.
+        InexactCut: a module attribute can't follow the new widths.
     """
     if keep.all():
         raise PruneError(
             'this would remove nothing: the budget is met already, or no prunable unit is left; ask '
-            f'for less than {dict(asked)}' + ''.join(f'; {each}' for each in graph.merged[:3])
+            f'for less than {dict(asked)}' + ''.join(f'; {layer}' for layer in graph.merged[:3])
         )
     slot_stays = graph.keeps(keep)
     kept: dict[str, dict[int, list[int]]] = {}
@@ -71,49 +72,52 @@ def make_plan(
     for alias, name in graph.slots.aliases.items():
         if name in kept:
             kept[alias] = kept[name]
-    before, left = plan_of(model), remaining(model)
+    before = plan_of(model)
+    left = _fractions_left(before)
     flops_before = before.cuts[0].flops_before if before and before.cuts else graph.flops
     share = cost.flops(graph)(keep) / (graph.flops / left['flops'])
-    notes = notes or CutNotes()
     record = CutRecord(
-        iteration=notes.iteration,
-        latency=notes.latency,
-        uneven=notes.uneven,
+        **(notes or CutNotes()),
         units_removed=int((~keep).sum()),
         flops_before=flops_before,
         flops=round(flops_before * share),
         params_before=round(graph.params / left['params']),
         params=round(cost.params(graph)(keep)),
     )
-    attributes = _followed(graph, model, slot_stays)
+    attributes = _new_attributes(graph, model, slot_stays)
     return Plan(kept, attributes, fingerprint(model), [record], dict(asked))
 
 
-def _followed(graph: ChannelGraph, model: nn.Module, stays: np.ndarray) -> dict[str, dict[str, int]]:
-    """New values of the numbers that follow an axis, in proportion to it."""
-    found: dict[str, dict[str, int]] = {}
-    for follow in graph.tracked:
-        left = stays[follow.ids]
-        if left.all():
+def _new_attributes(
+    graph: ChannelGraph, model: nn.Module, slot_stays: np.ndarray
+) -> dict[str, dict[str, int]]:
+    """The new values of the tracked attributes, in proportion to the axes that they follow."""
+    values: dict[str, dict[str, int]] = {}
+    for tracked in graph.tracked:
+        stays = slot_stays[tracked.ids]
+        if stays.all():
             continue
-        old = read_attribute(model.get_submodule(follow.module), follow.attribute)
-        if follow.guessed and old != left.size:  # it was set to something else since the trace
+        old = read_attribute(model.get_submodule(tracked.module), tracked.attribute)
+        if tracked.guessed and old != stays.size:  # it was set to something else since the trace
             continue
-        new, rest = divmod(old * int(left.sum()), left.size)
-        where = f'{follow.module}.{follow.attribute}'
+        new, rest = divmod(old * int(stays.sum()), stays.size)
+        where = f'{tracked.module}.{tracked.attribute}'
         if rest:
             raise InexactCut(
-                f'{where} is {old} and should follow {left.size} -> {left.sum()} channels, which '
+                f'{where} is {old} and should follow {stays.size} -> {stays.sum()} channels, which '
                 'gives no integer: its adapter follows the wrong axis'
             )
-        if found.setdefault(follow.module, {}).setdefault(follow.attribute, new) != new:
+        if values.setdefault(tracked.module, {}).setdefault(tracked.attribute, new) != new:
             raise InexactCut(f'{where} follows two widths that became different: lock one by name')
-    return found
+    return values
 
 
 def remaining(model: nn.Module) -> dict[str, float]:
     """The fractions of the original's ``flops`` and ``params`` that ``model`` still has."""
-    plan = plan_of(model)
+    return _fractions_left(plan_of(model))
+
+
+def _fractions_left(plan: Plan | None) -> dict[str, float]:
     if plan is None or not plan.cuts:
         return {'flops': 1.0, 'params': 1.0}
     last = plan.cuts[-1]
@@ -121,17 +125,18 @@ def remaining(model: nn.Module) -> dict[str, float]:
 
 
 def baseline_of(model: nn.Module, graph: ChannelGraph) -> Baseline:
-    """What ``model``, of which ``graph`` is, was before its first cut."""
+    """The model before its first cut, as far as it follows from its plan.
+
+    Args:
+        model: the model as it is now.
+        graph: the channel graph of ``model`` as it is now.
+    """
     plan = plan_of(model)
-    left = remaining(model)
+    left = _fractions_left(plan)
     units = []
     for group in graph.groups:
         axis = next(iter(group.axes))
-        was = plan.fingerprint[axis.name][axis.dim] if plan is not None else axis.size
-        units.append(round(len(group) * was / axis.size))
-    return Baseline(
-        flops=graph.flops / left['flops'],
-        params=round(graph.params / left['params']),
-        units=tuple(units),
-        plan=plan,
-    )
+        size = plan.fingerprint[axis.name][axis.dim] if plan is not None else axis.size
+        units.append(round(len(group) * size / axis.size))
+    flops, params = graph.flops / left['flops'], round(graph.params / left['params'])
+    return Baseline(flops=flops, params=params, units=tuple(units), plan=plan)

@@ -1,4 +1,8 @@
-"""Format 1 of ``meta['mmprune']``: what stands in it, checked before any of it is believed."""
+"""Format 1 of ``meta['mmprune']``, the record of a plan in a checkpoint, and its validation.
+
+A checkpoint may come from a stranger, so every part is checked before it is used. For example, an entry
+``attributes = {'0': {'__class__': 1}}`` is refused, because only positive widths can be set.
+"""
 
 import hashlib
 import json
@@ -9,34 +13,113 @@ from typing import Any
 from mmprune.errors import PruneError
 
 FORMAT = 1
-"""Version of ``meta['mmprune']``. Readers refuse later ones."""
+"""Version of ``meta['mmprune']`` that this mmprune writes. Records of later versions are refused."""
+
+_PARTS: dict[str, type] = dict(
+    format=int, mmprune=str, fingerprint=dict, keep=dict, attributes=dict, history=list, budget=dict
+)
+_ATTRIBUTE = re.compile(r'[A-Za-z_]\w*(\.[A-Za-z_]\w*|\[\d+\])*')
 
 
 def checksum(meta: dict[str, Any]) -> str:
-    """Of all parts of a meta but itself."""
+    """SHA-256 of all parts of a record except the checksum itself."""
     parts = {part: meta[part] for part in (*_PARTS, 'aliases') if part in meta}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-_PARTS = {
-    'format': int, 'mmprune': str, 'fingerprint': dict, 'keep': dict, 'attributes': dict,
-    'history': list, 'budget': dict,
-}  # fmt: skip
-_ATTRIBUTE = re.compile(r'[A-Za-z_]\w*(\.[A-Za-z_]\w*|\[\d+\])*')
+def check_meta(meta: Any) -> None:
+    """Checks every part of a record that :meth:`mmprune.Plan.to_meta` wrote.
+
+    Raises:
+        PruneError: the record is corrupt, of a later format, or no plan. The message names the part.
+    """
+    _expect(isinstance(meta, dict), '', meta, 'a dict')
+    version = meta.get('format')
+    if isinstance(version, int) and version > FORMAT:
+        raise PruneError(
+            f"meta['mmprune'] has format {_short(version)}, this mmprune reads up to {FORMAT}: it was "
+            f'written by mmprune {_short(meta.get("mmprune"))}; install that version or a later one'
+        )
+    for part, kind in _PARTS.items():
+        value = meta.get(part)
+        right = isinstance(value, kind) and not isinstance(value, bool)
+        _expect(right, f'[{part!r}]', value, f'of type {kind.__name__}')
+    _expect(meta['format'] == FORMAT, "['format']", meta['format'], str(FORMAT))
+    for name, shape in meta['fingerprint'].items():
+        right = isinstance(name, str) and isinstance(shape, list)
+        right = right and all(_is_int(size) and size >= 0 for size in shape)
+        _expect(right, f"['fingerprint'][{_short(name)}]", shape, 'a shape')
+    _check_keep(meta['keep'], meta['fingerprint'])
+    _check_aliases(meta)
+    for name, values in meta['attributes'].items():
+        right = isinstance(name, str) and isinstance(values, dict)
+        _expect(right, f"['attributes'][{_short(name)}]", values, 'a dict of a module')
+        for attribute, value in values.items():
+            right = isinstance(attribute, str) and len(attribute) < 200 and '__' not in attribute
+            right = right and bool(_ATTRIBUTE.fullmatch(attribute)) and _is_int(value) and value > 0
+            where = f"['attributes'][{_short(name)}][{_short(attribute)}]"
+            _expect(right, where, value, 'a positive width')
+    for number, entry in enumerate(meta['history']):
+        _check_record(entry, f"['history'][{number}]")
+    _expect(_is_plain(meta['budget']), "['budget']", meta['budget'], 'a dict of plain values')
+    stored = meta.get('checksum')
+    _expect(stored == checksum(meta), "['checksum']", stored, 'the checksum of the other parts')
 
 
-def _bad(where: str, found: Any, wanted: str) -> PruneError:
-    return PruneError(
-        f"meta['mmprune']{where} is {_told(found)}, not {wanted}: the file is truncated or corrupt, or "
-        'was not written by mmprune; use another checkpoint'
-    )
+def _check_keep(keep: dict[Any, Any], fingerprint: dict[str, list[int]]) -> None:
+    for name, dims in keep.items():
+        shape = fingerprint.get(name, [])
+        where = f"['keep'][{_short(name)}]"
+        right = name in fingerprint and isinstance(dims, dict)
+        _expect(right, where, dims, 'a dict of a tensor in the fingerprint')
+        for dim, kept in dims.items():
+            at = f'{where}[{_short(dim)}]'
+            right = _is_int(dim) and 0 <= dim < len(shape)
+            _expect(right, at, kept, f'for a dimension below {len(shape)}')
+            right = isinstance(kept, list) and 0 < len(kept) <= shape[dim] and all(map(_is_int, kept))
+            _expect(right, at, kept, f'a list of 1 to {shape[dim]} indices')
+            right = kept[0] >= 0 and kept[-1] < shape[dim]
+            right = right and all(a < b for a, b in zip(kept, kept[1:], strict=False))
+            _expect(right, at, kept, f'ascending indices from 0 to {shape[dim] - 1}')
 
 
-def _told(value: Any) -> str:
-    """At most 80 characters of what may be endless."""
+def _check_aliases(meta: dict[str, Any]) -> None:
+    aliases, shapes, keep = meta.get('aliases', {}), meta['fingerprint'], meta['keep']
+    _expect(isinstance(aliases, dict), "['aliases']", aliases, 'of type dict')
+    for name, first in aliases.items():
+        right = isinstance(first, str) and name in shapes and first not in aliases
+        right = right and shapes[name] == shapes.get(first) and keep.get(name) == keep.get(first)
+        _expect(right, f"['aliases'][{_short(name)}]", first, 'another name of the same tensor')
+
+
+def _check_record(entry: Any, where: str) -> None:
+    _expect(isinstance(entry, dict) and _is_plain(entry), where, entry, 'a dict of plain values')
+    for key in ('flops_before', 'flops', 'params_before', 'params'):
+        value: Any = entry.get(key)
+        right = _is_int(value) and value >= key.endswith('_before')
+        _expect(right, f'{where}[{key!r}]', value, 'a count')
+    for key in {'iteration', 'units_removed'} & entry.keys():
+        _expect(_is_int(entry[key]), f'{where}[{key!r}]', entry[key], 'an integer')
+    latency, uneven = entry.get('latency', 1.0), entry.get('uneven', [])
+    right = isinstance(latency, float) or _is_int(latency)
+    _expect(right, f"{where}['latency']", latency, 'a number')
+    right = isinstance(uneven, list) and all(isinstance(sentence, str) for sentence in uneven)
+    _expect(right, f"{where}['uneven']", uneven, 'a list of strings')
+
+
+def _expect(right: bool, where: str, value: Any, wanted: str) -> None:
+    if not right:
+        raise PruneError(
+            f"meta['mmprune']{where} is {_short(value)}, not {wanted}: the file is truncated or "
+            'corrupt, or was not written by mmprune; use another checkpoint'
+        )
+
+
+def _short(value: Any) -> str:
+    """At most 80 characters of a value that may be very long."""
     try:
         text = reprlib.repr(value)
-    except ValueError:  # Python writes no number of more than 4300 digits
+    except ValueError:  # Python refuses to print integers of more than 4300 digits
         return f'something huge ({type(value).__name__})'
     return text if len(text) <= 80 else text[:77] + '...'
 
@@ -53,95 +136,3 @@ def _is_plain(value: Any, depth: int = 6) -> bool:
     if isinstance(value, dict):
         return all(isinstance(k, str) and _is_plain(v, depth - 1) for k, v in value.items())
     return all(_is_plain(v, depth - 1) for v in value)
-
-
-_NOTED = {
-    'iteration': (_is_int, 'an integer'),
-    'latency': (lambda value: isinstance(value, float) or _is_int(value), 'a number'),
-    'units_removed': (_is_int, 'an integer'),
-    'uneven': (
-        lambda value: isinstance(value, list) and all(isinstance(each, str) for each in value),
-        'a list of strings',
-    ),
-}
-
-
-def check_meta(meta: Any) -> None:
-    """Every part of what :meth:`mmprune.Plan.to_meta` wrote.
-
-    Raises:
-        PruneError: corrupt, of a later format, or not a plan; the message names the part.
-    """
-    if not isinstance(meta, dict):
-        raise _bad('', meta, 'a dict')
-    later = meta.get('format')
-    if isinstance(later, int) and later > FORMAT:
-        raise PruneError(
-            f"meta['mmprune'] has format {_told(later)}, this mmprune reads up to {FORMAT}: it was "
-            f'written by mmprune {_told(meta.get("mmprune"))}; install that version or a later one'
-        )
-    for part, kind in _PARTS.items():
-        if not isinstance(meta.get(part), kind) or isinstance(meta.get(part), bool):
-            raise _bad(f'[{part!r}]', meta.get(part), f'of type {kind.__name__}')
-    if meta['format'] != FORMAT:
-        raise _bad("['format']", meta['format'], str(FORMAT))
-    for name, shape in meta['fingerprint'].items():
-        if (
-            not isinstance(name, str)
-            or not isinstance(shape, list)
-            or not all(_is_int(n) and n >= 0 for n in shape)
-        ):
-            raise _bad(f"['fingerprint'][{_told(name)}]", shape, 'a shape')
-    for name, dims in meta['keep'].items():
-        shape = meta['fingerprint'].get(name)
-        if shape is None or not isinstance(dims, dict):
-            raise _bad(f"['keep'][{_told(name)}]", dims, 'a dict of a tensor in the fingerprint')
-        for dim, kept in dims.items():
-            at = f"['keep'][{_told(name)}][{_told(dim)}]"
-            if not _is_int(dim) or not 0 <= dim < len(shape):
-                raise _bad(at, kept, f'for a dimension below {len(shape)}')
-            if (
-                not isinstance(kept, list)
-                or not 0 < len(kept) <= shape[dim]
-                or not all(map(_is_int, kept))
-            ):
-                raise _bad(at, kept, f'a list of 1 to {shape[dim]} indices')
-            if (
-                kept[0] < 0
-                or kept[-1] >= shape[dim]
-                or any(b <= a for a, b in zip(kept, kept[1:], strict=False))
-            ):
-                raise _bad(at, kept, f'ascending indices from 0 to {shape[dim] - 1}')
-    _check_aliases(meta)
-    for name, values in meta['attributes'].items():
-        if not isinstance(name, str) or not isinstance(values, dict):
-            raise _bad(f"['attributes'][{_told(name)}]", values, 'a dict of a module')
-        for attribute, value in values.items():
-            at = f"['attributes'][{_told(name)}][{_told(attribute)}]"
-            good = isinstance(attribute, str) and len(attribute) < 200
-            good = good and _ATTRIBUTE.fullmatch(attribute)
-            if not good or '__' in attribute or not _is_int(value) or value < 1:
-                raise _bad(at, value, 'a positive width')
-    for number, entry in enumerate(meta['history']):
-        if not isinstance(entry, dict) or not _is_plain(entry):
-            raise _bad(f"['history'][{number}]", entry, 'a dict of plain values')
-        for key in ('flops_before', 'flops', 'params_before', 'params'):
-            if not _is_int(entry.get(key)) or entry[key] < key.endswith('_before'):
-                raise _bad(f"['history'][{number}][{key!r}]", entry.get(key), 'a number of them')
-        for key, (good, wanted) in _NOTED.items():
-            if key in entry and not good(entry[key]):
-                raise _bad(f"['history'][{number}][{key!r}]", entry[key], wanted)
-    if not _is_plain(meta['budget']):
-        raise _bad("['budget']", meta['budget'], 'a dict of plain values')
-    if meta.get('checksum') != checksum(meta):
-        raise _bad("['checksum']", meta.get('checksum'), 'that of what stands there')
-
-
-def _check_aliases(meta: dict[str, Any]) -> None:
-    aliases, shapes, keep = meta.get('aliases', {}), meta['fingerprint'], meta['keep']
-    if not isinstance(aliases, dict):
-        raise _bad("['aliases']", aliases, 'of type dict')
-    for name, first in aliases.items():
-        known = isinstance(first, str) and name in shapes and first not in aliases
-        if not known or shapes[name] != shapes.get(first) or keep.get(name) != keep.get(first):
-            raise _bad(f"['aliases'][{_told(name)}]", first, 'another name of the same tensor')

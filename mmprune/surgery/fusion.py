@@ -1,42 +1,34 @@
-"""Batch norms folded into the convolutions in front of them, for inference."""
+"""Folds batch norms into the convolutions before them, for inference."""
 
 from typing import Any, TypeGuard
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.nn.utils.parametrize import is_parametrized
 
 from mmprune.errors import PruneError
 
-PLAIN = frozenset({
-    'torch.nn.modules.conv.Conv1d', 'torch.nn.modules.conv.Conv2d', 'torch.nn.modules.conv.Conv3d',
-    'mmcv.cnn.bricks.wrappers.Conv2d', 'mmcv.cnn.bricks.wrappers.Conv3d',
-})  # fmt: skip
-TRANSPOSED = frozenset({
-    'torch.nn.modules.conv.ConvTranspose1d', 'torch.nn.modules.conv.ConvTranspose2d',
-    'torch.nn.modules.conv.ConvTranspose3d', 'mmcv.cnn.bricks.wrappers.ConvTranspose2d',
-    'mmcv.cnn.bricks.wrappers.ConvTranspose3d',
-})  # fmt: skip
-"""Convolutions that compute nothing else, by the names of their classes: none has to be installed."""
+PLAIN_MODULES = ('torch.nn.modules.conv', 'mmcv.cnn.bricks.wrappers')
+"""Python modules whose classes of convolutions convolve and do nothing else."""
 
 CONV_MODULE = 'mmcv.cnn.bricks.conv_module.ConvModule'
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def fuse(model: nn.Module) -> nn.Module:
-    """Folds each batch norm into the convolution in front of it, and puts the model into evaluation
-    mode. Its weights no longer fit the checkpoint, so do this last.
+    """Folds each batch norm into the convolution before it, and puts the model into evaluation mode.
 
-    Pairs are what stands side by side in one module, first a convolution, then a batch norm of as many
-    channels, as in mmcv's ``fuse_conv_bn``. What is called from several places keeps its norm (a
-    convolution of several levels that have norms of their own), and so do convolutions that compute
-    their weights (weight standardisation, weight norm).
+    The weights no longer fit the checkpoint afterwards, so fuse a model last.
+
+    A pair is a convolution directly followed by a batch norm of as many channels among the children of
+    one module, as in mmcv's ``fuse_conv_bn``. A convolution or norm that stands in several places keeps
+    its norm, and so does a convolution that computes its weight (weight standardisation, weight norm).
 
     Args:
-        model: changed in place.
+        model: any model. It is changed in place.
 
     Returns:
         ``model``.
@@ -60,14 +52,14 @@ def fuse(model: nn.Module) -> nn.Module:
     for module in model.modules():
         for child in module._modules.values():
             parents[id(child)] = parents.get(id(child), 0) + 1
-    found = 0
+    folded = 0
     for module in list(model.modules()):
         for conv, (name, norm) in _pairs(module):
             if parents[id(conv)] == parents[id(norm)] == 1:
                 fold(conv, norm)
                 module._modules[name] = nn.Identity()
-                found += 1
-    if not found:
+                folded += 1
+    if not folded:
         raise PruneError(
             'fuse: no convolution of this model stands in front of a batch norm: it was fused before, '
             'or has other norms; leave it as it is'
@@ -75,13 +67,10 @@ def fuse(model: nn.Module) -> nn.Module:
     return model
 
 
-def _class_name(kind: type) -> str:
-    return f'{kind.__module__}.{kind.__qualname__}'
-
-
 def _pairs(module: nn.Module) -> list[tuple[_ConvNd, tuple[str, _BatchNorm]]]:
-    if any(_class_name(base) == CONV_MODULE for base in type(module).__mro__):
-        mmcv_module: Any = module  # a class that need not be installed
+    """(convolution, (name of the norm, norm)) for each pair among the children of a module."""
+    if any(f'{base.__module__}.{base.__qualname__}' == CONV_MODULE for base in type(module).__mro__):
+        mmcv_module: Any = module  # the class itself need not be installed
         order = [part for part in mmcv_module.order if part != 'act' or mmcv_module.with_activation]
         if 'norm' not in order or order.index('norm') != order.index('conv') + 1:
             return []
@@ -99,11 +88,11 @@ def _pairs(module: nn.Module) -> list[tuple[_ConvNd, tuple[str, _BatchNorm]]]:
 
 
 def _folds(conv: nn.Module) -> TypeGuard[_ConvNd]:
-    kind = _class_name(type(conv))
-    if not isinstance(conv, _ConvNd):
+    """Whether a module is a convolution into which a batch norm can be folded."""
+    if not isinstance(conv, _ConvNd) or type(conv).__module__ not in PLAIN_MODULES:
         return False
-    plain = kind in PLAIN or (kind in TRANSPOSED and conv.groups == 1)
-    return plain and not is_parametrized(conv) and not _watched(conv)
+    grouped = isinstance(conv, _ConvTransposeNd) and conv.groups > 1  # torch can't fold these
+    return not (grouped or is_parametrized(conv) or _watched(conv))
 
 
 def _watched(module: nn.Module) -> bool:
@@ -112,7 +101,7 @@ def _watched(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def fold(conv: _ConvNd, norm: _BatchNorm) -> None:
-    """The weights of ``conv`` with ``norm``, which keeps statistics, in them, in place."""
+    """Multiplies ``norm`` into the weight and bias of ``conv``, in place."""
     assert norm.running_mean is not None and norm.running_var is not None
     conv.weight, conv.bias = fuse_conv_bn_weights(
         conv.weight,
@@ -122,5 +111,5 @@ def fold(conv: _ConvNd, norm: _BatchNorm) -> None:
         norm.eps,
         norm.weight,
         norm.bias,
-        transpose=_class_name(type(conv)) in TRANSPOSED,
+        transpose=isinstance(conv, _ConvTransposeNd),
     )

@@ -1,4 +1,4 @@
-"""What a cut did, and what a model was before its first: the facts that a plan carries along."""
+"""The record of each cut, which a plan carries along."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -7,41 +7,40 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class CutNotes:
-    """What whoever chooses the units of a cut notes beside them.
+    """What the choice of the units adds to the record of a cut.
 
     Args:
-        iteration: training steps before the cut.
-        latency: the fraction that remains of the original's time, as it was measured.
-        uneven: a sentence for each layer whose width could not be rounded.
+        iteration: training steps before the cut; ``None`` outside a training.
+        latency: measured time of the pruned model as a fraction of the original's; ``None`` if the
+            budget has no latency.
+        uneven: one sentence for each layer whose width could not be rounded.
     """
 
     iteration: int | None = None
     latency: float | None = None
     uneven: tuple[str, ...] = ()
 
-    # `{'iteration': 3, **notes}`: mm/hooks adds its iteration so.
+    # These two methods let `{'iteration': 3, **notes}` unpack the fields that are set.
     def keys(self) -> list[str]:
-        return [each.name for each in fields(self) if getattr(self, each.name) not in (None, ())]
+        return [name for name in _NAMES_OF_NOTES if getattr(self, name) not in (None, ())]
 
     def __getitem__(self, name: str) -> Any:
         return getattr(self, name)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CutRecord:
-    """One cut, in the history of a plan.
+class CutRecord(CutNotes):
+    """One cut in the history of a plan.
 
     Args:
-        iteration, latency, uneven: see :class:`CutNotes`.
-        units_removed: how many units went.
-        flops_before, flops: multiply-adds of one forward of the original, and of what this cut left.
-        params_before, params: numbers of parameters, alike.
-        more: what a later version noted beside these; it is written again as it was read.
+        units_removed: number of units that the cut removed; ``None`` if the file does not say.
+        flops_before: multiply-adds of one forward of the original.
+        flops: multiply-adds of one forward after this cut.
+        params_before: number of parameters of the original.
+        params: number of parameters after this cut.
+        more: entries that a later version of mmprune wrote. They are kept and written again.
     """
 
-    iteration: int | None = None
-    latency: float | None = None
-    uneven: tuple[str, ...] = ()
     units_removed: int | None = None
     flops_before: int
     flops: int
@@ -50,18 +49,19 @@ class CutRecord:
     more: Mapping[str, Any] = field(default_factory=dict)
 
     def to_meta(self) -> dict[str, Any]:
-        """As a checkpoint of format 1 has it: plain data, without what was not noted."""
-        known = {name: getattr(self, name) for name in _KNOWN}
-        known['uneven'] = list(self.uneven)
-        return {k: v for k, v in known.items() if v is not None and v != []} | dict(self.more)
+        """The record as plain data for a checkpoint of format 1, without fields that are not set."""
+        values = {name: getattr(self, name) for name in _NAMES_OF_RECORD}
+        values['uneven'] = list(self.uneven)
+        return {k: v for k, v in values.items() if v is not None and v != []} | dict(self.more)
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> 'CutRecord':
-        """What :meth:`to_meta` gave; :meth:`mmprune.Plan.from_meta` has checked it."""
-        known = {name: meta[name] for name in _KNOWN if name in meta}
+        """Reads what :meth:`to_meta` wrote. :meth:`mmprune.Plan.from_meta` has checked the types."""
+        known = {name: meta[name] for name in _NAMES_OF_RECORD if name in meta}
         if 'uneven' in known:
             known['uneven'] = tuple(known['uneven'])
-        return cls(**known, more={k: v for k, v in meta.items() if k not in _KNOWN})
+        return cls(**known, more={k: v for k, v in meta.items() if k not in _NAMES_OF_RECORD})
 
 
-_KNOWN = tuple(each.name for each in fields(CutRecord) if each.name != 'more')
+_NAMES_OF_NOTES = tuple(field.name for field in fields(CutNotes))
+_NAMES_OF_RECORD = tuple(field.name for field in fields(CutRecord) if field.name != 'more')

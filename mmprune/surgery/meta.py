@@ -1,4 +1,4 @@
-"""The record in a checkpoint: reading a file without running code, its plan, its weights."""
+"""Checkpoint files: reading them without running code, their plan, and their weights."""
 
 import copy
 import pickle
@@ -11,30 +11,32 @@ import torch
 from torch import nn
 
 from mmprune.errors import PruneError
-from mmprune.surgery.plan import Plan, names_by_first, plan_of
+from mmprune.surgery.plan import Plan, plan_of
+from mmprune.surgery.structure import names_by_first
 
 META = 'mmprune'
-"""The key of the record in a checkpoint's ``meta``."""
+"""The key of a plan's record in a checkpoint's ``meta``."""
 
 SAFE_TYPES: list[Any] = []
-"""Types beside tensors and plain data that checkpoint files may hold; :mod:`mmprune.mm` adds those that
-mmengine writes."""
+"""Types beside tensors and plain data that checkpoint files may hold. :mod:`mmprune.mm` adds the types
+that mmengine writes."""
 
 
 def read_file(path: str | Path, device: str = 'cpu') -> dict[str, Any]:
-    """The content of a checkpoint file. Never runs code: ``torch.load``'s ``weights_only`` is on,
-    whatever the environment would say.
+    """The content of a checkpoint file. No code in the file is run: ``torch.load`` is called with
+    ``weights_only=True``, whatever the environment says.
 
     Raises:
-        PruneError: no such file; truncated or corrupt, or not a checkpoint; or it holds objects beyond
-            tensors, plain data and ``SAFE_TYPES``.
+        PruneError: the file does not exist, is truncated or corrupt, is no checkpoint, or holds objects
+            other than tensors, plain data and ``SAFE_TYPES``.
     """
     if not Path(path).is_file():
         raise PruneError(f'{path}: no such checkpoint file')
 
     def load() -> Any:
         check_archive(path)
-        # Each time: torch's context manager `safe_globals` forgets at its end what was known before it.
+        # Added before each load, since leaving torch's context manager `safe_globals` removes the types
+        # that were known before it.
         torch.serialization.add_safe_globals(SAFE_TYPES)
         return torch.load(path, map_location=device, weights_only=True)
 
@@ -42,7 +44,11 @@ def read_file(path: str | Path, device: str = 'cpu') -> dict[str, Any]:
 
 
 def checked_content(path: str | Path, load: Callable[[], Any]) -> dict[str, Any]:
-    """What ``load()`` gives, if it is a dict; any error of it as a PruneError that names ``path``."""
+    """The dict that ``load()`` returns.
+
+    Raises:
+        PruneError: ``load()`` fails, or returns no dict. The message names ``path``.
+    """
     try:
         checkpoint = load()
     except PruneError:
@@ -52,7 +58,7 @@ def checked_content(path: str | Path, load: Callable[[], Any]) -> dict[str, Any]
             f'{path}: refused: it is not a checkpoint, or holds objects that could run code '
             f'({first_line(error)})'
         ) from error
-    except Exception as error:  # a corrupt file can bring a reader to any error
+    except Exception as error:  # a corrupt file can raise any error
         raise PruneError(
             f'{path}: truncated or corrupt, or not a checkpoint ({type(error).__name__}: '
             f'{first_line(error)}); take an earlier one'
@@ -63,11 +69,11 @@ def checked_content(path: str | Path, load: Callable[[], Any]) -> dict[str, Any]
 
 
 def check_archive(path: str | Path) -> None:
-    """Compares every part of a checkpoint with the checksum that ``torch.save`` wrote beside it;
-    ``torch.load`` does not. Files of torch before 1.6 are no archives, and have none.
+    """Compares every part of a checkpoint with the checksum that ``torch.save`` wrote beside it, which
+    ``torch.load`` does not do. Files that torch wrote before version 1.6 are no archives and pass.
 
     Raises:
-        PruneError: a part differs, or would take more memory than the file is long.
+        PruneError: a part differs from its checksum, or would unpack to more than the file's length.
     """
     size = Path(path).stat().st_size
     with open(path, 'rb') as file:
@@ -78,8 +84,8 @@ def check_archive(path: str | Path) -> None:
         packed = [part.filename for part in parts if part.compress_type != zipfile.ZIP_STORED]
         if packed or sum(part.file_size for part in parts) > size:
             raise PruneError(
-                f'{path}: refused: it claims to hold more than its {size:,} bytes; torch.save packs '
-                'nothing'
+                f'{path}: refused: it claims to hold more than its {size:,} bytes, but torch.save '
+                'never compresses'
             )
         corrupt = archive.testzip()
     if corrupt is not None:
@@ -89,12 +95,13 @@ def check_archive(path: str | Path) -> None:
 
 
 def first_line(error: BaseException) -> str:
+    """At most 200 characters of the first line of an error's message."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else ''
 
 
 def plan_in(checkpoint: dict[str, Any]) -> Plan | None:
-    """The plan in a checkpoint's meta; ``None`` where it was never pruned."""
+    """The plan in a checkpoint's ``meta``; ``None`` if it holds no plan, as for an unpruned model."""
     meta = checkpoint.get('meta')
     if not isinstance(meta, dict) or META not in meta:
         return None
@@ -102,16 +109,20 @@ def plan_in(checkpoint: dict[str, Any]) -> Plan | None:
 
 
 def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Strictly: every tensor of the model comes from the checkpoint, and none is left over but under
-    another name that its plan knows."""
-    state = copy.copy(weights_in(checkpoint, path))  # not as a dict: modules' versions hang on it
-    plan, own = plan_of(model), set(model.state_dict())
+    """Loads the weights strictly: model and checkpoint must hold the same tensors. A tensor may have
+    another name in the checkpoint if the model's plan knows both names.
+
+    Raises:
+        PruneError: the tensors differ in name or shape. The message names ``path``.
+    """
+    state = copy.copy(weights_in(checkpoint, path))  # `dict(...)` would lose the modules' versions
+    plan, expected = plan_of(model), set(model.state_dict())
     for names in names_by_first(plan.aliases if plan is not None else {}).values():
-        found = sorted((name for name in names if name in state), key=own.__contains__)
-        for name in names if found else ():
-            if name in own:
-                state.setdefault(name, state[found[-1]])
-            elif name in state and torch.equal(state[name], state[found[-1]]):
+        present = sorted((name for name in names if name in state), key=expected.__contains__)
+        for name in names if present else ():
+            if name in expected:
+                state.setdefault(name, state[present[-1]])
+            elif name in state and torch.equal(state[name], state[present[-1]]):
                 del state[name]
     try:
         model.load_state_dict(state, strict=True)
@@ -120,18 +131,18 @@ def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str | Path)
 
 
 def weights_in(checkpoint: dict[str, Any], path: str | Path) -> dict[str, torch.Tensor]:
-    """The ``state_dict`` of a checkpoint, or a checkpoint that is one itself.
+    """The ``state_dict`` of a checkpoint, or the checkpoint itself if it is a state dict.
 
     Raises:
-        PruneError: it holds something else than tensors.
+        PruneError: it holds something other than tensors. The message names ``path``.
     """
     state = checkpoint.get('state_dict', checkpoint)
     if not isinstance(state, dict):
         raise PruneError(f"{path}: its 'state_dict' is a {type(state).__name__}, not a dict of tensors")
-    odd = [name for name, tensor in state.items() if not isinstance(tensor, torch.Tensor)]
-    if odd:
-        raise PruneError(
-            f'{path}: weights do not fit the model: {str(odd[0])[:80]} is a '
-            f'{type(state[odd[0]]).__name__}, not a tensor'
-        )
+    for name, tensor in state.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise PruneError(
+                f'{path}: weights do not fit the model: {str(name)[:80]} is a '
+                f'{type(tensor).__name__}, not a tensor'
+            )
     return state

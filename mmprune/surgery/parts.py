@@ -1,10 +1,12 @@
-"""Where a model keeps the plan by which it was cut, so that no wrapper or part of it loses the plan.
+"""Where a model keeps its plan, so that neither its wrappers nor its parts lose it.
 
-The plan stands in the innermost module, without the names that wrappers (``torch.compile``,
-``DataParallel``, ``AveragedModel``) put in front. Every module inside notes the same plan and its own
-name in it, so a part of a cut model knows what was cut of it: after ``prune(Detector(net), ...)``,
-``plan_of(net)`` is the part of that plan whose names begin with ``net.``, without the prefix. The other
-way round, a model of which a part was cut by itself has the part's plan under the part's name.
+The problem: a checkpoint needs the plan by which its model was cut, but a user may wrap the model after
+the cut, take it out of a larger model, or cut only a part of it. The idea: each module inside a cut
+model stores the plan together with its name in the cut model, and the lookup translates names.
+
+Example: after ``prune(detector, ...)``, ``plan_of(detector.neck)`` is the part of the plan whose names
+begin with ``neck.``, without that prefix. After ``prune(detector.neck, ...)`` alone,
+``plan_of(detector)`` holds the plan of the neck with ``neck.`` in front of each name.
 """
 
 from dataclasses import replace
@@ -25,13 +27,14 @@ WRAPPERS = {
 """{class of a wrapper: attribute that holds the wrapped module}; subclasses count too."""
 
 PLAN, PART = '_mmprune_plan', '_mmprune_part_of'
-"""Entries in a module's ``vars``: its own plan, and (its name, the plan of the model around it)."""
+"""Entries in ``vars(module)``. ``PLAN`` is the plan of the module itself; ``PART`` is (the name of the
+module, the plan of the model around it). Both plans are :class:`mmprune.Plan`."""
 
 Plans = list[tuple[nn.Module, dict[str, Any]]]
 
 
 def unwrapped_in_steps(model: nn.Module) -> list[nn.Module]:
-    """``model``, the module that it wraps, and so on; the last one is no wrapper."""
+    """``model``, the module that it wraps, and so on. The last one is no wrapper."""
     steps = [model]
     while True:
         kinds = [base.__name__ for base in type(steps[-1]).__mro__]
@@ -48,81 +51,85 @@ def innermost(model: nn.Module) -> nn.Module:
 
 
 def set_plan(model: nn.Module, plan: Any) -> None:
-    """Notes that ``model`` was cut by ``plan`` (all cuts of it so far); ``None``: it was not cut."""
-    model = innermost(model)
-    for name, module in model.named_modules():
-        vars(module).pop(PLAN, None)
-        vars(module).pop(PART, None)
-        if plan is not None:
-            vars(module).update({PART: (name, plan)} if name else {PLAN: plan})
+    """Stores ``plan``, which holds all cuts of ``model`` so far, in the model and all its modules."""
+    for name, module in innermost(model).named_modules():
+        entry = {PART: (name, plan)} if name else {PLAN: plan}
+        put_plans([(module, entry)])
 
 
 def plans_in(model: nn.Module) -> Plans:
-    """What all modules of ``model`` note, for :func:`put_plans`."""
+    """The entries of all modules of ``model``, for :func:`put_plans`."""
     modules = innermost(model).modules()
-    return [(each, {k: v for k, v in vars(each).items() if k in (PLAN, PART)}) for each in modules]
+    return [
+        (module, {k: v for k, v in vars(module).items() if k in (PLAN, PART)}) for module in modules
+    ]
 
 
 def put_plans(plans: Plans) -> None:
-    """Puts back what :func:`plans_in` found."""
-    for module, noted in plans:
+    """Replaces the entries of these modules."""
+    for module, entries in plans:
         for key in (PLAN, PART):
             vars(module).pop(key, None)
-        vars(module).update(noted)
+        vars(module).update(entries)
 
 
 def stored_plan(model: nn.Module) -> Any:
-    """The :class:`mmprune.Plan` by which ``model`` was cut, as a whole, as a part of another model, or
-    in parts; ``None`` where it was not cut."""
+    """The plan by which ``model`` was cut, as a whole, as a part of another model, or in parts.
+
+    Returns:
+        A :class:`mmprune.Plan` from the original of ``model``; ``None`` if the model was not cut.
+    """
     model = innermost(model)
-    plan = _noted(model)
-    source_at = {'': _source(model)}
+    plan = _plan_for_names_in(model)
+    plan_at = {'': _stored_in(model)}  # by the name of the module
     for name, module in model.named_modules():
-        own = _source(module)
-        if not name or own is None:
+        stored = _stored_in(module)
+        if not name or stored is None:
             continue
-        around = next(source_at[start] for start in _starts(name) if start in source_at)
-        # A cut notes its plan in all modules inside, so another one there is of a later cut.
-        if own is not around:
-            plan = _with_part(plan, model, name, _noted(module))
-            source_at[name] = own
+        # A cut stores its plan in all modules inside. Another plan in one of them is of a later cut.
+        if stored is not next(plan_at[around] for around in _names_around(name) if around in plan_at):
+            plan = _with_part(plan, model, name, _plan_for_names_in(module))
+            plan_at[name] = stored
     return plan
 
 
-def _starts(name: str) -> list[str]:
-    """The name of a module and those of the modules around it, outwards; '' is the model."""
-    parts = name.split('.')
-    return ['.'.join(parts[:count]) for count in range(len(parts), -1, -1)]
+def _names_around(name: str) -> list[str]:
+    """For ``a.b``: ``['a.b', 'a', '']``; '' is the name of the model."""
+    steps = name.split('.')
+    return ['.'.join(steps[:count]) for count in range(len(steps), -1, -1)]
 
 
-def _source(module: nn.Module) -> Any:
-    """The plan that stands in a module, be it the module's own or that of a model around it."""
-    noted = vars(module)
-    return noted.get(PLAN, noted.get(PART, (None, None))[1])
+def _stored_in(module: nn.Module) -> Any:
+    """The plan in a module, be it the module's own or that of a model around it."""
+    entries = vars(module)
+    return entries.get(PLAN, entries.get(PART, (None, None))[1])
 
 
-def _noted(module: nn.Module) -> Any:
-    """The same for the names that tensors have in the module."""
-    if PLAN in vars(module) or PART not in vars(module):
-        return vars(module).get(PLAN)
-    name, plan = vars(module)[PART]
+def _plan_for_names_in(module: nn.Module) -> Any:
+    """The plan in a module, with the names that tensors have inside this module."""
+    entries = vars(module)
+    if PLAN in entries or PART not in entries:
+        return entries.get(PLAN)
+    name, plan = entries[PART]
     return _part(plan, name)
 
 
 def _part(plan: Any, name: str) -> Any:
-    """What ``plan`` says of the module ``name``, by the names that its tensors have in the module. The
-    records of cuts are of the whole model, so a part has none, unless it holds all tensors."""
+    """The part of ``plan`` for the module ``name``, with the names that tensors have in the module.
+
+    Records of cuts count FLOPs of the whole model, so a part keeps them only if it has all tensors.
+    """
     start = len(name) + 1
 
-    def own(entries: dict[str, Any]) -> dict[str, Any]:
+    def inside(entries: dict[str, Any]) -> dict[str, Any]:
         return {key[start:]: v for key, v in entries.items() if f'{key}.'.startswith(f'{name}.')}
 
-    aliases = {k: v[start:] for k, v in own(plan.aliases).items() if v.startswith(f'{name}.')}
-    shapes = own(plan.fingerprint)
+    aliases = {k: v[start:] for k, v in inside(plan.aliases).items() if v.startswith(f'{name}.')}
+    shapes = inside(plan.fingerprint)
     return replace(
         plan,
-        keep=own(plan.keep),
-        attributes=own(plan.attributes),
+        keep=inside(plan.keep),
+        attributes=inside(plan.attributes),
         fingerprint=shapes,
         cuts=plan.cuts if len(shapes) == len(plan.fingerprint) else [],
         aliases=aliases,
@@ -130,11 +137,11 @@ def _part(plan: Any, name: str) -> Any:
 
 
 def _with_part(plan: Any, model: nn.Module, name: str, part: Any) -> Any:
-    """``plan`` of ``model`` (``None``: uncut) with what ``part`` says of the module ``name`` in it."""
+    """Joins ``plan`` of ``model`` (``None``: not cut) with ``part``, that of its module ``name``."""
     shapes = fingerprint(model)
     if plan is None:
         plan = replace(part, keep={}, attributes={}, fingerprint=shapes, cuts=[], budget={}, aliases={})
-    if len(part.fingerprint) == len(shapes):  # a wrapper that is not known as one
+    if len(part.fingerprint) == len(shapes):  # `model` is a wrapper of a class that is not in WRAPPERS
         plan = replace(plan, cuts=part.cuts, budget=part.budget)
     keep = {key: dims for key, dims in plan.keep.items() if not key.startswith(f'{name}.')}
     keep |= {f'{name}.{key}': dims for key, dims in part.keep.items()}
@@ -143,7 +150,7 @@ def _with_part(plan: Any, model: nn.Module, name: str, part: Any) -> Any:
         f'{name}.{key}'.rstrip('.'): values for key, values in part.attributes.items()
     }
     for names in names_by_first(aliases_of(model)).values():
-        known = next((each for each in names if each.startswith(f'{name}.')), None)
+        known = next((alias for alias in names if alias.startswith(f'{name}.')), None)
         for alias in names if known in keep else ():
             keep[alias], before[alias] = keep[known], before[known]
     return replace(plan, keep=keep, attributes=attributes, fingerprint=before)

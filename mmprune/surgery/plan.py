@@ -1,7 +1,9 @@
-"""A plan: what to keep of a model, as data. Made apart from being applied.
+"""A plan: what stays of a model, as data, made before anything is touched and stored in checkpoints.
 
-For every tensor that a cut narrows it holds, for each dimension, the kept indices *of the original*;
-beside that the module attributes that change, and the history of cuts.
+For every tensor that was cut, a plan holds the kept indices *of the original* in each dimension. It
+also holds the module attributes that changed, and the record of each cut. Example: a convolution of 8
+channels that keeps four has ``keep['0.weight'] = {0: [0, 2, 3, 7]}`` and
+``attributes['0'] = {'out_channels': 4}``.
 """
 
 from __future__ import annotations
@@ -20,32 +22,23 @@ from mmprune.surgery.apply import cut
 from mmprune.surgery.format import FORMAT, check_meta, checksum
 from mmprune.surgery.history import CutRecord
 from mmprune.surgery.parts import innermost, stored_plan
-from mmprune.surgery.structure import (
-    Fingerprint,
-    Keep,
-    check_fingerprint,
-    fingerprint,
-    names_by_first,
-    shape_text,
-)
-
-__all__ = ['Plan', 'check_fingerprint', 'fingerprint', 'plan_of']
+from mmprune.surgery.structure import Fingerprint, Keep, names_by_first, shape_text
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What stays of a model: data, made apart from being applied.
+    """What stays of a model, as data.
 
     Args:
         keep: {tensor name: {dimension: kept original indices, ascending}} for every parameter and
             buffer that was cut.
-        attributes: {module name: {attribute: value}} of the widths that modules keep as numbers.
-        fingerprint: {tensor name: shape} of the original's parameters and buffers.
-        cuts: what each cut did, the first one first.
-        budget: what was asked for in the last one, as plain data (:meth:`Budget.to_meta`; a later
-            version may know other options).
-        aliases: {further name of a tensor: its first name}. Of such names a model may have some and
-            lack others, since code may give a module a second name while it runs.
+        attributes: {module name: {attribute: value}} for the widths that modules keep as numbers.
+        fingerprint: {tensor name: shape} of all parameters and buffers of the original.
+        cuts: the record of each cut, the first cut first.
+        budget: the options of the last budget as plain data (:meth:`Budget.to_meta`). A later version
+            may have written options that this version does not know.
+        aliases: {further name of a tensor: its first name}. A model needs only one of the names,
+            since some code gives a module a second name while it runs.
 
     Example:
         >>> import torch
@@ -70,65 +63,70 @@ class Plan:
 
     def __str__(self) -> str:
         last = self.cuts[-1].to_meta() if self.cuts else {}
-        told = ', '.join(f'{key} {value:,}' for key, value in last.items() if isinstance(value, int))
-        return f'Plan({len(self.keep)} tensors narrower after {len(self.cuts)} cuts; {told})'
+        counts = ', '.join(f'{key} {value:,}' for key, value in last.items() if isinstance(value, int))
+        return f'Plan({len(self.keep)} tensors narrower after {len(self.cuts)} cuts; {counts})'
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """``cuts`` as plain dicts, as a checkpoint and a report have them."""
+        """``cuts`` as plain dicts, as checkpoints and reports hold them."""
         return [record.to_meta() for record in self.cuts]
 
     def apply(
         self, model: nn.Module, optimizer: Any = None, ema_models: Iterable[nn.Module] = ()
     ) -> None:
-        """Narrows ``model`` in place: parameters stay the same objects. All or nothing.
+        """Narrows ``model`` in place. Its parameters stay the same objects. A failure changes nothing.
 
         Args:
-            model: the plan's original, as it was before the first cut; or a copy of it that earlier
-                cuts of this plan were made to, which gets the later ones (an average of the weights,
-                say, after each call of :func:`mmprune.prune`).
+            model: the plan's original, uncut; or a copy that earlier cuts of this plan were applied to,
+                such as an average of the weights, to which only the later cuts are applied.
             optimizer: a torch optimizer, an mmengine ``OptimWrapper``, a scheduler, or a list of
-                these; state of a parameter's shape is sliced with it.
-            ema_models: EMA models, which are cut alike.
+                these. State that has the shape of its parameter is sliced with it.
+            ema_models: EMA models, which are cut in the same way.
 
         Raises:
-            PruneError: the model is not the plan's original; the first differences are listed.
+            PruneError: the model is not the plan's original. The message lists the first differences.
         """
         before = plan_of(model)
         cut(model, self if before is None else self.since(before), optimizer, ema_models)
 
     def since(self, before: Plan) -> Plan:
-        """What is left to do of this plan for a model that was cut by ``before``; the plan itself if it
-        was made for such a model, or does not begin with the cuts of ``before``."""
-        second = self.with_aliases(before.aliases)
+        """The part of this plan that comes after the cuts of ``before``.
+
+        Returns:
+            A plan for the model that ``before`` leaves. It is this plan unchanged if that was made for
+            such a model, or if it does not begin with the cuts of ``before``.
+        """
+        plan = self.with_aliases(before.aliases)
         shapes = before.shapes_left()
-        if second.fingerprint == shapes or second.fingerprint != before.fingerprint:
+        if plan.fingerprint == shapes or plan.fingerprint != before.fingerprint:
             return self
         keep: Keep = {}
-        for name, shape in second.fingerprint.items():
+        for name, shape in plan.fingerprint.items():
             for dim, size in enumerate(shape):
-                held = before.keep.get(name, {}).get(dim, range(size))
-                kept = second.keep.get(name, {}).get(dim, range(size))
-                if not set(kept) <= set(held):
+                first = before.keep.get(name, {}).get(dim, range(size))
+                kept = plan.keep.get(name, {}).get(dim, range(size))
+                if not set(kept) <= set(first):
                     return self
-                if len(kept) < len(held):
-                    keep.setdefault(name, {})[dim] = np.searchsorted(held, kept).tolist()
+                if len(kept) < len(first):
+                    keep.setdefault(name, {})[dim] = np.searchsorted(first, kept).tolist()
         if not keep:
             return self
-        cuts = self.cuts[len(before.cuts) :]
-        return replace(second, keep=keep, fingerprint=shapes, cuts=cuts)
+        return replace(plan, keep=keep, fingerprint=shapes, cuts=self.cuts[len(before.cuts) :])
 
     def then(self, second: Plan) -> Plan:
-        """This plan and, after it, one made for the model that it leaves, as a single plan."""
+        """This plan followed by ``second``, which was made for the model that this one leaves.
+
+        Raises:
+            PruneError: ``second`` was made for other shapes.
+        """
         first, second = self.with_aliases(second.aliases), second.with_aliases(self.aliases)
         left, wanted = first.shapes_left(), second.fingerprint
-        wrong = [name for name in [*left, *wanted] if left.get(name) != wanted.get(name)]
-        if wrong:
-            raise PruneError(
-                f'the second plan was made for {wrong[0]} of shape '
-                f'{shape_text(wanted.get(wrong[0]))}, the first leaves '
-                f'{shape_text(left.get(wrong[0]))}: they do not follow each other'
-            )
+        for name in [*left, *wanted]:
+            if left.get(name) != wanted.get(name):
+                raise PruneError(
+                    f'the second plan was made for {name} of shape {shape_text(wanted.get(name))}, the '
+                    f'first leaves {shape_text(left.get(name))}: they do not follow each other'
+                )
         keep = {name: dict(dims) for name, dims in first.keep.items()}
         for name, dims in second.keep.items():
             for dim, indices in dims.items():
@@ -142,18 +140,22 @@ class Plan:
             keep,
             attributes,
             first.fingerprint,
-            self.cuts + second.cuts,
-            second.budget or self.budget,
-            first.aliases | second.aliases,
+            cuts=self.cuts + second.cuts,
+            budget=second.budget or self.budget,
+            aliases=first.aliases | second.aliases,
         )
 
     def with_aliases(self, aliases: dict[str, str]) -> Plan:
-        """The same plan, in which tensors have further names as well: {name: another}."""
+        """The same plan with entries under further names of its tensors.
+
+        Args:
+            aliases: {further name of a tensor: its first name}. Unknown tensors are ignored.
+        """
         if aliases.items() <= self.aliases.items():
             return self
-        shapes, keep, found = dict(self.fingerprint), dict(self.keep), {}
+        shapes, keep, known_aliases = dict(self.fingerprint), dict(self.keep), {}
         for first, names in names_by_first(self.aliases | aliases).items():
-            known = next((name for which in (keep, shapes) for name in names if name in which), None)
+            known = next((name for table in (keep, shapes) for name in names if name in table), None)
             if known is None:
                 continue
             for name in names:
@@ -161,11 +163,11 @@ class Plan:
                 if known in keep:
                     keep.setdefault(name, keep[known])
                 if name != first:
-                    found[name] = first
-        return replace(self, keep=keep, fingerprint=shapes, aliases=found)
+                    known_aliases[name] = first
+        return replace(self, keep=keep, fingerprint=shapes, aliases=known_aliases)
 
     def shapes_left(self) -> Fingerprint:
-        """{tensor name: shape} of what stays."""
+        """{tensor name: shape} after the cuts."""
         left = {name: list(shape) for name, shape in self.fingerprint.items()}
         for name, dims in self.keep.items():
             for dim, kept in dims.items():
@@ -173,31 +175,32 @@ class Plan:
         return left
 
     def module_names(self, name: str) -> list[str]:
-        """Other names that a module has by the plan's aliases."""
-        found = []
+        """Other names of the module ``name``, which follow from the aliases of its tensors.
+
+        For example, the alias ``after.lent.0.weight`` of ``head.0.weight`` makes ``after.lent`` another
+        name of ``head``, and ``after.lent.0`` one of ``head.0``.
+        """
+        others = []
         for pair in self.aliases.items():
-            parts = [one.split('.') for one in pair]
-            while parts[0] and parts[1] and parts[0].pop() == parts[1].pop():
-                own = ['.'.join(part) for part in parts]
-                found += [other for one, other in (own, own[::-1]) if one == name]
-        return found
+            further, first = (tensor.split('.') for tensor in pair)
+            while further and first and further.pop() == first.pop():
+                modules = '.'.join(further), '.'.join(first)
+                others += [b for a, b in (modules, modules[::-1]) if a == name]
+        return others
 
     def removed(self, name: str, dim: int) -> list[int]:
-        """The original indices that go from one dimension of a tensor."""
-        gone = np.ones(self.fingerprint[name][dim], dtype=bool)
-        gone[self.keep[name][dim]] = False
-        return np.flatnonzero(gone).tolist()
+        """The original indices that are removed from dimension ``dim`` of the tensor ``name``."""
+        is_removed = np.ones(self.fingerprint[name][dim], dtype=bool)
+        is_removed[self.keep[name][dim]] = False
+        return np.flatnonzero(is_removed).tolist()
 
     def to_meta(self) -> dict[str, Any]:
-        """Plain ints, strings, lists and dicts, for a checkpoint's ``meta['mmprune']``."""
+        """The plan as plain ints, strings, lists and dicts, for a checkpoint's ``meta['mmprune']``."""
         meta = {
             'format': FORMAT,
             'mmprune': __version__,
             'fingerprint': {name: list(shape) for name, shape in self.fingerprint.items()},
-            'keep': {
-                name: {dim: list(kept) for dim, kept in dims.items()}
-                for name, dims in self.keep.items()
-            },
+            'keep': _copied(self.keep),
             'attributes': {name: dict(values) for name, values in self.attributes.items()},
             'history': self.history,
             'budget': dict(self.budget),
@@ -208,17 +211,14 @@ class Plan:
 
     @classmethod
     def from_meta(cls, meta: Any) -> Plan:
-        """The plan that :meth:`to_meta` wrote, every part of it checked.
+        """Reads what :meth:`to_meta` wrote, and checks every part of it.
 
         Raises:
-            PruneError: corrupt, of a later format, or not a plan; the message names the part.
+            PruneError: the record is corrupt, of a later format, or no plan; it names the part.
         """
         check_meta(meta)
         return cls(
-            keep={
-                name: {dim: list(kept) for dim, kept in dims.items()}
-                for name, dims in meta['keep'].items()
-            },
+            keep=_copied(meta['keep']),
             attributes={name: dict(values) for name, values in meta['attributes'].items()},
             fingerprint={name: list(shape) for name, shape in meta['fingerprint'].items()},
             cuts=[CutRecord.from_meta(entry) for entry in meta['history']],
@@ -227,15 +227,19 @@ class Plan:
         )
 
 
+def _copied(keep: Keep) -> Keep:
+    return {name: {dim: list(kept) for dim, kept in dims.items()} for name, dims in keep.items()}
+
+
 def plan_of(model: nn.Module) -> Plan | None:
-    """The plan by which ``model`` was cut, against its original.
+    """The plan by which ``model`` was cut, from its original.
 
     Args:
-        model: pruned or not, or a wrapper around it (``torch.compile``, ``DataParallel``). A part of
-            a pruned model has the part of the plan that is about it.
+        model: any model, or a wrapper around it (``torch.compile``, ``DataParallel``). A part of a
+            pruned model has the corresponding part of the plan.
 
     Returns:
-        All its cuts as one plan; ``None`` where there was none.
+        All cuts of the model as one plan; ``None`` if it was not cut.
 
     Example:
         >>> from torch import nn
@@ -243,4 +247,4 @@ def plan_of(model: nn.Module) -> Plan | None:
         True
     """
     plan = stored_plan(model)
-    return plan if plan is None else plan.with_aliases(aliases_of(innermost(model)))
+    return None if plan is None else plan.with_aliases(aliases_of(innermost(model)))

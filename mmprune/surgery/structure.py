@@ -1,4 +1,4 @@
-"""What a model is made of: names and shapes of its tensors."""
+"""Names and shapes of a model's tensors, and how a tensor is narrowed."""
 
 import torch
 from torch import nn
@@ -19,47 +19,62 @@ def fingerprint(model: nn.Module) -> Fingerprint:
 
 
 def names_by_first(aliases: dict[str, str]) -> dict[str, list[str]]:
-    """{first name: all names of a tensor, from aliases of one model or of several}."""
-    group: dict[str, list[str]] = {}
+    """All names of each tensor that has several, by its first name.
+
+    Args:
+        aliases: {further name: first name}, from one model or merged from several. In a merged dict
+            the first name of one model may be a further name in another.
+    """
+    names_of: dict[str, list[str]] = {}
     for name, first in aliases.items():
-        names, more = group.setdefault(first, [first]), group.get(name, [name])
+        names, more = names_of.setdefault(first, [first]), names_of.get(name, [name])
         if names is not more:
             names += more
-            group.update(dict.fromkeys(more, names))
-    return {names[0]: names for names in group.values()}
+            names_of.update(dict.fromkeys(more, names))
+    return {names[0]: names for names in names_of.values()}
 
 
 def check_fingerprint(
     expected: Fingerprint, model: nn.Module, what: str, aliases: dict[str, str] | None = None
 ) -> None:
-    """Raises a PruneError that lists the first differences by name and shape. Of the names that a
-    tensor has by ``aliases`` the model needs one."""
-    found = fingerprint(model)
+    """Checks that a model has the tensors that a plan was made for.
+
+    Args:
+        expected: the fingerprint in the plan.
+        model: any model; it is only read.
+        what: the plan, as the subject of the error message.
+        aliases: {further name of a tensor: its first name}. The model needs only one of the names.
+
+    Raises:
+        PruneError: lists the first differences by name and shape.
+    """
+    shapes = fingerprint(model)
     for names in names_by_first(aliases or {}).values():
-        known = next((name for name in names if name in found), None)
+        known = next((name for name in names if name in shapes), None)
         if known is not None:
-            found |= {name: found[known] for name in names if name not in found}
+            shapes |= {name: shapes[known] for name in names if name not in shapes}
     differences = [
-        f'{name}: {what} has {shape_text(expected.get(name))}, the model {shape_text(found.get(name))}'
-        for name in list(expected) + [n for n in found if n not in expected]
-        if expected.get(name) != found.get(name)
+        f'{name}: {what} has {shape_text(expected.get(name))}, the model {shape_text(shapes.get(name))}'
+        for name in list(expected) + [name for name in shapes if name not in expected]
+        if expected.get(name) != shapes.get(name)
     ]
     if differences:
         shown = '\n  '.join(differences[:5])
         more = f'\n  and {len(differences) - 5} more' if len(differences) > 5 else ''
-        count = len(expected.keys() | found.keys())
         raise PruneError(
-            f'{what} was made for another architecture: {len(differences)} of {count} tensors differ:'
-            f'\n  {shown}{more}\nBuild the model from the unpruned config that {what} was made with.'
+            f'{what} was made for another architecture: {len(differences)} of '
+            f'{len(expected.keys() | shapes.keys())} tensors differ:\n  {shown}{more}\n'
+            f'Build the model from the unpruned config that {what} was made with.'
         )
 
 
 def shape_text(shape: list[int] | None) -> str:
+    """``(8, 3)``, or ``none`` for a tensor that does not exist."""
     return 'none' if shape is None else f'({", ".join(map(str, shape))})'
 
 
 def narrowed(tensor: torch.Tensor, dims: dict[int, list[int]]) -> torch.Tensor:
-    """A copy of ``tensor`` with the kept indices of each dimension, in its memory format."""
+    """A copy of ``tensor`` with only the kept indices of each dimension, in its memory format."""
     out = tensor.detach()
     for dim, kept in dims.items():
         out = out.index_select(dim, torch.tensor(kept, device=out.device))

@@ -98,10 +98,10 @@ def test_a_row_waits_for_its_start_and_its_teacher_and_is_told_of_both(tmp_path,
     cfg = Config.fromfile(started[0][2])
     assert cfg.load_from == 'start.pth' and cfg.randomness.seed == 3
     assert cfg.custom_hooks[-1].distill == dict(teacher='dense.pth')
-    hooks['custom_hooks'][0]['distill'] = dict(features=0)
+    hooks['custom_hooks'][0]['distill'] = dict(features=2)
     studies.start(study, rows[2], 3, tmp_path, short=False)
     cfg = Config.fromfile(started[1][2])
-    assert cfg.custom_hooks[-1].distill == dict(teacher='dense.pth', features=0)
+    assert cfg.custom_hooks[-1].distill == dict(teacher='dense.pth', features=2)
 
 
 def test_a_narrower_config_says_what_is_left_of_it(tmp_path, monkeypatch):

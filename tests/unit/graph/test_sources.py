@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import mmprune
-from mmprune.check.masked import masked
 from mmprune.graph.sources import channel_sources
+from tests.helpers.by_hand import masked_by_hand
 
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 
@@ -61,7 +61,7 @@ def test_the_channels_that_a_plan_leaves_are_those_of_the_pruned_model(name, dim
     assert source.dim == dim and source.kept({}) is None
     scores = np.random.default_rng(0).random(mmprune.trace(model, lambda m: m(X)).n_units)
     plan = mmprune.prune(model, lambda m: m(X), keep_params=0.6, divisor=1, score=scores)
-    (wanted,), (whole,) = outputs(model, name), outputs(masked(original, plan), name)
+    (wanted,), (whole,) = outputs(model, name), outputs(masked_by_hand(original, plan.keep), name)
     kept = source.kept(plan.keep)
     assert len(kept) == wanted.shape[dim] < whole.shape[dim]
     torch.testing.assert_close(whole.index_select(dim, torch.from_numpy(kept)), wanted)

@@ -9,8 +9,10 @@ from mmengine.structures import BaseDataElement
 from torch import nn
 
 import mmprune
-from mmprune.mm.model_modes import both, first_samples, first_trace, forwards_of, runs_of
+from mmprune.contexts import one_after_another
+from mmprune.mm.model_modes import first_samples, first_trace, runs_of
 from tests.helpers.equality import assert_same
+from tests.helpers.forwards import forwards_of
 from tools import zoo
 
 
@@ -112,7 +114,7 @@ def test_a_batch_is_looked_at_without_a_trace():
 def test_a_number_that_only_predicting_reads_follows():
     model = Model()
     counted, also = forwards_of(model, BATCH)
-    mmprune.prune(model, both(counted, *also), keep_channels=0.5)
+    mmprune.prune(model, one_after_another(counted, *also), keep_channels=0.5)
     assert model.width == 4 and len(also[0](model)) == 1
 
 

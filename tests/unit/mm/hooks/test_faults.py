@@ -12,10 +12,10 @@ from torch import nn
 
 import mmprune
 from mmprune.mm.hooks import PruneHook
-from mmprune.mm.model_modes import forwards_of
 from mmprune.score.collector import Collector
 from mmprune.surgery import apply as cutting
 from tests.helpers.equality import assert_same
+from tests.helpers.forwards import forwards_of
 from tests.helpers.hook_runs import TwoBranch, config, train
 from tools import zoo
 

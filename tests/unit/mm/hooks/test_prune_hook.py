@@ -192,7 +192,7 @@ def test_a_budget_of_time_in_another_runtime(tmp_path, monkeypatch):
         train(cfg)
 
     prepared = []
-    monkeypatch.setattr(running, 'test_size', lambda cfg: (12, 12))  # the data set has no pipeline
+    monkeypatch.setattr(running, 'image_size', lambda cfg: (12, 12))  # the data set has no pipeline
     prepare = running.prepare_for_timing
 
     def noting(*args):
