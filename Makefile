@@ -78,7 +78,7 @@ install: $(VENV)/.project
 
 # Makes nothing where the set is there already.
 data: install
-	$(PY) -m mmprune.mm.datasets.shapes $(DATA)
+	$(PY) -m mmprune.mm.demo.shapes $(DATA)
 
 train: data
 	$(PY) tools/train.py $(CONFIG) --work-dir $(WORK_DIR)

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from mmdet.datasets import CocoDataset
 
-from mmprune.mm.datasets.drawing import FIGURE, SHAPES, box_of, draw
+from mmprune.mm.demo.drawing import FIGURE, SHAPES, box_of, draw
 
 SUBSET = Path(os.environ.get('MMPRUNE_COCO', Path(__file__).parent / '../../shared/data/coco_subset'))
 FULL = 1333, 800

@@ -25,7 +25,7 @@ from scipy.stats import spearmanr
 from torch import nn
 
 import mmprune
-from mmprune.mm.datasets import shapes
+from mmprune.mm.demo import shapes
 from mmprune.score import CRITERIA, Units, normalized
 from mmprune.score.collector import Collector
 

@@ -33,13 +33,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import mmprune  # before torchvision, which on some machines imports only after it
+import mmprune.mm  # before torchvision, which on some machines imports only after it
 
 import torchvision  # isort: skip
 from mmprune.graph.coupling import couple
 from mmprune.graph.tracer import trace_runs
 from mmprune.score import CRITERIA
 from mmprune.score.collector import Collector
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for tools.zoo
 
 
 def seconds(function, device, clock=time.perf_counter):
@@ -136,7 +138,7 @@ class Peak:
 
 def batch_of(config, size, count):
     """Random images of ``size`` with what the config's loss needs."""
-    from mmprune.mm import zoo
+    from tools import zoo
 
     if config.get('default_scope') == 'mmpose':
         pairs = [zoo.pose_batch(config, seed) for seed in range(-(-count // 2))]
@@ -157,10 +159,11 @@ def one_cut(name, count, device):
     from mmprune.budget.choose import choose
     from mmprune.compensation import Compensation
     from mmprune.graph import carry
-    from mmprune.mm import configs, model_modes, zoo
+    from mmprune.mm import configs, model_modes
     from mmprune.session import check_cut
     from mmprune.surgery.apply import cut
     from mmprune.surgery.build import baseline_of, make_plan
+    from tools import zoo
 
     config = zoo.load(name)
     size = configs.image_size(config)

@@ -43,9 +43,11 @@ from mmengine.runner.priority import get_priority
 from rich.console import Console
 from rich.table import Table
 
-from mmprune.mm import zoo
 from mmprune.mm.checkpoint import without_pretrained
 from mmprune.mm.hooks import PruneHook
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tools import zoo  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH = 2

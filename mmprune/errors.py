@@ -1,32 +1,32 @@
-"""The exception of the package, the kind of it that the package itself acts on, and "did you mean"."""
+"""The exceptions of the package, and what an error message says about an unknown option."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 class PruneError(Exception):
-    """Something about the model, the budget, the checkpoint or the call rules the pruning out.
+    """Pruning is not possible with this model, budget, checkpoint or call.
 
-    Raised before anything is written or cut, so what was passed in is as it was. The message is for
-    the person who made the call and can be read without the traceback. It gives, as far as they
-    apply, in this order:
+    It is raised before anything is written or cut, so the arguments are unchanged. The message is meant
+    for the person who made the call, and can be read without the traceback. It gives, if they apply and
+    in this order:
 
-    - the *name* of the thing: the tensor, module, option or file;
+    - the *name* of the tensor, module, option or file;
     - its *shape or value*, next to what was expected;
-    - the *remedy*: what to change so that it works.
+    - the *remedy*: what to change.
 
-    Where many things mismatch, the message lists all of them (or the first few and their number) at
-    once, rather than one for each try. For example::
+    If several things are wrong, the message lists all of them, or the first few and their number. For
+    example::
 
         keep_flops=1.3 is outside (0, 1]: it is the fraction of FLOPs that remains, e.g. 0.5
     """
 
 
 class InexactCut(PruneError):
-    """A cut that was tried on a copy does not compute what the masked original does, or can't run.
+    """A cut of a copy of the model does not compute what the masked original computes, or does not run.
 
-    Leaving out the groups of channels that are to blame makes it exact; other errors stay whatever is
-    cut.
+    The caller may lock the groups of channels that cause it and try again. No other error depends on
+    which channels are cut.
     """
 
 
@@ -37,7 +37,6 @@ REMOVED_OPTIONS: dict[str, str] = {
     'normalize': "a criterion declares it: mmprune.criterion(name, normalize='group')",
     'penalty': "scores are divided by what a unit costs: Score(name, per='flops')",
     'predictions': 'distillation compares features alone; leave it out',
-    'schedule': 'targets fall linearly from cut to cut; leave it out',
     'temperature': 'distillation compares features alone; leave it out',
     'rebuild_only': "give dict(type='RebuildHook') in place of this PruneHook",
     'recalibrate': 'call mmprune.recalibrate(model, forward, batches) after the cut',
@@ -47,12 +46,15 @@ REMOVED_OPTIONS: dict[str, str] = {
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Ends an error message about an unknown option: the replacement of an option that was removed, or
-    the most similar known name and the list of all.
+    """Ends an error message about an unknown option.
 
     Args:
-        name: the option that somebody wrote.
+        name: the option that the user wrote.
         known: the options that exist.
+
+    Returns:
+        The replacement of an option that was removed; otherwise the most similar known option, if there
+        is one, and the list of all.
 
     Example:
         >>> did_you_mean('keep_flop', ['keep_flops', 'divisor'])

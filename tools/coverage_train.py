@@ -1,14 +1,15 @@
-"""Trains one model of each family of the zoos for some steps with the hook's defaults, and cuts it.
+"""Trains and cuts one model of each family of the zoos for some iterations, with the hook's defaults.
 
-    python tools/coverage_train.py               # all of tools/coverage.txt, under an hour on one core
+    python tools/coverage_train.py               # all families of tools/coverage.txt
     python tools/coverage_train.py --only 'mmdet/*gn*' mmpose/vitpose
     python tools/coverage_train.py --resume      # only families without a result
 
-Each family runs in a process of its own with a time limit. Weights are random, nothing is downloaded,
-and the data are a few drawn pictures. mmengine's Runner trains the models of mmdet and mmpose with
-``PruneHook(keep_flops=0.5)``: two cuts, an interruption, and a third cut in a run that resumes from a
-checkpoint. A plain loop with ``Pruner(compensate=True)`` does the same with the models of torchvision.
-Results are written into docs/coverage.json after each family, and docs/coverage.md is made from it.
+All families take less than an hour on one core. Each family runs in a separate process with a time
+limit, with random weights, without downloads, on a few drawn pictures. mmengine's Runner trains the
+models of mmdet and mmpose with ``PruneHook(keep_flops=0.5)``. It makes two cuts and is interrupted; a
+second run resumes from the checkpoint and makes the third cut. The models of torchvision are trained in
+a plain loop with ``Pruner(compensate=True)``. The results are written to docs/coverage.json, from which
+docs/coverage.md is made.
 """
 
 import argparse
@@ -27,14 +28,17 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools import coverage  # noqa: E402
 
-CUTS, FIRST = 3, 2
-"""Cuts in all, and those before the interruption."""
+CUTS = 3
+"""The number of cuts in both runs together."""
 
-MOST = 28
-"""Iterations of a training: the trace may wait twenty of them for a batch on which every layer runs."""
+CUTS_BEFORE = 2
+"""The number of cuts before the interruption."""
+
+ITERATIONS = 28
+"""The longest training. The trace may wait up to 20 iterations for a batch on which all layers run."""
 
 KEEP_FLOPS = 0.5
-"""The budget. A family that locks more than this leaves gets what :func:`budget_of` gives."""
+"""The budget, except for families that lock too much (:func:`budget_of`)."""
 
 OPTIMIZER = dict(lr=1e-3, momentum=0.9)
 
@@ -43,11 +47,11 @@ class Interrupted(Exception):
     """Ends a training as a killed process would."""
 
 
-# -- one family, in its own process ---------------------------------------------------------------
+# -- one family, in a separate process ------------------------------------------------------------
 
 
-def examine(config: str, how: dict, row: dict, done: Callable[[], None]) -> None:
-    """Fills the row of one family and calls ``done`` after each stage."""
+def examine(config: str, arguments: dict, row: dict, done: Callable[[], None]) -> None:
+    """Trains one family; the arguments are those of :func:`tools.coverage.examine`."""
 
     def at(stage: str) -> None:
         row['stage'] = stage
@@ -57,9 +61,9 @@ def examine(config: str, how: dict, row: dict, done: Callable[[], None]) -> None
     try:
         with tempfile.TemporaryDirectory() as folder:
             if config.startswith('torchvision'):
-                train_plainly(config, how, row, at)
+                train_plainly(config, arguments, row, at)
             else:
-                train_with_hook(config, how, row, at, Path(folder))
+                train_with_hook(config, arguments, row, at, Path(folder))
     except Exception as error:
         row['where'] = last_place(error)
         raise
@@ -68,33 +72,34 @@ def examine(config: str, how: dict, row: dict, done: Callable[[], None]) -> None
         row['warnings'] = list(dict.fromkeys(text[:200] for text in row['warnings']))[:6]
     if not all(map(math.isfinite, row['losses'])):
         raise FloatingPointError(f'the loss is not finite: {row["losses"]}')
-    if row['cuts'] < 3 or not row['resumed']:
+    if row['cuts'] < CUTS or not row['resumed']:
         raise RuntimeError(f'{row["cuts"]} cuts in {len(row["losses"])} iterations')
     at('done')
 
 
 def last_place(error: BaseException) -> str:
-    """The last line of mmprune's own code that an error passed through."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if '/mmprune/' in frame.filename]
-    return f'{own[-1].filename.rsplit("/mmprune/", 1)[1]}:{own[-1].lineno}' if own else ''
+    """The last line of the package that an exception passed through, as ``FILE:LINE``."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if '/mmprune/' in frame.filename:
+            return f'{frame.filename.rsplit("/mmprune/", 1)[1]}:{frame.lineno}'
+    return ''
 
 
-def train_with_hook(config: str, how: dict, row: dict, at: Callable, folder: Path) -> None:
-    """Two trainings by mmengine's Runner. The second one resumes from the first one's checkpoint."""
-    from mmprune.mm import zoo
+def train_with_hook(config: str, arguments: dict, row: dict, at: Callable, folder: Path) -> None:
+    """Runs two trainings with mmengine's Runner. The second one resumes from the first checkpoint."""
+    from tools import zoo
 
     at('build')
-    keep_flops = row['keep_flops'] = how.pop('keep_flops', KEEP_FLOPS)
+    keep_flops = row['keep_flops'] = arguments.pop('keep_flops', KEEP_FLOPS)
     cfg = zoo.load(config)
-    model, forward = zoo.build(cfg, **how | {'mode': 'loss'})
-    samples = drawn_samples(cfg, model, how.get('size', 96))
+    model, forward = zoo.build(cfg, **arguments | {'mode': 'loss'})
+    samples = drawn_samples(cfg, model, arguments.get('size', 96))
     at('loss')
-    forward(model)  # an error here is one of the family or of its inputs, not of the hook
+    forward(model)  # an exception here comes from the family or its inputs, not from the hook
     scope = cfg.get('default_scope') or 'mmengine'
     at('first run')
     try:
-        runner_of(model, scope, samples, folder, row, keep_flops, FIRST).train()
+        runner_of(model, scope, samples, folder, row, keep_flops, CUTS_BEFORE).train()
     except Interrupted:
         at('resumed run')
     else:
@@ -108,10 +113,11 @@ def train_with_hook(config: str, how: dict, row: dict, at: Callable, folder: Pat
 
 
 def drawn_samples(cfg, model, size: int) -> list[dict]:
-    """Six samples as a data set gives them. Each box of a detector is a filled rectangle."""
-    from mmprune.mm import zoo
+    """Makes six samples as a data set gives them. In those of a detector, a rectangle fills each
+    box."""
+    from tools import zoo
 
-    found = []
+    samples = []
     for number in range(3):
         batch = zoo.raw_batch(cfg, model, size, seed=number)
         for image, sample in zip(batch['inputs'], batch['data_samples'], strict=True):
@@ -119,25 +125,31 @@ def drawn_samples(cfg, model, size: int) -> list[dict]:
             for box in getattr(boxes, 'tensor', boxes):
                 x1, y1, x2, y2 = (max(0, int(side)) for side in box)
                 image[:, y1:y2, x1:x2] = 60 * number + 40
-            found.append({'inputs': image, 'data_samples': sample})
-    return found
+            samples.append({'inputs': image, 'data_samples': sample})
+    return samples
 
 
 def runner_of(
-    model, scope: str, samples: list[dict], folder: Path, row: dict, keep_flops: float,
-    stop_after: int, checkpoint: str | None = None,
-) -> Any:  # fmt: skip
-    """A Runner that trains ``model`` until ``stop_after`` cuts were made.
+    model,
+    scope: str,
+    samples: list[dict],
+    folder: Path,
+    row: dict,
+    keep_flops: float,
+    stop_after: int,
+    checkpoint: str | None = None,
+) -> Any:
+    """Makes a Runner that trains until ``stop_after`` cuts were made.
 
     Args:
         model: the model, on the CPU.
-        scope: the registry that its config names.
-        samples: of the data set, in order.
+        scope: the default scope of the model's config.
+        samples: the data set.
         folder: the work directory.
-        row: gets losses, cuts and warnings.
+        row: the row of the family, which gets the losses, the number of cuts, and the warnings.
         keep_flops: the budget.
-        stop_after: the number of cuts. After it a run without ``checkpoint`` saves its own and is
-            interrupted. A run with a checkpoint ends one iteration later.
+        stop_after: the number of cuts. After it, a run without ``checkpoint`` saves ``interrupted.pth``
+            and raises :class:`Interrupted`. A run with ``checkpoint`` ends one iteration later.
         checkpoint: the file to resume from.
     """
     import logging
@@ -146,7 +158,7 @@ def runner_of(
     from mmengine.hooks import Hook
     from mmengine.runner import Runner
 
-    from mmprune.mm.hooks import PruneHook
+    from mmprune.mm import PruneHook
 
     class Watch(Hook):
         priority = 'LOWEST'
@@ -154,31 +166,32 @@ def runner_of(
 
         def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
             row['losses'].append(float(outputs['loss']))
-            hook = next(each for each in runner.hooks if isinstance(each, PruneHook))
-            row['resumed'] += hook.cuts - row['cuts'] if checkpoint is not None else 0
-            row['cuts'] = hook.cuts
-            if hook.cuts >= stop_after and checkpoint is None:
+            cuts = next(hook for hook in runner.hooks if isinstance(hook, PruneHook)).cuts
+            row['resumed'] += cuts - row['cuts'] if checkpoint is not None else 0
+            row['cuts'] = cuts
+            if cuts >= stop_after and checkpoint is None:
                 runner.save_checkpoint(str(folder), 'interrupted.pth', by_epoch=False)
                 raise Interrupted
             runner.train_loop.stop_training = self.ends
-            self.ends = hook.cuts >= stop_after
+            self.ends = cuts >= stop_after
 
-    class Keep(logging.Handler):
+    class KeepWarnings(logging.Handler):
         def emit(self, record):
             if '/mmprune/' in record.pathname:
                 row['warnings'].append(record.getMessage())
 
+    optimizer = dict(type='SGD', **OPTIMIZER)
     runner = Runner(
         model,
         work_dir=str(folder),
         train_dataloader=dict(
-            batch_size=min(2, len(samples)), dataset=samples, collate_fn=dict(type='pseudo_collate'),
+            batch_size=min(2, len(samples)),
+            dataset=samples,
+            collate_fn=dict(type='pseudo_collate'),
             sampler=dict(type='InfiniteSampler', shuffle=False),
         ),
-        train_cfg=dict(by_epoch=False, max_iters=MOST),
-        optim_wrapper=dict(
-            type='OptimWrapper', optimizer=dict(type='SGD', **OPTIMIZER), clip_grad=dict(max_norm=1.0)
-        ),
+        train_cfg=dict(by_epoch=False, max_iters=ITERATIONS),
+        optim_wrapper=dict(type='OptimWrapper', optimizer=optimizer, clip_grad=dict(max_norm=1.0)),
         default_hooks=dict(checkpoint=None),
         custom_hooks=[PruneHook(keep_flops=keep_flops, interval=1, steps=CUTS), Watch()],
         load_from=checkpoint,
@@ -188,41 +201,42 @@ def runner_of(
         randomness=dict(seed=0),
         experiment_name=f'{folder.name}_{stop_after}',
         cfg=Config(),
-    )  # fmt: skip
+    )
     for logger in (runner.logger, logging.getLogger('mmprune')):
-        logger.addHandler(Keep(logging.WARNING))
+        logger.addHandler(KeepWarnings(logging.WARNING))
     return runner
 
 
-def train_plainly(config: str, how: dict, row: dict, at: Callable) -> None:
-    """A loop of one's own with a ``Pruner``. The last cut is made in a model that was loaded."""
+def train_plainly(config: str, arguments: dict, row: dict, at: Callable) -> None:
+    """Trains in a plain loop with a ``Pruner``. The last cut is made in a model that was loaded."""
     import torch
 
     import mmprune
-    from mmprune.mm import zoo
+    from mmprune.contexts import tensors_in
+    from tools import zoo
 
     at('build')
-    model, forward = zoo.build(config, **how)
+    model, forward = zoo.build(config, **arguments)
     at('first run')
 
     def to_loss(model, _):
-        return sum(t.float().square().mean() for t in mmprune.contexts.tensors_in(forward(model)))
+        return sum(t.float().square().mean() for t in tensors_in(forward(model)))
 
-    for half in range(2):
-        if half:
+    for resumed, cuts in ((False, CUTS_BEFORE), (True, CUTS - CUTS_BEFORE)):
+        if resumed:
             saved = {'structure': mmprune.save_model_def(model), 'weights': model.state_dict()}
             model = mmprune.load_model_def(zoo.bare(config), saved)
             model.load_state_dict(saved['weights'])
-            zoo.at_size(model, how.get('size', 96))
+            zoo.at_size(model, arguments.get('size', 96))
             at('resumed run')
         weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.SGD(weights, **OPTIMIZER)
         pruner = mmprune.Pruner(model, compensate=True)
-        for step in range(2 * (FIRST if not half else CUTS - FIRST) + 1):
+        for step in range(2 * cuts + 1):  # steps of the optimizer, with a cut after each but the last
             if step % 2:
-                done = pruner.rebuild_model(None, to_loss, optimizer, prune_num=24)
-                row['cuts'] += done.units > 0
-                row['resumed'] += half * (done.units > 0)
+                result = pruner.rebuild_model(None, to_loss, optimizer, prune_num=24)
+                row['cuts'] += result.units > 0
+                row['resumed'] += resumed and result.units > 0
                 continue
             loss = to_loss(model, None)
             loss.backward()
@@ -233,40 +247,55 @@ def train_plainly(config: str, how: dict, row: dict, at: Callable) -> None:
         pruner.close()
 
 
-# -- all of them ----------------------------------------------------------------------------------
+# -- all families ---------------------------------------------------------------------------------
 
 
-def train(name: str, config: str, how: dict, limit: int, known: dict) -> dict:
-    """What a training of one family came to, for its row in docs/coverage.json. ``known``: that row."""
+def train(name: str, config: str, arguments: dict, limit: int, row: dict) -> dict:
+    """Trains a family in a separate process.
+
+    Args:
+        name: the name of the family.
+        config: the name of its config.
+        arguments: further arguments of :func:`tools.zoo.build`.
+        limit: the longest time in seconds.
+        row: the row of ``tools/coverage.py`` for the family.
+
+    Returns:
+        The result, which belongs into the row as ``'training'``.
+    """
     start = time.monotonic()
     if not config.startswith('torchvision'):
-        how = how | {'keep_flops': budget_of(known)}
-    found = coverage.run(name, config, how, limit, examine)
-    return {key: value for key, value in found.items() if key not in ('name', 'config')} | {
-        'seconds': round(time.monotonic() - start)
-    }
+        arguments = arguments | {'keep_flops': budget_of(row)}
+    result = coverage.run(name, config, arguments, limit, examine)
+    result = {key: value for key, value in result.items() if key not in ('name', 'config')}
+    return result | {'seconds': round(time.monotonic() - start)}
 
 
 def budget_of(row: dict) -> float:
-    """The fraction of the FLOPs that a training keeps: half, or, where so much is locked that half may
-    be below the floor, a little more than what is left without 30 % of the channels."""
-    left = row.get('flops_kept', 0)
-    return KEEP_FLOPS if left < 0.55 else round(min(0.95, left + 0.05), 2)
+    """The fraction of FLOPs that a training of the family keeps.
+
+    It is one half, if that can be reached for sure. Otherwise it is a little more than the fraction
+    that remained when 30 % of the channels were cut.
+    """
+    kept = row.get('flops_kept', 0)
+    return KEEP_FLOPS if kept < 0.55 else round(min(0.95, kept + 0.05), 2)
 
 
-def keep(name: str, found: dict) -> None:
-    """Puts one result into the JSON file, into the row that ``tools/coverage.py`` made."""
+def keep(name: str, result: dict) -> None:
+    """Writes a result to the JSON file, into the row that ``tools/coverage.py`` made."""
     rows = json.loads(coverage.RESULTS.read_text())
-    next(row for row in rows if row['name'] == name)['training'] = found
+    next(row for row in rows if row['name'] == name)['training'] = result
     coverage.RESULTS.write_text(json.dumps(rows, indent=1) + '\n')
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument('--only', nargs='+', default=['*'], help='patterns, e.g. mmdet/*detr*')
-    parser.add_argument('--jobs', type=int, default=1, help='processes at a time')
-    parser.add_argument('--limit', type=int, default=300, help='seconds for one family')
-    parser.add_argument('--resume', action='store_true', help='leave families that have a result')
+    parser.add_argument('--only', nargs='+', default=['*'], help='patterns of names, e.g. mmdet/*detr*')
+    parser.add_argument('--jobs', type=int, default=1, help='number of processes at a time')
+    parser.add_argument(
+        '--limit', type=int, default=300, help='the longest time for a family, in seconds'
+    )
+    parser.add_argument('--resume', action='store_true', help='skip families that have a result')
     arguments = parser.parse_args()
     rows = {row['name']: row for row in json.loads(coverage.RESULTS.read_text())}
     chosen = {
@@ -286,11 +315,10 @@ def main() -> None:
             for name, family in chosen.items()
         }
         for name, future in pending.items():
-            found = future.result()
-            print(f'{name:36s} {found["seconds"]:4d} s  {coverage.training_cell(found)}', flush=True)
-            keep(name, found)
-    known = json.loads(coverage.RESULTS.read_text())
-    coverage.write_page(known, coverage.PAGE)
+            result = future.result()
+            print(f'{name:36s} {result["seconds"]:4d} s  {coverage.training_cell(result)}', flush=True)
+            keep(name, result)
+    coverage.write_page(json.loads(coverage.RESULTS.read_text()), coverage.PAGE)
 
 
 if __name__ == '__main__':

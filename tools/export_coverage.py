@@ -25,8 +25,8 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from coverage import ROOT, families, warm_up  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tools.coverage import ROOT, families, warm_up  # noqa: E402
 
 RESULTS = ROOT / 'docs' / 'deploy.json'
 PAGE = ROOT / 'docs' / 'deploy.md'
@@ -40,7 +40,7 @@ def examine(config: str, how: dict, pipe) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     from mmprune.errors import PruneError
     from mmprune.mm.deploy.export import export_model
-    from mmprune.mm.zoo import build, load
+    from tools.zoo import build, load
 
     try:
         cfg = config_of(config) or load(config)
@@ -91,7 +91,7 @@ def as_trained(model, forward, size: tuple[int, int]) -> None:
     import torch
 
     from mmprune.mm.deploy import check as checks
-    from mmprune.mm.zoo import shake
+    from tools.zoo import shake
 
     def limited(layer, _, out, spread):
         factor = min(1.0, spread / float(out.std()))

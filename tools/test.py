@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint, pruned or not, or an exported file, with the config that it was trained with.
+"""Evaluates a checkpoint, pruned or not, or an exported file on the test set of its config.
 
 Usage: python tools/test.py configs/faster_rcnn_prune.py work_dirs/faster_rcnn_prune/epoch_12.pth
        python tools/test.py configs/faster_rcnn_prune.py model.onnx [--backend openvino]
@@ -16,23 +16,32 @@ from mmprune.mm.configs import dataset_with_pipeline
 
 def parse_args():
     parser = cli.make_parser(
-        "Evaluate a checkpoint, pruned or not, or an exported file, on its config's test set."
+        'Evaluates a checkpoint, pruned or not, or an exported file on the test set of its config.'
     )
     parser.add_argument(
-        'checkpoint', type=cli.checkpoint_file, help='checkpoint file, or an exported .onnx file'
+        'checkpoint', type=cli.checkpoint_file, help='a checkpoint, or an exported .onnx file'
     )
     parser.add_argument(
         '--backend',
         choices=['onnxruntime', 'openvino'],
-        help='what runs an .onnx file (default: onnxruntime)',
+        help='the runtime for an .onnx file (default: onnxruntime)',
     )
     parser.add_argument(
-        '--out', type=pickle_name, metavar='FILE.pkl', help='write the predictions here'
+        '--out', type=pickle_name, metavar='FILE.pkl', help='write the predictions to this file'
     )
     parser.add_argument('--show', action='store_true', help='show the predictions in a window')
-    parser.add_argument('--show-dir', help='paint the predictions here (mmdet: under WORK_DIR/TIME)')
-    parser.add_argument('--wait-time', type=float, default=2, help='seconds that each window stays')
-    parser.add_argument('--tta', action='store_true', help='merge the predictions for augmented copies')
+    parser.add_argument(
+        '--show-dir',
+        help='folder for pictures with the predictions; for mmdet it is inside WORK_DIR/TIME',
+    )
+    parser.add_argument(
+        '--wait-time', type=float, default=2, help='seconds for which each window is shown'
+    )
+    parser.add_argument(
+        '--tta',
+        action='store_true',
+        help='test-time augmentation: merge the predictions for several copies',
+    )
     return parser.parse_args()
 
 
@@ -62,29 +71,31 @@ def main() -> None:
     if exported:
         evaluate.check_dataset(runner)
     if dropped:
-        runner.logger.info(f"Left out, since they are for a model's weights: {', '.join(dropped)}")
+        runner.logger.info(
+            f'Left out these hooks, which need a model with weights: {", ".join(dropped)}'
+        )
     if args.out:
-        # mmdet's own writer packs masks, mmengine's would write them out pixel by pixel.
+        # The writer of mmdet compresses masks. That of mmengine would write them pixel by pixel.
         writer = 'DumpDetResults' if cfg.get('default_scope') == 'mmdet' else 'DumpResults'
         runner.test_evaluator.metrics.append(METRICS.build(dict(type=writer, out_file_path=args.out)))
     runner.test()
 
 
 def use_checkpoint(cfg: Config, args: argparse.Namespace) -> None:
-    """Load the weights of a checkpoint and, where it is pruned, its structure."""
+    """Has the Runner load a checkpoint, and rebuild the structure of a pruned one."""
     if args.backend:
         raise mmprune.PruneError(
             f'--backend {args.backend}: {args.checkpoint} is not an .onnx file; export it with '
-            'tools/export.py first, or leave the option out'
+            'tools/export.py first, or remove the option'
         )
     cfg.load_from = args.checkpoint
     cfg.resume = False
-    # A pruned checkpoint brings its structure with it; the hook rebuilds that.
+    # The hook rebuilds the structure from the plan in the checkpoint.
     mmprune.mm.checkpoint.ensure_hook(cfg)
 
 
 def show_predictions(cfg: Config, args: argparse.Namespace) -> None:
-    """Switch on the visualization hook, whose options have other names in mmdet and mmpose."""
+    """Switches on the visualization hook, whose options differ between mmdet and mmpose."""
     hook = cfg.get('default_hooks', {}).get('visualization')
     if hook is None:
         raise mmprune.PruneError(
@@ -99,7 +110,7 @@ def show_predictions(cfg: Config, args: argparse.Namespace) -> None:
 
 
 def augment(cfg: Config) -> None:
-    """Test-time augmentation: as the config says, else (mmdet) by a horizontal flip."""
+    """Sets up test-time augmentation: that of the config, or for mmdet a horizontal flip by default."""
     dataset = dataset_with_pipeline(cfg.test_dataloader.dataset)
     if cfg.get('default_scope') == 'mmdet':
         cfg.setdefault('tta_model', merged_detections())
@@ -111,7 +122,7 @@ def augment(cfg: Config) -> None:
 
 
 def merged_detections() -> dict:
-    """mmdet's test-time augmentation: the boxes of all copies, thinned out by one NMS."""
+    """mmdet's model for test-time augmentation, which applies NMS to the boxes of all copies."""
     return dict(
         type='DetTTAModel',
         tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100),
@@ -119,10 +130,10 @@ def merged_detections() -> dict:
 
 
 def flipped(pipeline: list) -> list:
-    """A test pipeline of mmdet, ending in two copies of the image: flipped and as it is."""
+    """A test pipeline of mmdet that ends in two copies of the image, one of them flipped."""
     *load, pack = pipeline
     flips = [dict(type='RandomFlip', prob=prob) for prob in (1.0, 0.0)]
-    # To merge the boxes of both copies the model must know which one was flipped.
+    # The model needs to know which copy was flipped when it merges the boxes.
     keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')
     packs = [dict(pack, meta_keys=(*keys, 'flip', 'flip_direction'))]
     return [*load, dict(type='TestTimeAug', transforms=[flips, packs])]

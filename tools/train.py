@@ -1,4 +1,4 @@
-"""Train a model of mmdet or mmpose; a config with a ``PruneHook`` prunes it on the way.
+"""Trains a model, and prunes it if its config has a ``PruneHook``.
 
 Usage: python tools/train.py configs/faster_rcnn_prune.py --work-dir work_dirs/mine
 """
@@ -11,12 +11,12 @@ from mmprune.mm import cli
 
 
 def parse_args():
-    parser = cli.make_parser('Train a model, pruning it where its config has a PruneHook.')
+    parser = cli.make_parser('Trains a model, and prunes it if its config has a PruneHook.')
     parser.add_argument('--amp', action='store_true', help='train in mixed precision')
     parser.add_argument(
         '--auto-scale-lr',
         action='store_true',
-        help='scale the learning rate with the batch size, from auto_scale_lr.base_batch_size',
+        help='scale the learning rate by the batch size over auto_scale_lr.base_batch_size',
     )
     parser.add_argument(
         '--resume',
@@ -24,13 +24,13 @@ def parse_args():
         const='auto',
         type=checkpoint_or_auto,
         metavar='CHECKPOINT',
-        help='go on from this checkpoint, or without a name from the latest in the work directory',
+        help='resume from this checkpoint; without a value, from the latest one in the work directory',
     )
     return parser.parse_args()
 
 
 def checkpoint_or_auto(path: str) -> str:
-    """An argparse type: ``auto`` or a checkpoint file."""
+    """An argparse type: ``auto``, or a checkpoint."""
     return path if path == 'auto' else cli.checkpoint_file(path)
 
 
@@ -48,12 +48,17 @@ def main() -> None:
 
 
 def use_mixed_precision(cfg: Config) -> None:
-    """Make the config's optimizer wrapper mmengine's AmpOptimWrapper; bfloat16 on a CPU."""
+    """Replaces the optimizer wrapper of the config by one for mixed precision, which is bfloat16 on a
+    CPU.
+
+    Raises:
+        PruneError: the config has another wrapper, or a precision that a CPU can not train in.
+    """
     kind = cfg.optim_wrapper.get('type', 'OptimWrapper')
     kind = getattr(kind, '__name__', kind)
     if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
         raise mmprune.PruneError(
-            f"--amp: can't put AmpOptimWrapper in the place of optim_wrapper.type={kind}; "
+            f'--amp: AmpOptimWrapper can not replace optim_wrapper.type={kind}; '
             'set the precision in the config'
         )
     if is_cuda_available() or is_npu_available() or is_mlu_available() or is_musa_available():
@@ -62,8 +67,8 @@ def use_mixed_precision(cfg: Config) -> None:
         return
     if cfg.optim_wrapper.get('dtype', 'bfloat16') != 'bfloat16':
         raise mmprune.PruneError(
-            f'--amp: optim_wrapper.dtype={cfg.optim_wrapper.dtype}, and a CPU trains in bfloat16 '
-            'alone; leave dtype out'
+            f'--amp: optim_wrapper.dtype={cfg.optim_wrapper.dtype}, but a CPU trains in bfloat16 only; '
+            'remove dtype'
         )
     for option in ('dtype', 'loss_scale'):
         cfg.optim_wrapper.pop(option, None)
@@ -71,7 +76,11 @@ def use_mixed_precision(cfg: Config) -> None:
 
 
 def scale_learning_rate(cfg: Config) -> None:
-    """Switch on mmengine's scaling, which needs the batch size that the rate was meant for."""
+    """Switches on mmengine's scaling of the learning rate.
+
+    Raises:
+        PruneError: the config does not give the batch size that its learning rate is meant for.
+    """
     if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
         raise mmprune.PruneError(
             '--auto-scale-lr: the config has no auto_scale_lr.base_batch_size; '

@@ -1,11 +1,12 @@
-# mmdet's Faster R-CNN with FPN, small enough to be trained from scratch on two cores in minutes.
+# mmdet's Faster R-CNN with FPN, small enough for a training from random weights in minutes on two
+# cores.
 _base_ = ['mmdet::_base_/models/faster-rcnn_r50_fpn.py', './shapes_detection.py']
 model = dict(
     backbone=dict(
         depth=18,
         base_channels=32,
         frozen_stages=-1,
-        norm_eval=False,  # the batch norms start from nothing as well
+        norm_eval=False,  # batch norms have no trained statistics either
         init_cfg=None,
     ),
     neck=dict(in_channels=[32, 64, 128, 256], out_channels=64, norm_cfg=dict(type='BN')),

@@ -1,4 +1,4 @@
-# Stacked Hourglass (ECCV 2016) with two stacks of three levels, narrow enough for two cores.
+# Stacked Hourglass (ECCV 2016) with two stacks of three levels, small enough for two cores.
 _base_ = './shapes_keypoint.py'
 model = dict(
     type='TopdownPoseEstimator',
@@ -27,7 +27,7 @@ model = dict(
     ),
     test_cfg=dict(flip_test=True, flip_mode='heatmap', shift_heatmap=True),
 )
-# An iteration costs ten times as much as Simple Baseline's, and teaches more.
+# An iteration takes ten times as long as one of Simple Baseline, but fewer epochs are enough.
 train_cfg = dict(max_epochs=4, val_interval=1)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),

@@ -1,6 +1,6 @@
-# A top-down pose estimator with a feature pyramid in the place of deconvolutions.
+# A top-down pose estimator with a feature pyramid instead of deconvolutions.
 _base_ = './simple_baseline_shapes.py'
-custom_imports = dict(imports=['mmprune', 'mmprune.mm.models.pose_fpn'])
+custom_imports = dict(imports=['mmprune', 'mmprune.mm.demo.keypoint'])
 model = dict(
     backbone=dict(out_indices=(0, 1, 2, 3)),
     neck=dict(

@@ -1,6 +1,7 @@
-# Pruning on the embedded shapes: trained from scratch for half of the training, then cut to half the
-# FLOPs in a sixth of it, so that a third is left to recover. `_base_.prune_hook` is for a config's own
-# custom_hooks, with what it wants otherwise: dict(_base_.prune_hook, keep_flops=0.3).
+# Pruning on the embedded shapes, from random weights: the network is trained for half of the training,
+# cut to half its FLOPs in the next sixth, and trained further for the last third. A config puts
+# `_base_.prune_hook` into its custom_hooks and may change options: dict(_base_.prune_hook,
+# keep_flops=0.3).
 prune_hook = dict(
     type='PruneHook',
     keep_flops=0.5,

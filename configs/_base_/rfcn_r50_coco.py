@@ -1,4 +1,5 @@
-# R-FCN on a dilated last stage, as in the paper: 7 x 7 cells, 1024 channels before the score maps.
+# R-FCN with a dilated last stage, as in the paper: 7 x 7 cells, and 1024 channels before the score
+# maps.
 _base_ = 'mmdet::faster_rcnn/faster-rcnn_r50-caffe-dc5_1x_coco.py'
 custom_imports = dict(imports=['mmprune.mm.models.rfcn'])
 model = dict(
@@ -6,7 +7,7 @@ model = dict(
     roi_head=dict(
         type='RFCNRoIHead',
         bbox_roi_extractor=dict(
-            # It pools cells: scores of 80 classes and background, 4 offsets.
+            # It pools cells. The channels are scores of 80 classes and background, and 4 box offsets.
             roi_layer=dict(output_size=1, sampling_ratio=2),
             out_channels=85,
         ),

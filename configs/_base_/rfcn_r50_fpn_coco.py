@@ -1,4 +1,5 @@
-# R-FCN with a pyramid: score maps on four levels, a RoI takes its cells from the level of its size.
+# R-FCN with a pyramid: there are score maps on four levels, and a RoI uses the level that suits its
+# size.
 _base_ = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
 custom_imports = dict(imports=['mmprune.mm.models.rfcn'])
 model = dict(
@@ -6,8 +7,9 @@ model = dict(
     roi_head=dict(
         type='RFCNRoIHead',
         bbox_roi_extractor=dict(
-            # It pools cells: scores of 80 classes and background, 4 offsets; each is a seventh of its
-            # RoI, so levels change at a seventh of the usual size.
+            # It pools cells. The channels are scores of 80 classes and background, and 4 box offsets. A
+            # cell is a seventh as wide as its RoI, so the limits between levels are a seventh of the
+            # usual.
             roi_layer=dict(output_size=1, sampling_ratio=2),
             out_channels=85,
             finest_scale=56 / 7,

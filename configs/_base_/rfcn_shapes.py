@@ -1,4 +1,4 @@
-# R-FCN with a pyramid, small enough to be trained from scratch on two cores in minutes.
+# R-FCN with a pyramid, small enough for a training from random weights in minutes on two cores.
 _base_ = './faster_rcnn_shapes.py'
 custom_imports = dict(imports=['mmprune', 'mmprune.mm.models.rfcn'])
 model = dict(
@@ -6,7 +6,8 @@ model = dict(
     roi_head=dict(
         type='RFCNRoIHead',
         bbox_roi_extractor=dict(
-            # It pools the cells of a 3 x 3 grid, each a third of its RoI: 7 classes and 4 offsets.
+            # It pools the cells of a 3 x 3 grid, each a third as wide as its RoI. The channels are
+            # scores of 6 classes and background, and 4 box offsets.
             roi_layer=dict(output_size=1, sampling_ratio=2),
             out_channels=11,
             finest_scale=28 / 3,

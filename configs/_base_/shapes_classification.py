@@ -1,13 +1,8 @@
-# Everything but the network for classifiers on the embedded set: what is in the boxes, 64 x 64 pixels
-# each. The set is made on first use in the folder that the environment variable MMPRUNE_SHAPES names
-# (data/shapes).
+# Everything but the network for classifiers on the embedded data set: a picture of 64 x 64 pixels for
+# each box. The data set is written on first use to the folder that the environment variable
+# MMPRUNE_SHAPES names (default: data/shapes).
 custom_imports = dict(
-    imports=[
-        'mmprune',
-        'mmprune.mm.models.classifier',
-        'mmprune.mm.datasets.classification',
-        'mmprune.mm.metrics',
-    ]
+    imports=['mmprune', 'mmprune.mm.models.classifier', 'mmprune.mm.demo.classification']
 )
 data_root = '{{$MMPRUNE_SHAPES:data/shapes}}/'
 
@@ -53,7 +48,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type='Accuracy', topk=(1, 5))
 test_evaluator = val_evaluator
 
-# From scratch: a warm-up, then a cosine down to a hundredth.
+# Random weights: the learning rate warms up, then follows a cosine down to a hundredth.
 train_cfg = dict(by_epoch=True, max_epochs=10, val_interval=2)
 val_cfg = dict()
 test_cfg = dict()

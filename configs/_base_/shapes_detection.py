@@ -1,8 +1,9 @@
-# Everything but the model for detectors on the embedded set: pictures of 128 x 128 pixels, made
-# on first use in the folder that the environment variable MMPRUNE_SHAPES names (data/shapes).
+# Everything but the model for detectors on the embedded data set: pictures of 128 x 128 pixels. It is
+# written on first use to the folder that the environment variable MMPRUNE_SHAPES names (default:
+# data/shapes).
 _base_ = 'mmdet::_base_/default_runtime.py'
 
-dataset_type = 'mmprune.mm.datasets.detection.ShapesDataset'
+dataset_type = 'mmprune.mm.demo.detection.ShapesDataset'
 data_root = '{{$MMPRUNE_SHAPES:data/shapes}}/'
 
 train_pipeline = [
@@ -13,7 +14,7 @@ train_pipeline = [
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
-    # The pictures stay as they are; what this adds is the scale that detections are divided by.
+    # This does not change the pictures. It adds the scale by which detections are divided.
     dict(type='Resize', scale_factor=1.0),
     dict(type='LoadAnnotations', with_bbox=True),
     dict(
@@ -54,7 +55,7 @@ val_evaluator = dict(
 )
 test_evaluator = val_evaluator
 
-# From scratch: a warm-up, then a cosine down to a hundredth.
+# Random weights: the learning rate warms up, then follows a cosine down to a hundredth.
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=12, val_interval=3)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')

@@ -1,9 +1,9 @@
-# Everything but the model for top-down pose estimators on the embedded set: puppets of six
-# keypoints, cut out at 64 x 64 pixels. The set is made on first use in the folder that the
-# environment variable MMPRUNE_SHAPES names (data/shapes).
+# Everything but the model for top-down pose estimators on the embedded data set: puppets with six
+# keypoints, cropped to 64 x 64 pixels. The data set is written on first use to the folder that the
+# environment variable MMPRUNE_SHAPES names (default: data/shapes).
 _base_ = 'mmpose::_base_/default_runtime.py'
 
-dataset_type = 'mmprune.mm.datasets.keypoint.ShapesPoseDataset'
+dataset_type = 'mmprune.mm.demo.keypoint.ShapesPoseDataset'
 data_root = '{{$MMPRUNE_SHAPES:data/shapes}}/'
 codec = dict(type='MSRAHeatmap', input_size=(64, 64), heatmap_size=(16, 16), sigma=1)
 
@@ -58,7 +58,7 @@ val_evaluator = [
 ]
 test_evaluator = val_evaluator
 
-# From scratch: a warm-up, then a cosine down to a hundredth.
+# Random weights: the learning rate warms up, then follows a cosine down to a hundredth.
 train_cfg = dict(max_epochs=12, val_interval=3)
 optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=2e-3, weight_decay=0.05))
 param_scheduler = [

@@ -1,4 +1,4 @@
-# Simple Baseline (ECCV 2018): a ResNet and three deconvolutions, narrow enough for two cores.
+# Simple Baseline (ECCV 2018): a ResNet and three deconvolutions, small enough for two cores.
 _base_ = './shapes_keypoint.py'
 model = dict(
     type='TopdownPoseEstimator',

@@ -1,5 +1,4 @@
-# Blood cells (RBC, WBC, platelets) with Faster R-CNN on an ImageNet MobileNetV2: the baseline that
-# the pruned one is compared with.
+# Faster R-CNN with an ImageNet MobileNetV2 for blood cells: the baseline of the pruned network.
 _base_ = ['mmdet::_base_/models/faster-rcnn_r50_fpn.py', '../_base_/bccd_detection.py']
 
 model = dict(

@@ -1,5 +1,6 @@
-# From the trained baseline: half the FLOPs go in the first fifth, while the rate warms up; then the
-# full schedule again, at twice the rate (docs/results.md).
+# Prunes the trained baseline to half its FLOPs in the first fifth of the training, during the warm-up
+# of the learning rate. The schedule is that of the baseline, with twice the learning rate
+# (docs/results.md).
 _base_ = './faster-rcnn_mobilenetv2_fpn_bccd.py'
 
 custom_imports = dict(imports=['mmprune'])

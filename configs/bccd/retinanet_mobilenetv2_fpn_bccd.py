@@ -1,4 +1,4 @@
-# Blood cells with RetinaNet on an ImageNet MobileNetV2: the baseline of the pruned one.
+# RetinaNet with an ImageNet MobileNetV2 for blood cells: the baseline of the pruned network.
 _base_ = ['mmdet::_base_/models/retinanet_r50_fpn.py', '../_base_/bccd_detection.py']
 
 model = dict(

@@ -1,4 +1,4 @@
-# From the trained baseline, as with Faster R-CNN.
+# Prunes the trained baseline, as faster-rcnn_mobilenetv2_fpn_prune_bccd.py does.
 _base_ = './retinanet_mobilenetv2_fpn_bccd.py'
 
 custom_imports = dict(imports=['mmprune'])

@@ -1,8 +1,8 @@
-# AlexNet on crops of the embedded shapes, pruned to half its FLOPs in training:
+# AlexNet on crops of the embedded shapes, pruned to half its FLOPs during training:
 # python tools/train.py configs/classification/alexnet_prune.py
 _base_ = ['../_base_/shapes_classification.py', '../_base_/prune_shapes.py']
 
 model = dict(net=dict(name='alexnet'))
-# Without batch norm it learns at a lower rate.
+# Without batch norm the network needs a lower learning rate.
 optim_wrapper = dict(optimizer=dict(lr=1e-4))
 custom_hooks = [_base_.prune_hook]

@@ -1,4 +1,4 @@
-# DenseNet-121 on crops of the embedded shapes, pruned to half its FLOPs in training:
+# DenseNet-121 on crops of the embedded shapes, pruned to half its FLOPs during training:
 # python tools/train.py configs/classification/densenet121_prune.py
 _base_ = ['../_base_/shapes_classification.py', '../_base_/prune_shapes.py']
 

@@ -1,4 +1,4 @@
-# MobileNet V2 on crops of the embedded shapes, pruned to half its FLOPs in training:
+# MobileNet V2 on crops of the embedded shapes, pruned to half its FLOPs during training:
 # python tools/train.py configs/classification/mobilenet_v2_prune.py
 _base_ = ['../_base_/shapes_classification.py', '../_base_/prune_shapes.py']
 

@@ -1,4 +1,4 @@
-# ResNet-50 on crops of the embedded shapes, pruned to half its FLOPs in training:
+# ResNet-50 on crops of the embedded shapes, pruned to half its FLOPs during training:
 # python tools/train.py configs/classification/resnet50_prune.py
 _base_ = ['../_base_/shapes_classification.py', '../_base_/prune_shapes.py']
 

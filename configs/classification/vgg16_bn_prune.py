@@ -1,4 +1,4 @@
-# VGG-16 with batch norm on crops of the embedded shapes, pruned to half its FLOPs in training:
+# VGG-16 with batch norm on crops of the embedded shapes, pruned to half its FLOPs during training:
 # python tools/train.py configs/classification/vgg16_bn_prune.py
 _base_ = ['../_base_/shapes_classification.py', '../_base_/prune_shapes.py']
 

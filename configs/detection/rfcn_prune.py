@@ -1,4 +1,4 @@
-# R-FCN with FPN on the embedded shapes, pruned to half its FLOPs in training:
+# R-FCN with FPN on the embedded shapes, pruned to half its FLOPs during training:
 # python tools/train.py configs/detection/rfcn_prune.py
 _base_ = ['../_base_/rfcn_shapes.py', '../_base_/prune_shapes.py']
 

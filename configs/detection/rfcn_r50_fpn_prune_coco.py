@@ -2,9 +2,9 @@
 _base_ = ['../_base_/rfcn_r50_fpn_coco.py', '../_base_/prune_coco.py']
 
 custom_imports = dict(imports=['mmprune', 'mmprune.mm.models.rfcn'])
-# mmdet freezes the stem and the first stage. Their maps are the largest of all, and what a frozen
-# weight reads has no gradient, so no score, and would stay. Trained, they are pruned like the rest.
+# mmdet freezes the stem and the first stage, whose maps are the largest. The inputs of a frozen layer
+# have no gradient and therefore no score, so they would not be pruned.
 model = dict(backbone=dict(frozen_stages=-1, init_cfg=None))
 custom_hooks = [_base_.prune_hook]
-# No zoo has its weights: train configs/_base_/rfcn_r50_fpn_coco.py first.
+# No zoo has weights for it. Train configs/_base_/rfcn_r50_fpn_coco.py first.
 load_from = 'work_dirs/rfcn_r50_fpn_coco/epoch_12.pth'

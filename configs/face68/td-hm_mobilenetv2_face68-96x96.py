@@ -1,5 +1,6 @@
-# 68 points on faces with Simple Baseline on an ImageNet MobileNetV2: the baseline that the pruned one
-# is compared with. Data and weights: MMPRUNE_FACE68, MMPRUNE_WEIGHTS.
+# Simple Baseline with an ImageNet MobileNetV2 for 68 points on faces: the baseline of the pruned
+# network. The environment variables MMPRUNE_FACE68 and MMPRUNE_WEIGHTS name the folders of the data and
+# the weights.
 _base_ = 'mmpose::_base_/default_runtime.py'
 
 data_root = '{{$MMPRUNE_FACE68:../shared/data/face68}}/'
@@ -78,7 +79,7 @@ val_dataloader = dict(
     ),
 )
 test_dataloader = val_dataloader
-# Distances over that between the outer corners of the eyes.
+# Distances are divided by the distance between the outer corners of the eyes.
 val_evaluator = dict(type='NME', norm_mode='keypoint_distance')
 test_evaluator = val_evaluator
 train_cfg = dict(max_epochs=6, val_interval=3)

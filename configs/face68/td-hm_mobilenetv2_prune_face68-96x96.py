@@ -1,5 +1,5 @@
-# From the trained baseline: half the FLOPs go in the first fifth, while the rate warms up; then the
-# full schedule again.
+# Prunes the trained baseline to half its FLOPs in the first fifth of the training, during the warm-up
+# of the learning rate. The schedule is that of the baseline.
 _base_ = './td-hm_mobilenetv2_face68-96x96.py'
 
 custom_imports = dict(imports=['mmprune'])

@@ -5,11 +5,10 @@ _base_ = [
 ]
 
 custom_imports = dict(imports=['mmprune'])
-# None of its stages is frozen by default: all are trained, so all are pruned.
-model = dict(backbone=dict(init_cfg=None))  # all weights come from load_from
+model = dict(backbone=dict(init_cfg=None))  # load_from has all weights
 custom_hooks = [
     *_base_.custom_hooks,
-    # Between stacks, and this is one: they never run.
+    # These layers connect stacks. This network has one stack, so they never run.
     dict(_base_.prune_hook, lock=['backbone.inters.*']),
 ]
 load_from = 'https://download.openmmlab.com/mmpose/top_down/hourglass/hourglass52_coco_256x256-4ec713ba_20200709.pth'  # noqa: E501

@@ -1,4 +1,4 @@
-# Simple Baseline on the embedded shapes, pruned to half its FLOPs in training:
+# Simple Baseline on the embedded shapes, pruned to half its FLOPs during training:
 # python tools/train.py configs/keypoint/simple_baseline_prune.py
 _base_ = ['../_base_/simple_baseline_shapes.py', '../_base_/prune_shapes.py']
 

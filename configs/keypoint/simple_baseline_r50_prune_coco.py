@@ -5,7 +5,6 @@ _base_ = [
 ]
 
 custom_imports = dict(imports=['mmprune'])
-# None of its stages is frozen by default: all are trained, so all are pruned.
-model = dict(backbone=dict(init_cfg=None))  # all weights come from load_from
+model = dict(backbone=dict(init_cfg=None))  # load_from has all weights
 custom_hooks = [*_base_.custom_hooks, _base_.prune_hook]
 load_from = 'https://download.openmmlab.com/mmpose/v1/body_2d_keypoint/topdown_heatmap/coco/td-hm_res50_8xb64-210e_coco-256x192-04af38ce_20220923.pth'  # noqa: E501

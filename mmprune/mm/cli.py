@@ -1,6 +1,6 @@
-"""What ``tools/train.py`` and ``tools/test.py`` share: common options, the config, the errors.
+"""What the scripts in ``tools/`` share: common options, reading the config, and reporting errors.
 
-The options are those of mmdet's and mmpose's own scripts, so habits and job scripts carry over.
+The options have the names that they have in the scripts of mmdet and mmpose.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from mmprune.mm.wrappers import init_on_cpu, leave
 
 
 class _KeyValues(DictAction):
-    """mmengine's ``key=value`` options, with an argparse error for a word that has no ``=``."""
+    """mmengine's ``key=value`` options, with an argparse error for a word without ``=``."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         for word in values:
@@ -30,32 +30,32 @@ class _KeyValues(DictAction):
 
 
 def existing_file(path: str) -> str:
-    """An argparse type: the path of a file that is there."""
+    """An argparse type: the path of an existing file."""
     if not Path(path).is_file():
-        kind = 'is a folder, not a file' if Path(path).is_dir() else 'does not exist'
-        raise argparse.ArgumentTypeError(f'{path} {kind}')
+        problem = 'is a folder, not a file' if Path(path).is_dir() else 'does not exist'
+        raise argparse.ArgumentTypeError(f'{path} {problem}')
     return path
 
 
 def checkpoint_file(path: str) -> str:
-    """An argparse type: a file that is there, or an address that mmengine fetches (``https://...``)."""
+    """An argparse type: the path of an existing file, or a URL for mmengine to fetch."""
     return path if '://' in path else existing_file(path)
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """A parser with the options that training and testing have in common."""
+    """Makes the parser of a script that trains or tests."""
     parser = config_parser(description)
     parser.add_argument(
-        '--work-dir', help="where logs and results go (default: work_dirs/CONFIG's name)"
+        '--work-dir', help="folder for logs and results (default: work_dirs/ and the config's name)"
     )
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
-    # torchrun sets the variable; older launchers pass one of these.
+    # torchrun sets the variable LOCAL_RANK. Older launchers pass one of these options instead.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
     return parser
 
 
 def config_parser(description: str) -> argparse.ArgumentParser:
-    """A parser for scripts that neither train nor test: a config, and values over it."""
+    """Makes the parser of a script that reads a config: its path, and values that replace others."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument('config', type=existing_file, help='config file of mmdet, mmpose or mmengine')
     parser.add_argument(
@@ -63,13 +63,18 @@ def config_parser(description: str) -> argparse.ArgumentParser:
         nargs='+',
         action=_KeyValues,
         metavar='KEY=VALUE',
-        help='values to put over the config\'s, such as train_cfg.max_epochs=3 or key="[1,2]"',
+        help='values that replace those of the config: train_cfg.max_epochs=3 or key="[1,2]"',
     )
     return parser
 
 
 def load_config(args: argparse.Namespace) -> Config:
-    """The config of the command line, with what the common options say put over it."""
+    """Reads the config and applies the common options of the command line.
+
+    Raises:
+        PruneError: the config has no place for one of ``--cfg-options``, or the work directory can not
+            be made.
+    """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = Config.fromfile(args.config)
     cfg.launcher = args.launcher
@@ -89,7 +94,7 @@ def load_config(args: argparse.Namespace) -> Config:
 
 
 def put_over(cfg: Config, options: Mapping[str, Any] | None) -> None:
-    """Puts the values of ``--cfg-options`` over those of a config.
+    """Replaces values of a config by those of ``--cfg-options``.
 
     Raises:
         PruneError: the config has no place for one of them.
@@ -101,43 +106,46 @@ def put_over(cfg: Config, options: Mapping[str, Any] | None) -> None:
 
 
 def _problem_of(options: Mapping[str, Any], cfg: Config, error: Exception) -> str:
-    """The first of the options that the config has no place for, and why, in a sentence."""
+    """Says which option has no place in the config, and why."""
     for key, value in options.items():
-        place: Any = cfg
-        for number, name in enumerate(key.split('.')):
-            where = '.'.join(key.split('.')[:number])
-            if isinstance(place, list | tuple):
-                if not name.isdigit() or int(name) >= len(place):
-                    last = f'{where}.0 to {where}.{len(place) - 1}' if place else 'none'
+        node: Any = cfg
+        names = key.split('.')
+        for number, name in enumerate(names):
+            parent = '.'.join(names[:number])
+            if isinstance(node, list | tuple):
+                if not name.isdigit() or int(name) >= len(node):
+                    valid = f'{parent}.0 to {parent}.{len(node) - 1}' if node else 'none'
                     return (
-                        f'{key}={value!r}: {where} is a list of {len(place)}, so {name!r} is no place '
-                        f'in it; there are {last}'
+                        f'{key}={value!r}: {parent} is a list of {len(node)} and has no entry '
+                        f'{name!r}; its entries are {valid}'
                     )
-                place = place[int(name)]
-            elif isinstance(place, Mapping | Config):
-                place = place.get(name, {})
+                node = node[int(name)]
+            elif isinstance(node, Mapping | Config):
+                node = node.get(name, {})
             else:
-                return (
-                    f'{key}={value!r}: {where} is {place!r}, which has no {name!r}; set {where} itself'
-                )
+                return f'{key}={value!r}: {parent} is {node!r} and has no {name!r}; set {parent} itself'
     return str(error)
 
 
 def check_folder(path: str) -> None:
-    """Raises a PruneError if a folder is not there and can't be made; it is not made."""
+    """Checks that a work directory exists or could be made. It is not made.
+
+    Raises:
+        PruneError: a file has the name of the folder or of a parent, or the folder can not be written.
+    """
     folder = Path(path).absolute()
-    there = next(each for each in (folder, *folder.parents) if each.exists())
-    if not there.is_dir():
-        raise PruneError(f'--work-dir {path}: {there} is a file, not a folder; take another folder')
-    if not os.access(there, os.W_OK | os.X_OK):
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    if not existing.is_dir():
+        raise PruneError(f'--work-dir {path}: {existing} is a file, not a folder; give another folder')
+    if not os.access(existing, os.W_OK | os.X_OK):
         raise PruneError(
-            f'--work-dir {path}: {there} can not be written to; take another folder, or change its '
+            f'--work-dir {path}: {existing} is not writable; give another folder, or change its '
             'permissions'
         )
 
 
 def build_runner(cfg: Config) -> Runner:
-    """The runner of the config: mmengine's, or the one that its ``runner_type`` names."""
+    """Builds mmengine's Runner for the config, or the runner that its ``runner_type`` names."""
     init_on_cpu(cfg.get('launcher', 'none'))
     if 'runner_type' not in cfg:
         return Runner.from_cfg(cfg)
@@ -146,18 +154,21 @@ def build_runner(cfg: Config) -> Runner:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's main function; a ``PruneError``, or a disk that is full or not to be written
-    on, ends it with its message and exit code 1."""
+    """Runs a script's main function.
+
+    A ``PruneError``, or a disk that is full or not writable, ends the script with the message and exit
+    code 1, without a traceback.
+    """
+    script = Path(sys.argv[0]).name
     try:
         main()
         leave()
     except PruneError as error:
-        sys.exit(f'{Path(sys.argv[0]).name}: error: {error}')
+        sys.exit(f'{script}: error: {error}')
     except OSError as error:
         if error.errno not in DISK:
             raise
-        where = error.filename or 'a file'
         sys.exit(
-            f'{Path(sys.argv[0]).name}: error: {where}: {error.strerror}; make room, or take another '
-            '--work-dir; checkpoints that were written stay'
+            f'{script}: error: {error.filename or "a file"}: {error.strerror}; free some space, or '
+            'give another --work-dir; the checkpoints that were written are intact'
         )

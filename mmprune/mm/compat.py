@@ -1,7 +1,7 @@
-"""The few lines that make the stack run on today's torch. Importing this module applies them.
+"""Shims for versions of torch and torchvision. ``mmprune.mm`` calls each of them when it is imported.
 
-Both may be applied again without harm, and neither weakens a working installation: where
-torchvision's compiled ops load, nothing is declared; ``torch.load`` keeps ``weights_only=True``.
+A second call changes nothing. No shim weakens a working installation: if torchvision's compiled ops
+load, nothing is declared, and ``torch.load`` keeps ``weights_only=True``.
 """
 
 import importlib.machinery
@@ -15,26 +15,28 @@ from mmengine.logging import HistoryBuffer
 
 from mmprune.surgery.meta import SAFE_TYPES
 
-# torchvision registers kernels for these two at its import and fails where they have no schema.
 _SCHEMAS = {
     'nms': 'nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor',
     'qnms': 'qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor',
 }
+"""The ops that torchvision registers kernels for at import. Without a schema its import fails."""
 
-# torch drops the schemas when the library object that declared them is collected.
 _library = None
+"""The library that declared the schemas. torch drops them when this object is collected."""
 
 
 def declare_torchvision_schemas() -> bool:
-    """Let ``import torchvision`` succeed where its compiled ops can't be loaded.
+    """Lets ``import torchvision`` succeed if its compiled ops do not load.
 
-    A torchvision built for CUDA next to a torch built for the CPU is such a case: its Python part
-    (which mmengine and mmpose import) works, its ops don't. With the schemas declared the import
-    passes, and a call of ``torchvision.ops.nms`` still fails with its own message that they are
-    missing.
+    The ops do not load if torchvision was built for CUDA and torch for the CPU, for example. mmengine
+    and mmpose only need torchvision's Python part. A call of ``torchvision.ops.nms`` still fails, with
+    torchvision's own message.
 
-    Returns whether schemas were declared: not where torchvision is missing, has ops that load, or
-    was helped already.
+    No version of torch makes this shim unnecessary: it depends on how torchvision was built.
+
+    Returns:
+        Whether schemas were declared. They are not declared if torchvision is not installed, if its ops
+        load, or if the schemas exist already.
     """
     global _library
     if _torchvision_ops_load():
@@ -50,7 +52,7 @@ def declare_torchvision_schemas() -> bool:
 
 
 def _torchvision_ops_load() -> bool:
-    """Whether torchvision needs no help: it isn't installed, or its compiled ops load."""
+    """Whether torchvision needs no help: it is not installed, or its compiled ops load."""
     package = importlib.util.find_spec('torchvision')
     if package is None:
         return True
@@ -59,21 +61,24 @@ def _torchvision_ops_load() -> bool:
         return False
     try:
         torch.ops.load_library(extension.origin)
-    except OSError:  # what the loader raises for libraries or symbols that aren't there
+    except OSError:  # a library or a symbol is missing
         return False
     return True
 
 
 def allow_mmengine_checkpoints() -> None:
-    """Let ``torch.load(..., weights_only=True)`` read the checkpoints that mmengine writes.
+    """Lets ``torch.load(..., weights_only=True)`` read the checkpoints that mmengine writes.
 
-    Beside tensors those hold the logged values (``HistoryBuffer``, which is numpy arrays and its
-    own four statistics) and numpy scalars. These are allowed by name, with numeric types only; any
-    other global in a checkpoint is refused as before.
+    Beside tensors they hold logged values (``HistoryBuffer``, which is made of numpy arrays and four
+    statistics) and numpy scalars. This shim allows those types by name, numpy arrays only of numeric
+    types. torch still refuses every other global in a checkpoint.
+
+    torch before 2.6 does not need this shim, because ``torch.load`` trusted all files by default. Later
+    versions need it as long as mmengine puts such objects into its checkpoints.
     """
     numpy_functions = [
         (function, f'{module}.{function.__name__}')
-        # numpy 2 writes the second name; the functions are the same.
+        # numpy 2 writes the second name for the same functions.
         for module in ('numpy.core.multiarray', 'numpy._core.multiarray')
         for function in (np.core.multiarray._reconstruct, np.core.multiarray.scalar)
     ]
@@ -82,21 +87,20 @@ def allow_mmengine_checkpoints() -> None:
     }
     SAFE_TYPES[:] = [
         HistoryBuffer,
-        # Pickle writes a method as getattr(class, name). To allow getattr itself would be to
-        # allow anything.
+        # Pickle writes a method as getattr(class, name). Allowing getattr itself would allow anything.
         (_history_statistic, 'builtins.getattr'),
-        # And an array without elements as bytes(). With an argument that could take all memory.
+        # Pickle writes an array without elements as bytes(). bytes(n) could take all memory.
         (_no_bytes, 'builtins.bytes'),
         np.ndarray,
         np.dtype,
         *numpy_functions,
         *numeric,
     ]
-    torch.serialization.add_safe_globals(SAFE_TYPES)  # for readers of their own
+    torch.serialization.add_safe_globals(SAFE_TYPES)  # for callers of torch.load outside this package
 
 
 def _history_statistic(owner: type, name: str) -> Callable:
-    """Stands in for ``getattr`` in checkpoints: the statistics of HistoryBuffer, and no more."""
+    """Replaces ``getattr`` in checkpoints. It returns the statistics of HistoryBuffer only."""
     if owner is not HistoryBuffer or name not in ('min', 'max', 'mean', 'current'):
         raise pickle.UnpicklingError(
             f'attribute {name!r} of {owner!r} may not be read from a checkpoint'
@@ -105,9 +109,5 @@ def _history_statistic(owner: type, name: str) -> Callable:
 
 
 def _no_bytes() -> bytes:
-    """Stands in for ``bytes`` in checkpoints: the empty ones, and no more."""
+    """Replaces ``bytes`` in checkpoints. It accepts no argument."""
     return b''
-
-
-declare_torchvision_schemas()
-allow_mmengine_checkpoints()

@@ -1,16 +1,20 @@
-"""What the core logs goes to the log of the run of mmengine that is under way."""
+"""Sends what the core logs to the log of mmengine."""
 
 import logging
 
 from mmengine.logging import print_log
 
 
-class _CurrentLog(logging.Handler):
+class _MmengineHandler(logging.Handler):
+    """Writes each record to the logger of mmengine's current run."""
+
     def emit(self, record: logging.LogRecord) -> None:
         print_log(record.getMessage(), 'current', record.levelno)
 
 
-core = logging.getLogger('mmprune')
-if not any(isinstance(handler, _CurrentLog) for handler in core.handlers):
-    core.addHandler(_CurrentLog())
-    core.setLevel(logging.INFO)
+def send_to_mmengine() -> None:
+    """Sends the core's log, from level INFO on, to mmengine. A second call changes nothing."""
+    core = logging.getLogger('mmprune')
+    if not any(isinstance(handler, _MmengineHandler) for handler in core.handlers):
+        core.addHandler(_MmengineHandler())
+        core.setLevel(logging.INFO)

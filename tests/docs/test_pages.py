@@ -129,7 +129,7 @@ def test_commands_could_be_given(name):
         'python tools/train.py my_config.py --resumee',
         'python tools/train.py my_config.py --launcher torchrun',
         'OMP_NUM_THREADS=1 python tools/train.py configs/no_such_config.py',
-        'python -m mmprune.mm.datasets.shape data/shapes',
+        'python -m mmprune.mm.demo.shape data/shapes',
         'tools/dist_train.sh my_config.py',
         'torchrun --nproc-per-node 2 tools/train.py my_config.py --local_rnk 1',
         "pip install 'mmprune[deployment]'",

@@ -15,7 +15,7 @@ SCRIPTS = [file for folder in FOLDERS for file in (ROOT / folder).glob('*.py')]
 def test_every_imported_name_is_there(script):
     for node in ast.walk(ast.parse(script.read_text())):
         names = [alias.name for alias in node.names] if isinstance(node, ast.ImportFrom) else []
-        if names and node.module.split('.')[0] in ('mmprune', 'tests', 'benchmarks'):
+        if names and node.module.split('.')[0] in ('mmprune', 'tests', 'benchmarks', 'tools'):
             module = importlib.import_module(node.module)
             for name in names:
                 if not hasattr(module, name):

@@ -3,7 +3,7 @@
 import torch
 
 import mmprune
-from mmprune.mm.zoo import build, load
+from tools.zoo import build, load
 
 META = {
     'detection': {'classes': ['circle', 'square', 'triangle', 'ring', 'cross', 'figure']},

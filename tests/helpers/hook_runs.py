@@ -17,7 +17,7 @@ from torch.nn import functional as F
 _runs = count()
 
 
-HOOK = dict(keep_flops=0.5, interval=5, steps=2, parts=dict(neck=dict(keep_channels=0.8)))
+HOOK = dict(keep_flops=0.5, divisor=1, interval=5, steps=2, parts=dict(neck=dict(keep_channels=0.8)))
 """The neck costs little, and stays where nothing is asked of it."""
 
 

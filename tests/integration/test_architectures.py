@@ -17,9 +17,9 @@ from mmprune import Plan
 from mmprune.check.verify import compare, compare_in_double
 from mmprune.contexts import evaluating, tensors_in
 from mmprune.graph import cost
-from mmprune.mm import zoo
 from mmprune.mm.model_modes import first_samples
 from tests.helpers.forwards import forwards_of
+from tools import zoo
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 TWO_STAGE = ('backbone', 'rpn_head', 'roi_head.bbox_head')

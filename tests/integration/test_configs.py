@@ -10,7 +10,7 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, HOOKS, MODELS, init_default_scope
 
 from mmprune.budget.schedule import resolve
-from mmprune.mm import zoo
+from tools import zoo
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / 'configs'

@@ -10,10 +10,10 @@ from mmdet.apis import inference_detector
 import mmprune
 from mmprune import Plan
 from mmprune.check.verify import verify
-from mmprune.mm import zoo
 from mmprune.mm.hooks import PruneHook
 from tests.helpers.by_hand import assert_exact, narrowed
 from tests.helpers.equality import assert_same
+from tools import zoo
 
 BOXES = torch.tensor(
     [[0, 4.0, 6.0, 60.0, 50.0], [0, 10.0, 2.0, 90.0, 94.0], [1, 30.0, 30.0, 80.0, 44.0]]

@@ -10,7 +10,7 @@ import mmprune
 PACKAGE = Path(mmprune.__file__).parent
 
 LAYERS = [
-    {'errors', '_version'},
+    {'errors', '_version', 'registration'},
     {'nested', 'onnx_sessions', 'progress'},
     {'contexts'},
     {'copies'},

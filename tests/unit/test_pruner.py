@@ -55,7 +55,7 @@ def test_the_loop_that_first_users_know():
     model = make()
     optimizer = sgd(model)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 10)
-    pruner = mmprune.Pruner(model, False)
+    pruner = mmprune.Pruner(model, False, divisor=1)
     told = []
     for it, batch in enumerate(BATCHES * 2):
         if (it + 1) % 4 == 0:
@@ -75,7 +75,7 @@ def test_the_loop_that_first_users_know():
 
 def test_what_went_is_told_by_layer():
     model = make()
-    pruner = mmprune.Pruner(model, lock='head.0.bias')
+    pruner = mmprune.Pruner(model, divisor=1, lock='head.0.bias')
     told = pruner.rebuild_model(BATCHES[0], to_loss_fn, sgd(model), 3)
     assert told.units == 3
     assert told.channels == {'stem.0.weight': (12, 9), 'block.weight': (12, 9)}
@@ -85,7 +85,7 @@ def test_scores_are_those_of_the_loops_own_steps():
     """The same units go as by the mean over the same steps, taken by hand."""
     model, reference = make(), make()
     optimizer = sgd(model)
-    pruner = mmprune.Pruner(model)
+    pruner = mmprune.Pruner(model, divisor=1)
     train(model, optimizer, BATCHES[:5])
     pruner.rebuild_model(BATCHES[5], to_loss_fn, optimizer, 7)
 
@@ -97,9 +97,9 @@ def test_scores_are_those_of_the_loops_own_steps():
         to_loss_fn(reference, x).backward()
         each.append(scores_now(traced, 'taylor'))
         other.step()
-    mmprune.prune(
-        reference, lambda m: to_loss_fn(m, BATCHES[5]), prune_num=7, score=np.mean(each, axis=0)
-    )
+    scores = np.mean(each, axis=0)
+    forward = lambda m: to_loss_fn(m, BATCHES[5])  # noqa: E731
+    mmprune.prune(reference, forward, prune_num=7, divisor=1, score=scores)
     assert mmprune.plan_of(model).keep == mmprune.plan_of(reference).keep
     assert len({frozenset(np.argsort(scores)[:7]) for scores in each}) > 1  # one alone would not do
 
@@ -138,7 +138,7 @@ def test_any_score(score):
 def test_a_target_beside_prune_num_ends_the_removing():
     model = make()
     optimizer = sgd(model)
-    pruner = mmprune.Pruner(model, keep_params=0.6)
+    pruner = mmprune.Pruner(model, keep_params=0.6, divisor=1)
     units = []
     for _ in range(8):
         train(model, optimizer, BATCHES[:2])
@@ -178,7 +178,7 @@ def test_a_cut_is_checked_unless_it_is_asked_not_to_be():
     with pytest.raises(PruneError, match='is not the masked original'):
         pruner.rebuild_model(BATCHES[0], to_loss_fn, sgd(model), 3)
     assert mmprune.plan_of(model) is None
-    pruner = mmprune.Pruner(model, strict=True, check=False)
+    pruner = mmprune.Pruner(model, strict=True, check=False, divisor=1)
     assert pruner.rebuild_model(BATCHES[0], to_loss_fn, sgd(model), 3).units == 3
 
 
@@ -342,7 +342,7 @@ def test_an_average_in_ones_own_loop_follows_each_cut():
     optimizer = sgd(model)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True)
     by_hand = copy.deepcopy(average)
-    pruner = mmprune.Pruner(model, ema_models=[average])
+    pruner = mmprune.Pruner(model, ema_models=[average], divisor=1)
     for _ in range(3):
         train(model, optimizer, BATCHES[:2])
         average.update_parameters(model)

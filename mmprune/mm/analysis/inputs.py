@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from mmprune.errors import PruneError
-from mmprune.mm import zoo
+from mmprune.mm.analysis.random_batches import detection_batch, pose_batch
 from mmprune.mm.checkpoint import read_checkpoint, without_pretrained
 from mmprune.mm.configs import dataset_with_pipeline, type_name
 from mmprune.surgery.meta import load_weights, plan_in
@@ -89,7 +89,7 @@ def random_batch(cfg: Config) -> Any:
             f'default_scope of this config is {scope!r}: take --data train'
         )
     try:
-        return zoo.pose_batch(cfg) if scope == 'mmpose' else zoo.detection_batch(cfg, RANDOM_SIDE)
+        return pose_batch(cfg) if scope == 'mmpose' else detection_batch(cfg, RANDOM_SIDE)
     except PruneError:
         raise
     except Exception as error:  # pipelines raise all kinds of errors on such pictures

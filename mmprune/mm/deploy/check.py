@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from mmprune.contexts import tensors_in
 from mmprune.copies import copied
 from mmprune.errors import PruneError
-from mmprune.mm.datasets.drawing import draw
+from mmprune.mm.demo.drawing import draw
 from mmprune.mm.deploy.onnx_file import open_model
 from mmprune.mm.deploy.patches import predicting
 from mmprune.mm.deploy.pose_and_classifiers import ClassifierNetwork, PoseNetwork

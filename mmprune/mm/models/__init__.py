@@ -1,4 +1,4 @@
-"""Models that the zoos lack: R-FCN for mmdet, classifiers for mmengine's Runner, ResNet V2.
+"""Models that mmdet and mmengine lack: R-FCN for mmdet, and classifiers for mmengine's Runner.
 
-``rfcn`` needs mmdet, ``classifier`` torchvision; a config imports the one that it uses.
+``rfcn`` needs mmdet and ``classifier`` needs torchvision, so a config imports the module that it uses.
 """

@@ -1,4 +1,4 @@
-"""torchvision's classifiers, and any other network, for mmengine's Runner."""
+"""Classification networks for mmengine's Runner: those of torchvision, and ResNet V2."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,22 +14,21 @@ from torch.nn import functional as F
 from mmprune.errors import PruneError
 from mmprune.mm.models.resnet_v2 import ResNetV2
 
-OWN = {'resnet_v2': ResNetV2}
 AUX_WEIGHT = {'Inception3': 0.4, 'GoogLeNet': 0.3}
-"""Weight of the auxiliary classifiers' losses, as in torchvision's recipes."""
+"""The weight of the losses of auxiliary classifiers, as in torchvision's training recipes."""
 
 
 @MODELS.register_module()
 class ImageClassifier(BaseModel):
     """A classification network with mmengine's three modes.
 
-    ``net``: ``dict(name=...)`` with further arguments of the network; a name that
-    ``torchvision.models.get_model`` knows, or ``resnet_v2``. ``num_classes`` goes to it too. A tuple
-    of outputs is what networks with auxiliary heads give in training: the main one comes first.
-
-    ``mode='tensor'``: class scores (N, num_classes), or all outputs of such a network;
-    ``'loss'``: ``loss``, ``loss_aux`` where there are such heads, and ``acc``, in percent;
-    ``'predict'``: the data samples with ``pred_score``, (num_classes,) probabilities.
+    Args:
+        net: the arguments of :func:`make_net`, such as ``dict(name='resnet18')``.
+        num_classes: the number of classes, which the network gets too.
+        label_smooth: the label smoothing of the loss, from 0 to 1.
+        data_preprocessor: mmengine's config of the preprocessor. The default is
+            ``ImgDataPreprocessor``.
+        init_cfg: mmengine's config of the initialization.
     """
 
     def __init__(
@@ -54,39 +53,63 @@ class ImageClassifier(BaseModel):
         data_samples: Sequence[BaseDataElement] | None = None,
         mode: str = 'tensor',
     ) -> Any:
+        """Runs the network.
+
+        Args:
+            inputs: images (N, 3, H, W).
+            data_samples: N samples with ``gt_label``. The mode ``'tensor'`` does not use them.
+            mode: ``'tensor'``, ``'loss'`` or ``'predict'``.
+
+        Returns:
+            In the mode ``'tensor'`` what the network returns: class scores (N, num_classes), or a tuple
+            with those first and those of auxiliary classifiers after them. In the mode ``'loss'`` the
+            dictionary of :meth:`loss`. In the mode ``'predict'`` the samples, with the probabilities
+            ``pred_score`` (num_classes,).
+
+        Raises:
+            PruneError: another mode.
+        """
         out = self.net(inputs)
         if mode == 'tensor':
             return out
-        scores, *others = out if isinstance(out, tuple) else (out,)
+        scores, *aux_scores = out if isinstance(out, tuple) else (out,)
         if mode == 'loss':
-            return self.loss(scores, [o for o in others if o is not None], data_samples)
+            return self.loss(scores, [aux for aux in aux_scores if aux is not None], data_samples)
         if mode == 'predict':
             for sample, score in zip(data_samples, scores.softmax(1), strict=True):
                 sample.set_field(score, 'pred_score')
             return data_samples
         raise PruneError(f"mode={mode!r}: one of 'tensor', 'loss', 'predict'")
 
-    def loss(self, scores: Tensor, others: list[Tensor], samples: Sequence) -> dict[str, Tensor]:
-        """Cross entropy of all outputs, and the main one's accuracy."""
+    def loss(self, scores: Tensor, aux_scores: list[Tensor], samples: Sequence) -> dict[str, Tensor]:
+        """Computes the cross entropy of all classifiers, and the accuracy (%) of the main one."""
         labels = torch.tensor([sample.gt_label for sample in samples], device=scores.device)
         losses = {'loss': F.cross_entropy(scores, labels, label_smoothing=self.label_smooth)}
-        if others:
+        if aux_scores:
             losses['loss_aux'] = self.aux_weight * sum(
-                F.cross_entropy(other, labels, label_smoothing=self.label_smooth) for other in others
+                F.cross_entropy(aux, labels, label_smoothing=self.label_smooth) for aux in aux_scores
             )
         losses['acc'] = 100 * (scores.argmax(1) == labels).float().mean()
         return losses
 
 
 def make_net(name: str, **arguments: Any) -> nn.Module:
-    """A network by its name, with random weights unless ``weights`` says otherwise."""
-    if name in OWN:
-        return OWN[name](**arguments)
+    """Builds a classification network.
+
+    Args:
+        name: the name of a classifier in ``torchvision.models``, or ``'resnet_v2'``.
+        arguments: further arguments of the network. Without ``weights`` the weights are random.
+
+    Raises:
+        PruneError: there is no classifier of this name.
+    """
+    if name == 'resnet_v2':
+        return ResNetV2(**arguments)
     if name not in torchvision.models.list_models(module=torchvision.models):
         raise PruneError(
-            f'net name={name!r}: give one of {", ".join(OWN)}, or a classifier of torchvision.models '
+            f'net name={name!r}: give resnet_v2, or a classifier of torchvision.models '
             "('alexnet', 'vgg16_bn', 'mobilenet_v2' ...)"
         )
     if name in ('inception_v3', 'googlenet'):
-        arguments.setdefault('init_weights', True)  # its default, but unsaid it warns
+        arguments.setdefault('init_weights', True)  # the default, but torchvision warns without it
     return torchvision.models.get_model(name, **arguments)

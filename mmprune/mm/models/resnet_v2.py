@@ -1,4 +1,4 @@
-"""ResNet V2: residual units with pre-activation (ECCV 2016, https://arxiv.org/abs/1603.05027)."""
+"""ResNet V2, whose residual units have pre-activation (ECCV 2016, https://arxiv.org/abs/1603.05027)."""
 
 import torch
 from torch import Tensor, nn
@@ -6,15 +6,20 @@ from torch import Tensor, nn
 from mmprune.errors import PruneError
 
 UNITS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
-"""Residual units of each stage, by depth; from 50 on they are bottlenecks."""
+"""The number of residual units in each stage, by depth. From depth 50 on they are bottlenecks."""
 
 
 class PreActUnit(nn.Module):
-    """Batch norm and ReLU come *before* each convolution; nothing follows the addition.
+    """A residual unit: batch norm and ReLU precede each convolution, and nothing follows the addition.
 
-    ``kernels``: sizes of the convolutions, the stride in the first 3x3; the last makes
-    ``out_channels``. The shortcut of a unit that changes the shape branches off behind the first
-    activation.
+    If the unit changes the shape, its shortcut is a convolution that reads the first activation.
+
+    Args:
+        in_channels: the width of the input.
+        width: the width between the convolutions.
+        out_channels: the width of the output.
+        stride: the stride of the first 3x3 convolution.
+        kernels: the kernel sizes of the convolutions.
     """
 
     def __init__(
@@ -22,12 +27,10 @@ class PreActUnit(nn.Module):
     ) -> None:
         super().__init__()
         widths = [in_channels, *[width] * (len(kernels) - 1), out_channels]
-        strided = kernels.index(3)
+        strides = [stride if i == kernels.index(3) else 1 for i in range(len(kernels))]
         self.norms = nn.ModuleList(nn.BatchNorm2d(n) for n in widths[:-1])
         self.convs = nn.ModuleList(
-            nn.Conv2d(
-                widths[i], widths[i + 1], kernel, stride if i == strided else 1, kernel // 2, bias=False
-            )
+            nn.Conv2d(widths[i], widths[i + 1], kernel, strides[i], kernel // 2, bias=False)
             for i, kernel in enumerate(kernels)
         )
         self.shortcut = None
@@ -36,23 +39,29 @@ class PreActUnit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.norms[0](x).relu()
-        kept = x if self.shortcut is None else self.shortcut(out)
+        residual = x if self.shortcut is None else self.shortcut(out)
         out = self.convs[0](out)
         for norm, conv in zip(self.norms[1:], self.convs[1:], strict=True):
             out = conv(norm(out).relu())
-        return kept + out
+        return residual + out
 
 
 class ResNetV2(nn.Module):
-    """Images (N, 3, H, W) -> class scores (N, num_classes).
+    """Maps images (N, 3, H, W) to class scores (N, num_classes).
 
-    ``depth``: one of 18, 34, 50, 101, 152; ``width``: channels of the first stage.
+    Args:
+        depth: 18, 34, 50, 101 or 152.
+        num_classes: the number of classes.
+        width: the inner width of the first stage. Each further stage doubles it.
+
+    Raises:
+        PruneError: another depth.
     """
 
     def __init__(self, depth: int = 50, num_classes: int = 1000, width: int = 64) -> None:
         super().__init__()
         if depth not in UNITS:
-            raise PruneError(f'ResNetV2 depth={depth!r}: there are {", ".join(map(str, UNITS))}')
+            raise PruneError(f'ResNetV2 depth={depth!r}: expected one of {", ".join(map(str, UNITS))}')
         kernels, growth = ((1, 3, 1), 4) if depth >= 50 else ((3, 3), 1)
         self.stem = nn.Sequential(
             nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.MaxPool2d(3, stride=2, padding=1)

@@ -1,12 +1,12 @@
-"""R-FCN (NeurIPS 2016, https://arxiv.org/abs/1605.06409) from mmdet's parts and mmcv's RoIAlign.
+"""R-FCN (NeurIPS 2016, https://arxiv.org/abs/1605.06409), made of mmdet's parts and mmcv's RoIAlign.
 
-A convolution makes k * k *position-sensitive* score maps for each class and box offset, one for each
-cell of a k x k grid over a RoI. A RoI takes each cell from that cell's own map and averages: no layer
-with weights comes after the pooling.
+R-FCN divides each RoI into a grid of k x k cells. A convolution makes one map for each cell and each
+number that the head predicts (class scores and box offsets). The head averages each cell in that cell's
+own map, and then averages the cells. No layer with weights follows the pooling.
 
-Position-sensitive pooling is RoIAlign of single cells: the maps of a cell are folded into the batch,
-and a RoI becomes k * k RoIs that point, by their batch index, at their own maps. So any extractor of
-mmdet serves, over one level or a pyramid.
+Here the position-sensitive pooling is a RoIAlign of single cells. The maps of a cell are folded into
+the batch dimension, and each RoI becomes k * k RoIs, whose batch indices select the maps of their
+cells. Hence every RoI extractor of mmdet works, on one level or on a pyramid.
 """
 
 import torch
@@ -21,15 +21,16 @@ from mmprune.errors import PruneError
 
 @MODELS.register_module()
 class RFCN(TwoStageDetector):
-    """A two-stage detector with a ``RFCNRoIHead``; ``neck`` may be a pyramid or ``None``."""
+    """A two-stage detector with an ``RFCNRoIHead``. ``neck`` is a pyramid or ``None``."""
 
 
 @MODELS.register_module()
 class RFCNRoIHead(StandardRoIHead):
     """mmdet's RoI head with position-sensitive pooling.
 
-    Its ``bbox_roi_extractor`` sees cells, not RoIs: give it ``output_size=1``, ``out_channels`` of
-    the head's ``map_channels``, and a ``finest_scale`` that is ``grid`` times smaller.
+    Its ``bbox_roi_extractor`` gets cells instead of RoIs. Therefore it needs ``output_size=1``, the
+    ``out_channels`` that the head has as ``map_channels``, and a ``finest_scale`` that is ``grid``
+    times smaller than usual.
     """
 
     def _bbox_forward(self, x: tuple[Tensor], rois: Tensor) -> dict:
@@ -47,16 +48,20 @@ class RFCNRoIHead(StandardRoIHead):
 
 @MODELS.register_module()
 class RFCNBBoxHead(BBoxHead):
-    """Makes the position-sensitive maps, and votes.
+    """Makes the position-sensitive maps, and averages the pooled cells.
 
-    ``grid``: k, cells along a side of a RoI; ``feat_channels``: width of the 1x1 convolution before
-    the maps. Losses, targets and boxes are those of mmdet's ``BBoxHead``.
+    Args:
+        args: positional arguments of mmdet's ``BBoxHead``, which computes targets, losses and boxes.
+        grid: the number k of cells along each side of a RoI.
+        feat_channels: the width of the 1x1 convolution before the maps.
+        kwargs: keyword arguments of ``BBoxHead``. ``reg_class_agnostic`` is True by default, as in the
+            paper.
     """
 
     def __init__(self, *args, grid: int = 7, feat_channels: int = 1024, **kwargs) -> None:
         maps = dict(type='Normal', name='conv_maps', std=0.01)
         kwargs.setdefault('init_cfg', dict(type='Xavier', layer='Conv2d', override=maps))
-        kwargs.setdefault('reg_class_agnostic', True)  # as in the paper
+        kwargs.setdefault('reg_class_agnostic', True)
         super().__init__(*args, with_avg_pool=True, **kwargs)
         self.grid = grid
         self.widths = [self.fc_cls.out_features, self.fc_reg.out_features]
@@ -66,28 +71,43 @@ class RFCNBBoxHead(BBoxHead):
 
     @property
     def map_channels(self) -> int:
-        """Maps of one cell: classes with background, then box offsets."""
+        """The number of maps for a cell: one for each class, the background, and each box offset."""
         return sum(self.widths)
 
     def score_maps(self, x: tuple[Tensor]) -> list[Tensor]:
-        """Features (N, in_channels, H, W) -> maps (N, grid * grid * map_channels, H, W)."""
+        """Maps features (N, in_channels, H, W) to (N, grid * grid * map_channels, H, W)."""
         return [self.conv_maps(self.conv_new(feature).relu()) for feature in x]
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """Pooled cells (K, grid * grid, map_channels) -> class scores and box offsets: their means."""
+        """Averages cells (K, grid * grid, map_channels) to class scores and box offsets of K RoIs."""
         cls_score, bbox_pred = pooled.mean(1).split(self.widths, 1)
         return cls_score, bbox_pred
 
 
 def fold(maps: Tensor, grid: int) -> Tensor:
-    """(N, grid * grid * C, H, W) -> (N * grid * grid, C, H, W)."""
+    """Moves the cells from the channels to the batch.
+
+    Args:
+        maps: (N, grid * grid * C, H, W).
+        grid: the number of cells along each side of a RoI.
+
+    Returns:
+        (N * grid * grid, C, H, W).
+    """
     n, channels, height, width = maps.shape
     return maps.reshape(n * grid * grid, channels // (grid * grid), height, width)
 
 
 def cells(rois: Tensor, grid: int) -> Tensor:
-    """(K, 5) RoIs (batch index, x1, y1, x2, y2) -> (K * grid * grid, 5): their cells row by row, with
-    the batch index of folded maps."""
+    """Divides RoIs into their cells.
+
+    Args:
+        rois: (K, 5), with batch index, x1, y1, x2, y2.
+        grid: the number of cells along each side of a RoI.
+
+    Returns:
+        (K * grid * grid, 5): the cells of each RoI row by row, with batch indices for :func:`fold`.
+    """
     steps = torch.arange(grid, dtype=rois.dtype, device=rois.device)
     rows, columns = (s.ravel() for s in torch.meshgrid(steps, steps, indexing='ij'))
     index, x1, y1, x2, y2 = (v[:, None] for v in rois.unbind(1))

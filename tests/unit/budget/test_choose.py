@@ -135,8 +135,8 @@ def test_a_unit_without_a_score_stays(traced):
 def test_the_original_counts_after_a_first_cut():
     model = Net()
     forward = lambda m: m(X)  # noqa: E731
-    mmprune.prune(model, forward, keep_flops=0.7)
-    mmprune.prune(model, forward, keep_flops=0.5)
+    mmprune.prune(model, forward, keep_flops=0.7, divisor=1)
+    mmprune.prune(model, forward, keep_flops=0.5, divisor=1)
     history = mmprune.plan_of(model).history
     assert history[-1]['flops'] <= 0.5 * history[0]['flops_before']
     assert history[-1]['flops'] > 0.4 * history[0]['flops_before']
@@ -486,8 +486,9 @@ def test_a_model_where_nothing_can_be_cut():
         choose(traced, np.zeros(0), Budget(prune_num=1))
 
 
-def test_the_last_of_several_cuts_ends_close_to_its_target():
+def test_the_last_of_several_cuts_ends_close_to_its_target(monkeypatch):
     """A block of a quarter of a layer is several times as large as what the last cut has to remove."""
+    monkeypatch.setattr('mmprune.budget.steps.LEAST', 1)
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 128, 3), *(nn.Conv2d(128, 128, 3) for _ in range(3)), nn.Conv2d(128, 8, 1)]
     model, images = nn.Sequential(*layers), torch.zeros(1, 3, 16, 16)

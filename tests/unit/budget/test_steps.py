@@ -18,12 +18,6 @@ from mmprune.surgery.build import Baseline
 X = torch.randn(1, 3, 16, 16)
 
 
-@pytest.fixture(autouse=True)
-def _steps(monkeypatch):
-    """As for a user (other tests take units one by one)."""
-    monkeypatch.setattr(steps, 'LEAST', 4)
-
-
 def conv(a, b, k=3, **options):
     return nn.Conv2d(a, b, k, padding=k // 2, **options)
 

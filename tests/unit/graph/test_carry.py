@@ -10,11 +10,11 @@ import mmprune
 from mmprune.budget.steps import layer_widths
 from mmprune.graph import carry, cost
 from mmprune.graph.locks import LockKind
-from mmprune.mm import zoo
 from mmprune.surgery.apply import cut
 from mmprune.surgery.build import make_plan
 from tests.helpers.by_hand import assert_exact, copied
 from tests.helpers.random_nets import random_net
+from tools import zoo
 
 
 def same(found, wanted):

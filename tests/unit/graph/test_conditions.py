@@ -144,5 +144,5 @@ def test_a_part_that_an_attribute_counts_keeps_a_channel():
     forward = lambda m: m(torch.ones(1, 3, 4, 4))  # noqa: E731
 
     assert [len(group) for group in mmprune.trace(net, forward).groups] in ([2, 6], [6, 2])
-    mmprune.prune(net, forward, prune_num=6)
+    mmprune.prune(net, forward, prune_num=6, divisor=1)
     assert net.k == 1

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mmprune
 from mmprune.graph import cost
-from mmprune.mm.zoo import build
+from tools.zoo import build
 
 
 def counted_by_torch(model, x):

@@ -129,13 +129,13 @@ def test_a_work_dir_that_can_not_be_made_is_named(parse, config, tmp_path, name)
     [
         (
             'hooks.2.steps=3',
-            "hooks.2.steps=3: hooks is a list of 1, so '2' is no place in it; there are hook",
+            "hooks.2.steps=3: hooks is a list of 1 and has no entry '2'; its entries are hooks.0",
         ),
-        ('hooks.first.steps=3', "hooks is a list of 1, so 'first' is no place in it"),
-        ('none.0=3', "none is a list of 0, so '0' is no place in it; there are none"),
+        ('hooks.first.steps=3', "hooks is a list of 1 and has no entry 'first'"),
+        ('none.0=3', "none is a list of 0 and has no entry '0'; its entries are none"),
         (
             'model.depth.x=3',
-            "model.depth.x=3: model.depth is 18, which has no 'x'; set model.depth itself",
+            "model.depth.x=3: model.depth is 18 and has no 'x'; set model.depth itself",
         ),
     ],
 )

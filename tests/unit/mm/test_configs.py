@@ -4,7 +4,6 @@ import pytest
 from mmengine.config import Config
 
 import mmprune
-from mmprune.mm import zoo
 from mmprune.mm.configs import (
     budget_options,
     dataset_with_pipeline,
@@ -12,6 +11,7 @@ from mmprune.mm.configs import (
     prune_hook_options,
     type_name,
 )
+from tools import zoo
 
 
 @pytest.mark.parametrize(

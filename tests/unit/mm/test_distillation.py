@@ -7,8 +7,8 @@ import torch
 
 import mmprune
 from mmprune.mm.distillation import Distillation, feature_loss, features_of
-from mmprune.mm.zoo import bare, build, load
 from tests.helpers.by_hand import masked_by_hand
+from tools.zoo import bare, build, load
 
 OWN, POSE = 'configs/_base_', 'mmpose::body_2d_keypoint'
 FEATURES = {

@@ -21,7 +21,7 @@ from torch import nn
 
 import mmprune
 from mmprune.mm import loading
-from mmprune.mm.datasets import shapes
+from mmprune.mm.demo import shapes
 from tests.helpers import processes
 from tests.helpers.deploy_models import pruned, saved
 from tests.helpers.hook_runs import TwoBranch, config, train
@@ -47,7 +47,10 @@ def pose(tmp_path_factory):
 def run(tmp_path_factory):
     """A pruned checkpoint of a training with momentum and EMA."""
     folder = tmp_path_factory.mktemp('run')
-    hooks = [dict(type='PruneHook', keep_flops=0.5, interval=5, steps=1), dict(type='EMAHook')]
+    hooks = [
+        dict(type='PruneHook', keep_flops=0.5, divisor=1, interval=5, steps=1),
+        dict(type='EMAHook'),
+    ]
     train(config(folder, epochs=2, custom_hooks=hooks))
     return folder / 'epoch_2.pth'
 

@@ -10,10 +10,10 @@ from torch import nn
 
 import mmprune
 from mmprune.contexts import one_after_another
-from mmprune.mm import zoo
 from mmprune.mm.model_modes import first_samples, first_trace, runs_of
 from tests.helpers.equality import assert_same
 from tests.helpers.forwards import forwards_of
+from tools import zoo
 
 
 class Model(BaseModel):

@@ -270,7 +270,7 @@ def test_a_cut_beneath_a_collector_is_an_error():
     model = make()
     optimizer = sgd(model)
     Collector(traced_of(model), 'taylor', optimizer)
-    mmprune.prune(model, lambda m: m(BATCHES[0]), keep_channels=0.5, optimizer=optimizer)
+    mmprune.prune(model, lambda m: m(BATCHES[0]), keep_channels=0.5, divisor=1, optimizer=optimizer)
     with pytest.raises(mmprune.PruneError, match=r'2.weight\[dim 1\] has 3 positions now, 6 when it'):
         run(model, optimizer)
 

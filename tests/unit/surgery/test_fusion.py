@@ -10,7 +10,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import mmprune
 from mmprune import PruneError
-from mmprune.mm import zoo
+from tools import zoo
 
 
 def shaken(model):

@@ -58,8 +58,8 @@ def test_meta_is_plain_and_comes_back(plan):
 
 def test_two_cuts_are_one_plan():
     model = net()
-    first = mmprune.prune(model, forward, keep_channels=0.75)
-    both = mmprune.prune(model, forward, keep_channels=0.5)
+    first = mmprune.prune(model, forward, keep_channels=0.75, divisor=1)
+    both = mmprune.prune(model, forward, keep_channels=0.5, divisor=1)
     assert len(both.history) == 2
     assert set(both.keep['0.weight'][0]) < set(first.keep['0.weight'][0])
     fresh = net()

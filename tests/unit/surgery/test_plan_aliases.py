@@ -88,12 +88,12 @@ def test_a_plan_of_a_fresh_model_fits_one_that_ran(late):
 @pytest.mark.parametrize('first_ran', [True, False])
 def test_plans_with_and_without_the_second_names_follow_each_other(late, first_ran):
     model = used(late) if first_ran else Lends(late).eval()
-    first = mmprune.prune(model, run, keep_channels=0.75)
+    first = mmprune.prune(model, run, keep_channels=0.75, divisor=1)
     other = used(late).eval() if not first_ran else Lends(late).eval()
     first.apply(other)
     load_weights(other, {'state_dict': model.state_dict()}, 'it')
     assert torch.equal(run(other.eval()), run(model.eval()))
-    both = mmprune.prune(other, run, keep_channels=0.5)
+    both = mmprune.prune(other, run, keep_channels=0.5, divisor=1)
     assert both.aliases and len(both.history) == 2
     for again in (Lends(late), used(late)):
         Plan.from_meta(both.to_meta()).apply(again)
@@ -103,9 +103,9 @@ def test_plans_with_and_without_the_second_names_follow_each_other(late, first_r
 
 def test_a_second_name_that_comes_between_two_cuts(late):
     model = Lends(late).eval()
-    mmprune.prune(model, run, keep_channels=0.75)
+    mmprune.prune(model, run, keep_channels=0.75, divisor=1)
     run(model.train())
-    both = mmprune.prune(model, run, keep_channels=0.5)
+    both = mmprune.prune(model, run, keep_channels=0.5, divisor=1)
     fresh = Lends(late).eval()
     both.apply(fresh)
     assert fresh.head[0][0].weight.shape == (4, 3)

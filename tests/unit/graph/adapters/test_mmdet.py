@@ -18,9 +18,9 @@ from mmengine.registry import init_default_scope
 from torch import nn
 
 import mmprune
-from mmprune.mm.zoo import build, shake
 from tests.helpers.by_hand import assert_exact
 from tests.helpers.equality import assert_same
+from tools.zoo import build, shake
 
 
 class Between(nn.Module):

@@ -8,13 +8,13 @@ from mmengine.runner import Runner
 
 import mmprune
 from mmprune import PruneError
-from mmprune.mm.datasets.shapes import CLASSES, ensure
+from mmprune.mm.demo.shapes import CLASSES, ensure
 from mmprune.mm.deploy import check
 from mmprune.mm.deploy.evaluate import check_dataset, exported_model, use_file
 from mmprune.mm.deploy.export import export_model
 from mmprune.mm.deploy.onnx_file import open_model
-from mmprune.mm.zoo import build
 from tests.helpers.deploy_models import saved
+from tools.zoo import build
 
 CONFIG = 'configs/classification/resnet18_prune.py'
 

@@ -14,7 +14,7 @@ from mmengine.runner import Runner
 
 from mmprune import PruneError
 from mmprune.mm import checkpoint
-from mmprune.mm.datasets.shapes import CLASSES, ensure
+from mmprune.mm.demo.shapes import CLASSES, ensure
 from mmprune.mm.deploy.evaluate import check_dataset, exported_model, images_for, use_file
 from mmprune.mm.deploy.export import export_model
 from mmprune.mm.deploy.onnx_file import open_model

@@ -14,9 +14,10 @@ from mmprune.mm.deploy import check
 from mmprune.mm.deploy import export as exporting
 from mmprune.mm.deploy.export import export, export_model
 from mmprune.mm.deploy.onnx_file import open_model
-from mmprune.mm.zoo import build, load
 from tests.helpers.deploy_models import META, pruned, saved
 from tests.helpers.lively import enliven, finds_nothing
+from tools import zoo
+from tools.zoo import build, load
 
 RETINANET = 'configs/detection/retinanet_prune.py'
 THIN = dict(deepen_factor=0.33, widen_factor=0.125)
@@ -135,7 +136,7 @@ def test_a_file_finds_on_a_full_size_picture_what_mmdet_finds(tmp_path):
 
 
 def test_a_checkpoint_without_a_plan_is_exported_unpruned(tmp_path):
-    from mmprune.mm.zoo import bare
+    from tools.zoo import bare
 
     torch.save({'state_dict': bare(RETINANET).state_dict()}, tmp_path / 'dense.pth')
     out = export(RETINANET, tmp_path / 'dense.pth', tmp_path / 'm.onnx', raw=True, size=(64, 64))
@@ -188,7 +189,7 @@ def test_what_has_no_wrapper_is_told_of_raw(retinanet, tmp_path):
     model, _ = retinanet
     config = load('mmdet::foveabox/fovea_r50_fpn_4xb4-1x_coco.py')
     with pytest.raises(PruneError, match='FOVEA .bbox_head FoveaHead.: has no wrapper.*--raw'):
-        export_model(mmprune.mm.zoo.build_model(config), tmp_path / 'model.onnx')
+        export_model(zoo.build_model(config), tmp_path / 'model.onnx')
     model.bbox_head.test_cfg.nms.type = 'soft_nms'
     try:
         with pytest.raises(PruneError, match="nms.type='soft_nms': ONNX has plain NMS alone"):
@@ -200,7 +201,7 @@ def test_what_has_no_wrapper_is_told_of_raw(retinanet, tmp_path):
 
 def test_an_operator_that_onnx_lacks_is_named_with_its_module(tmp_path):
     config = load('mmdet::carafe/faster-rcnn_r50_fpn-carafe_1x_coco.py')
-    model = mmprune.mm.zoo.build_model(config)
+    model = zoo.build_model(config)
     told = r'^neck\..*\(CARAFE.*\): can not be .* mmcv::carafe_forward is a compiled'
     with pytest.raises(PruneError, match=told):
         export_model(model, tmp_path / 'model.onnx', size=(64, 64))

@@ -10,9 +10,9 @@ import mmprune
 from mmprune.mm.deploy import check
 from mmprune.mm.deploy.export import export_model, network_of
 from mmprune.mm.deploy.onnx_file import open_model
-from mmprune.mm.zoo import build, load
 from tests.helpers.deploy_models import META
 from tests.helpers.lively import enliven, finds_nothing
+from tools.zoo import build, load
 
 SMALL = dict(depth=18, base_channels=16, frozen_stages=-1, norm_eval=False, init_cfg=None)
 SMALL |= dict(style='pytorch', norm_cfg=dict(type='BN'))

@@ -11,7 +11,6 @@ import torch
 from mmprune import PruneError
 from mmprune.mm.deploy import candidates, check, one_stage, patches, two_stage
 from mmprune.mm.deploy.export import network_of
-from mmprune.mm.zoo import build, load
 from tests.helpers.deploy_models import META
 from tests.helpers.lively import enliven
 from tests.unit.mm.deploy.test_families import (
@@ -25,6 +24,7 @@ from tests.unit.mm.deploy.test_families import (
     RPN,
     SMALL,
 )
+from tools.zoo import build, load
 
 FASTER = dict(
     backbone=SMALL, neck=NECK, rpn_head=RPN, test_cfg=BEST,

@@ -11,7 +11,7 @@ import torch
 from mmengine.config import Config
 
 from mmprune import PruneError
-from mmprune.mm.datasets.shapes import ensure
+from mmprune.mm.demo.shapes import ensure
 from mmprune.mm.deploy.export import export_model
 from mmprune.mm.deploy.int8 import calibration_images, quantize
 from mmprune.mm.deploy.onnx_file import BACKENDS, open_model

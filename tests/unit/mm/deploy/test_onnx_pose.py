@@ -13,11 +13,11 @@ from mmpose.apis import inference_topdown
 from mmpose.codecs import MSRAHeatmap, SimCCLabel, UDPHeatmap
 from mmpose.datasets.datasets.utils import parse_pose_metainfo
 
-from mmprune.mm.datasets.shapes import KEYPOINTS, pose_metainfo
+from mmprune.mm.demo.shapes import KEYPOINTS, pose_metainfo
 from mmprune.mm.deploy.export import export_model
 from mmprune.mm.deploy.pose_and_classifiers import codec_of
-from mmprune.mm.zoo import build, load
 from tests.helpers import tiny
+from tools.zoo import build, load
 
 EXAMPLE = Path(__file__).parents[4] / 'examples' / 'onnx_pose.py'
 SIMPLE = 'configs/_base_/simple_baseline_shapes.py'

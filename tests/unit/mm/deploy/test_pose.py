@@ -13,7 +13,8 @@ from mmprune import PruneError
 from mmprune.mm.deploy import check
 from mmprune.mm.deploy.onnx_file import BACKENDS, open_model
 from mmprune.mm.deploy.pose_and_classifiers import PoseNetwork, codec_of, keypoint_names, pose_network
-from mmprune.mm.zoo import build, load
+from tools import zoo
+from tools.zoo import build, load
 
 SIMPLE = 'configs/_base_/simple_baseline_shapes.py'
 HOURGLASS = 'configs/_base_/hourglass_shapes.py'
@@ -113,7 +114,7 @@ def test_the_metadata_tells_how_to_decode():
 
 
 def test_names_of_keypoints():
-    from mmprune.mm.datasets.keypoint import ShapesPoseDataset
+    from mmprune.mm.demo.keypoint import ShapesPoseDataset
 
     dataset = ShapesPoseDataset(lazy_init=True, test_mode=True)
     assert keypoint_names(dataset.metainfo) == [
@@ -125,11 +126,11 @@ def test_heads_that_give_neither():
     config = load(SIMPLE)
     config.model.head.decoder = None
     with pytest.raises(PruneError, match=r'head \(HeatmapHead\): has no decoder; add decoder=codec'):
-        pose_network(mmprune.mm.zoo.build_model(config))
+        pose_network(zoo.build_model(config))
     regression = load(
         'mmpose::body_2d_keypoint/topdown_regression/coco/td-reg_res50_8xb64-210e_coco-256x192.py'
     )
-    assert pose_network(mmprune.mm.zoo.build_model(regression)) is None
+    assert pose_network(zoo.build_model(regression)) is None
     assert pose_network(torch.nn.Conv2d(3, 3, 1)) is None
     detector = build('configs/_base_/retinanet_shapes.py')[0]
     assert pose_network(detector) is None

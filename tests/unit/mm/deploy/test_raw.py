@@ -12,9 +12,9 @@ from mmprune.mm.deploy import patches, raw
 from mmprune.mm.deploy.export import export_model
 from mmprune.mm.deploy.onnx_file import open_model
 from mmprune.mm.deploy.tracing import to_onnx
-from mmprune.mm.zoo import build, load
 from tests.helpers.deploy_models import META
 from tests.unit.mm.deploy.test_families import NECK, SMALL
+from tools.zoo import build, load
 
 BOX = dict(
     type='DIIHead', num_classes=6, num_heads=2, feedforward_channels=32, in_channels=32,

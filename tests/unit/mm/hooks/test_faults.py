@@ -11,15 +11,15 @@ from mmengine.runner import Runner
 from torch import nn
 
 import mmprune
-from mmprune.mm import zoo
 from mmprune.mm.hooks import PruneHook
 from mmprune.score.collector import Collector
 from mmprune.surgery import apply as cutting
 from tests.helpers.equality import assert_same
 from tests.helpers.forwards import forwards_of
 from tests.helpers.hook_runs import TwoBranch, config, train
+from tools import zoo
 
-HOOK = dict(keep_flops=0.6, interval=4, steps=2, parts=dict(neck=dict(keep_channels=0.8)))
+HOOK = dict(keep_flops=0.6, divisor=1, interval=4, steps=2, parts=dict(neck=dict(keep_channels=0.8)))
 
 
 def hook_of(runner, kind=PruneHook):

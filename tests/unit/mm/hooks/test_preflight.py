@@ -306,7 +306,7 @@ def test_a_cut_that_removes_nothing_is_no_warning(tmp_path):
 
 
 def test_a_second_run_shows_the_model_at_its_start(tmp_path, half):
-    hook = dict(keep_flops=0.3, interval=5, steps=2)
+    hook = dict(keep_flops=0.3, divisor=1, interval=5, steps=2)
     cfg = config(tmp_path, hook=hook, load_from=str(half))
     cfg.log_level = 'INFO'
     train(cfg)

@@ -211,7 +211,7 @@ def test_a_budget_of_time_in_another_runtime(tmp_path, monkeypatch):
 
 
 def test_frozen_layers_stay_and_are_named(tmp_path):
-    cfg = config(tmp_path, epochs=1, hook=dict(keep_flops=0.985, interval=5, steps=1))
+    cfg = config(tmp_path, epochs=1, hook=dict(keep_flops=0.985, divisor=1, interval=5, steps=1))
     cfg.log_level = 'INFO'
     runner = Runner.from_cfg(cfg)
     for parameter in runner.model.block.parameters():

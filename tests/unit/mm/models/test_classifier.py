@@ -9,11 +9,12 @@ import torch
 from mmengine.structures import BaseDataElement
 
 import mmprune
-import mmprune.mm.datasets.shapes
-from mmprune.mm import cli, zoo
-from mmprune.mm.metrics import Accuracy
+import mmprune.mm.demo.shapes
+from mmprune.mm import cli
+from mmprune.mm.demo.classification import Accuracy
 from mmprune.mm.models.classifier import ImageClassifier
 from tests.helpers.by_hand import assert_exact
+from tools import zoo
 
 CONFIGS = Path(__file__).parents[4] / 'configs'
 
@@ -98,7 +99,7 @@ def test_accuracy_counts_ranks():
 @pytest.mark.slow
 def test_the_runner_trains_and_prunes_it(tmp_path, monkeypatch):
     monkeypatch.setenv('MMPRUNE_SHAPES', str(tmp_path / 'shapes'))
-    mmprune.mm.datasets.shapes.generate(tmp_path / 'shapes', train=40, val=12, size=64)
+    mmprune.mm.demo.shapes.generate(tmp_path / 'shapes', train=40, val=12, size=64)
     config = zoo.load(str(CONFIGS / 'classification' / 'squeezenet_prune.py'))
     config.work_dir = str(tmp_path / 'work')
     config.train_cfg.max_epochs = 2

@@ -37,5 +37,5 @@ def test_the_residual_stream_is_not_touched():
 
 
 def test_an_unknown_depth_is_an_error():
-    with pytest.raises(mmprune.PruneError, match='depth=20: there are 18, 34'):
+    with pytest.raises(mmprune.PruneError, match='depth=20: expected one of 18, 34'):
         ResNetV2(20)

@@ -7,8 +7,8 @@ import torch
 from mmcv.ops import RoIAlign
 
 import mmprune
-from mmprune.mm import zoo
 from mmprune.mm.models.rfcn import cells, fold
+from tools import zoo
 
 CONFIGS = Path(__file__).parents[4] / 'configs'
 ROIS = torch.tensor([[0, 3.0, 5.0, 40.0, 29.0], [1, -6.0, 10.0, 20.0, 60.0], [1, 7.0, 7.0, 7.5, 9.0]])

@@ -2,13 +2,13 @@
 
 from mmdet.datasets import CocoDataset
 
-from mmprune.mm.datasets.shapes import CLASSES, ensure
+from mmprune.mm.demo.shapes import CLASSES, ensure
 
 
 class ShapesDataset(CocoDataset):
-    """mmdet's `CocoDataset` that makes the set in `data_root` when it is not there.
+    """mmdet's ``CocoDataset``, which writes the embedded data set to ``data_root`` if it is not there.
 
-    In a config: `type='mmprune.mm.datasets.detection.ShapesDataset'`, which needs no import.
+    A config needs no import for it: ``type='mmprune.mm.demo.detection.ShapesDataset'``.
     """
 
     METAINFO = {

@@ -9,8 +9,8 @@ from mmengine.registry import init_default_scope
 from mmpose.evaluation import CocoMetric
 from mmpose.registry import DATASETS
 
-from mmprune.mm.datasets.drawing import KEYPOINTS
-from mmprune.mm.datasets.shapes import SPLITS, generate
+from mmprune.mm.demo.drawing import KEYPOINTS
+from mmprune.mm.demo.shapes import SPLITS, generate
 
 CONFIG = Path(__file__).parents[4] / 'configs/_base_/simple_baseline_shapes.py'
 
@@ -39,7 +39,7 @@ def estimates(dataset, order):
 
 def test_set_is_made_on_first_use_and_read(config, tmp_path, monkeypatch):
     # The default set is larger than a test has time for, and a config names no size.
-    monkeypatch.setattr('mmprune.mm.datasets.shapes.DEFAULTS', dict(train=4, val=2, size=64, seed=0))
+    monkeypatch.setattr('mmprune.mm.demo.shapes.DEFAULTS', dict(train=4, val=2, size=64, seed=0))
     train = DATASETS.build(config.train_dataloader.dataset)
     assert len(train) >= 4
     assert train.metainfo['keypoint_id2name'] == dict(enumerate(KEYPOINTS))

@@ -9,7 +9,7 @@ from mmdet.registry import DATASETS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
-from mmprune.mm.datasets.shapes import CLASSES, SPLITS, generate
+from mmprune.mm.demo.shapes import CLASSES, SPLITS, generate
 
 CONFIG = Path(__file__).parents[4] / 'configs/_base_/faster_rcnn_shapes.py'
 
@@ -36,7 +36,7 @@ def detections(dataset, shift=0):
 
 def test_set_is_made_on_first_use_and_read(config, tmp_path, monkeypatch):
     # The default set is larger than a test has time for, and a config names no size.
-    monkeypatch.setattr('mmprune.mm.datasets.shapes.DEFAULTS', dict(train=4, val=2, size=64, seed=0))
+    monkeypatch.setattr('mmprune.mm.demo.shapes.DEFAULTS', dict(train=4, val=2, size=64, seed=0))
     train = DATASETS.build(config.train_dataloader.dataset)
     assert len(train) == 4 and train.metainfo['classes'] == CLASSES
     sample = train[0]

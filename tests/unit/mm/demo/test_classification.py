@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from mmprune.mm.datasets import shapes
-from mmprune.mm.datasets.classification import LoadCrop, PackLabel, ShapesCrops
+from mmprune.mm.demo import shapes
+from mmprune.mm.demo.classification import LoadCrop, PackLabel, ShapesCrops
 
 
 @pytest.fixture(scope='module')

@@ -13,8 +13,8 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
 from mmprune.errors import PruneError
-from mmprune.mm.datasets import shapes
-from mmprune.mm.datasets.shapes import CLASSES, ensure, generate, main
+from mmprune.mm.demo import shapes
+from mmprune.mm.demo.shapes import CLASSES, ensure, generate, main
 
 SMALL = dict(train=6, val=3, size=96)
 
@@ -45,7 +45,7 @@ def test_same_seed_gives_same_bytes(small, tmp_path):
     command = [
         sys.executable,
         '-m',
-        'mmprune.mm.datasets.shapes',
+        'mmprune.mm.demo.shapes',
         'again',
         '--train',
         '6',

@@ -1,0 +1,43 @@
+"""Imports ``mmprune.mm`` as soon as both mmprune and mmengine are imported, in whichever order.
+
+``mmprune.mm`` registers the hooks, and has mmengine rebuild the pruned structure when it loads a pruned
+checkpoint. Without it mmengine would skip the weights of such a checkpoint and only print their names.
+But ``import mmprune`` alone should not import OpenMMLab, which takes seconds. So if mmengine is not
+imported yet, a finder in ``sys.meta_path`` waits for its import.
+"""
+
+import sys
+from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+
+class _AfterMmengine(MetaPathFinder):
+    """Finds mmengine as usual, once, and has its import followed by that of ``mmprune.mm``."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if fullname != 'mmengine':
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def execute_both(module: ModuleType) -> None:
+            execute(module)
+            import_module('mmprune.mm')
+
+        spec.loader.exec_module = execute_both
+        return spec
+
+
+def register_with_mmengine() -> None:
+    """Imports ``mmprune.mm`` now if mmengine is imported, and otherwise after mmengine's import."""
+    if sys.modules.get('mmengine') is not None:
+        import_module('mmprune.mm')
+    else:
+        sys.meta_path.insert(0, _AfterMmengine())
