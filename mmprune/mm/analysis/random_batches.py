@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
-from torch import nn
 
-from mmprune.contexts import random_states
+from mmprune.contexts import random_state_restored
 from mmprune.errors import PruneError
 from mmprune.mm.configs import dataset_with_pipeline
 
@@ -34,14 +33,11 @@ POSE_META_KEYS = (
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seeds the generators of torch, numpy and Python for a block, and restores them afterwards."""
-    put_back = random_states(nn.Module())
-    torch.manual_seed(seed)
-    np.random.seed(seed)
-    random.seed(seed)
-    try:
+    with random_state_restored():
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
         yield
-    finally:
-        put_back()
 
 
 def detection_batch(config: Config, size: int = 96) -> dict[str, Any]:
