@@ -157,7 +157,7 @@ def cut_once(
         The plan, the graph of the pruned model, and the choice that led to them.
 
     Raises:
-        InexactCut: the check failed, and the context is strict.
+        PruneError: the check failed, and the context is strict.
         PruneError: nothing can be cut (any more). Nothing has changed then.
     """
 

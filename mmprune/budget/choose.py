@@ -70,9 +70,9 @@ def choose(
         auto: the channel multiple that ``divisor='auto'`` stands for; ``None``: the one that was
             measured on the device of the model.
         final: the budget of the last of several cuts; ``None``: this is the only cut.
-        work: the fractions of the unpruned model's work (:func:`mmprune.graph.cost.work`) that may
+        work: the fractions of the unpruned model's work (multiply-adds and activations) that may
             remain after this cut and after the last one, in place of ``latency`` in ``budget`` and
-            ``final``. :func:`mmprune.budget.measured.choose_measured` finds them; ``None`` is an error
+            ``final``. ``mmprune/budget/measured.py`` finds them; ``None`` is an error
             with a budget of ``latency``.
 
     Returns:

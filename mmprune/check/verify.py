@@ -68,10 +68,11 @@ def verify(
             the coarsest precision among the results. With a number, double precision is not tried.
 
     Returns:
-        The largest relative error: the largest absolute difference over the largest absolute value.
+        The largest relative error, which is the largest absolute difference over the largest absolute
+        value.
 
     Raises:
-        InexactCut: the error is above the tolerance, and the message names the first module that
+        PruneError: the error is above the tolerance, and the message names the first module that
             differs; or ``forward`` fails for the pruned model alone.
         PruneError: ``forward`` does not run the model that it is given, or returns nothing that can be
             compared; or a parameter is not finite.

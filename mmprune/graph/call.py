@@ -107,7 +107,7 @@ class Call:
 
     @property
     def requested_parts(self) -> Any:
-        """The sizes of the parts of a split: a list, one size for all parts, or ``None``."""
+        """The sizes that a split was asked for (a list, or one size for all parts), or ``None``."""
         return self._requested
 
     def requested_number(self, name: str) -> Any:

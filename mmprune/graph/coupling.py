@@ -131,7 +131,7 @@ class ChannelGraph:
 
     @property
     def unknown_ops(self) -> dict[str, list[str]]:
-        """{operation without a rule: names of the modules in which it ran}."""
+        """Operations without a rule, each with the names of the modules in which it ran."""
         return self.profile.unknown_ops
 
     @cached_property

@@ -300,7 +300,9 @@ def plain_loop(folder: Path, options: dict, comm: str = '') -> dict:
             expected = expected / 2 / (2 if comm == 'halve' else 1)
         optimizer.step()
         if step in (2, 4):  # a reducer is made anew twice, the loss's graph of before alive
-            plan = mmprune.prune(net, lambda m: m(torch.zeros(2, 6)), prune_num=2, optimizer=optimizer)
+            plan = mmprune.prune(
+                net, lambda m: m(torch.zeros(2, 6)), prune_num=2, divisor=1, optimizer=optimizer
+            )
             assert rebuild_reducers(ddp) == 1
     assert before == {key: getattr(ddp, key) for key in before}
     state_numel = state[-1] if state else None
@@ -348,7 +350,7 @@ def pruner_loop(folder: Path, wrong: bool = False) -> dict:
     net = Net()
     del net.unused
     ddp = DistributedDataParallel(net)
-    pruner = mmprune.Pruner(ddp, distributed=True)
+    pruner = mmprune.Pruner(ddp, distributed=True, divisor=1)
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1, momentum=0.9)
     generator = torch.Generator().manual_seed(dist.get_rank())
 

@@ -65,7 +65,7 @@ def export(
         checkpoint: a checkpoint file. Without a plan in it, the unpruned model is exported.
         out: the file to write. It must not exist.
         device: where PyTorch runs.
-        options: the options of :func:`export_model`: ``raw``, ``size``, ``dynamic``, ``opset``,
+        options: further options: ``raw``, ``size``, ``dynamic``, ``opset``,
             ``with_preprocess``, ``check`` and ``batch``.
 
     Returns:

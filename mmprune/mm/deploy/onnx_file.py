@@ -29,7 +29,7 @@ class OnnxFile:
     Args:
         path: the file.
         metadata: what the export wrote into the file: the task, the names of classes or keypoints, how
-            pictures are prepared, and costs (:func:`mmprune.mm.deploy.export.metadata`).
+            pictures are prepared, and costs (``mmprune/mm/deploy/export.py`` lists them).
         session: runs the graph.
     """
 

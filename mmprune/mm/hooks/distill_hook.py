@@ -37,7 +37,7 @@ class DistillHook(Hook):
     no part of the model or its checkpoints.
 
     Args:
-        features: weight of the loss (:class:`mmprune.mm.distillation.Distillation`), a number above 0.
+        features: weight of the loss (``mmprune/mm/distillation.py``), a number above 0.
         while_cutting: whether the loss is added from the first cut on. ``False``: it is added after the
             last cut, so that no unit is scored by it.
         teacher: a checkpoint of the unpruned model, as a file or an address. ``None``: the network as
