@@ -305,7 +305,7 @@ def check_cut(model: nn.Module, plan: Plan, forward: Forward) -> None:
     """Cuts a copy of ``model`` and compares it with the masked original by :func:`verify`.
 
     Raises:
-        InexactCut: the two differ.
+        PruneError: the two differ.
     """
     trial = copied(model)
     cut(trial, plan)

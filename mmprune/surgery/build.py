@@ -54,7 +54,7 @@ def make_plan(
 
     Raises:
         PruneError: all units stay.
-        InexactCut: a module attribute can't follow the new widths.
+        PruneError: a module attribute can't follow the new widths.
     """
     if keep.all():
         raise PruneError(
