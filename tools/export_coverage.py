@@ -1,12 +1,12 @@
-"""Which families of the zoos can be exported: whole, as raw outputs, or not, and why.
+"""Finds out which families of the zoos can be exported: whole, as raw outputs, or not, and why.
 
     python tools/export_coverage.py                       # all of tools/coverage.txt, hours on one core
     python tools/export_coverage.py --only 'mmdet/*rcnn*' --jobs 2
     python tools/export_coverage.py --resume              # only families without a row
 
 One model of each family is exported, with random weights and at a fixed size, in a separate process.
-The file is compared with PyTorch in ONNX Runtime. After each family its result is merged into
-docs/deploy.json, and at the end the table in docs/deploy.md is written from that.
+The export compares the file in ONNX Runtime with the model in PyTorch. The result of each family is
+merged into docs/deploy.json at once. At the end the table in docs/deploy.md is made from that file.
 """
 
 import argparse
@@ -33,9 +33,16 @@ PAGE = ROOT / 'docs' / 'deploy.md'
 FORK = multiprocessing.get_context('fork')
 
 
-def examine(config: str, how: dict, pipe) -> None:
-    """Sends the row of one family through a pipe: ``export`` (whole, raw or not), and the ``reason``
-    if it is not whole. ``how`` has arguments of ``build``."""
+def examine(config: str, build_options: dict, pipe) -> None:
+    """Exports the model of one family, and sends its row through a pipe.
+
+    Args:
+        config: the name of the config, as :func:`tools.zoo.build` takes it.
+        build_options: further arguments of ``build``.
+        pipe: the end of the pipe to write to. The row has ``export`` (``'whole'``, ``'raw'`` or
+            ``'not'``), the ``reason`` why it is not whole, and a ``raw_reason`` if both exports fail.
+    """
+    # Discards all output of the model's code.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     from mmprune.errors import PruneError
@@ -44,10 +51,10 @@ def examine(config: str, how: dict, pipe) -> None:
 
     try:
         cfg = config_of(config) or load(config)
-        model, forward = build(cfg, **how)
+        model, forward = build(cfg, **build_options)
         model.cfg = cfg
-        side = how.get('size', 128)
-        if cfg.get('default_scope') == 'mmdet':  # what pyramids and windows need
+        side = build_options.get('size', 128)
+        if cfg.get('default_scope') == 'mmdet':  # feature pyramids and attention windows need multiples
             side = -(-side // 64) * 64
         pose = model.cfg.get('default_scope') == 'mmpose'
         size = fixed_side(model) if pose else (side, side)
@@ -69,6 +76,7 @@ def examine(config: str, how: dict, pipe) -> None:
                 reason = f'{type(error).__name__}: {error}'
             row['export'] = 'not'
             row['raw_reason' if raw else 'reason'] = (reason.splitlines() or [''])[0][:300]
+            # ``run`` may stop this process while it tries the next kind. It then keeps this row.
             pipe.send(row | {'export': 'not'})
     pipe.send(row)
 
@@ -77,16 +85,16 @@ SPREADS = {
     'conv_offset': 0.05, 'spatial_conv_offset': 0.05, 'offset_s': 0.05, 'offset_l': 0.05,
     'sampling_offsets': 0.05, 'conv2.fc2': 0.3, 'switch': 0.5, 'pre_context': 0.1, 'post_context': 0.1,
 }  # fmt: skip
-"""The largest standard deviation of the outputs of some layers, by the ends of their names."""
+"""{end of a layer's name: the largest standard deviation that its outputs may have}."""
 
 
 def as_trained(model, forward, size: tuple[int, int]) -> None:
-    """Limits layers whose outputs are far larger with random weights than after any training.
+    """Scales down layers whose outputs are far larger with random weights than after training.
 
-    Otherwise deformable convolutions sample far away in maps of noise, split attention (ResNeSt)
-    chooses one half by the last bit, and contexts drown the maps that they are added to (DetectoRS).
-    Rounding alone then changes most results of such a network, so that there is nothing to compare
-    with.
+    Without this, rounding alone changes most results of some networks, and a comparison of the file
+    with PyTorch shows nothing. Examples are deformable convolutions, which sample far away in maps of
+    noise; the split attention of ResNeSt, which saturates; and the global context of DetectoRS, which
+    is much larger than the maps that it is added to.
     """
     import torch
 
@@ -102,8 +110,8 @@ def as_trained(model, forward, size: tuple[int, int]) -> None:
     hooks = [
         layer.register_forward_hook(partial(limited, spread=spread))
         for name, layer in model.named_modules()
-        for end, spread in SPREADS.items()
-        if f'.{name}'.endswith(f'.{end}')
+        for suffix, spread in SPREADS.items()
+        if f'.{name}'.endswith(f'.{suffix}')
     ]
     if hooks:
         shake(model, forward)  # also estimates the statistics of batch norms
@@ -117,7 +125,8 @@ def as_trained(model, forward, size: tuple[int, int]) -> None:
     queries = getattr(getattr(model, 'rpn_head', None), 'num_proposals', None)
     if queries is not None:
         model.roi_head.test_cfg.max_per_img = queries
-    if queries is not None and hasattr(model.roi_head, 'mask_head'):  # it pastes no mask without pixels
+    if queries is not None and hasattr(model.roi_head, 'mask_head'):
+        # It cannot paste the mask of a box without pixels, so its boxes start large and hardly change.
         for head in model.roi_head.bbox_head:
             head.fc_reg.weight.data.mul_(0.01)
             head.fc_reg.bias.data.zero_()
@@ -126,7 +135,7 @@ def as_trained(model, forward, size: tuple[int, int]) -> None:
 
 
 def config_of(config: str) -> Config | None:
-    """A config with one of torchvision's classifiers; ``None`` for other names.
+    """A config of one of torchvision's classifiers; ``None`` if the name is not of torchvision.
 
     Raises:
         PruneError: the torchvision model is no classifier.
@@ -147,7 +156,7 @@ def config_of(config: str) -> Config | None:
 
 
 def fixed_side(model) -> tuple[int, int] | None:
-    """(height, width) of the images of a pose model, by its codec."""
+    """(height, width) of the images that a pose model takes, as its codec determines."""
     codec = model.cfg.get('codec') or {}
     codec = codec[-1] if isinstance(codec, list) else codec
     width, height = codec.get('input_size', (192, 256))
@@ -155,55 +164,58 @@ def fixed_side(model) -> tuple[int, int] | None:
 
 
 def write_table(rows: list[dict]) -> None:
-    """Writes the table of all rows between its marks in docs/deploy.md."""
+    """Replaces the table in docs/deploy.md, between two comments, by one of all rows."""
     text = PAGE.read_text()
     start, end = '<!-- families -->\n', '<!-- /families -->'
     before, rest = text.split(start, 1)
     lines = []
     for zoo in ('mmdet', 'mmpose', 'torchvision'):
-        chosen = [row for row in rows if row['name'].startswith(zoo)]
-        counts = Counter(row['export'] for row in chosen)
+        rows_of_zoo = [row for row in rows if row['name'].startswith(zoo)]
+        counts = Counter(row['export'] for row in rows_of_zoo)
         title = ', '.join(f'{counts[kind]} {kind}' for kind in ('whole', 'raw', 'not'))
         lines += [f'### {zoo}: {title}', '', '| family | | why not whole, or not at all |']
         lines.append('|---|---|---|')
-        lines += [f'| {row["name"].split("/")[1]} | {row["export"]} | {why(row)} |' for row in chosen]
+        lines += [
+            f'| {row["name"].split("/")[1]} | {row["export"]} | {why(row)} |' for row in rows_of_zoo
+        ]
         lines.append('')
     PAGE.write_text(before + start + '\n'.join(lines) + end + rest.split(end, 1)[1])
 
 
 def why(row: dict) -> str:
-    """The reason of a row, shortened for the table."""
+    """The reason why a family is not exported whole, or not at all, shortened for the table."""
     if row['export'] == 'whole':
         return ''
     reason = (row['export'] == 'not' and row.get('raw_reason')) or row['reason']
-    for end in (
+    for tail in (
         ': has no wrapper',
         '. There are those',
         ' the current sys.path',
         '; nothing was written',
     ):
-        reason = reason.split(end)[0]
+        reason = reason.split(tail)[0]
     reason = re.sub(r'\S*/(whole|raw)\.onnx\.part', 'the file', reason).replace('|', '/')
     if ' has no wrapper' in row['reason'] and row['export'] == 'raw':
         return f'no wrapper for {reason}'
     return reason[:160].rstrip(', ')
 
 
-def run(name: str, config: str, how: dict, limit: int) -> dict:
-    """The row of one family, which a separate process has at most ``limit`` seconds for."""
-    here, there = FORK.Pipe(duplex=False)
-    how = {key: value for key, value in how.items() if key == 'size'}
-    process = FORK.Process(target=examine, args=(config, how, there))
+def run(name: str, config: str, build_options: dict, limit: int) -> dict:
+    """The row of one family, which :func:`examine` makes in a separate process. The process is killed
+    after ``limit`` seconds; the last row that it sent counts."""
+    receiver, sender = FORK.Pipe(duplex=False)
+    build_options = {key: value for key, value in build_options.items() if key == 'size'}
+    process = FORK.Process(target=examine, args=(config, build_options, sender))
     process.start()
-    there.close()
+    sender.close()
     row: dict = {}
-    end = time.monotonic() + limit
+    deadline = time.monotonic() + limit
     try:
-        while here.poll(max(0, end - time.monotonic())):
-            row = here.recv()
+        while receiver.poll(max(0, deadline - time.monotonic())):
+            row = receiver.recv()
         process.kill()
         row = row or {'export': 'not', 'reason': f'no end within {limit} s'}
-    except EOFError:
+    except EOFError:  # the process has ended
         process.join()
     crashed = {'export': 'not', 'reason': 'the process crashed'}
     return {'name': name, 'config': config} | (row or crashed)
@@ -217,7 +229,11 @@ def main() -> None:
     parser.add_argument('--resume', action='store_true', help='skip families that have a row')
     parser.add_argument('--out', type=Path, default=RESULTS)
     args = parser.parse_args()
-    chosen = {n: f for n, f in families().items() if any(fnmatchcase(n, p) for p in args.only)}
+    chosen = {
+        name: family
+        for name, family in families().items()
+        if any(fnmatchcase(name, pattern) for pattern in args.only)
+    }
     if not chosen:
         parser.error(f'--only {args.only}: no such family')
     if args.resume and args.out.exists():
@@ -228,11 +244,12 @@ def main() -> None:
     import mmprune.mm.deploy.export  # noqa: F401  (once, before the forks)
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        for future in [pool.submit(run, n, *f, args.limit) for n, f in chosen.items()]:
+        pending = [pool.submit(run, name, *family, args.limit) for name, family in chosen.items()]
+        for future in pending:
             row = future.result()
             print(f'{row["name"]:34s} {row["export"]:6s} {row.get("reason", "")[:140]}', flush=True)
-            known = json.loads(args.out.read_text()) if args.out.exists() else []
-            rows = {r['name']: r for r in known} | {row['name']: row}
+            earlier = json.loads(args.out.read_text()) if args.out.exists() else []
+            rows = {r['name']: r for r in earlier} | {row['name']: row}
             ordered = [rows[name] for name in families() if name in rows]
             args.out.write_text(json.dumps(ordered, indent=1) + '\n')
     if args.out == RESULTS:

@@ -1,4 +1,4 @@
-"""The table of rules and adapters, and the decorators that fill it."""
+"""The tables of rules and adapters, and the decorators that fill them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from mmprune.graph.outcome import Returned
 
 RuleFunction = Callable[[Call], Returned]
 Adapter = Callable[[Call], Any]
-"""An adapter of a module returns nothing; one of an operation is a rule and returns outcomes."""
+"""A module's adapter returns nothing. An operation's adapter is a rule, so it returns outcomes."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """An entry of the table; :func:`rule` describes the fields."""
+    """The rule of one operation; :func:`rule` describes the fields."""
 
     function: RuleFunction
     is_contraction: bool = False
@@ -25,8 +25,13 @@ class Rule:
 
 
 RULES: dict[str, Rule] = {}
+"""{name of an operation, such as ``aten::cat``: its rule}."""
+
 MODULES: dict[type[nn.Module], Adapter] = {}
+"""{module class: its adapter}."""
+
 BY_NAME: dict[str, Adapter] = {}
+"""{dotted name of a module class: its adapter}, for classes whose package need not be installed."""
 
 
 def rule(
@@ -39,8 +44,7 @@ def rule(
         names: names of operations without their overload, e.g. ``aten::cat`` or
             ``mmcv::roi_align_forward``.
         is_contraction: whether the operation sums products over channels. Its output is then never
-            treated as a rearranged weight, even if all inputs are weights, and tables of operation
-            times list it.
+            treated as a rearranged weight, even if all inputs are weights.
         makes_size: whether the operation can make a channel dimension of tensors that have none. The
             rule then runs even if no input carries channels.
 
@@ -53,8 +57,8 @@ def rule(
             if name.count('::') != 1:
                 raise PruneError(f"rule for {name!r}: an operation's name reads 'namespace::name'")
             if name in RULES:
-                taken = RULES[name].function.__qualname__
-                raise PruneError(f'rule for {name!r}: {taken} has it already')
+                earlier = RULES[name].function.__qualname__
+                raise PruneError(f'rule for {name!r}: {earlier} has it already')
             RULES[name] = Rule(function, is_contraction, makes_size)
         return function
 
@@ -62,12 +66,18 @@ def rule(
 
 
 def aten(names: str, **options: bool) -> Callable[[RuleFunction], RuleFunction]:
-    """:func:`rule` for torch's operations. Their names are separated by spaces: ``aten('mm bmm')``."""
+    """Registers a rule, as :func:`rule` does, for torch's own operations.
+
+    Args:
+        names: names of operations without ``aten::``, separated by spaces, such as ``'mm bmm'``.
+        options: the keyword arguments of :func:`rule`.
+    """
     return rule(*[f'aten::{name}' for name in names.split()], **options)
 
 
 def adapter(*keys: type[nn.Module] | str) -> Callable[[Adapter], Adapter]:
-    """Declares what the dispatcher cannot show about a module class or an operation.
+    """Registers an adapter, which declares what the dispatcher cannot show about a module class or an
+    operation.
 
     The decorated function gets a :class:`Call` after each call of the module or operation. For a
     module, ``call.args`` are the positional inputs, ``call.out`` is the result, ``call.module`` is the
@@ -79,7 +89,7 @@ def adapter(*keys: type[nn.Module] | str) -> Callable[[Adapter], Adapter]:
             package need not be installed), or names of operations such as ``mmcv::roi_align_forward``.
 
     Returns:
-        A decorator, which leaves the function as it is.
+        A decorator that returns the function unchanged.
 
     Raises:
         PruneError: a key is of another type, or is registered already.
@@ -107,7 +117,7 @@ def adapter(*keys: type[nn.Module] | str) -> Callable[[Adapter], Adapter]:
 
 
 def module_adapter(kind: type[nn.Module]) -> Adapter | None:
-    """The adapter of a module class, or of the nearest class that it inherits from."""
+    """The adapter of a module class, or else of its nearest base class that has one."""
     for base in kind.__mro__:
         adapter_of_base = MODULES.get(base) or BY_NAME.get(f'{base.__module__}.{base.__qualname__}')
         if adapter_of_base is not None:

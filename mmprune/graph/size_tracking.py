@@ -1,15 +1,16 @@
-"""Which numbers the code passes to torch's functions as sizes, and where those numbers came from.
+"""Tracks which numbers the code passes to torch's functions as sizes, and where it read them.
 
 *Problem.* When a rule sees ``aten::view``, the dispatcher has already turned all sizes into plain
-integers, and composite functions such as ``reshape`` or ``unflatten`` have been taken apart. Where a
-size came from is lost. Some functions never reach the dispatcher: ``x.shape``, ``x.data``,
+integers and has decomposed composite functions such as ``reshape`` or ``unflatten``. It no longer shows
+where a size came from. Some functions never reach the dispatcher: ``x.shape``, ``x.data``,
 ``x.numpy()``.
 
 *Idea.* A function mode runs above the dispatcher and sees each call of a torch function with its
 original arguments. It answers ``x.shape`` with symbolic sizes (:mod:`mmprune.graph.sizes`). For a
-function that takes sizes it notes the requested sizes, passes plain integers on, and the rule of the
-operation below asks for the note (:meth:`mmprune.graph.call.Call.requested_sizes`). A symbolic number
-that is an argument but no size is used for its value, so the channels that it counts are locked.
+function that takes sizes, it notes the requested sizes and passes plain integers on. The rule of the
+operation that the function calls reads the note (:meth:`mmprune.graph.call.Call.requested_sizes`). A
+symbolic number that is passed as any other argument is used for its value, so it is *pinned*: the
+channels that it counts are locked.
 
 *Example.* ``x.view(b, self.width, -1)`` leaves the note ``[b, SymbolicSize(width), -1]``. The rule of
 ``aten::view`` ties dimension 1 to the attribute ``width``. ``x.mul(self.width)`` pins it.
@@ -35,8 +36,12 @@ from mmprune.graph.tensor_info import TensorTable
 
 
 class SizeTrackingMode(TorchFunctionMode):
-    """The function mode of one traced run. ``requested_sizes`` is the note of the function that runs
-    now: a list of sizes, {argument: number}, {dimension: slice bounds}, or ``None``."""
+    """The function mode of one traced run.
+
+    Attributes:
+        requested_sizes: the note of the torch function that runs now: a list of sizes, one size for all
+            parts of a split, {argument: number}, {dimension: slice bounds}, or ``None``.
+    """
 
     def __init__(self, tensors: TensorTable, constraints: Constraints) -> None:
         super().__init__()
@@ -64,24 +69,25 @@ class SizeTrackingMode(TorchFunctionMode):
             out = func(*args, **kwargs)
         finally:
             self.requested_sizes = None
-        if func == DATA:  # another view of the same memory, of which the same is known
+        if func == DATA:  # ``x.data`` carries the same channels as ``x``
             self._tensors[out] = self._tensors.info(args[0])
         elif func in LEAVES:
             self._lock(args[:1], LockKind.LEAVES_TORCH, detail=LEAVES[func])
         elif func in COUNTS:
             return self._count(out, args[0])
         elif func is nn.functional.scaled_dot_product_attention and kwargs.get('scale') is None:
-            # Without a fused kernel, torch decomposes this and computes the scale from a width.
+            # Without a fused kernel, torch decomposes attention and computes the scale from the width.
             self._lock(args[:2], LockKind.ATTENTION_SCALE, last=1)
         return out
 
     def shape(self, tensor: torch.Tensor) -> torch.Size:
+        """The shape of a tensor, with a symbolic size for each dimension that carries channels."""
         return symbolic_shape(self._tensors, self._constraints, tensor)
 
     def _pin_values(self, name: str, numbers: list[SymbolicSize]) -> None:
-        """Pins those of a function's symbolic arguments that are not sizes, because it uses their
-        value."""
-        if name in SIZE_ARGUMENTS and not name.endswith('full'):  # a fill value is not a size
+        """Pins the symbolic arguments of a function that are not sizes, because it uses their value."""
+        # ``full`` and ``new_full`` take a fill value besides their sizes.
+        if name in SIZE_ARGUMENTS and not name.endswith('full'):
             return
         sizes = {id(number) for number in symbolic_in([self.requested_sizes])}
         for number in numbers:
@@ -93,7 +99,7 @@ class SizeTrackingMode(TorchFunctionMode):
         return sizes if dim is None else sizes[dim]
 
     def _count(self, number: int, tensor: torch.Tensor) -> int:
-        """The number of elements. If exactly one dimension can shrink, the number follows it."""
+        """The number of elements, as a symbolic size if exactly one dimension can shrink."""
         sizes = [size for size in self.shape(tensor) if isinstance(size, SymbolicSize)]
         if len(sizes) != 1:
             return number
@@ -106,7 +112,7 @@ class SizeTrackingMode(TorchFunctionMode):
         last: int | None = None,
         detail: str = '',
     ) -> None:
-        """Locks the channels of tensors, on their ``last`` dimensions only if that is given."""
+        """Locks the channels of tensors on all dimensions, or only on the last ``last`` dimensions."""
         for tensor in tensors:
             for dim, ids in self._tensors.info(tensor).labels.items():
                 for array in ids if last is None or dim >= tensor.ndim - last else ():
@@ -116,6 +122,7 @@ class SizeTrackingMode(TorchFunctionMode):
 # -- symbolic sizes among arguments -------------------------------------------------------------------
 
 HOLDERS = frozenset({list, tuple, dict, torch.Size})
+"""The types of containers that are searched for symbolic sizes."""
 
 
 def symbolic_in(value: Any, depth: int = 3) -> list[SymbolicSize]:
@@ -151,14 +158,14 @@ def plain(value: Any) -> Any:
 
 
 def without_stale(sizes: Any) -> Any:
-    """Requested sizes, with an integer in place of each size that an earlier trace left in a cache."""
+    """Replaces symbolic sizes of earlier traces, which a cache of the model may hold, by integers."""
     if isinstance(sizes, list):
         return [without_stale(size) for size in sizes]
     return int(sizes) if isinstance(sizes, SymbolicSize) and not sizes.source.is_live else sizes
 
 
 def named_number(argument: tuple[str, int], args: tuple, kwargs: dict) -> dict[str, Any]:
-    """{name: value} of an argument (name, position) for which a symbolic size was passed."""
+    """{name: value} of the argument (name, position) if it contains a symbolic size, or else {}."""
     name, position = argument
     value = args[position] if position < len(args) else kwargs.get(name)
     return {name: value} if symbolic_in([value]) else {}
@@ -166,18 +173,22 @@ def named_number(argument: tuple[str, int], args: tuple, kwargs: dict) -> dict[s
 
 # -- functions that take sizes ------------------------------------------------------------------------
 
+# Each reader gets the arguments of the calls that its docstring shows, and returns the requested sizes:
+# a list with one entry for each dimension of the result, or ``None``. ``of_parts`` returns the sizes of
+# the parts instead.
+
 ShapeOf = Callable[[torch.Tensor], torch.Size]
 """Gives the shape of a tensor with its symbolic sizes."""
 
 
 def after_self(shape: ShapeOf, x: Any, *sizes: Any, **kwargs: Any) -> list | None:
     """``x.view(2, 3)``, ``x.view((2, 3))``, ``x.new_full((2, 3), 1)``."""
-    given = sizes[0] if sizes and isinstance(sizes[0], list | tuple) else sizes
+    requested = sizes[0] if sizes and isinstance(sizes[0], list | tuple) else sizes
     for key in ('size', 'shape'):
-        given = kwargs.get(key, given)
-    try:  # integers of numpy and of torch are sizes too
-        return [n if isinstance(n, int) else operator.index(n) for n in given] or None
-    except TypeError:  # a dtype
+        requested = kwargs.get(key, requested)
+    try:  # ``operator.index`` accepts integers of numpy and scalar tensors too
+        return [size if isinstance(size, int) else operator.index(size) for size in requested] or None
+    except TypeError:  # ``x.view(dtype)``
         return None
 
 
@@ -200,8 +211,8 @@ def of_one_dim(shape: ShapeOf, x: torch.Tensor, dim: int, sizes: Any) -> list:
 
 def of_parts(shape: ShapeOf, x: Any, *sizes: Any, **kwargs: Any) -> Any:
     """``torch.split(x, 2)``, ``torch.split(x, [2, 3])``."""
-    given = sizes[0] if sizes else kwargs.get('split_size_or_sections', kwargs.get('split_size'))
-    return list(given) if isinstance(given, list | tuple) else given
+    requested = sizes[0] if sizes else kwargs.get('split_size_or_sections', kwargs.get('split_size'))
+    return list(requested) if isinstance(requested, list | tuple) else requested
 
 
 READERS: dict[Callable, str] = {
@@ -215,8 +226,8 @@ READERS: dict[Callable, str] = {
     of_one_dim: 'unflatten',
 }
 SIZE_ARGUMENTS = {name: reader for reader, names in READERS.items() for name in names.split()}
-"""{torch function that takes sizes: what reads them from its arguments}. These are functions, not
-operations of the dispatcher: torch decomposes most of them before a rule sees them."""
+"""{name of a torch function that takes sizes: its reader}. These are functions, not operations of the
+dispatcher: torch decomposes most of them before a rule sees them."""
 
 CONVOLUTIONS = 'conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d'
 NUMBERS_OF_RULES = {
@@ -225,9 +236,10 @@ NUMBERS_OF_RULES = {
     'group_norm': ('num_groups', 1),
     'layer_norm': ('normalized_shape', 1),
 }
-"""{torch function: name and position of an argument that the rule of its operation binds to channels or
-pins} (:meth:`mmprune.graph.call.Call.requested_number`)."""
+"""{name of a torch function: (name, position) of an argument that the rule of its operation binds to
+channels or pins}. The rule gets it by :meth:`mmprune.graph.call.Call.requested_number`."""
 
+# A function mode sees an access to ``x.shape`` or ``x.data`` as a call of these getters.
 SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 COUNTS = frozenset({torch.Tensor.numel, torch.Tensor.nelement, torch.numel})
@@ -238,13 +250,13 @@ LEAVES = {
     torch.Tensor.tolist: 'tolist()',
     torch.Tensor.__dlpack__: 'dlpack',
 }
-"""{function after which the dispatcher no longer sees the values: its name in a lock}."""
+"""{function whose result the dispatcher can no longer follow: its name in a lock}."""
 
 
 # -- slices -------------------------------------------------------------------------------------------
 
 Bounds = tuple[SymbolicSize | int | None, ...]
-"""Start and stop of a slice; a third entry is the length from which the stop was computed."""
+"""(start, stop) of a slice, or (start, stop, length) if the stop was computed from a length."""
 
 
 class Slice(NamedTuple):
@@ -256,7 +268,7 @@ class Slice(NamedTuple):
             dropped dimensions or added new ones by then.
         start: the first position.
         stop: the position after the last one.
-        length: replaces ``stop`` where the code gives a length.
+        length: the number of positions, if the code gives that instead of ``stop``.
     """
 
     dim: int
@@ -266,7 +278,8 @@ class Slice(NamedTuple):
     length: Any = None
 
     def bind(self, ids: Ids) -> Bounds:
-        """Binds the bounds to the channels that they count, and returns those that were bound."""
+        """Binds the bounds to the channels that they count. Returns the bounds, with ``None`` for each
+        that was not bound."""
         start = _bind_bound(self.start, ids)
         if self.length is None:
             return start, _bind_bound(self.stop, ids)
@@ -282,13 +295,14 @@ def _bind_bound(bound: Any, ids: Ids) -> SymbolicSize | None:
     if int(bound) > 0:
         bound.bind_to(ids[: int(bound)])
     else:
-        counted = SymbolicSize(-int(bound), bound.source, -bound.ratio)
-        counted.bind_to(ids[int(bound) :])
+        from_end = SymbolicSize(-int(bound), bound.source, -bound.ratio)
+        from_end.bind_to(ids[int(bound) :])
     return bound
 
 
 def bind_slices(slices: list[Slice], labels: Labels) -> dict[int, Bounds]:
-    """{dimension when the operation runs: bounds that follow its channels}."""
+    """Binds the bounds of slices. Returns {dimension when ``aten::slice`` runs: its bounds}; dimensions
+    without channels have no entry, nor have those that merge several."""
     return {
         part.at_operation: part.bind(labels[part.dim][0])
         for part in slices
@@ -297,15 +311,16 @@ def bind_slices(slices: list[Slice], labels: Labels) -> dict[int, Bounds]:
 
 
 def slices_of_index(x: torch.Tensor, index: Any, values: Any = None) -> list[Slice]:
-    """``x[1, None, :n]`` and ``x[:, :n] = values``. An index with tensors or lists has no slices."""
+    """``x[1, None, :n]`` and ``x[:, :n] = values``. If the index contains tensors, lists or booleans,
+    its slices are not followed and the list is empty."""
     entries = list(index) if isinstance(index, tuple) else [index]
-    known = all(entry is None or isinstance(entry, slice | int | type(...)) for entry in entries)
-    if not known or any(isinstance(entry, bool) for entry in entries):
+    is_basic = all(entry is None or isinstance(entry, slice | int | type(...)) for entry in entries)
+    if not is_basic or any(isinstance(entry, bool) for entry in entries):
         return []
     slices, dim, at_operation = [], 0, 0
-    for number, entry in enumerate(entries):
+    for position, entry in enumerate(entries):
         if entry is ...:
-            skipped = x.ndim - dim - sum(later is not None for later in entries[number + 1 :])
+            skipped = x.ndim - dim - sum(later is not None for later in entries[position + 1 :])
             dim, at_operation = dim + skipped, at_operation + skipped
         elif entry is None:
             at_operation += 1
@@ -313,7 +328,7 @@ def slices_of_index(x: torch.Tensor, index: Any, values: Any = None) -> list[Sli
             if entry.step is None or entry.step == 1:
                 slices.append(Slice(dim, at_operation, entry.start, entry.stop))
             dim, at_operation = dim + 1, at_operation + 1
-        else:
+        else:  # an integer, which drops the dimension
             dim += 1
     return slices
 
@@ -330,4 +345,5 @@ SLICES: dict[str, Callable[..., list[Slice]]] = {
     '__setitem__': slices_of_index,
     'narrow': slice_of_narrow,
 }
-"""{torch function that takes a part of a dimension: what reads the bounds from its arguments}."""
+"""{name of a torch function that takes a part of a dimension: function that reads the slices from its
+arguments}."""

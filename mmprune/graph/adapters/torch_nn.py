@@ -1,4 +1,7 @@
-"""torch.nn: channel counts that its modules keep as numbers, and modules whose sizes are hard-coded."""
+"""Adapters of ``torch.nn``.
+
+They declare the channel counts that modules keep as numbers, and lock modules with hard-coded sizes.
+"""
 
 import torch
 from torch import nn
@@ -12,8 +15,8 @@ from mmprune.graph.slots import Ids
 
 
 def ids_of(call: Call, name: str, dim: int) -> tuple[Ids, ...]:
-    """The channels on one dimension of the module's parameter or buffer ``name``, which may be
-    ``None``."""
+    """The channels that the module's parameter or buffer ``name`` carries on dimension ``dim``; an
+    empty tuple if the attribute is ``None``."""
     tensor = getattr(call.module, name)
     return call.ids(tensor, dim) if isinstance(tensor, torch.Tensor) else ()
 
@@ -21,7 +24,8 @@ def ids_of(call: Call, name: str, dim: int) -> tuple[Ids, ...]:
 @adapter(_ConvNd)
 def convolution(call: Call) -> None:
     conv = call.module
-    if conv.groups != 1 and conv.groups == conv.in_channels:  # depthwise: groups go with their channels
+    if conv.groups != 1 and conv.groups == conv.in_channels:
+        # In a depthwise convolution each input channel is a group, so all counts shrink together.
         for attribute in ('groups', 'in_channels', 'out_channels'):
             call.track_attribute(attribute, ids_of(call, 'weight', 0))
         return
@@ -38,12 +42,14 @@ def linear(call: Call) -> None:
 
 @adapter(_NormBase)
 def batch_norm(call: Call) -> None:
+    # ``affine=False`` leaves out the weight, and ``track_running_stats=False`` the running mean.
     ids = ids_of(call, 'weight', 0) or ids_of(call, 'running_mean', 0) or call.ids(call.out, 1)
     call.track_attribute('num_features', ids)
 
 
 @adapter(nn.GroupNorm)
 def group_norm(call: Call) -> None:
+    # Whole norm groups are removed, so both numbers shrink by the same factor.
     ids = call.ids(call.out, 1)
     call.track_attribute('num_channels', ids)
     call.track_attribute('num_groups', ids)
@@ -56,7 +62,9 @@ def prelu(call: Call) -> None:
 
 @adapter(nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 def hard_coded(call: Call) -> None:
-    """These modules check or split widths by the numbers of their constructor."""
-    kind = next(base for base in type(call.module).__mro__ if base.__module__.startswith('torch.nn'))
+    """Locks modules that check or split their widths by numbers that their constructor got."""
+    torch_class = next(
+        base for base in type(call.module).__mro__ if base.__module__.startswith('torch.nn')
+    )
     for tensor in call.module.parameters():
-        call.lock_tensor(tensor, LockKind.HARD_CODED_MODULE, detail=f'nn.{kind.__name__}')
+        call.lock_tensor(tensor, LockKind.HARD_CODED_MODULE, detail=f'nn.{torch_class.__name__}')

@@ -1,9 +1,9 @@
-"""From scored boxes to the K best detections, with shapes that do not depend on the picture.
+"""Selects the K best detections from scored boxes, with shapes that do not depend on the picture.
 
-mmdet drops the boxes below a threshold and works on with those that remain, so its tensors have another
-length for each picture. In a graph every row keeps its place. A row that mmdet would drop gets the
-score ``NOT_A_CANDIDATE`` instead. For example, the scores ``[0.9, 0.01, 0.4]`` become ``[0.9, -1,
-0.4]`` at a threshold of 0.05, and NMS ignores the second row.
+mmdet drops the boxes below a threshold, so the lengths of its tensors depend on the picture. The shapes
+of an exported graph must be known before it runs, so here every row keeps its place, and a row that
+mmdet would drop gets the score ``NOT_A_CANDIDATE``. For example, the scores ``[0.9, 0.01, 0.4]`` become
+``[0.9, -1, 0.4]`` at a threshold of 0.05, and NMS ignores the second row.
 """
 
 from dataclasses import dataclass, replace
@@ -47,7 +47,7 @@ def nms_of(cfg: dict[str, Any], name: str) -> NMS:
     """Reads the ``nms`` of a head's ``test_cfg``.
 
     Args:
-        cfg: the ``test_cfg``.
+        cfg: the ``test_cfg`` of the head.
         name: the name of the head, for messages.
 
     Raises:
@@ -72,32 +72,35 @@ def nms_of(cfg: dict[str, Any], name: str) -> NMS:
 
 
 def best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The ``k`` highest of (N, M) scores in descending order, and their places.
+    """The ``k`` highest of (N, M) scores in descending order, and the row numbers of these scores.
 
-    If M is a number below ``k``, there are only M. If M depends on the size of the picture, there are
-    always ``k``, and those beyond M are ``NOT_A_CANDIDATE`` at place 0.
+    If M is an integer below ``k``, only M scores are returned. If M is a symbolic size, which depends
+    on the picture, ``k`` scores are returned; missing ones are ``NOT_A_CANDIDATE`` with row number 0.
     """
-    total = scores.shape[1]
-    if isinstance(total, int):
-        return ranked(scores, min(k, total))
-    values, places = ranked(F.pad(scores, (0, k), value=NOT_A_CANDIDATE), k)
-    return values, torch.where(values > NOT_A_CANDIDATE, places, 0)
+    row_count = scores.shape[1]
+    if isinstance(row_count, int):
+        return ranked(scores, min(k, row_count))
+    values, rows = ranked(F.pad(scores, (0, k), value=NOT_A_CANDIDATE), k)
+    return values, torch.where(values > NOT_A_CANDIDATE, rows, 0)
 
 
 def ranked(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """``topk`` of (N, M) scores. Of equal scores the first comes first, as in mmdet and ONNX. torch's
-    ``topk`` promises no order of equal scores, so it is used for tracing alone."""
+    """The ``k`` highest of (N, M) scores in descending order, and the row numbers of these scores.
+
+    Equal scores keep their order, as in mmdet and in ONNX's TopK. torch's ``topk`` does not promise
+    that, so it is used only in an export, which turns it into ONNX's TopK.
+    """
     if torch.compiler.is_exporting():
         return tuple(scores.topk(k, dim=1))
-    values, places = scores.sort(dim=1, descending=True, stable=True)
-    return values[:, :k], places[:, :k]
+    values, rows = scores.sort(dim=1, descending=True, stable=True)
+    return values[:, :k], rows[:, :k]
 
 
 def sigmoid(logits: Tensor) -> Tensor:
-    """The sigmoid, which is exported as an exponential.
+    """Computes the sigmoid. An exported graph computes it as 1 / (1 + exp(-x)).
 
-    ONNX Runtime's sigmoid has an absolute error of 1.7e-7 and is not monotonic, so that scores below
-    1e-3 would change their order.
+    The sigmoid operator of ONNX Runtime has an absolute error of 1.7e-7 and is not monotonic, so it
+    would change the order of scores below 1e-3.
     """
     return 1 / (1 + (-logits).exp()) if torch.compiler.is_exporting() else logits.sigmoid()
 
@@ -106,7 +109,7 @@ def rows_at(table: Tensor, places: Tensor) -> Tensor:
     """Takes rows of a table.
 
     Args:
-        table: (N, M, D), or (M, D) for all images alike.
+        table: (N, M, D), or (M, D) if all images have the same table.
         places: (N, k) row numbers.
 
     Returns:
@@ -137,18 +140,19 @@ def joined(levels: list[Candidates]) -> Candidates:
 
 def without_small(candidates: Candidates, cfg: dict[str, Any]) -> Candidates:
     """Drops boxes with a side of at most ``min_bbox_size``, if the ``test_cfg`` has that option."""
-    least = cfg.get('min_bbox_size', -1)
-    if least < 0:
+    min_side = cfg.get('min_bbox_size', -1)
+    if min_side < 0:
         return candidates
-    large = (candidates.boxes[..., 2:] - candidates.boxes[..., :2] > least).all(-1)
-    return replace(candidates, scores=torch.where(large, candidates.scores, NOT_A_CANDIDATE))
+    is_large = (candidates.boxes[..., 2:] - candidates.boxes[..., :2] > min_side).all(-1)
+    return replace(candidates, scores=torch.where(is_large, candidates.scores, NOT_A_CANDIDATE))
 
 
 def suppressed(candidates: Candidates, nms: NMS, k: int) -> Candidates:
     """The ``k`` best candidates after NMS, in descending order of score. If fewer remain, the last rows
     have a box of zeros, the score ``NOT_A_CANDIDATE`` and the label -1."""
-    total = candidates.scores.shape[1]
-    if not isinstance(total, int) or total < k:
+    row_count = candidates.scores.shape[1]
+    if not isinstance(row_count, int) or row_count < k:
+        # Neither ``ranked`` nor NMS can return more rows than it gets, so empty rows are appended.
         candidates = Candidates(
             F.pad(candidates.boxes, (0, 0, 0, k)),
             F.pad(candidates.scores, (0, k), value=NOT_A_CANDIDATE),
@@ -159,30 +163,35 @@ def suppressed(candidates: Candidates, nms: NMS, k: int) -> Candidates:
         values, rows = ranked(scores, k)
         rows = torch.where(values > NOT_A_CANDIDATE, rows, -1)
     else:
-        moved = boxes if nms.class_agnostic else _apart_by_label(candidates)
-        # A head may give a box whose right side lies left of its left one. mmcv leaves such boxes as
-        # they are and ONNX swaps their sides, so they are made empty.
-        moved = torch.cat([moved[..., :2], torch.maximum(moved[..., 2:], moved[..., :2])], -1)
-        rows = torch.ops.mmprune.nms(moved, scores, nms.iou_threshold, k)
-    real, rows = rows >= 0, rows.clamp(min=0)
+        nms_boxes = boxes if nms.class_agnostic else _apart_by_label(candidates)
+        # A head may predict a box with x2 < x1 or y2 < y1. ONNX swaps the sides of such a box and mmcv
+        # does not. To get the same result from both, the box is made empty.
+        nms_boxes = torch.cat(
+            [nms_boxes[..., :2], torch.maximum(nms_boxes[..., 2:], nms_boxes[..., :2])], -1
+        )
+        rows = torch.ops.mmprune.nms(nms_boxes, scores, nms.iou_threshold, k)
+    is_detection, rows = rows >= 0, rows.clamp(min=0)
     return Candidates(
-        torch.where(real[..., None], rows_at(boxes, rows), 0.0),
-        torch.where(real, scores.gather(1, rows), NOT_A_CANDIDATE),
-        torch.where(real, labels.gather(1, rows), -1),
+        torch.where(is_detection[..., None], rows_at(boxes, rows), 0.0),
+        torch.where(is_detection, scores.gather(1, rows), NOT_A_CANDIDATE),
+        torch.where(is_detection, labels.gather(1, rows), -1),
     )
 
 
 def _apart_by_label(candidates: Candidates) -> Tensor:
-    """The boxes, shifted by label so that boxes of different labels do not overlap. The shift equals
-    that of mmcv's ``batched_nms`` to the bit: with 80 classes the shifted coordinates are so large that
-    they are rounded noticeably."""
-    real = (candidates.scores > NOT_A_CANDIDATE)[..., None]
-    largest = torch.where(real, candidates.boxes, -1e6).amax((1, 2))
+    """The boxes, shifted by label so that boxes of different labels do not overlap.
+
+    The shift equals that of mmcv's ``batched_nms`` to the bit. With 80 classes the shifted coordinates
+    are so large that their rounding is noticeable, and another shift would round them differently.
+    """
+    is_candidate = (candidates.scores > NOT_A_CANDIDATE)[..., None]
+    largest = torch.where(is_candidate, candidates.boxes, -1e6).amax((1, 2))
     shifts = candidates.labels.to(candidates.boxes.dtype) * (largest[:, None] + 1)
     return candidates.boxes + shifts[..., None]
 
 
 def outputs(candidates: Candidates) -> tuple[Tensor, Tensor]:
-    """``dets`` (N, K, 5) and ``labels`` (N, K). Rows beyond the last detection have zeros and -1."""
+    """The graph's outputs: ``dets`` (N, K, 5) with x1, y1, x2, y2 and the score, and ``labels`` (N, K).
+    Rows beyond the last detection hold zeros and the label -1."""
     scores = candidates.scores.clamp(min=0)
     return torch.cat([candidates.boxes, scores[..., None]], -1), candidates.labels

@@ -1,9 +1,9 @@
-"""8-bit files by ONNX Runtime's static quantization, calibrated on training pictures.
+"""Quantizes an exported file to 8 bits with ONNX Runtime's static quantization.
 
     quantize('model.onnx', 'model_int8.onnx', images)
 
-Convolutions and matrix products compute on 8-bit integers. All else, post-processing above all, stays
-in single precision, so that coordinates keep their digits.
+Convolutions and matrix products compute on 8-bit integers. All other operators, in particular those of
+the post-processing, stay in single precision, because 8 bits are too coarse for coordinates.
 """
 
 import itertools
@@ -27,67 +27,69 @@ from mmprune.mm.deploy.onnx_file import METADATA, open_model
 from mmprune.onnx_sessions import load_package, quiet
 
 OPERATORS = ('Conv', 'ConvTranspose', 'Gemm', 'MatMul')
+"""The operators of ONNX that are quantized."""
 
 PICTURES = 64
-"""The number of pictures on which the ranges of values are measured."""
+"""The default number of pictures for calibration, which measures the ranges of activations."""
 
 ENDINGS = ('.jpg', '.jpeg', '.png', '.bmp')
+"""The endings of files that count as pictures."""
 
 
 def quantize(path: str | Path, out: str | Path, images: Iterable[np.ndarray]) -> Path:
     """Writes an 8-bit copy of an exported file.
 
     Args:
-        path: the file, in single precision.
+        path: the exported file in single precision.
         out: the file to write. It must not exist.
-        images: inputs to calibrate on, (1, 3, H, W) float32, prepared as the file takes them.
+        images: inputs for calibration, (1, 3, H, W) float32, as :func:`calibration_images` yields them.
 
     Returns:
         ``out`` as a path.
 
     Raises:
-        PruneError: ``out`` exists, an extra is missing, there are no images, or the file cannot be
-            read. No file is left then.
+        PruneError: ``out`` exists, an optional package is missing, there are no images, or the file
+            cannot be read. No new file remains then.
     """
     path, out = Path(path), Path(out)
     if out.exists():
         raise PruneError(f'{out}: exists; remove it, or give another name')
-    file = open_model(path)
+    exported = open_model(path)
     onnx, quantization = load_package('onnx'), load_package('onnxruntime.quantization')
-    name = file.inputs[0].name
-    feed = ({name: image} for image in images)
-    first = next(feed, None)
-    if first is None:
+    input_name = exported.inputs[0].name
+    feeds = ({input_name: image} for image in images)
+    first_feed = next(feeds, None)
+    if first_feed is None:
         raise PruneError(f'{path}: there is no picture to calibrate on; give a folder with some')
-    feed = itertools.chain([first], feed)
+    feeds = itertools.chain([first_feed], feeds)
 
     class Reader(quantization.CalibrationDataReader):
         def get_next(self) -> dict[str, np.ndarray] | None:
-            return next(feed, None)
+            return next(feeds, None)
 
-    part = out.with_name(f'{out.name}.part')
+    unfinished = out.with_name(f'{out.name}.part')
     types = quantization.QuantType
     try:
         with tempfile.TemporaryDirectory() as scratch, quiet():
             prepared = Path(scratch) / 'prepared.onnx'
-            # Folds batch norms and infers shapes, which the quantizer needs.
+            # The quantizer needs folded batch norms and inferred shapes.
             quantization.quant_pre_process(path, prepared, skip_symbolic_shape=True)
             quantization.quantize_static(
                 prepared,
-                part,
+                unfinished,
                 Reader(),
                 op_types_to_quantize=list(OPERATORS),
                 per_channel=True,
                 activation_type=types.QUInt8,
                 weight_type=types.QInt8,
             )
-        model = onnx.load(part)
-        about = file.metadata | {'precision': 'int8'}
-        onnx.helper.set_model_props(model, {METADATA: json.dumps(about)})
-        onnx.save(model, part)
-        part.replace(out)
+        model = onnx.load(unfinished)
+        metadata = exported.metadata | {'precision': 'int8'}
+        onnx.helper.set_model_props(model, {METADATA: json.dumps(metadata)})
+        onnx.save(model, unfinished)
+        unfinished.replace(out)
     finally:
-        part.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
     sync_folder(out.parent)
     return out
 
@@ -95,16 +97,18 @@ def quantize(path: str | Path, out: str | Path, images: Iterable[np.ndarray]) ->
 def calibration_images(
     cfg: Config, path: str | Path, data: str, pictures: int = PICTURES
 ) -> Iterator[np.ndarray]:
-    """Inputs of a file, (1, 3, H, W), prepared by the config's test pipeline.
+    """Yields inputs of an exported file, (1, 3, H, W) float32, from pictures that the config's test
+    pipeline prepares.
 
     Args:
         cfg: the config that the file was exported with.
-        path: the file.
+        path: the exported file in single precision.
         data: ``'train'`` for the config's training set, or a folder of pictures (for detectors).
-        pictures: the number of pictures, spread evenly over all there are.
+        pictures: the largest number of pictures. They are spread evenly over the set or folder.
 
     Raises:
-        PruneError: the folder has no pictures, or the file takes other images.
+        PruneError: the folder has no pictures or cannot be used for keypoints, or the config prepares
+            its images in another way than the file expects.
     """
     init_default_scope(cfg.get('default_scope') or 'mmengine')
     model = exported_model(str(path), 'onnxruntime', cfg.model)
@@ -116,10 +120,10 @@ def calibration_images(
 
 def _training_samples(cfg: Config) -> Any:
     """The training set, with the test pipeline."""
-    source = dataset_with_pipeline(cfg.train_dataloader.dataset)
-    source = type(source)(source)
-    source.pipeline = dataset_with_pipeline(cfg.test_dataloader.dataset).pipeline
-    return DATASETS.build(source)
+    dataset = dataset_with_pipeline(cfg.train_dataloader.dataset)
+    dataset = type(dataset)(dataset)  # a copy, so that the config keeps its training pipeline
+    dataset.pipeline = dataset_with_pipeline(cfg.test_dataloader.dataset).pipeline
+    return DATASETS.build(dataset)
 
 
 class _FolderSamples:
@@ -130,13 +134,14 @@ class _FolderSamples:
             raise PruneError(
                 f"--int8 {folder}: keypoints need people's boxes too; give train, for the training set"
             )
-        self.paths = sorted(p for p in folder.glob('**/*') if p.suffix.lower() in ENDINGS)
+        self.paths = sorted(path for path in folder.glob('**/*') if path.suffix.lower() in ENDINGS)
         if not self.paths:
             raise PruneError(
                 f'--int8 {folder}: no pictures ({", ".join(ENDINGS)}) in it; give a folder with some, '
                 'or train'
             )
         pipeline = dataset_with_pipeline(cfg.test_dataloader.dataset).pipeline
+        # A folder has no annotations that the pipeline could load.
         self.steps = Compose([step for step in pipeline if 'Annotations' not in str(step['type'])])
 
     def __len__(self) -> int:

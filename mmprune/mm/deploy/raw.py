@@ -1,4 +1,4 @@
-"""A model's outputs before any post-processing, for every family."""
+"""Runs a model of any family without its post-processing, for exports with ``--raw`` and for timing."""
 
 import contextlib
 from collections.abc import Callable
@@ -25,16 +25,16 @@ from mmprune.surgery.meta import first_line
 
 
 class RawNetwork(nn.Module):
-    """Images (N, 3, H, W) to every tensor of the model's ``mode='tensor'`` run, in order: ``output_0``,
-    ``output_1`` and so on. A classifier has one output, ``logits`` (N, classes).
+    """Maps images (N, 3, H, W) to the tensors that the model returns for ``mode='tensor'``, in order.
 
-    Three kinds of detectors give something else:
+    An exported file names them ``output_0``, ``output_1`` and so on. A classifier has one output,
+    ``logits`` (N, classes). Three kinds of detectors return other tensors:
 
     - a two-stage detector that can be exported whole: the RPN's scores and offsets on each level, then
-      the RoIs (N * k, 5), the logits of their classes, and the offsets to them;
+      the RoIs (N * k, 5), the logits of their classes, and their box offsets;
     - another model with an RPN: the RPN's outputs;
-    - a model whose heads need more than images: what the first of them hands to its post-processing
-      (``predict_by_feat``).
+    - a model whose heads need more than images: the arguments with which the first of them calls its
+      post-processing (``predict_by_feat``).
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -48,12 +48,19 @@ class RawNetwork(nn.Module):
             self.output_names = ('logits',)
 
     def try_out(self, images: Tensor) -> None:
-        """Finds a way to run the model: on images alone, with data samples (DETR and its kin read the
-        sizes of pictures from them; such a model is exported for a fixed number of images), or the head
-        alone (CondInst asks for the objects of training elsewhere).
+        """Finds a way in which the model runs, and keeps it as ``run``.
+
+        A model with an RPN is first tried with the RPN alone, then with ``predict`` up to its
+        post-processing. Then these ways are tried on every model:
+
+        - ``mode='tensor'`` on images alone;
+        - ``mode='tensor'`` with data samples, from which DETR and related models read the sizes of the
+          pictures (such a model is exported for a fixed number of images);
+        - the head alone on features, for models such as CondInst, whose ``mode='tensor'`` needs
+          annotated objects.
 
         Args:
-            images: (N, 3, H, W) to try it on.
+            images: (N, 3, H, W) images on which the ways are tried.
 
         Raises:
             PruneError: the model runs in none of these ways. The message quotes the model's errors.
@@ -78,6 +85,7 @@ class RawNetwork(nn.Module):
             else:
                 self.needs_samples = run in (on_samples, up_to_predict_by_feat)
                 return
+        # The last three errors are those of ``ways``, whether or not the model has an RPN.
         raise PruneError(
             f'{type(model).__name__}: does not run on images alone ({errors[-3]}), nor with data '
             f'samples ({errors[-2]}), nor does its head on features ({errors[-1]})'
@@ -95,15 +103,15 @@ class RawNetwork(nn.Module):
 
 
 def prepare_raw(size: tuple[int, int], backend: str) -> Prepare:
-    """How a model is made ready to be timed without its post-processing, in the runtime that it will be
-    deployed on.
+    """Returns a function that prepares a model for timing without its post-processing, in the runtime
+    that the model will be deployed on.
 
     Args:
-        size: height and width of the one image that is run.
+        size: (height, width) in pixels of the single image that the timed model gets.
         backend: ``'eager'``, ``'onnxruntime'`` or ``'openvino'``.
 
     Raises:
-        PruneError: raised by the function that is returned, if the model cannot be exported.
+        PruneError: the model cannot be run or exported. The returned function raises it.
     """
     images = torch.zeros(1, 3, *size)
 
@@ -120,7 +128,7 @@ def prepare_raw(size: tuple[int, int], backend: str) -> Prepare:
     return prepare
 
 
-# -- ways to run a model, each a function of the model and images (N, 3, H, W) ---------------------
+# -- ways to run a model: functions of the model and images (N, 3, H, W) ---------------------------
 
 
 def on_images(model: nn.Module, images: Tensor) -> Any:
@@ -140,16 +148,16 @@ def on_rpn(model: nn.Module, images: Tensor) -> Any:
 
 
 def up_to_predict_by_feat(model: nn.Module, images: Tensor) -> Any:
-    """What the first head that ``predict`` reaches hands to its post-processing."""
+    """The arguments with which the first head in ``predict`` calls its post-processing."""
     with stopped_at(model.modules(), 'predict_by_feat') as arguments:
         model.predict(images, samples_of(images))
+        # ``stopped_at`` ends the block at the first call, so here there was none.
         raise PruneError(f'{type(model).__name__}: has no head whose predict ends in predict_by_feat')
     return arguments
 
 
 class Sample(SimpleNamespace):
-    """A data sample without objects. mmdet's own class would copy the sizes, which may be symbols of a
-    trace."""
+    """Replaces mmdet's data sample, which would copy the sizes. In an export these may be symbolic."""
 
     def get(self, name: str, default: Any = None) -> Any:
         return getattr(self, name, default)
@@ -159,9 +167,9 @@ class Sample(SimpleNamespace):
 
 
 def samples_of(images: Tensor) -> list[Any]:
-    """Data samples of (N, 3, H, W) images without padding and without objects."""
+    """A data sample for each of (N, 3, H, W) images, which have no padding and no annotated objects."""
     size = tuple(images.shape[-2:])
     meta = dict.fromkeys(('img_shape', 'ori_shape', 'batch_input_shape', 'pad_shape'), size)
     meta['scale_factor'] = (1.0, 1.0)
-    nothing = InstanceData(bboxes=images.new_zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
-    return [Sample(metainfo=meta, gt_instances=nothing, **meta) for _ in range(int(images.shape[0]))]
+    no_objects = InstanceData(bboxes=images.new_zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
+    return [Sample(metainfo=meta, gt_instances=no_objects, **meta) for _ in range(int(images.shape[0]))]

@@ -1,4 +1,4 @@
-"""The mmengine hook by which the unpruned network teaches the pruned one."""
+"""The mmengine hook for distillation: the unpruned network teaches the pruned one."""
 
 import io
 from pathlib import Path
@@ -29,25 +29,28 @@ OPTIONS = ('features', 'while_cutting', 'teacher')
 
 @HOOKS.register_module()
 class DistillHook(Hook):
-    """Adds a loss to the training of a pruned model: how far its features are from those of the
-    unpruned network (teacher) on the same images. ``PruneHook(distill=True)`` registers this hook.
+    """Adds a distillation loss to the training of a pruned model. The loss measures how much its
+    features differ from those of the unpruned network (the teacher) on the same images.
+    ``PruneHook(distill=True)`` registers this hook.
 
     From the first cut on, each step runs the teacher once, without gradients and in evaluation mode.
-    The teacher is kept in memory, and in ``teacher.pth`` in the work directory for ``--resume``. It is
-    no part of the model or its checkpoints.
+    Neither the model nor its checkpoints contain the teacher. If it is not loaded from a checkpoint, it
+    is copied when scoring begins, and saved as ``teacher.pth`` in the work directory, from which
+    ``--resume`` loads it.
 
     Args:
-        features: weight of the loss (``mmprune/mm/distillation.py``), a number above 0.
+        features: the weight of the loss (:class:`mmprune.mm.distillation.Distillation`), a number
+            above 0.
         while_cutting: whether the loss is added from the first cut on. ``False``: it is added after the
-            last cut, so that no unit is scored by it.
-        teacher: a checkpoint of the unpruned model, as a file or an address. ``None``: the network as
-            it is when scoring begins, or its EMA model if there is one.
+            last cut, so that it does not influence the scores.
+        teacher: path or URL of a checkpoint of the unpruned model. ``None``: the teacher is the network
+            as it is when scoring begins, or its EMA model if there is one.
 
     Raises:
         PruneError: an option is unknown or out of its range.
     """
 
-    # Lower than that of PruneHook, so that no trace or check of a cut gets the loss.
+    # Runs after PruneHook, which traces the model before this hook arms the loss for the step.
     priority = 'NORMAL'
 
     def __init__(
@@ -74,7 +77,7 @@ class DistillHook(Hook):
         scorings = [
             hook.scoring for hook in runner.hooks if isinstance(getattr(hook, 'scoring', None), Scoring)
         ]
-        begun = any(scoring.graph is not None for scoring in scorings)  # in a run that is resumed
+        begun = any(scoring.graph is not None for scoring in scorings)  # only in a resumed run
         if plan_of(model) is None and not begun:
             if not scorings:
                 raise PruneError(
@@ -91,7 +94,7 @@ class DistillHook(Hook):
         self.teacher = self._built(runner, path)
 
     def before_scoring(self, runner: Runner) -> None:
-        """Keeps a copy of the network before it is scored."""
+        """Copies the unpruned network as the teacher and saves it, unless a checkpoint was given."""
         model = unwrapped(runner.model)
         if self.path is not None or plan_of(model) is not None:
             return
@@ -103,6 +106,7 @@ class DistillHook(Hook):
             AtomicBackend().put(content.getvalue(), Path(runner.work_dir) / TEACHER_FILE)
 
     def _built(self, runner: Runner, path: str | Path) -> nn.Module:
+        """The teacher, built from the run's config, with the weights of a checkpoint."""
         checkpoint = read_checkpoint(path)
         if plan_in(checkpoint) is not None:
             raise PruneError(f'distill: {path} is pruned: a teacher is the unpruned model')
@@ -111,14 +115,15 @@ class DistillHook(Hook):
         return _frozen(teacher.to(next(unwrapped(runner.model).parameters()).device))
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        """Arms the loss: the next run of the model with ``mode='loss'`` gets it."""
         model = unwrapped(runner.model)
-        waits = not self.while_cutting and any(_cuts_on(hook) for hook in runner.hooks)
-        if plan_of(model) is None or self.teacher is None or waits:
+        waits_for_cuts = not self.while_cutting and any(_cuts_on(hook) for hook in runner.hooks)
+        if plan_of(model) is None or self.teacher is None or waits_for_cuts:
             return
         if self.distillation is None:
             with unchanged(self.teacher):
-                single = self.teacher.data_preprocessor(first_samples(data_batch, 1), False)
-            self.distillation = Distillation(model, self.teacher, single['inputs'], self.features)
+                sample = self.teacher.data_preprocessor(first_samples(data_batch, 1), False)
+            self.distillation = Distillation(model, self.teacher, sample['inputs'], self.features)
             runner.logger.info(
                 f'DistillHook: the unpruned network teaches the outputs of {self.distillation.name}'
             )
@@ -127,6 +132,7 @@ class DistillHook(Hook):
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
     ) -> None:
+        # A run that gets the loss disarms it. If it is still armed, the step was trained without it.
         if self.distillation is not None and self.distillation.armed:
             name = type(unwrapped(runner.model)).__name__
             raise PruneError(
@@ -141,7 +147,7 @@ class DistillHook(Hook):
 
 
 def _cuts_on(hook: Hook) -> bool:
-    """Whether this hook will cut again."""
+    """Whether ``hook`` is a PruneHook that will cut again: it scores units until its last cut."""
     scoring = getattr(hook, 'scoring', None)
     return isinstance(scoring, Scoring) and scoring.graph is not None
 

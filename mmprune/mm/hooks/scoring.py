@@ -1,4 +1,4 @@
-"""What is scored in a run of mmengine: the graph of a batch that runs all layers, and its scores."""
+"""Traces the model of an mmengine run on a batch that runs all layers, and scores its units."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,20 +22,21 @@ from mmprune.score.collector import Collector
 from mmprune.surgery.build import baseline_of, remaining
 
 PATIENCE = 20
-"""Iterations that the trace waits for a batch on which every layer runs, such as one with boxes."""
+"""The largest number of iterations to wait for a batch on which every layer runs, such as one with
+boxes."""
 
 LOOKS = (0, 1, 2, 4, 8, 16, PATIENCE)
-"""Numbers of iterations after which the trace tries again."""
+"""The iterations, counted from the first attempt, in which the model is traced."""
 
 
 class Scoring:
     """Traces the model and scores its units.
 
     Args:
-        score: how units are scored.
-        budget: the budget; its ``lock`` names parameters that need not be seen.
-        samples: number of images of a batch on which the loss is traced.
-        compensate: whether to gather the moments of layers' inputs while units are scored.
+        score: the criterion and its options.
+        budget: the budget. Parameters that its ``lock`` matches need not take part in the trace.
+        samples: the number of images of a batch on which the loss is traced.
+        compensate: whether the moments of the layers' inputs are gathered while units are scored.
     """
 
     def __init__(self, score: Score, budget: Budget, samples: int, compensate: bool = False) -> None:
@@ -43,18 +44,22 @@ class Scoring:
         self.graph: ChannelGraph | None = None
         self.collector: Collector | None = None
         self.moments: InputMoments | None = None
-        self.gather_every = 1  # training steps
-        self._saved: Mapping[str, Any] = {}  # of a resumed run, for the next graph
-        self._waited = 0
+        self.gather_every = 1  # moments are gathered in one training step of this many
+        self._saved: Mapping[str, Any] = {}  # the state of a resumed run, until ``watch`` loads it
+        self._waited = 0  # iterations since the first attempt to trace
 
     def runs(self, runner: Runner, batch: Any, modes: frozenset[str]) -> Runs:
-        """How the model is run on ``batch``."""
+        """The functions that run the model on ``batch``, one for each mode of mmengine."""
         size = image_size(runner.cfg)
         return runs_of(unwrapped(runner.model), batch, modes, self.samples, size)
 
     def try_to_start(self, runner: Runner, batch: Any, state: PruneState) -> None:
-        """Traces the model on ``batch`` and scores it from here on. If trained layers took no part in
-        the batch, this waits for a later one that may run them."""
+        """Traces the model on ``batch`` and starts to score it.
+
+        If trained parameters that the budget does not lock took no part in the trace, scoring does not
+        start, and later calls trace the model on other batches. After ``PATIENCE`` iterations scoring
+        starts with a warning.
+        """
         if self._waited not in LOOKS:
             self._waited += 1
             return
@@ -62,8 +67,9 @@ class Scoring:
         runner.call_hook('before_scoring')
         with raise_together('the trace'):
             graph, runs = first_trace(model, self.runs(runner, batch, state.modes))
-        unseen = set().union(*all_gather(graph.unused_parameters))
-        unused = sorted(name for name in unseen if not self.budget.locks(name))
+        # The names of all processes count, so that all of them decide alike.
+        unused_anywhere = set().union(*all_gather(graph.unused_parameters))
+        unused = sorted(name for name in unused_anywhere if not self.budget.locks(name))
         if unused and self._waited < PATIENCE:
             self._waited += 1
             return
@@ -81,7 +87,7 @@ class Scoring:
         report.log_trace(runner.logger, graph, runs.counted_as)
 
     def watch(self, runner: Runner, graph: ChannelGraph) -> None:
-        """Scores the units of ``graph`` from here on."""
+        """Starts to score the units of ``graph``. In a resumed run, the first call loads its state."""
         model = unwrapped(runner.model)
         with raise_together('scoring'):
             collector = Collector(graph, self.score, runner.optim_wrapper, model, is_distributed())
@@ -90,26 +96,26 @@ class Scoring:
         self.graph, self.collector = graph, collector
         if self.compensate and self.moments is None:
             self.moments = InputMoments(graph, model, self.gather_every)
-            if self._saved.get('moments') is not None:  # version 0.2.0 saved none
+            if self._saved.get('moments') is not None:  # checkpoints of version 0.2.0 have none
                 self.moments.load_state_dict(self._saved['moments'])
         self._saved = {}
 
     def finish(self) -> None:
-        """Ends scoring and gathering, because no cut follows."""
+        """Ends scoring and the gathering of moments, after the last cut."""
         self.close()
         if self.moments is not None:
             self.moments.close()
             self.moments = None
 
     def close(self) -> None:
-        """Ends the scoring of this graph. The moments stay, because they follow a cut."""
+        """Ends the scoring of this graph. The moments stay, because a cut narrows and reuses them."""
         if self.collector is not None:
             self.collector.close()
         self.graph = self.collector = None
 
     def to_checkpoint(self) -> dict[str, Any]:
-        """Plain data and tensors, which load under ``weights_only=True``. Each value is ``None``
-        between the last cut and the end."""
+        """The state as plain data and tensors, which load under ``weights_only=True``. A value is
+        ``None`` if there is nothing to save, e.g. after the last cut."""
         return {
             'trace': carry.to_state(self.graph) if self.graph is not None else None,
             'collector': self.collector.state_dict() if self.collector is not None else None,
@@ -117,9 +123,9 @@ class Scoring:
         }
 
     def resume(self, runner: Runner, saved: Mapping[str, Any]) -> None:
-        """Goes on from what :meth:`to_checkpoint` gave, in this or an earlier version."""
+        """Continues from a state that :meth:`to_checkpoint` returned, perhaps in an earlier version."""
         self._saved = saved
-        if saved.get('trace') is not None:  # version 0.1.0 saved none, so the model is traced again
+        if saved.get('trace') is not None:  # version 0.1.0 has none: the model is traced again
             graph = carry.from_state(saved['trace'], unwrapped(runner.model))
             if graph is not None:
                 self.watch(runner, graph)
