@@ -151,4 +151,4 @@ def test_a_work_dir_that_may_not_be_written_on_is_one_line(tmp_path, monkeypatch
         cli.run(lambda: train(config(tmp_path / 'file' / 'out')))
     told = str(stopped.value)
     assert told.startswith(f'train.py: error: {tmp_path}/file')
-    assert 'take another --work-dir' in told
+    assert 'give another --work-dir' in told
