@@ -16,7 +16,8 @@ from typing import Any
 
 
 class _AfterMmengine(MetaPathFinder):
-    """Finds mmengine as usual, once, and has its import followed by that of ``mmprune.mm``."""
+    """An import hook that imports ``mmprune.mm`` right after mmengine. It removes itself when it finds
+    mmengine."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
         if fullname != 'mmengine':
