@@ -69,10 +69,10 @@ def convolve(
     elif depthwise:
         # The weight has one row for each output (for each input, if transposed). Input i makes the
         # outputs from i * n_out / groups on, and all of these are one unit with it.
-        per = rows[0].size // groups if rows else 1
-        reads = tuple(ids[::per] for ids in rows)
+        per_group = rows[0].size // groups if rows else 1
+        reads = tuple(ids[::per_group] for ids in rows)
         for ids in rows:
-            call.tie_all(ids.reshape(groups, per).T)
+            call.tie_all(ids.reshape(groups, per_group).T)
         if transposed:
             call.lock(columns, LockKind.GROUPED_TRANSPOSED)
         # The channel is passed on and not mixed with others, so the weight does not consume it.
@@ -107,7 +107,8 @@ def convolution(call: Call) -> Returned:
 
 
 def matrix_product(call: Call, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> Outcome:
-    """``a`` (..., M, K) times ``b`` (..., K, N), with equal leading dimensions."""
+    """Applies the rule of the product of ``a`` (..., M, K) and ``b`` (..., K, N), whose leading
+    dimensions are equal."""
     n = a.ndim
     contract(call, a, call.ids(a, n - 1), b, call.ids(b, n - 2))
     labels = broadcast(call, [_leading(call, a, n - 2), _leading(call, b, n - 2)], out.shape[: n - 2])
@@ -129,7 +130,7 @@ def matrix_product(call: Call, a: torch.Tensor, b: torch.Tensor, out: torch.Tens
 
 
 def _leading(call: Call, tensor: torch.Tensor, dims: int) -> Operand:
-    """The first ``dims`` dimensions of a tensor."""
+    """Returns the first ``dims`` dimensions of a tensor as an operand."""
     labels = {d: ids for d, ids in call.labels(tensor).items() if d < dims}
     return Operand(tensor.shape[:dims], labels, [d for d in call.broadcast_dims(tensor) if d < dims])
 
@@ -147,7 +148,7 @@ def addmm(call: Call) -> Returned:
 
 
 def _add(call: Call, product: Outcome) -> Outcome:
-    """``product`` plus the argument ``self``."""
+    """Returns the outcome of ``product`` plus the argument ``self``, a bias."""
     bias, shape = call['self'], call.out.shape
     bias_dims = {d + len(shape) - bias.ndim for d in call.labels(bias)}
     labels = broadcast(call, [operand(call, bias), Operand(shape, product.labels)], shape)
@@ -168,8 +169,8 @@ def mv(call: Call) -> Returned:
 
 
 def heads_of(call: Call, tensor: torch.Tensor, count: int) -> Operand:
-    """The heads of a query, key, value or mask (..., H, N, D), matched with ``count`` heads of the
-    query.
+    """Returns the heads of a query, key, value or mask (..., H, N, D) as an operand that matches
+    ``count`` heads of the query.
 
     With grouped queries (``enable_gqa=True``) there are fewer heads of keys and values than of the
     query. Each then serves ``count / H`` neighbouring heads of the query, which form one unit with it.

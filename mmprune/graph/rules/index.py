@@ -1,4 +1,5 @@
-"""Access by index. What a constant index selects of a channel dimension cannot follow a cut."""
+"""Rules of access by index. Positions that a constant index selects of a channel dimension cannot
+follow a cut."""
 
 from collections.abc import Sequence
 
@@ -29,7 +30,7 @@ def pick(call: Call) -> Returned:
 
 @aten('embedding')
 def embedding(call: Call) -> Returned:
-    """Rows of a table (rows, C) by number: (..., C)."""
+    """Rows of a table (rows, C) are picked by number, which gives (..., C)."""
     table = call['weight']
     call.lock_tensor(table, LockKind.CONSTANT_INDEX, dims=[0])
     call.lock_tensor(call['indices'], LockKind.USED_AS_INDEX)
@@ -37,18 +38,18 @@ def embedding(call: Call) -> Returned:
 
 
 def indexed_dims(x: torch.Tensor, indices: Sequence[torch.Tensor | None]) -> dict[int, int]:
-    """{dimension of ``x`` that is not indexed: the same dimension in ``x[indices]``}."""
-    at, taken, ranks = 0, [], []
+    """Returns {dimension of ``x`` that is not indexed: the same dimension in ``x[indices]``}."""
+    dim, taken, ranks = 0, [], []
     for index in indices:
         width = 1
         if index is not None:
             is_mask = index.dtype in (torch.bool, torch.uint8)
             width = index.ndim if is_mask else 1
-            taken += range(at, at + width)
+            taken += range(dim, dim + width)
             ranks.append(1 if is_mask else index.ndim)
-        at += width
+        dim += width
     new_dims = max(ranks, default=0)
-    # Neighbouring indices put the new dimensions in their place, others put them first.
+    # Indices of neighbouring dimensions put the new dimensions in their place; others put them first.
     neighbours = taken == list(range(taken[0], taken[0] + len(taken))) if taken else True
     kept = [d for d in range(x.ndim) if d not in taken]
     first = taken[0] if taken and neighbours else 0
@@ -99,7 +100,8 @@ def index_put(call: Call) -> Returned:
 
 
 def zero_of_both(call: Call, *tensors: torch.Tensor) -> Zero:
-    """Zero stays zero only if all of the tensors carry channels and are zero where these are."""
+    """Returns ``ZERO_STAYS`` if all of the tensors carry channels and are zero where these are,
+    otherwise ``ZERO_MOVES``."""
     safe = all(call.labels(t) and call.zero_safe(t) for t in tensors)
     return ZERO_STAYS if safe else ZERO_MOVES
 

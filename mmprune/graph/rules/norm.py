@@ -22,8 +22,8 @@ from mmprune.graph.registry import aten
     '_batch_norm_with_update _batch_norm_no_update miopen_batch_norm batch_norm_elemt'
 )
 def batch_norm(call: Call) -> Returned:
-    """Each channel of the input (N, C, ...) has its own statistics; the five tensors of the norm are
-    tied to it."""
+    """Each channel of the input (N, C, ...) has its own statistics. Weight, bias and running statistics
+    of the norm are tied to the channels."""
     x = call['input']
     ids = call.ids(x, 1)
     if x.shape[1] > 1:
@@ -44,7 +44,7 @@ def affine_makes_zero(call: Call) -> bool:
 
 @aten('batch_norm_stats batch_norm_gather_stats_with_counts')
 def batch_norm_stats(call: Call) -> Returned:
-    """The first half of SyncBN: a mean and a deviation for each channel."""
+    """The first half of SyncBN computes a mean and a deviation for each channel."""
     x = call['input']
     for name in ('running_mean', 'running_var'):
         call.tie_if(call.ids(x, 1), call.args.get(name))

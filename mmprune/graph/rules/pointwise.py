@@ -1,4 +1,4 @@
-"""Elementwise operations tie their operands position by position, with broadcasting."""
+"""Rules of elementwise operations, which tie their operands position by position, with broadcasting."""
 
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
@@ -13,12 +13,12 @@ from mmprune.graph.slots import Labels
 
 
 class Operand(NamedTuple):
-    """What elementwise arithmetic has to know of a tensor, or of some dimensions of one.
+    """An operand of elementwise arithmetic: a tensor, or some dimensions of one.
 
     Args:
-        shape: the sizes.
-        labels: the channels that it carries.
-        broadcast_dims: dimensions that take the size of what they meet.
+        shape: the sizes of the dimensions.
+        labels: the channels that the dimensions carry.
+        broadcast_dims: dimensions that take the size of any tensor that the operand is combined with.
     """
 
     shape: Sequence[int]
@@ -32,7 +32,7 @@ class Operand(NamedTuple):
 
 
 def operand(call: Call, tensor: torch.Tensor, without: Collection[int] = ()) -> Operand:
-    """``tensor`` as an operand, reduced to a single position along the dimensions ``without``."""
+    """Makes an operand of ``tensor``, reduced to a single position along the dimensions ``without``."""
     labels, broadcast_dims = call.labels(tensor), call.broadcast_dims(tensor)
     if not without:
         return Operand(tensor.shape, labels, broadcast_dims)
@@ -41,8 +41,8 @@ def operand(call: Call, tensor: torch.Tensor, without: Collection[int] = ()) -> 
 
 
 def common_broadcast_dims(operands: Sequence[Operand], shape: Sequence[int]) -> list[int]:
-    """The broadcast dimensions of a result of ``shape``: those in which no operand carries channels or
-    has a fixed size."""
+    """Lists the broadcast dimensions of a result of ``shape``: those in which no operand carries
+    channels or has a fixed size."""
     if not any(item.broadcast_dims for item in operands):
         return []
     shifts = [(item, len(shape) - len(item.shape)) for item in operands]
@@ -101,7 +101,10 @@ def pointwise(call: Call) -> Returned:
 
 
 _SAMPLES = (0.5, -1.5, 2.0, 3.0)
+"""Values of a tensor of which only the type is known, when a function is tried."""
+
 _MOVES: dict[tuple, bool] = {}
+"""{(function, its arguments): the result of :func:`moves_zero`}."""
 
 
 def moves_zero(call: Call) -> bool:
@@ -125,25 +128,28 @@ def moves_zero(call: Call) -> bool:
         kinds[name] = value
     try:
         key = (call.function, *kinds.items())
-        known = _MOVES.get(key)
+        moves = _MOVES.get(key)
     except TypeError:  # a list among the arguments
         return True
-    if known is None:
-        known = _MOVES[key] = _try(call.function, kinds)
-    return known
+    if moves is None:
+        moves = _MOVES[key] = _try(call.function, kinds)
+    return moves
 
 
 def _try(function: Callable, kinds: dict[str, Any]) -> bool:
+    """Calls a function on small tensors, and returns whether any result is not zero. ``kinds`` is
+    {argument: its value, or (type, content) of a tensor}, where the content is ``'zero'``, ``'any'`` or
+    a number."""
     options: dict[str, Any] = {}
     for name, value in kinds.items():
         if isinstance(value, tuple) and value and isinstance(value[0], torch.dtype):
-            dtype, what = value
-            numbers = {'zero': (0.0,) * 4, 'any': _SAMPLES}.get(what, (what,) * 4)
+            dtype, content = value
+            numbers = {'zero': (0.0,) * 4, 'any': _SAMPLES}.get(content, (content,) * 4)
             value = torch.tensor(numbers).to(dtype)
         options[name] = torch.device('cpu') if isinstance(value, torch.device) else value
     try:
         out = function(**options)
-    except RuntimeError:  # it needs other shapes than one dimension
+    except RuntimeError:  # the function needs tensors of another shape
         return True
     results = out if isinstance(out, list | tuple) else [out]
     return any(bool(r.ne(0).any()) for r in results if isinstance(r, torch.Tensor))

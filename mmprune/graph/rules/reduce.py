@@ -13,6 +13,7 @@ from mmprune.graph.slots import Labels
 
 
 def reduced_dims(call: Call, x: torch.Tensor) -> list[int]:
+    """Lists the dimensions that a call reduces, counted from 0; all of them if it names none."""
     dims = call.args.get('dim', call.args.get('axis'))
     if dims is None or dims == []:
         return list(range(x.ndim))
@@ -21,7 +22,7 @@ def reduced_dims(call: Call, x: torch.Tensor) -> list[int]:
 
 
 def remaining(labels: Labels, dims: list[int], keepdim: bool) -> Labels:
-    """The labels of the dimensions that are not reduced."""
+    """Returns the labels of the dimensions that are not reduced."""
     return {
         dim if keepdim else dim - sum(d < dim for d in dims): ids
         for dim, ids in labels.items()
@@ -63,6 +64,7 @@ def reduce(call: Call) -> Returned:
 
 
 STATISTICS = {f'aten::{name}' for name in ('mean', 'var', 'std', 'var_mean', 'std_mean')}
+"""Reductions that a weight standardisation uses."""
 
 
 @aten('_softmax _log_softmax _safe_softmax cumsum cumprod cummax cummin sort topk logcumsumexp')

@@ -46,7 +46,7 @@ def view(call: Call) -> Returned:
 def views_of_broadcast_dims(
     before: Sequence[int], after: Sequence[int], broadcast_dims: Collection[int]
 ) -> list[int]:
-    """The dimensions of ``after`` that contain no part of a dimension of ``before`` other than
+    """Lists the dimensions of ``after`` that contain no part of a dimension of ``before`` other than
     ``broadcast_dims``."""
     if not broadcast_dims:
         return []
@@ -124,9 +124,9 @@ def regroup(
 
 
 def shrinking(ids: Ids, factors: list[int], requested: Sequence) -> int:
-    """Which factor of a split channel dimension shrinks. In this order of preference: one that the code
-    takes from this tensor's shape, one that it leaves open with -1, one that it takes from another
-    tensor's shape, one that a module keeps; among equals the last one."""
+    """Chooses the factor of a split channel dimension that shrinks. The order of preference is: a
+    factor that the code takes from this tensor's shape, one that it leaves open with -1, one that it
+    takes from another tensor's shape, one that a module keeps; among equals the last one."""
 
     def rank(factor: int) -> int:
         number = requested[factor]
@@ -139,7 +139,7 @@ def shrinking(ids: Ids, factors: list[int], requested: Sequence) -> int:
 
 
 def moved(call: Call, new_dims: dict[int, int]) -> Outcome:
-    """The outcome if each dimension of the input becomes another one: {old dimension: new
+    """Returns the outcome if each dimension of the input becomes another one: {old dimension: new
     dimension}."""
     x = call['self']
     labels = {new_dims[d]: ids for d, ids in call.labels(x).items()}
@@ -268,16 +268,16 @@ def select(call: Call) -> Returned:
 @aten('slice')
 def take_slice(call: Call) -> Returned:
     """The bounds of a slice have to follow the channels that they count. A plain number may have been
-    computed from the size without a trace of it, so it locks all channels."""
+    computed from the size in a way that the trace did not see, so it locks all channels."""
     x = call['self']
     dim = call.args.get('dim', 0) % x.ndim
     labels = dict(call.labels(x))
     if dim not in labels or call.out.shape[dim] == x.shape[dim]:
         return Outcome(labels, AS_INPUTS)
     start, stop, step = call.args.get('start') or 0, call.args.get('end'), call.args.get('step', 1)
-    known_start, known_stop = call.requested_bounds(dim)
-    follows_start = start == 0 or start == known_start
-    follows_stop = stop is None or stop >= TO_THE_END or stop == known_stop
+    live_start, live_stop = call.requested_bounds(dim)  # those that follow the channels
+    follows_start = start == 0 or start == live_start
+    follows_stop = stop is None or stop >= TO_THE_END or stop == live_stop
     if step != 1 or len(labels[dim]) > 1 or not (follows_start and follows_stop):
         call.lock(labels.pop(dim), LockKind.CONSTANT_SLICE)
     else:

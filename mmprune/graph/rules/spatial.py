@@ -1,4 +1,5 @@
-"""Pooling, resizing, padding, patches: channels stay apart while the space around them changes."""
+"""Rules of pooling, resizing, padding and patches: each channel stays by itself while the space around
+it changes."""
 
 import math
 
@@ -15,12 +16,13 @@ from mmprune.graph.slots import Labels, fixed_ids
 
 
 def leading(call: Call, x: torch.Tensor, count: int) -> Labels:
-    """What ``x`` carries on its first ``count`` dimensions."""
+    """Returns the channels that ``x`` carries on its first ``count`` dimensions."""
     return {d: ids for d, ids in call.labels(x).items() if d < count}
 
 
 def channelwise(call: Call, spatial: int) -> Outcome:
-    """The last ``spatial`` dimensions are mixed; the dimensions before them stay apart."""
+    """Locks the last ``spatial`` dimensions, whose positions are mixed. The dimensions before them are
+    carried on."""
     x = call.args.get('self', call.args.get('input'))
     first = x.ndim - spatial
     call.lock_tensor(x, LockKind.SPATIAL, dims=range(first, x.ndim))
@@ -28,6 +30,7 @@ def channelwise(call: Call, spatial: int) -> Outcome:
 
 
 def channelwise_over(spatial: int) -> RuleFunction:
+    """Makes the rule :func:`channelwise` for a number of spatial dimensions."""
     return lambda call: channelwise(call, spatial)
 
 
@@ -101,26 +104,26 @@ def merge_channels(call: Call, dim: int, cells: int, spatial: range) -> Outcome:
 
 @aten('im2col')
 def im2col(call: Call) -> Returned:
-    """(N, C, H, W) -> (N, C * kh * kw, L)."""
+    """Maps (N, C, H, W) to (N, C * kh * kw, L)."""
     return split_channels(call, 1, math.prod(call['kernel_size']), range(2, 4))
 
 
 @aten('col2im')
 def col2im(call: Call) -> Returned:
-    """(N, C * kh * kw, L) -> (N, C, H, W)."""
+    """Maps (N, C * kh * kw, L) to (N, C, H, W)."""
     return merge_channels(call, 1, math.prod(call['kernel_size']), range(2, 3))
 
 
 @aten('pixel_unshuffle')
 def pixel_unshuffle(call: Call) -> Returned:
-    """(..., C, H * r, W * r) -> (..., C * r * r, H, W)."""
+    """Maps (..., C, H * r, W * r) to (..., C * r * r, H, W)."""
     n = call['self'].ndim
     return split_channels(call, n - 3, call['downscale_factor'] ** 2, range(n - 2, n))
 
 
 @aten('pixel_shuffle')
 def pixel_shuffle(call: Call) -> Returned:
-    """(..., C * r * r, H, W) -> (..., C, H * r, W * r)."""
+    """Maps (..., C * r * r, H, W) to (..., C, H * r, W * r)."""
     n = call['self'].ndim
     return merge_channels(call, n - 3, call['upscale_factor'] ** 2, range(n - 2, n))
 
