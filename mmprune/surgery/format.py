@@ -18,11 +18,14 @@ FORMAT = 1
 _PARTS: dict[str, type] = dict(
     format=int, mmprune=str, fingerprint=dict, keep=dict, attributes=dict, history=list, budget=dict
 )
+"""{part of a record: its type}; every record has these parts."""
+
 _ATTRIBUTE = re.compile(r'[A-Za-z_]\w*(\.[A-Za-z_]\w*|\[\d+\])*')
+"""The form of an attribute that a plan may set: names, with dots and indices of lists."""
 
 
 def checksum(meta: dict[str, Any]) -> str:
-    """SHA-256 of all parts of a record except the checksum itself."""
+    """Computes the SHA-256 of all parts of a record except the checksum itself."""
     parts = {part: meta[part] for part in (*_PARTS, 'aliases') if part in meta}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -108,6 +111,7 @@ def _check_record(entry: Any, where: str) -> None:
 
 
 def _expect(right: bool, where: str, value: Any, wanted: str) -> None:
+    """Raises the error of a corrupt record unless ``right``."""
     if not right:
         raise PruneError(
             f"meta['mmprune']{where} is {_short(value)}, not {wanted}: the file is truncated or "
@@ -116,7 +120,7 @@ def _expect(right: bool, where: str, value: Any, wanted: str) -> None:
 
 
 def _short(value: Any) -> str:
-    """At most 80 characters of a value that may be very long."""
+    """Shows at most 80 characters of a value that may be very long."""
     try:
         text = reprlib.repr(value)
     except ValueError:  # Python refuses to print integers of more than 4300 digits
@@ -125,10 +129,13 @@ def _short(value: Any) -> str:
 
 
 def _is_int(value: Any) -> bool:
+    """Whether ``value`` is an integer of at most 64 bits, as torch and numpy can hold it."""
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63
 
 
 def _is_plain(value: Any, depth: int = 6) -> bool:
+    """Whether ``value`` consists of numbers, strings, lists and dicts, nested at most ``depth``
+    levels."""
     if value is None or isinstance(value, bool | str | float) or _is_int(value):
         return True
     if depth == 0 or not isinstance(value, dict | list | tuple):

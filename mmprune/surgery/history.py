@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class CutNotes:
-    """What the choice of the units adds to the record of a cut.
+    """Notes on the choice of the units, for the record of a cut.
 
     Args:
         iteration: training steps before the cut; ``None`` outside a training.
@@ -22,6 +22,7 @@ class CutNotes:
 
     # These two methods let `{'iteration': 3, **notes}` unpack the fields that are set.
     def keys(self) -> list[str]:
+        """Lists the fields that are set."""
         return [name for name in _NAMES_OF_NOTES if getattr(self, name) not in (None, ())]
 
     def __getitem__(self, name: str) -> Any:
