@@ -22,7 +22,7 @@ import torch
 from mmprune.contexts import random_state, set_random_state
 
 AHEAD = 16 * 2**20
-"""Bytes of shown tensors after which the run ahead stops. Fewer would cost time, by more turns."""
+"""Bytes of shown tensors after which the run ahead stops. With fewer, more turns would cost time."""
 
 
 class Abandoned(BaseException):
@@ -79,7 +79,7 @@ class RunAhead:
             raise error
 
     def close(self) -> None:
-        """Ends the thread, wherever it is."""
+        """Ends the thread, wherever in the function it is."""
         if self.thread.is_alive():
             with self._turn:
                 self._abandoned = self._runs = True
@@ -87,8 +87,8 @@ class RunAhead:
             self.thread.join()
 
     def show(self, key: Any, tensor: torch.Tensor) -> None:
-        """Adds to ``shown``. Calls from another thread (the other run entered this run's model) are
-        ignored."""
+        """Adds a tensor to ``shown``, and waits for the caller once :data:`AHEAD` bytes are shown.
+        Calls from another thread are ignored: the other run has then entered this run's model."""
         if threading.current_thread() is not self.thread:
             return
         self._held += tensor.numel() * tensor.element_size()

@@ -82,7 +82,7 @@ class DecisionReplay(TorchDispatchMode):
         return out if _shares_memory(func) else self._settled(str(func), (args, kwargs), out)
 
     def compiled(self, name: str, function: Callable, args: tuple, kwargs: dict) -> Any:
-        """Does the same for a compiled function, such as nms.
+        """Calls a compiled function, such as nms, and records or repeats its decisions.
 
         If the function samples a map at boxes, the second run samples at the first run's boxes, and the
         boxes are compared. A map changes fast from pixel to pixel, so a box that is moved by rounding
@@ -96,6 +96,7 @@ class DecisionReplay(TorchDispatchMode):
             return self._settled(name, (args, kwargs), out)
 
     def _settled_boxes(self, name: str, boxes: torch.Tensor) -> torch.Tensor:
+        """Returns the boxes of the first run, and records how far those of the second run differ."""
         call = self._next_call(name)
         if self._catch_up is None:
             self._decisions.boxes[call] = boxes
@@ -110,7 +111,8 @@ class DecisionReplay(TorchDispatchMode):
         return before.to(boxes.dtype)
 
     def _settled(self, name: str, inputs: Any, out: Any) -> Any:
-        """``out`` itself in the first run; in the second with the decisions of the first."""
+        """Returns ``out`` with the decisions of the first run. In the first run itself, records them
+        and returns ``out`` unchanged."""
         results = out if isinstance(out, list | tuple) else [out]
         if not any(_decides(result) for result in results):
             return out
@@ -139,7 +141,7 @@ class DecisionReplay(TorchDispatchMode):
 
     def _wait_for(self, recorded: dict[Call, Any], call: Call) -> None:
         """Lets the first run continue until it has recorded this call, or has ended. It may be behind
-        if its outputs so far are of modules that are not compared any more."""
+        if its outputs so far are of modules that are no longer compared."""
         while call not in recorded and self._catch_up is not None and self._catch_up():
             pass
 
@@ -151,25 +153,27 @@ def _shares_memory(func: Any) -> bool:
 
 
 def _basis(tensor: torch.Tensor) -> Basis:
-    """The basis over the finite numbers, computed at least in single precision."""
+    """Computes the basis over the finite numbers, at least in single precision."""
     values = tensor.detach()
     values = values.float() if values.element_size() < 4 else values
     if values.is_sparse:
         values = values.coalesce().values()
-    total = float(values.sum())
-    if not abs(total) < float('inf'):
+    value_sum = float(values.sum())
+    if not abs(value_sum) < float('inf'):
         values = values.nan_to_num(0, 0, 0)
-        total = float(values.sum())
-    return tensor.shape, total, float(torch.linalg.vector_norm(values, 1))
+        value_sum = float(values.sum())
+    return tensor.shape, value_sum, float(torch.linalg.vector_norm(values, 1))
 
 
 def _decides(value: Any) -> bool:
+    """Whether a result is a decision: an integer or boolean, or a tensor of these."""
     if isinstance(value, torch.Tensor):
         return not value.is_floating_point() and not value.is_complex()
     return isinstance(value, int)
 
 
 def _alike(old: Any, new: Any) -> bool:
+    """Whether the recorded result ``old`` can take the place of ``new``."""
     if isinstance(new, torch.Tensor):
         return isinstance(old, torch.Tensor) and old.shape == new.shape and old.dtype == new.dtype
     return isinstance(old, int)
