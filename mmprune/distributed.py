@@ -48,8 +48,8 @@ def all_gather(value: Any) -> list[Any]:
 
 @contextmanager
 def raise_together(what: str) -> Iterator[None]:
-    """Makes an error in one process an error in all, so that no process goes on alone or waits for one
-    that has stopped. The body must not make a collective call after a step that can fail.
+    """Makes an error in one process an error in all, so that no process continues by itself or waits
+    for one that has stopped. The body must not make a collective call after a step that can fail.
 
     Args:
         what: what the body does, as the subject of an error message.

@@ -31,6 +31,7 @@ from mmprune.surgery.plan import Plan, plan_of
 from mmprune.surgery.structure import fingerprint, shape_text
 
 ToLoss = Callable[[nn.Module, Any], Any]
+"""Runs the model on a batch, ``to_loss_fn(model, batch)``, and returns a loss or outputs."""
 
 
 @dataclass(frozen=True)

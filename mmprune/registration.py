@@ -2,7 +2,7 @@
 
 ``mmprune.mm`` registers the hooks, and has mmengine rebuild the pruned structure when it loads a pruned
 checkpoint. Without it mmengine would skip the weights of such a checkpoint and only print their names.
-But ``import mmprune`` alone should not import OpenMMLab, which takes seconds. So if mmengine is not
+But OpenMMLab takes seconds to import, so ``import mmprune`` must not import it. If mmengine is not
 imported yet, a finder in ``sys.meta_path`` waits for its import.
 """
 

@@ -47,8 +47,8 @@ class RunAhead:
         self._runs = self._abandoned = False
         self._randomness = random_state()
         self._autocast = [
-            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-            for kind in ('cpu', 'cuda')
+            (device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
+            for device_type in ('cpu', 'cuda')
         ]
         self._cuda = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         self._error: BaseException | None = None
@@ -107,9 +107,9 @@ class RunAhead:
         try:
             if self._cuda is not None:
                 torch.cuda.set_device(self._cuda)
-            for kind, enabled, dtype in self._autocast:
-                torch.set_autocast_enabled(kind, enabled)
-                torch.set_autocast_dtype(kind, dtype)
+            for device_type, enabled, dtype in self._autocast:
+                torch.set_autocast_enabled(device_type, enabled)
+                torch.set_autocast_dtype(device_type, dtype)
             with torch.no_grad():
                 self.result = self._function(self.show)
         except Abandoned:

@@ -85,8 +85,8 @@ class DecisionReplay(TorchDispatchMode):
         """Calls a compiled function, such as nms, and records or repeats its decisions.
 
         If the function samples a map at boxes, the second run samples at the first run's boxes, and the
-        boxes are compared. A map changes fast from pixel to pixel, so a box that is moved by rounding
-        alone would give other features.
+        boxes are compared. A map changes fast from pixel to pixel, so a box that is only moved by
+        rounding would give other features.
         """
         if name in AT_BOXES:
             with _disable_current_modes():

@@ -73,7 +73,7 @@ def verify(
 
     Raises:
         PruneError: the error is above the tolerance, and the message names the first module that
-            differs; or ``forward`` fails for the pruned model alone.
+            differs; or ``forward`` fails only for the pruned model.
         PruneError: ``forward`` does not run the model that it is given, or returns nothing that can be
             compared; or a parameter is not finite.
 

@@ -102,12 +102,14 @@ class Proportion:
         ids = self.ids
         if (ids == FIXED).any():
             return []
-        _, first, unit_of_id = np.unique(component[ids], return_index=True, return_inverse=True)
+        _, first_position, unit_of_id = np.unique(
+            component[ids], return_index=True, return_inverse=True
+        )
         in_a, in_b = self._counts(unit_of_id)
         surplus = in_a * self.b.size - in_b * self.a.size
         waiting: dict[int, list[int]] = {}  # {surplus: units that have it and no counterpart yet}
         pairs = []
-        for unit in np.argsort(first):
+        for unit in np.argsort(first_position):
             amount = int(surplus[unit])
             if waiting.get(-amount):
                 pairs.append((waiting[-amount].pop(0), unit))
@@ -115,7 +117,9 @@ class Proportion:
                 waiting.setdefault(amount, []).append(unit)
         unmatched = [unit for units in waiting.values() for unit in units]
         pairs += [(unmatched[0], unit) for unit in unmatched[1:]]
-        a, b = (np.array([first[pair[side]] for pair in pairs], dtype=np.int64) for side in (0, 1))
+        a, b = (
+            np.array([first_position[pair[side]] for pair in pairs], dtype=np.int64) for side in (0, 1)
+        )
         return [[(ids[a], ids[b])]]
 
 
@@ -152,6 +156,7 @@ class Multiple:
 
 
 Condition = Proportion | Multiple
+"""A condition that is settled after the traced run."""
 
 
 def joined(component: np.ndarray, pairs: Pairs) -> np.ndarray:

@@ -213,8 +213,8 @@ def couple(record: TraceRecord) -> ChannelGraph:
 
 
 def components(constraints: Constraints) -> np.ndarray:
-    """Returns for each id the number of its connected component. ``FIXED`` is never tied, so it is
-    always alone."""
+    """Returns for each id the number of its connected component. ``FIXED`` is never tied, so its
+    component has no other member."""
     size, ties = constraints.size, constraints.ties
     nothing = np.zeros(0, dtype=np.int64)
     rows = np.concatenate([nothing, *(a for a, _ in ties)])
@@ -256,10 +256,10 @@ def slots_for(constraints: Constraints, component: np.ndarray) -> np.ndarray:
     placeholder that was tied to no slot gets ``FIXED``."""
     size = constraints.slots.size
     slot = np.arange(component.size)
-    first = np.zeros(component.max() + 1, dtype=np.int64)
+    first_slot_of = np.zeros(component.max() + 1, dtype=np.int64)
     # In reverse, so that the first slot of a component is written last and overwrites the others.
-    first[component[size - 1 :: -1]] = slot[size - 1 :: -1]
-    slot[size:] = first[component[size:]]
+    first_slot_of[component[size - 1 :: -1]] = slot[size - 1 :: -1]
+    slot[size:] = first_slot_of[component[size:]]
     return slot
 
 
@@ -372,8 +372,8 @@ def _locked_units(
     (slots,) the index of each slot's entry, or -1 if it has none, as kernel positions do."""
     ids = np.flatnonzero(locked[component])
     ids = ids[ids > 0]
-    units, first = np.unique(component[ids], return_index=True)
-    axes = slots.axis_index(ids[first])
+    units, first_position = np.unique(component[ids], return_index=True)
+    axes = slots.axis_index(ids[first_position])
     counts = dict[tuple[int, tuple[Lock, ...]], int]()
     numbers = dict[Any, int]()
     entry_of = np.full(locked.size, -1, dtype=np.int64)

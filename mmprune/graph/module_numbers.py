@@ -115,11 +115,11 @@ def noted_call(
     has set is left out: a module that is built anew from the same config may lack it."""
     sizes: dict[Place, tuple[int, Ids | None]] = {}
     for side, values in (('in', args), ('out', out)):
-        for number, tensor in enumerate(tensors_in(values)):
+        for index, tensor in enumerate(tensors_in(values)):
             labels = tensors.info(tensor).labels
             for dim, size in enumerate(torch.Tensor.size(tensor)):
                 ids = labels.get(dim, ())
-                sizes[side, number, dim] = int(size), ids[0] if len(ids) == 1 else None
+                sizes[side, index, dim] = int(size), ids[0] if len(ids) == 1 else None
     unchanged = {key: int(value) for key, value in numbers.items() if vars(module).get(key) is value}
     return ModuleCall(name, type(module), unchanged, sizes)
 

@@ -43,10 +43,10 @@ def check_meta(meta: Any) -> None:
             f"meta['mmprune'] has format {_short(version)}, this mmprune reads up to {FORMAT}: it was "
             f'written by mmprune {_short(meta.get("mmprune"))}; install that version or a later one'
         )
-    for part, kind in _PARTS.items():
+    for part, expected_type in _PARTS.items():
         value = meta.get(part)
-        right = isinstance(value, kind) and not isinstance(value, bool)
-        _expect(right, f'[{part!r}]', value, f'of type {kind.__name__}')
+        right = isinstance(value, expected_type) and not isinstance(value, bool)
+        _expect(right, f'[{part!r}]', value, f'of type {expected_type.__name__}')
     _expect(meta['format'] == FORMAT, "['format']", meta['format'], str(FORMAT))
     for name, shape in meta['fingerprint'].items():
         right = isinstance(name, str) and isinstance(shape, list)
@@ -76,14 +76,14 @@ def _check_keep(keep: dict[Any, Any], fingerprint: dict[str, list[int]]) -> None
         right = name in fingerprint and isinstance(dims, dict)
         _expect(right, where, dims, 'a dict of a tensor in the fingerprint')
         for dim, kept in dims.items():
-            at = f'{where}[{_short(dim)}]'
+            where_dim = f'{where}[{_short(dim)}]'
             right = _is_int(dim) and 0 <= dim < len(shape)
-            _expect(right, at, kept, f'for a dimension below {len(shape)}')
+            _expect(right, where_dim, kept, f'for a dimension below {len(shape)}')
             right = isinstance(kept, list) and 0 < len(kept) <= shape[dim] and all(map(_is_int, kept))
-            _expect(right, at, kept, f'a list of 1 to {shape[dim]} indices')
+            _expect(right, where_dim, kept, f'a list of 1 to {shape[dim]} indices')
             right = kept[0] >= 0 and kept[-1] < shape[dim]
             right = right and all(a < b for a, b in zip(kept, kept[1:], strict=False))
-            _expect(right, at, kept, f'ascending indices from 0 to {shape[dim] - 1}')
+            _expect(right, where_dim, kept, f'ascending indices from 0 to {shape[dim] - 1}')
 
 
 def _check_aliases(meta: dict[str, Any]) -> None:

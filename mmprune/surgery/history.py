@@ -50,7 +50,8 @@ class CutRecord(CutNotes):
     more: Mapping[str, Any] = field(default_factory=dict)
 
     def to_meta(self) -> dict[str, Any]:
-        """The record as plain data for a checkpoint of format 1, without fields that are not set."""
+        """Returns the record as plain data for a checkpoint of format 1, without fields that are not
+        set."""
         values = {name: getattr(self, name) for name in _NAMES_OF_RECORD}
         values['uneven'] = list(self.uneven)
         return {k: v for k, v in values.items() if v is not None and v != []} | dict(self.more)
@@ -58,10 +59,10 @@ class CutRecord(CutNotes):
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> 'CutRecord':
         """Reads what :meth:`to_meta` wrote. :meth:`mmprune.Plan.from_meta` has checked the types."""
-        known = {name: meta[name] for name in _NAMES_OF_RECORD if name in meta}
-        if 'uneven' in known:
-            known['uneven'] = tuple(known['uneven'])
-        return cls(**known, more={k: v for k, v in meta.items() if k not in _NAMES_OF_RECORD})
+        values = {name: meta[name] for name in _NAMES_OF_RECORD if name in meta}
+        if 'uneven' in values:
+            values['uneven'] = tuple(values['uneven'])
+        return cls(**values, more={k: v for k, v in meta.items() if k not in _NAMES_OF_RECORD})
 
 
 _NAMES_OF_NOTES = tuple(field.name for field in fields(CutNotes))

@@ -118,16 +118,16 @@ def state_changes(value: Any, dims_of: Dims) -> list[Change]:
     for optimizer in optimizers:
         if id(optimizer) not in inside:
             _check_trains_them(optimizers_in(optimizer), dims_of)
-    known = {id(parameter) for optimizer in optimizers for parameter in parameters_of(optimizer)}
+    seen = {id(parameter) for optimizer in optimizers for parameter in parameters_of(optimizer)}
     changes: list[Change] = []
     for holder in holders:
         for parameter, place, key, state in _entries(holder):
-            known.update(id(tensor) for tensor in tensors_in(state))
+            seen.update(id(tensor) for tensor in tensors_in(state))
             changes += _entry_changes(holder, parameter, place, key, state, dims_of)
     cut = [p for optimizer in optimizers for p in parameters_of(optimizer) if id(p) in dims_of]
     shapes = {tuple(parameter.shape) for parameter in cut}
     for holder in holders:
-        _check_the_rest(holder, shapes, known)
+        _check_the_rest(holder, shapes, seen)
     return changes
 
 

@@ -48,7 +48,7 @@ def pooled(call: Call) -> Returned:
     )
 )
 def taken_entirely(call: Call) -> Returned:
-    """The result depends on the entire inputs, so no channel of them can be removed."""
+    """Locks all channels of the inputs, because the result depends on the entire inputs."""
     for value in [*call.args[0], *call.args[1].values()]:
         if isinstance(value, torch.Tensor):
             call.lock_tensor(value, LockKind.WHOLE)
@@ -85,8 +85,8 @@ def _deformed(
     group: int,
     deform_group: int,
 ) -> Outcome:
-    """A convolution whose kernel positions are offset by ``positions``, which have no channels. All
-    deformable groups lose the same positions."""
+    """Applies the rule of a convolution whose kernel positions are offset by ``positions``, which have
+    no channels. All deformable groups lose the same positions."""
     for tensor in positions:
         call.lock_tensor(tensor, LockKind.POSITIONS)
     for ids in call.ids(x, 1):
@@ -122,8 +122,8 @@ def carafe_naive(call: Call) -> Returned:
 def reassembled(
     call: Call, features: torch.Tensor, kernels: torch.Tensor, out: torch.Tensor, groups: int
 ) -> Outcome:
-    """Each of ``groups`` equal groups of channels has one kernel. All groups lose the same
-    positions."""
+    """Ties the channel groups of ``features``: each of ``groups`` equal groups of channels has one
+    kernel, and all groups lose the same positions."""
     call.lock_tensor(features, LockKind.SPATIAL, dims=[0, 2, 3])
     call.lock_tensor(kernels, LockKind.POSITIONS)
     ids = call.ids(features, 1)

@@ -46,7 +46,7 @@ def convolve(
     groups: int,
     transposed: bool = False,
 ) -> Outcome:
-    """A convolution of any rank and grouping; compiled convolutions use this rule too.
+    """Applies the rule of a convolution of any rank and grouping; compiled convolutions use it too.
 
     All groups lose the same positions, so that they keep one width. A depthwise convolution (one
     channel in each group) ties its inputs to its outputs and loses whole groups.
@@ -190,8 +190,8 @@ def heads_of(call: Call, tensor: torch.Tensor, count: int) -> Operand:
     '_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention'
 )
 def attention(call: Call) -> Returned:
-    """Query, key and value (B, H, N, D). Unless the caller gives a scale, the kernel computes it from
-    D, so D is locked for queries and keys. The width of the values is free."""
+    """Locks the width D of queries and keys (B, H, N, D) unless the caller gives a scale, because the
+    kernel then computes the scale from D. The width of the values is free."""
     query, key, value = call['query'], call['key'], call['value']
     if call.args.get('scale') is None:
         call.lock_tensor(query, LockKind.ATTENTION_SCALE, dims=[3])

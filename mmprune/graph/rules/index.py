@@ -30,7 +30,7 @@ def pick(call: Call) -> Returned:
 
 @aten('embedding')
 def embedding(call: Call) -> Returned:
-    """Rows of a table (rows, C) are picked by number, which gives (..., C)."""
+    """Picks rows of a table (rows, C) by number, which gives (..., C)."""
     table = call['weight']
     call.lock_tensor(table, LockKind.CONSTANT_INDEX, dims=[0])
     call.lock_tensor(call['indices'], LockKind.USED_AS_INDEX)
@@ -69,7 +69,8 @@ def index(call: Call) -> Returned:
 
 @aten('index_put_ index_put _index_put_impl_')
 def index_put(call: Call) -> Returned:
-    """``x[indices] = values``. If x was a fresh fill, it takes over what the values carry."""
+    """Ties ``x`` and ``values`` in ``x[indices] = values``. If ``x`` is a fresh constant, it takes over
+    the channels that the values carry."""
     x, values = call['self'], call['values']
     new_dim = indexed_dims(x, call['indices'])
     old_dim = {new: old for old, new in new_dim.items()}
@@ -111,6 +112,6 @@ def zero_of_both(call: Call, *tensors: torch.Tensor) -> Zero:
     'slice_scatter diagonal tril triu'
 )
 def scattered(call: Call) -> Returned:
-    """The operation depends on positions as numbers, so all channels stay."""
+    """Locks all channels, because the operation depends on positions as numbers."""
     call.lock_arguments(LockKind.SCATTERED)
     return LOCKS_ONLY

@@ -82,7 +82,7 @@ def broadcast(call: Call, operands: Sequence[Operand], shape: Sequence[int]) -> 
 
 
 def pointwise(call: Call) -> Returned:
-    """The rule of every operation that torch tags as pointwise."""
+    """Applies the rule of every operation that torch tags as pointwise."""
     values = list(call.args.values())
     tensors = [v for v in values if isinstance(v, torch.Tensor)]
     for value in values:
@@ -165,7 +165,7 @@ aten(
 
 @aten('zeros_like ones_like empty_like full_like')
 def fill_like(call: Call) -> Returned:
-    """A constant in the shape of another tensor follows that shape."""
+    """Lets a constant in the shape of another tensor carry the channels of that tensor."""
     x = call['self']
     zero = ZERO_STAYS if call.name == 'aten::zeros_like' else ZERO_MOVES
     return Outcome(call.labels(x), zero, call.broadcast_dims(x))
@@ -173,8 +173,8 @@ def fill_like(call: Call) -> Returned:
 
 @aten('rand_like randn_like randint_like bernoulli_ bernoulli normal_ uniform_ random_ exponential_')
 def random_like(call: Call) -> Returned:
-    """With fewer channels, other random numbers are drawn. In training (dropout) that does not matter;
-    in evaluation the channels are locked."""
+    """Locks the channels in evaluation mode, because other random numbers are drawn with fewer
+    channels. In training mode (dropout) that does not matter."""
     x, chance = call['self'], call.args.get('p')
     if isinstance(chance, torch.Tensor):
         call.lock_tensor(chance, LockKind.RANDOM)
@@ -186,7 +186,8 @@ def random_like(call: Call) -> Returned:
 
 @aten('zeros ones full empty new_zeros new_ones new_full new_empty', makes_size=True)
 def fill(call: Call) -> Returned:
-    """All values are equal, so each dimension follows the number that sized it."""
+    """Lets each dimension of a constant follow the number that sized it, because all values are
+    equal."""
     labels, broadcast_dims = call.follow_sizes(call.out, range(call.out.ndim), {})
     zeros = call.name.endswith('zeros') or call.args.get('fill_value') == 0
     zero = ZERO_STAYS if zeros else ZERO_MOVES

@@ -161,8 +161,8 @@ def transpose(call: Call) -> Returned:
 
 @aten('unsqueeze unsqueeze_')
 def unsqueeze(call: Call) -> Returned:
-    at = call['dim'] % call.out.ndim
-    return moved(call, {d: d + (d >= at) for d in range(call.out.ndim - 1)})
+    new_dim = call['dim'] % call.out.ndim
+    return moved(call, {d: d + (d >= new_dim) for d in range(call.out.ndim - 1)})
 
 
 @aten('squeeze')
@@ -224,7 +224,7 @@ def cat(call: Call) -> Returned:
 
 @aten('stack')
 def stack(call: Call) -> Returned:
-    """All tensors are tied, and a new dimension appears."""
+    """Ties all tensors, which are stacked along a new dimension."""
     tensors = call['tensors']
     dim = call.args.get('dim', 0) % call.out.ndim
     labels = broadcast(call, [operand(call, t) for t in tensors], tensors[0].shape)
@@ -233,8 +233,8 @@ def stack(call: Call) -> Returned:
 
 @aten('split split_with_sizes unsafe_split unsafe_split_with_sizes')
 def split(call: Call) -> Returned:
-    """Each part has the size that the code asked for. If torch computed equal sizes (``chunk``), the
-    parts have to stay equal."""
+    """Gives each part its positions and the size that the code asked for. If torch computed equal sizes
+    (``chunk``), the parts have to stay equal."""
     x = call['self']
     dim = call.args.get('dim', 0) % x.ndim
     lengths = [out.shape[dim] for out in call.out]
@@ -258,7 +258,7 @@ def split(call: Call) -> Returned:
 
 @aten('select unbind')
 def select(call: Call) -> Returned:
-    """Each output holds a single position of a dimension."""
+    """Locks a dimension of which each output holds a single position."""
     x = call['self']
     dim = call.args.get('dim', 0) % x.ndim
     call.lock_tensor(x, LockKind.CONSTANT_INDEX, dims=[dim])
@@ -267,8 +267,9 @@ def select(call: Call) -> Returned:
 
 @aten('slice')
 def take_slice(call: Call) -> Returned:
-    """The bounds of a slice have to follow the channels that they count. A plain number may have been
-    computed from the size in a way that the trace did not see, so it locks all channels."""
+    """Lets a slice follow the channels if its bounds follow the channels that they count. A plain
+    number may have been computed from the size in a way that the trace did not see, so it locks all
+    channels."""
     x = call['self']
     dim = call.args.get('dim', 0) % x.ndim
     labels = dict(call.labels(x))
@@ -291,8 +292,8 @@ TO_THE_END = 1 << 62
 
 @aten('flip roll')
 def reorder(call: Call) -> Returned:
-    """A flip reverses the channels exactly. A roll by a constant would move other channels after a cut,
-    so it locks them."""
+    """Reverses the channels for a flip. A roll by a constant would move other channels after a cut, so
+    it locks them."""
     x = call['self']
     dims = call['dims'] or range(x.ndim)
     dims = [d % x.ndim for d in dims]
@@ -313,8 +314,8 @@ def unfold(call: Call) -> Returned:
 
 @aten('channel_shuffle')
 def channel_shuffle(call: Call) -> Returned:
-    """The channels of (N, g * C, ...) are a table of g x C, which is transposed. All rows of the table
-    lose the same columns."""
+    """Transposes the channels of (N, g * C, ...) as a table of g x C. All rows of the table lose the
+    same columns."""
     x, groups = call['self'], call['groups']
     ids = call.ids(x, 1)
     for array in ids:
@@ -325,7 +326,8 @@ def channel_shuffle(call: Call) -> Returned:
 
 @aten('as_strided')
 def as_strided(call: Call) -> Returned:
-    """The same view of the same memory carries the same channels. Any other view locks them."""
+    """Carries the channels on if the view is the same view of the same memory. Any other view locks
+    them."""
     x, offset = call['self'], call['storage_offset']
     same = list(call['size']) == list(x.shape) and list(call['stride']) == list(x.stride())
     if same and offset in (None, x.storage_offset()):
@@ -335,7 +337,7 @@ def as_strided(call: Call) -> Returned:
 
 @aten('as_strided_')
 def restrided(call: Call) -> Returned:
-    """The tensor is changed in place and has its new shape by now, so its old channels are locked."""
+    """Locks the old channels of a tensor that is changed in place and has its new shape by now."""
     call.lock_tensor(call['self'], LockKind.STRIDED)
     return Outcome({}, ZERO_MOVES)
 

@@ -24,9 +24,9 @@ def channelwise(call: Call, spatial: int) -> Outcome:
     """Locks the last ``spatial`` dimensions, whose positions are mixed. The dimensions before them are
     carried on."""
     x = call.args.get('self', call.args.get('input'))
-    first = x.ndim - spatial
-    call.lock_tensor(x, LockKind.SPATIAL, dims=range(first, x.ndim))
-    return Outcome(leading(call, x, first), AS_INPUTS)
+    first_spatial = x.ndim - spatial
+    call.lock_tensor(x, LockKind.SPATIAL, dims=range(first_spatial, x.ndim))
+    return Outcome(leading(call, x, first_spatial), AS_INPUTS)
 
 
 def channelwise_over(spatial: int) -> RuleFunction:
@@ -48,14 +48,14 @@ aten('max_pool3d_with_indices _adaptive_avg_pool3d avg_pool3d upsample_nearest3d
 
 @aten('max_unpool2d max_unpool3d')
 def unpool(call: Call) -> Returned:
-    """Each value is written where its index says. The indices come from pooling other features with as
-    many channels, so both keep the same channels."""
+    """Ties values and indices. Each value is written where its index says, and the indices come from
+    pooling other features with as many channels, so both keep the same channels."""
     x, indices = call['self'], call['indices']
-    first = x.ndim - (2 if call.name.endswith('2d') else 3)
+    first_spatial = x.ndim - (2 if call.name.endswith('2d') else 3)
     for tensor in (x, indices):
-        call.lock_tensor(tensor, LockKind.SPATIAL, dims=range(first, x.ndim))
-    operands = [operand(call, tensor, range(first, x.ndim)) for tensor in (x, indices)]
-    shape = [*x.shape[:first], *[1] * (x.ndim - first)]
+        call.lock_tensor(tensor, LockKind.SPATIAL, dims=range(first_spatial, x.ndim))
+    operands = [operand(call, tensor, range(first_spatial, x.ndim)) for tensor in (x, indices)]
+    shape = [*x.shape[:first_spatial], *[1] * (x.ndim - first_spatial)]
     return Outcome(broadcast(call, operands, shape), AS_INPUTS)
 
 
@@ -67,7 +67,7 @@ def grid_sampler(call: Call) -> Returned:
 
 @aten('constant_pad_nd')
 def constant_pad(call: Call) -> Returned:
-    """``pad`` counts from the last dimension. Channels that it adds are constants."""
+    """Pads with constants, which may add fixed channels. ``pad`` counts from the last dimension."""
     x, pad = call['self'], call['pad']
     labels = dict(call.labels(x))
     for i in range(0, len(pad), 2):
@@ -84,7 +84,7 @@ def constant_pad(call: Call) -> Returned:
 
 
 def split_channels(call: Call, dim: int, cells: int, spatial: range) -> Outcome:
-    """Each channel of the input becomes ``cells`` neighbouring channels of the output."""
+    """Makes ``cells`` neighbouring channels of the output from each channel of the input."""
     x = call['self']
     call.lock_tensor(x, LockKind.SPATIAL, dims=spatial)
     ids = tuple(np.repeat(array, cells) for array in call.ids(x, dim))
@@ -92,8 +92,8 @@ def split_channels(call: Call, dim: int, cells: int, spatial: range) -> Outcome:
 
 
 def merge_channels(call: Call, dim: int, cells: int, spatial: range) -> Outcome:
-    """``cells`` neighbouring channels of the input become one channel of the output; they are one
-    unit."""
+    """Makes one channel of the output from ``cells`` neighbouring channels of the input, which become
+    one unit."""
     x = call['self']
     call.lock_tensor(x, LockKind.SPATIAL, dims=spatial)
     ids = call.ids(x, dim)
