@@ -138,7 +138,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     """
     buffers_of = [(module, dict(module._buffers)) for module in model.modules()]
     values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    versions = [(name, p, p._version) for name, p in model.named_parameters()]
+    versions = [(name, parameter, parameter._version) for name, parameter in model.named_parameters()]
     with random_state_restored(), modes_restored(model):
         try:
             yield

@@ -148,7 +148,8 @@ def check_rebuildable(model: nn.Module) -> None:
             'mixed_precision': module.mixed_precision,
             'optimize_ddp="python_reducer"': getattr(module, '_use_python_reducer', False),  # torch 2.4
             'an optimizer in backward (apply_optimizer_in_backward)': any(
-                hasattr(p, '_in_backward_optimizers') for p in module.module.parameters()
+                hasattr(parameter, '_in_backward_optimizers')
+                for parameter in module.module.parameters()
             ),
         }
         for name, is_used in fixed_buffers.items():
@@ -169,7 +170,9 @@ def _rebuild(ddp: DistributedDataParallel) -> None:
     parameters, sparse = ddp._build_params_for_reducer()
     names = ddp._build_debug_param_to_name_mapping(parameters)
     ddp._module_parameters = [
-        p for name, p in ddp.module.named_parameters() if name not in ddp.parameters_to_ignore
+        parameter
+        for name, parameter in ddp.module.named_parameters()
+        if name not in ddp.parameters_to_ignore
     ]
     ddp._ddp_init_helper(parameters, sparse, names, static_graph)
     ddp._has_rebuilt_buckets = False

@@ -328,21 +328,21 @@ def score_batches(
     Raises:
         PruneError: a forward returns nothing that depends on trained weights.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     collector = Collector(graph, score, 'none', model, distributed)
-    gradients = [p.grad for p in parameters]
+    gradients = [parameter.grad for parameter in parameters]
     try:
         for forward in forwards:
             for parameter in parameters:
                 parameter.grad = None
             with unchanged(model), torch.enable_grad():
-                outputs = [t for t in tensors_in(forward(model)) if t.requires_grad]
+                outputs = [tensor for tensor in tensors_in(forward(model)) if tensor.requires_grad]
                 if not outputs:
                     raise PruneError(
                         'to_loss_fn returns nothing that depends on trained weights: return the loss, '
                         'or the outputs that it is made of'
                     )
-                torch.stack([t.float().sum() for t in outputs]).sum().backward()
+                torch.stack([tensor.float().sum() for tensor in outputs]).sum().backward()
             collector.look()
     finally:
         collector.close()

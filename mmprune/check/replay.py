@@ -76,7 +76,9 @@ class DecisionReplay(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not self.reads_model:
-            self.reads_model = any(id(t) in self._state_ids for t in tensors_in((args, kwargs)))
+            self.reads_model = any(
+                id(tensor) in self._state_ids for tensor in tensors_in((args, kwargs))
+            )
         out = func(*args, **kwargs)
         # A view must stay a view: what is written to it has to reach the tensor that it shows.
         return out if _shares_memory(func) else self._settled(str(func), (args, kwargs), out)
@@ -121,7 +123,8 @@ class DecisionReplay(TorchDispatchMode):
         if self._catch_up is None:
             decisions.bases[call] = bases
             decisions.results[call] = [
-                r.clone() if isinstance(r, torch.Tensor) and _decides(r) else r for r in results
+                result.clone() if isinstance(result, torch.Tensor) and _decides(result) else result
+                for result in results
             ]
             return out
         self._wait_for(decisions.results, call)
@@ -149,7 +152,7 @@ class DecisionReplay(TorchDispatchMode):
 @functools.cache
 def _shares_memory(func: Any) -> bool:
     """Whether an operation writes to its inputs, or returns them or a view of them."""
-    return func._schema.is_mutable or any(r.alias_info for r in func._schema.returns)
+    return func._schema.is_mutable or any(returned.alias_info for returned in func._schema.returns)
 
 
 def _basis(tensor: torch.Tensor) -> Basis:

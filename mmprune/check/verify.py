@@ -87,7 +87,7 @@ def verify(
         True
     """
     original, pruned = innermost(original), innermost(pruned)
-    diverged = [name for name, p in original.named_parameters() if not is_finite(p)]
+    diverged = [name for name, parameter in original.named_parameters() if not is_finite(parameter)]
     if diverged:
         raise PruneError(
             f'{diverged[0]} and {len(diverged) - 1} more parameters hold NaN or infinity: the training '

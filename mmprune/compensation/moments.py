@@ -194,7 +194,7 @@ class InputMoments:
     Args:
         graph: the channel graph of ``model``.
         model: the model that is trained. Hooks are registered on its layers until :meth:`close`.
-        every: of this many training steps, one is gathered.
+        every: the number of training steps of which one is gathered.
     """
 
     def __init__(self, graph: ChannelGraph, model: nn.Module, every: int = 1) -> None:

@@ -72,7 +72,7 @@ def after_cut(graph: ChannelGraph, model: nn.Module, keep: np.ndarray) -> Channe
     lost = np.flatnonzero(stays & (new_slot == FIXED) & (graph.unit_of >= 0))
     is_single[graph.unit_of[lost]] = True
     single_axes = [axis for axis in graph.slots.axes if (axis.name, axis.dim) not in slots.by_key]
-    single = [Locked(a.name, a.dim, 1, (Lock(LockKind.ONLY_CHANNEL),)) for a in single_axes]
+    single = [Locked(axis.name, axis.dim, 1, (Lock(LockKind.ONLY_CHANNEL),)) for axis in single_axes]
 
     held = np.flatnonzero(stays & (new_slot > FIXED))
     unit_of = np.full(slots.size, -1, dtype=np.int64)

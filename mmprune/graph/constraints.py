@@ -61,16 +61,17 @@ class Constraints:
     Attributes:
         ties: pairs of id arrays that are tied position by position.
         origins: for each entry of ``ties`` the reason and the place that a report names.
-        conditions: what the units have to fulfil. Sizes are compared after the run, because only then
-            all ties are known.
+        conditions: conditions that the units have to fulfil. They are settled after the run, because
+            only then all ties are known.
         deferred: functions to call after the run, which add further conditions.
         locks: (ids, reason) of channels that may not be removed.
         read: channels of activations that contractions sum over.
         weights_read: channels of weights that contractions sum over.
         scales: channels of the gammas of normalisations.
+        tracked: numbers of modules that shrink with channels.
         epoch: the number of the present run. It changes when a run ends or is undone; sizes of other
             epochs count as plain numbers.
-        distinct_keys: which sizes differ from plain numbers as dictionary keys.
+        distinct_keys: the sizes that differ from plain numbers as dictionary keys.
         used_as_key: whether the run used any size as a dictionary key.
     """
 

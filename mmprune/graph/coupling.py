@@ -144,7 +144,7 @@ class ChannelGraph:
     def params(self) -> int:
         """The number of parameters of the model."""
         slots = self.slots
-        names = [name for name, t in slots.tensors.items() if isinstance(t, nn.Parameter)]
+        names = [name for name, tensor in slots.tensors.items() if isinstance(tensor, nn.Parameter)]
         return sum(slots.shapes[name].numel() for name in names)
 
     @property

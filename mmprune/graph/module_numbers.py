@@ -278,4 +278,6 @@ def carrying(call: ModuleCall, places: set[Place], side: str) -> list[Place]:
     them, its other dimensions are left out, e.g. those of a 64 x 64 map with 64 channels."""
     on_side = sorted(place for place in places if side in ('', place[0]))
     with_channels = {place[:2] for place in on_side if call.sizes[place][1] is not None}
-    return [p for p in on_side if call.sizes[p][1] is not None or p[:2] not in with_channels]
+    return [
+        place for place in on_side if call.sizes[place][1] is not None or place[:2] not in with_channels
+    ]

@@ -127,7 +127,7 @@ def kernel_weights(model: nn.Module) -> set[str]:
 def aliases_of(model: nn.Module) -> dict[str, str]:
     """Returns {further name of a parameter or buffer: its first name}."""
     first_name: dict[int, str] = {}
-    names = [(name, first_name.setdefault(id(t), name)) for name, t in named_state(model)]
+    names = [(name, first_name.setdefault(id(tensor), name)) for name, tensor in named_state(model)]
     return {name: first for name, first in names if name != first}
 
 

@@ -141,5 +141,5 @@ def _is_plain(value: Any, depth: int = 6) -> bool:
     if depth == 0 or not isinstance(value, dict | list | tuple):
         return False
     if isinstance(value, dict):
-        return all(isinstance(k, str) and _is_plain(v, depth - 1) for k, v in value.items())
-    return all(_is_plain(v, depth - 1) for v in value)
+        return all(isinstance(key, str) and _is_plain(item, depth - 1) for key, item in value.items())
+    return all(_is_plain(item, depth - 1) for item in value)

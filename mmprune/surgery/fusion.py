@@ -94,7 +94,9 @@ def _folds(conv: nn.Module) -> TypeGuard[_ConvNd]:
     """Whether a module is a convolution into which a batch norm can be folded."""
     if not isinstance(conv, _ConvNd) or type(conv).__module__ not in PLAIN_MODULES:
         return False
-    grouped = isinstance(conv, _ConvTransposeNd) and conv.groups > 1  # torch can't fold these
+    grouped = (
+        isinstance(conv, _ConvTransposeNd) and conv.groups > 1
+    )  # torch's function can't fold these
     return not (grouped or is_parametrized(conv) or _watched(conv))
 
 

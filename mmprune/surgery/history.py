@@ -54,7 +54,9 @@ class CutRecord(CutNotes):
         set."""
         values = {name: getattr(self, name) for name in _NAMES_OF_RECORD}
         values['uneven'] = list(self.uneven)
-        return {k: v for k, v in values.items() if v is not None and v != []} | dict(self.more)
+        return {
+            key: value for key, value in values.items() if value is not None and value != []
+        } | dict(self.more)
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> 'CutRecord':
@@ -62,7 +64,9 @@ class CutRecord(CutNotes):
         values = {name: meta[name] for name in _NAMES_OF_RECORD if name in meta}
         if 'uneven' in values:
             values['uneven'] = tuple(values['uneven'])
-        return cls(**values, more={k: v for k, v in meta.items() if k not in _NAMES_OF_RECORD})
+        return cls(
+            **values, more={key: value for key, value in meta.items() if key not in _NAMES_OF_RECORD}
+        )
 
 
 _NAMES_OF_NOTES = tuple(field.name for field in fields(CutNotes))

@@ -124,7 +124,12 @@ def state_changes(value: Any, dims_of: Dims) -> list[Change]:
         for parameter, place, key, state in _entries(holder):
             seen.update(id(tensor) for tensor in tensors_in(state))
             changes += _entry_changes(holder, parameter, place, key, state, dims_of)
-    cut = [p for optimizer in optimizers for p in parameters_of(optimizer) if id(p) in dims_of]
+    cut = [
+        parameter
+        for optimizer in optimizers
+        for parameter in parameters_of(optimizer)
+        if id(parameter) in dims_of
+    ]
     shapes = {tuple(parameter.shape) for parameter in cut}
     for holder in holders:
         _check_the_rest(holder, shapes, seen)
@@ -204,7 +209,7 @@ def _check_the_rest(holder: Any, shapes: set[tuple[int, ...]], known: set[int]) 
     """
     for name, value in getattr(holder, '__dict__', {}).items():
         if name == 'param_groups':
-            value = [{k: v for k, v in group.items() if k != 'params'} for group in value]
+            value = [{key: item for key, item in group.items() if key != 'params'} for group in value]
         if 'hook' in name or not isinstance(value, torch.Tensor | list | tuple | dict):
             continue
         for tensor in tensors_in(value):

@@ -62,7 +62,8 @@ def plans_in(model: nn.Module) -> Plans:
     """Returns the entries of all modules of ``model``, for :func:`put_plans`."""
     modules = innermost(model).modules()
     return [
-        (module, {k: v for k, v in vars(module).items() if k in (PLAN, PART)}) for module in modules
+        (module, {key: value for key, value in vars(module).items() if key in (PLAN, PART)})
+        for module in modules
     ]
 
 
@@ -127,7 +128,11 @@ def _part(plan: Any, name: str) -> Any:
     def inside(entries: dict[str, Any]) -> dict[str, Any]:
         return {key[start:]: v for key, v in entries.items() if f'{key}.'.startswith(f'{name}.')}
 
-    aliases = {k: v[start:] for k, v in inside(plan.aliases).items() if v.startswith(f'{name}.')}
+    aliases = {
+        key: value[start:]
+        for key, value in inside(plan.aliases).items()
+        if value.startswith(f'{name}.')
+    }
     shapes = inside(plan.fingerprint)
     return replace(
         plan,

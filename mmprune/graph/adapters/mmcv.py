@@ -36,7 +36,9 @@ def pooled(call: Call) -> Returned:
     features, rois, out = args[:3]
     call.lock_tensor(features, LockKind.SPATIAL, dims=[0, 2, 3])
     call.lock_tensor(rois, LockKind.POSITIONS)
-    indices = [t for t in args[3:] if isinstance(t, torch.Tensor) and t.shape == out.shape]
+    indices = [
+        tensor for tensor in args[3:] if isinstance(tensor, torch.Tensor) and tensor.shape == out.shape
+    ]
     return [written(tensor, {1: call.ids(features, 1)}) for tensor in (out, *indices)]
 
 

@@ -180,8 +180,10 @@ def heads_of(call: Call, tensor: torch.Tensor, count: int) -> Operand:
     n_heads = heads.shape[dim] if dim >= 0 else 1
     if n_heads in (1, count) or count % n_heads:
         return heads
-    shape = [count if d == dim else n for d, n in enumerate(heads.shape)]
-    labels = {d: tuple(np.repeat(i, count // n_heads) for i in ids) for d, ids in heads.labels.items()}
+    shape = [count if d == dim else size for d, size in enumerate(heads.shape)]
+    labels = {
+        d: tuple(np.repeat(array, count // n_heads) for array in ids) for d, ids in heads.labels.items()
+    }
     return heads._replace(shape=shape, labels=labels)
 
 
@@ -200,7 +202,7 @@ def attention(call: Call) -> Returned:
     for tensor in (query, key, value):
         call.lock_tensor(tensor, LockKind.ATTENTION, dims=[0, 2])
     mask = call.args.get('attn_mask', call.args.get('attn_bias'))
-    tensors = [t for t in (query, key, value, mask) if t is not None]
+    tensors = [tensor for tensor in (query, key, value, mask) if tensor is not None]
     heads = [heads_of(call, tensor, query.shape[1]) for tensor in tensors]
     labels = broadcast(call, heads, query[..., :1, :1].shape)
     if mask is not None:

@@ -52,8 +52,8 @@ def indexed_dims(x: torch.Tensor, indices: Sequence[torch.Tensor | None]) -> dic
     # Indices of neighbouring dimensions put the new dimensions in their place; others put them first.
     neighbours = taken == list(range(taken[0], taken[0] + len(taken))) if taken else True
     kept = [d for d in range(x.ndim) if d not in taken]
-    first = taken[0] if taken and neighbours else 0
-    return {d: n + (new_dims if n >= first else 0) for n, d in enumerate(kept)}
+    first_new = taken[0] if taken and neighbours else 0
+    return {d: position + (new_dims if position >= first_new else 0) for position, d in enumerate(kept)}
 
 
 @aten('index')
@@ -62,8 +62,8 @@ def index(call: Call) -> Returned:
     new_dim = indexed_dims(x, call['indices'])
     carried = call.labels(x)
     call.lock_tensor(x, LockKind.CONSTANT_INDEX, dims=[d for d in carried if d not in new_dim])
-    for i in call['indices']:
-        call.lock_tensor(i, LockKind.USED_AS_INDEX)
+    for indices in call['indices']:
+        call.lock_tensor(indices, LockKind.USED_AS_INDEX)
     return Outcome({new_dim[d]: ids for d, ids in carried.items() if d in new_dim}, AS_INPUTS)
 
 
@@ -74,8 +74,8 @@ def index_put(call: Call) -> Returned:
     x, values = call['self'], call['values']
     new_dim = indexed_dims(x, call['indices'])
     old_dim = {new: old for old, new in new_dim.items()}
-    for i in call['indices']:
-        call.lock_tensor(i, LockKind.USED_AS_INDEX)
+    for indices in call['indices']:
+        call.lock_tensor(indices, LockKind.USED_AS_INDEX)
     call.lock_tensor(x, LockKind.CONSTANT_INDEX, dims=[d for d in call.labels(x) if d not in new_dim])
     labels = {d: ids for d, ids in call.labels(x).items() if d in new_dim}
     rank = max(new_dim.values(), default=-1) + 1
@@ -103,7 +103,7 @@ def index_put(call: Call) -> Returned:
 def zero_of_both(call: Call, *tensors: torch.Tensor) -> Zero:
     """Returns ``ZERO_STAYS`` if all of the tensors carry channels and are zero where these are,
     otherwise ``ZERO_MOVES``."""
-    safe = all(call.labels(t) and call.zero_safe(t) for t in tensors)
+    safe = all(call.labels(tensor) and call.zero_safe(tensor) for tensor in tensors)
     return ZERO_STAYS if safe else ZERO_MOVES
 
 

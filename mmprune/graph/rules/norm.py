@@ -39,7 +39,9 @@ def batch_norm(call: Call) -> Returned:
 def affine_makes_zero(call: Call) -> bool:
     """Whether gamma and beta make a removed channel zero, whatever the input is."""
     tensors = [call.args.get(name) for name in ('weight', 'bias')]
-    return all(t is not None and call.labels(t) and call.zero_safe(t) for t in tensors)
+    return all(
+        tensor is not None and call.labels(tensor) and call.zero_safe(tensor) for tensor in tensors
+    )
 
 
 @aten('batch_norm_stats batch_norm_gather_stats_with_counts')

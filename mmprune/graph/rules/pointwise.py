@@ -36,7 +36,7 @@ def operand(call: Call, tensor: torch.Tensor, without: Collection[int] = ()) -> 
     labels, broadcast_dims = call.labels(tensor), call.broadcast_dims(tensor)
     if not without:
         return Operand(tensor.shape, labels, broadcast_dims)
-    shape = [min(1, n) if d in without else n for d, n in enumerate(tensor.shape)]
+    shape = [min(1, size) if d in without else size for d, size in enumerate(tensor.shape)]
     return Operand(shape, {d: ids for d, ids in labels.items() if d not in without}, broadcast_dims)
 
 
@@ -84,10 +84,10 @@ def broadcast(call: Call, operands: Sequence[Operand], shape: Sequence[int]) -> 
 def pointwise(call: Call) -> Returned:
     """Applies the rule of every operation that torch tags as pointwise."""
     values = list(call.args.values())
-    tensors = [v for v in values if isinstance(v, torch.Tensor)]
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
     for value in values:
         if isinstance(value, list | tuple):
-            tensors += [v for v in value if isinstance(v, torch.Tensor)]
+            tensors += [item for item in value if isinstance(item, torch.Tensor)]
     operands = [operand(call, tensor) for tensor in tensors]
     zero = ZERO_MOVES if moves_zero(call) else ZERO_STAYS
 
@@ -152,7 +152,7 @@ def _try(function: Callable, kinds: dict[str, Any]) -> bool:
     except RuntimeError:  # the function needs tensors of another shape
         return True
     results = out if isinstance(out, list | tuple) else [out]
-    return any(bool(r.ne(0).any()) for r in results if isinstance(r, torch.Tensor))
+    return any(bool(result.ne(0).any()) for result in results if isinstance(result, torch.Tensor))
 
 
 # These are elementwise too, although torch does not tag them so.

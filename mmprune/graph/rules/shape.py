@@ -93,8 +93,8 @@ def regroup(
         (dimension of ``after``, its channels) pairs: one if a factor can shrink, all factors if the
         channels are locked anyway, none if the view cuts across channels, which locks them.
     """
-    before = [max(n, 1) for n in before]
-    after = [max(n, 1) for n in after]
+    before = [max(size, 1) for size in before]
+    after = [max(size, 1) for size in after]
     inner = math.prod(before[dim + 1 :])
     period = inner * ids.size
     carried: dict[int, np.ndarray] = {}  # {new dimension: index into ids of each of its positions}
@@ -195,7 +195,8 @@ def repeat(call: Call) -> Returned:
     x, times = call['self'], call['repeats']
     shift = len(times) - x.ndim
     labels = {
-        d + shift: tuple(np.tile(i, times[d + shift]) for i in ids) for d, ids in call.labels(x).items()
+        d + shift: tuple(np.tile(array, times[d + shift]) for array in ids)
+        for d, ids in call.labels(x).items()
     }
     return Outcome(labels, AS_INPUTS, [d + shift for d in call.broadcast_dims(x)])
 
@@ -203,13 +204,15 @@ def repeat(call: Call) -> Returned:
 @aten('cat')
 def cat(call: Call) -> Returned:
     """Channels follow each other along the joined dimension; the other dimensions are tied."""
-    tensors = [t for t in call['tensors'] if not (t.ndim == 1 and t.numel() == 0)]
-    if not any(call.labels(t) for t in tensors):
+    tensors = [tensor for tensor in call['tensors'] if not (tensor.ndim == 1 and tensor.numel() == 0)]
+    if not any(call.labels(tensor) for tensor in tensors):
         return CARRIES_NOTHING
     dim = (call.args.get('dim') or 0) % tensors[0].ndim
     operands = [operand(call, tensor, [dim]) for tensor in tensors]
-    labels = broadcast(call, operands, [1 if d == dim else n for d, n in enumerate(call.out.shape)])
-    parts = [call.ids(t, dim) for t in tensors]
+    labels = broadcast(
+        call, operands, [1 if d == dim else size for d, size in enumerate(call.out.shape)]
+    )
+    parts = [call.ids(tensor, dim) for tensor in tensors]
     depth = max(map(len, parts))
     if depth == 1:
         pieces = [
@@ -227,7 +230,7 @@ def stack(call: Call) -> Returned:
     """Ties all tensors, which are stacked along a new dimension."""
     tensors = call['tensors']
     dim = call.args.get('dim', 0) % call.out.ndim
-    labels = broadcast(call, [operand(call, t) for t in tensors], tensors[0].shape)
+    labels = broadcast(call, [operand(call, tensor) for tensor in tensors], tensors[0].shape)
     return Outcome({d + (d >= dim): ids for d, ids in labels.items()}, AS_INPUTS)
 
 
@@ -299,7 +302,7 @@ def reorder(call: Call) -> Returned:
     dims = [d % x.ndim for d in dims]
     carried = call.labels(x)
     if call.name == 'aten::flip':
-        flipped = {d: tuple(i[::-1] for i in ids) for d, ids in carried.items() if d in dims}
+        flipped = {d: tuple(array[::-1] for array in ids) for d, ids in carried.items() if d in dims}
         return Outcome(carried | flipped, AS_INPUTS)
     call.lock_tensor(x, LockKind.ROLLED, dims=dims)
     return Outcome(carried, AS_INPUTS)
@@ -351,5 +354,5 @@ def repeat_interleave(call: Call) -> Returned:
     dim %= x.ndim
     labels = dict(call.labels(x))
     if dim in labels:
-        labels[dim] = tuple(np.repeat(i, times) for i in labels[dim])
+        labels[dim] = tuple(np.repeat(array, times) for array in labels[dim])
     return Outcome(labels, AS_INPUTS)

@@ -78,7 +78,7 @@ def constant_pad(call: Call) -> Returned:
                 continue
             ends = (fixed_ids(before), fixed_ids(after))
             labels[dim] = tuple(np.concatenate([ends[0], ids, ends[1]]) for ids in labels[dim])
-    pads_space = any(n and x.ndim - 1 - i // 2 not in labels for i, n in enumerate(pad))
+    pads_space = any(amount and x.ndim - 1 - i // 2 not in labels for i, amount in enumerate(pad))
     moves = not call.zero_safe(x) or bool(call['value'] and pads_space)
     return Outcome(labels, ZERO_MOVES if moves else ZERO_STAYS)
 
@@ -135,6 +135,6 @@ def index_add(call: Call) -> Returned:
     call.lock_tensor(call['index'], LockKind.USED_AS_INDEX)
     for tensor in (x, source):
         call.lock_tensor(tensor, LockKind.CONSTANT_INDEX, dims=[dim])
-    shape = [1 if d == dim else n for d, n in enumerate(x.shape)]
+    shape = [1 if d == dim else size for d, size in enumerate(x.shape)]
     operands = [operand(call, tensor, [dim]) for tensor in (x, source)]
     return Outcome(broadcast(call, operands, shape), zero_of_both(call, x, source))
