@@ -288,6 +288,7 @@ class Pruner:
         collector = self._collector
         needs_steps = self.score.criterion.needs != 'weights'
         if collector is not None and self._graph is not None:
+            # If no training step came after the last cut, one backward pass gives the scores (below).
             if collector.iterations or not needs_steps:
                 return transferred(collector.scores(), self._graph, graph), collector
             collector.close()

@@ -63,6 +63,7 @@ class Comparison:
                     f'output {position} of the model has shape {shape}, the original '
                     f'{tuple(tensor.shape)}'
                 )
+            # '' is the model itself. Its tensors are numbered where modules have the index of a call.
             self.add(('', position, 0), tensor, other)
         return ''
 

@@ -237,7 +237,7 @@ def _output(
         x = x.reshape(-1, x.shape[-1] // block, block)[:, channels].flatten(1)
         return nn.functional.linear(x, weight.to(x.dtype))
     dim = 1 if x.ndim == weight.ndim else 0
-    convolution: Any = module
+    convolution: Any = module  # ``_conv_forward`` uses the layer's stride, padding and dilation
     return convolution._conv_forward(x.index_select(dim, channels), weight.to(x.dtype), None)
 
 
@@ -246,6 +246,7 @@ def halves_of(x: torch.Tensor, module: nn.Module) -> tuple[torch.Tensor, torch.T
     sample, of the next dimension other than the channels. Both are empty if no dimension can be
     divided."""
     linear = isinstance(module, nn.Linear)
+    # A convolution's input has its channels on dimension 1, or on dimension 0 if it has no batch.
     channels = x.ndim - 1 if linear else x.ndim + 1 - module.get_parameter('weight').ndim
     for dim, size in enumerate(x.shape):
         if dim != channels and size > 1:

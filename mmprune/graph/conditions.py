@@ -109,7 +109,7 @@ class Proportion:
         surplus = in_a * self.b.size - in_b * self.a.size
         waiting: dict[int, list[int]] = {}  # {surplus: units that have it and no counterpart yet}
         pairs = []
-        for unit in np.argsort(first_position):
+        for unit in np.argsort(first_position):  # in the order in which units appear in ``ids``
             amount = int(surplus[unit])
             if waiting.get(-amount):
                 pairs.append((waiting[-amount].pop(0), unit))

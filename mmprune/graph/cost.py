@@ -62,6 +62,7 @@ class CostPolynomial:
         columns = np.concatenate([np.zeros(0, dtype=np.int64), *removable])
         shape = (n_axes + 1, max(graph.n_units, 1))
         self._members = csr_array((np.ones(rows.size), (rows, columns)), shape=shape)
+        # A polynomial without terms is stored as one term of 0.
         self._counts = np.array(list(merged.values()) or [0.0])
         width = max(map(len, merged), default=1) or 1
         padded = [[*numbers, *[n_axes] * (width - len(numbers))] for numbers in merged]

@@ -66,7 +66,7 @@ class Locked:
         name: the name of the tensor that the first slot of each unit is in.
         dim: the dimension of this tensor that the first slot of each unit lies on.
         count: the number of units.
-        reasons: why they are locked.
+        reasons: the reasons why the units are locked.
     """
 
     name: str
@@ -99,9 +99,9 @@ class ChannelGraph:
         unit_of: (slots,) the unit of each slot, or -1 if the slot cannot be removed.
         lock_of: (slots,) the index in ``locked`` of each slot's entry, or -1 if it has none.
         consumers: axes of weights that contractions sum over.
-        profile: what the first traced run costs, and what took part in any run.
+        profile: the costs of the first traced run, and the tensors that took part in any run.
         tracked: attributes of modules that shrink with channels.
-        weights_read: the channels of a weight, for each contraction.
+        weights_read: for each contraction, the channels of the weight that it sums over.
         scales: the channels of each normalisation's gamma.
         failed: {traced run that was allowed to fail and did: its error}.
         both_modes: whether the first run was traced in training mode and in evaluation mode.

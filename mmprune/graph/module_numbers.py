@@ -204,13 +204,15 @@ def untracked_widths(
             calls_of.setdefault((call.kind, attribute), []).append(call)
     follows, stale = [], []
     for (_, attribute), of_class in calls_of.items():
+        # Dimensions of inputs and outputs that equal the number in every call of every module.
         shared = set.intersection(*(equal_places(call, attribute) for call in of_class))
         if not shared or words(attribute) & NO_WIDTH:
             continue
         varies = len({call.numbers[attribute] for call in of_class}) > 1
+        # The same for dimensions of weights inside the modules.
         inner = [widths.inside(call.module, call.numbers[attribute]) for call in of_class]
         shared_inner = set.intersection(*map(set, inner))
-        members: dict[str, list[int]] = {}
+        members: dict[str, list[int]] = {}  # {module: indices of its calls in of_class}
         for index, call in enumerate(of_class):
             members.setdefault(call.module, []).append(index)
         for module, indices in members.items():

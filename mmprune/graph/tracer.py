@@ -90,11 +90,13 @@ class Tracer(TorchDispatchMode):
             return self._dispatch(func, args, kwargs or {})
 
     def _dispatch(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """Runs an operation, applies its rule, and records what its outputs carry and cost."""
         name, tensors, profile = func._schema.name, self.state.tensors, self.state.profile
         rule = rule_of(func, name)
         inputs = tensors_in((args, kwargs))
         infos = [tensors.info(tensor) for tensor in inputs]
         carrying = [info for info in infos if info.labels]
+        # An operation on weights gives a rearranged or rescaled weight, unless it is a contraction.
         is_view = bool(carrying) and all(info.is_weight_view for info in carrying)
         if rule is not None and rule.is_contraction:
             is_view = False
@@ -102,11 +104,14 @@ class Tracer(TorchDispatchMode):
         self.operations.append((func, without_values(args), without_values(kwargs)))
         out = func(*args, **kwargs)
         outputs = tensors_in(out)
+        # An output that is also an input was written in place, or returned as it is.
         labels_before = {id(tensor): info.labels for tensor, info in zip(inputs, infos, strict=True)}
         for tensor in outputs:
             if id(tensor) not in labels_before:
                 tensors[tensor] = TensorInfo(zero_safe=zero_safe)
         requested, is_known = self.sizes.requested_sizes, False
+        # Without channels in its inputs, an operation matters only if it can make a dimension that
+        # follows a channel count, or if an input has dimensions that take any size.
         makes_size = not inputs or requested is not None or rule is not None and rule.makes_size
         if carrying or makes_size or any(info.broadcast_dims for info in infos):
             labelled = [tensor for tensor, info in zip(inputs, infos, strict=True) if info.labels]

@@ -174,6 +174,7 @@ def _entry_changes(
     if dims is None:
         _check_flat(holder, name, tensors, dims_of)
         return []
+    # A single number, such as a count of steps, stays as it is.
     if all(tensor.numel() == 1 != parameter.numel() for tensor in tensors):
         return []
     if tensors[0] is not state or state.shape != parameter.shape:

@@ -155,7 +155,9 @@ def _with_part(plan: Any, model: nn.Module, name: str, part: Any) -> Any:
     keep |= {f'{name}.{key}': dims for key, dims in part.keep.items()}
     before = plan.fingerprint | {f'{name}.{key}': shape for key, shape in part.fingerprint.items()}
     attributes = plan.attributes | {
-        f'{name}.{key}'.rstrip('.'): values for key, values in part.attributes.items()
+        # The part itself has the name '' in its own plan.
+        f'{name}.{key}'.rstrip('.'): values
+        for key, values in part.attributes.items()
     }
     for names in names_by_first(aliases_of(model)).values():
         inside = next((alias for alias in names if alias.startswith(f'{name}.')), None)

@@ -158,6 +158,7 @@ def _add(call: Call, product: Outcome) -> Outcome:
 
 @aten('mv dot vdot addmv', is_contraction=True)
 def mv(call: Call) -> Returned:
+    """Applies the rule of a product with a vector: a contraction of ``a`` (..., K) with ``b`` (K,)."""
     a = call.args.get('mat', call['self'])
     b = call.args.get('vec', call.args.get('tensor', call.args.get('other')))
     contract(call, a, call.ids(a, -1), b, call.ids(b, 0))

@@ -14,6 +14,8 @@ from mmprune.graph.rules.pointwise import operand
 
 @aten('index_select gather')
 def pick(call: Call) -> Returned:
+    """Locks the dimension that is indexed. For ``gather``, the other dimensions of the input are tied
+    to those of the index."""
     x, dim = call['self'], call['dim'] % max(call['self'].ndim, 1)
     call.lock_tensor(x, LockKind.CONSTANT_INDEX, dims=[dim])
     labels = {d: ids for d, ids in call.labels(x).items() if d != dim}
@@ -58,6 +60,8 @@ def indexed_dims(x: torch.Tensor, indices: Sequence[torch.Tensor | None]) -> dic
 
 @aten('index')
 def index(call: Call) -> Returned:
+    """Locks the dimensions that are indexed in ``x[indices]``, and carries the channels of the others
+    on."""
     x = call['self']
     new_dim = indexed_dims(x, call['indices'])
     carried = call.labels(x)

@@ -16,6 +16,8 @@ from mmprune.graph.slots import Ids, Labels, fixed_ids
 
 @aten('view _unsafe_view _reshape_alias')
 def view(call: Call) -> Returned:
+    """Moves the channels to the dimensions that carry them after a view (:func:`regroup`), and binds
+    them to the sizes that the code asked for."""
     x = call['self']
     labels: Labels = {}
     if call.out.numel() != x.numel():  # viewed as a dtype of another size
@@ -175,6 +177,8 @@ def squeeze(call: Call) -> Returned:
 
 @aten('expand', makes_size=True)
 def expand(call: Call) -> Returned:
+    """Carries the channels on. Dimensions along which values are copied follow the size that the code
+    asked for."""
     x = call['self']
     shift = call.out.ndim - x.ndim
     labels = {d + shift: ids for d, ids in call.labels(x).items() if call.out.shape[d + shift] > 1}
@@ -192,6 +196,7 @@ def expand(call: Call) -> Returned:
 
 @aten('repeat')
 def repeat(call: Call) -> Returned:
+    """Repeats the channels of each dimension as often as the values."""
     x, times = call['self'], call['repeats']
     shift = len(times) - x.ndim
     labels = {
@@ -310,6 +315,7 @@ def reorder(call: Call) -> Returned:
 
 @aten('unfold')
 def unfold(call: Call) -> Returned:
+    """Locks the dimension that is divided into windows."""
     x, dim = call['self'], call['dimension'] % call['self'].ndim
     call.lock_tensor(x, LockKind.SPATIAL, dims=[dim])
     return Outcome({d: ids for d, ids in call.labels(x).items() if d != dim}, AS_INPUTS)
@@ -347,6 +353,7 @@ def restrided(call: Call) -> Returned:
 
 @aten('repeat_interleave')
 def repeat_interleave(call: Call) -> Returned:
+    """Repeats each channel as often as a plain number says. Numbers in a tensor lock all channels."""
     x, dim, times = call.args.get('self'), call.args.get('dim'), call.args.get('repeats')
     if x is None or dim is None or not isinstance(times, int):
         call.lock_arguments(LockKind.REPEATED)

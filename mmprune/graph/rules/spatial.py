@@ -61,6 +61,7 @@ def unpool(call: Call) -> Returned:
 
 @aten('grid_sampler_2d _grid_sampler_2d_cpu_fallback')
 def grid_sampler(call: Call) -> Returned:
+    """Locks the sampling positions, and treats the input as :func:`channelwise` does."""
     call.lock_tensor(call['grid'], LockKind.POSITIONS)
     return channelwise(call, 2)
 
