@@ -1,4 +1,4 @@
-"""Running statistics of batch norms, measured anew after a cut."""
+"""Measures the running statistics of batch norms again after a cut."""
 
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase

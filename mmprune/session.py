@@ -143,7 +143,7 @@ def cut_once(
     """Cuts a model once, in place.
 
     Args:
-        context: the model, and what is cut with it.
+        context: the model, and the optimizers and copies that are cut with it.
         graph: the graph of the model as it is.
         scores: (n_units,) the scores of the units of ``graph``; NaN for a unit that has none and stays.
         budget: the budget of the whole run, which is recorded in the plan.
@@ -345,7 +345,7 @@ def _compensation(
         return None
 
 
-# -- what a failed check is due to ---------------------------------------------------------------------
+# -- the causes of a failed check ----------------------------------------------------------------------
 
 
 def groups_to_blame(
@@ -357,7 +357,7 @@ def groups_to_blame(
     Args:
         graph: the graph of the model.
         keep: (n_units,) bool, a choice that fails.
-        fails: tells whether a choice fails.
+        fails: returns something true if a choice, (n_units,) bool, fails the check.
     """
 
     def cutting_only(groups: list[int]) -> np.ndarray:
@@ -412,7 +412,7 @@ def to_blame(suspects: list[Any], fails: Callable[[list[Any]], Any]) -> list[Any
     return blamed
 
 
-# -- what is reported of a cut -------------------------------------------------------------------------
+# -- reports about a cut -------------------------------------------------------------------------------
 
 
 def most_narrowed(graph: ChannelGraph, keep: np.ndarray, count: int = 3) -> list[str]:

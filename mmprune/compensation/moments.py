@@ -108,9 +108,9 @@ def rows_of(
 
     Args:
         x: (N, C, ...) or (C, ...) for a convolution, (..., C * block) for a linear layer.
-        module: the layer.
+        module: the layer that reads the input.
         channels: C, the number of input channels.
-        block: see :class:`Moments`.
+        block: how many neighbouring inputs of the weight belong to one channel.
         limit: the largest number of positions to take; they are spread evenly. ``None``: all of them.
         shift: in [0, 1), moves the taken positions by this part of the distance between two of them.
 

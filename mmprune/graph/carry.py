@@ -4,8 +4,8 @@ training.
 *Problem.* Tracing a detector takes a run of the model and needs a batch. A training cuts many times and
 may resume from a checkpoint.
 
-*Idea.* A cut removes entire units and changes nothing that is known of the others. So the graph of the
-cut model follows from the graph before it: slots, units and groups are renumbered, and costs shrink in
+*Idea.* A cut removes entire units, and what a trace found about the other units stays true. So the
+graph of the cut model follows from the graph before it: slots, units and groups are renumbered, and costs shrink in
 proportion. Units and groups get the numbers that a new trace would give them.
 
 *Example.* A layer with the slots 1 to 8 loses its channels 2 and 5 (counted from 1). The remaining

@@ -36,10 +36,10 @@ class Origin(NamedTuple):
     """The reason and the place of a tie or a condition, which reports name.
 
     Args:
-        why: the kind of reason.
-        op: the name of the operation.
+        why: the kind of reason that a lock gives if it comes from this tie or condition.
+        op: the name of the operation that caused the tie or condition.
         detail: text that completes the sentence of ``why``.
-        module: the module that ran.
+        module: the module in which the operation ran.
     """
 
     why: LockKind

@@ -22,7 +22,7 @@ class TrackedAttribute:
     """A number in a module that shrinks in proportion to the channels ``ids``.
 
     Args:
-        module: the name of the module.
+        module: the name of the module that keeps the number; empty for the model itself.
         attribute: the name of the attribute; ``widths[0]`` is an entry of a list.
         ids: the channels that the number counts, or is a multiple of.
         guessed: whether no traced run reads the number, so that its meaning was inferred from its name

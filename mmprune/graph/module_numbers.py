@@ -81,9 +81,9 @@ class ModuleCall:
     """One call of a module that holds integers.
 
     Args:
-        module: the name of the module.
-        kind: its class.
-        numbers: {attribute: integer}.
+        module: the name of the module that was called.
+        kind: the class of this module.
+        numbers: {attribute: integer that the module keeps}.
         sizes: {dimension of an input or output: (its size, the channels that it carries, or ``None`` if
             it carries none)}.
     """
@@ -249,8 +249,8 @@ def the_width(
     neither the name nor other modules of the class confirm it.
 
     Args:
-        calls: the calls of the module.
-        attribute: the name of the number.
+        calls: all calls of one module.
+        attribute: the name of the attribute that holds the number.
         shared: dimensions that equal the number in every call of every module of the class.
         inner: keys of the units of axes inside the module that are as long as the number, if every
             module of the class has such an axis in the same place.

@@ -40,7 +40,7 @@ class SizeSource:
         constraints: the constraints of the run. Only a weak reference is kept, because the size may
             survive the run in a cache.
         ids: the slot ids of the dimension; ``None`` for an attribute.
-        module: the name of the module.
+        module: the name of the module that keeps the attribute.
         attribute: the name of the attribute; ``shape[1]`` is an entry of a list.
         is_remembered: whether the attribute is a ``torch.Size``, which an earlier run read from a
             tensor.
@@ -136,9 +136,9 @@ class SymbolicSize(int):
     """An integer that knows where it was read.
 
     Args:
-        value: the integer.
-        source: where it was read.
-        ratio: the value divided by the number that was read there.
+        value: the integer that the size equals.
+        source: the place where the number was read from which the size was computed.
+        ratio: the value divided by the number that was read from ``source``.
         other: the second factor, if the numbers of two modules were multiplied.
     """
 

@@ -27,7 +27,7 @@ class ChannelSource:
 
     Args:
         dim: the dimension of the tensor that has channels; ``None`` if no dimension can lose any.
-        axes: axes of weights.
+        axes: the axes of weights that the channels come from.
         axis: (C,) for each channel an index into ``axes``, or -1 if the channel always remains.
         position: (C,) for each channel its index on that axis.
     """

@@ -2,7 +2,7 @@
 
 An operation is in one of four states:
 
-- it has a rule here;
+- it has a rule in this package, or one that a user registered;
 - torch tags it as elementwise (:data:`torch.Tag.pointwise`), which has one rule for all;
 - no input carries channels, so it is ignored;
 - it is unknown: every channel of its inputs is locked, and reports list the operation by name.

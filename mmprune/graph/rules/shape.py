@@ -84,9 +84,9 @@ def regroup(
     2, 3]]``.
 
     Args:
-        call: the call of the operation.
-        ids: the channels.
-        dim: the dimension of ``before`` that carries them.
+        call: the call of the view.
+        ids: (before[dim],) the channels that one dimension of the input carries.
+        dim: the dimension of ``before`` that carries ``ids``.
         before: the shape of the input.
         after: the shape of the output.
         requested: the size that the code asked for in each dimension of ``after``.
