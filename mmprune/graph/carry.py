@@ -5,8 +5,8 @@ training.
 may resume from a checkpoint.
 
 *Idea.* A cut removes entire units, and what a trace found about the other units stays true. So the
-graph of the cut model follows from the graph before it: slots, units and groups are renumbered, and costs shrink in
-proportion. Units and groups get the numbers that a new trace would give them.
+graph of the cut model follows from the graph before it: slots, units and groups are renumbered, and
+costs shrink in proportion. Units and groups get the numbers that a new trace would give them.
 
 *Example.* A layer with the slots 1 to 8 loses its channels 2 and 5 (counted from 1). The remaining
 slots 1, 3, 4, 6, 7, 8 become 1 to 6, and the slots of all later layers move up.
