@@ -198,16 +198,16 @@ def from_state(state: dict[str, Any], model: nn.Module) -> ChannelGraph | None:
         return None
     arrays = [ids.numpy().astype(np.int64) for ids in state['ids'].split(state['sizes'])]
 
-    def axes(numbers: list[int]) -> list[Ids]:
-        return [arrays[number] for number in numbers]
+    def axes(indices: list[int]) -> list[Ids]:
+        return [arrays[index] for index in indices]
 
     def terms(entries: list[list[Any]]) -> list[CostTerm]:
-        return [CostTerm(where, count, axes(numbers)) for where, count, numbers in entries]
+        return [CostTerm(where, count, axes(indices)) for where, count, indices in entries]
 
     def attributes(entries: Iterable[list[Any]], guessed: list[bool]) -> list[TrackedAttribute]:
         return [
-            TrackedAttribute(module, name, arrays[number], guess)
-            for (module, name, number), guess in zip(entries, guessed, strict=True)
+            TrackedAttribute(module, name, arrays[index], guess)
+            for (module, name, index), guess in zip(entries, guessed, strict=True)
         ]
 
     stale = state.get('stale', [])

@@ -163,10 +163,10 @@ def joined(component: np.ndarray, pairs: Pairs) -> np.ndarray:
     """Returns the number of the unit of each id after further ties. The numbers are not consecutive."""
     parent: dict[int, int] = {}
 
-    def root(number: int) -> int:
-        while (above := parent.get(number, number)) != number:
-            number = above
-        return number
+    def root(unit: int) -> int:
+        while (above := parent.get(unit, unit)) != unit:
+            unit = above
+        return unit
 
     for a, b in pairs:
         free = (a > 0) & (b > 0)
@@ -175,6 +175,6 @@ def joined(component: np.ndarray, pairs: Pairs) -> np.ndarray:
             if first != second:
                 parent[second] = first
     renamed = np.arange(component.max() + 1)
-    for number in parent:
-        renamed[number] = root(number)
+    for unit in parent:
+        renamed[unit] = root(unit)
     return renamed[component]

@@ -39,17 +39,17 @@ class CostPolynomial:
 
     def __init__(self, graph: ChannelGraph, terms: list[tuple[float, list[Ids]]]) -> None:
         # Equal axes are stored once: a head that runs on five levels has the same ids five times.
-        number_of: dict[bytes, int] = {}
+        index_of: dict[bytes, int] = {}
         self._ids: list[Ids] = []
         merged: dict[tuple[int, ...], float] = {}
         for count, axes in terms:
-            numbers: tuple[int, ...] = ()
+            indices: tuple[int, ...] = ()
             for axis in axes:
-                number = number_of.setdefault(axis.tobytes(), len(self._ids))
-                if number == len(self._ids):
+                index = index_of.setdefault(axis.tobytes(), len(self._ids))
+                if index == len(self._ids):
                     self._ids.append(axis)
-                numbers += (number,)
-            merged[numbers] = merged.get(numbers, 0.0) + count
+                indices += (index,)
+            merged[indices] = merged.get(indices, 0.0) + count
         n_axes = self._n_axes = len(self._ids)
         self._units = [graph.unit_of[axis] for axis in self._ids]
         # One more axis, of size 1 and never cut, fills up the terms that have fewer axes than others.
@@ -65,7 +65,7 @@ class CostPolynomial:
         # A polynomial without terms is stored as one term of 0.
         self._counts = np.array(list(merged.values()) or [0.0])
         width = max(map(len, merged), default=1) or 1
-        padded = [[*numbers, *[n_axes] * (width - len(numbers))] for numbers in merged]
+        padded = [[*indices, *[n_axes] * (width - len(indices))] for indices in merged]
         self._terms = np.array(padded or [[n_axes]], dtype=np.int64)
 
     def _fractions(self, keep: np.ndarray) -> np.ndarray:
@@ -81,8 +81,8 @@ class CostPolynomial:
         """Returns (for each axis the unit at each position, -1 where locked; the terms over these
         axes)."""
         terms: list[Term] = []
-        for count, numbers in zip(self._counts.tolist(), self._terms.tolist(), strict=True):
-            axes = tuple(number for number in numbers if number < self._n_axes)
+        for count, indices in zip(self._counts.tolist(), self._terms.tolist(), strict=True):
+            axes = tuple(index for index in indices if index < self._n_axes)
             terms.append((count / math.prod(self._sizes[list(axes)].tolist()), axes))
         return self._units, terms
 

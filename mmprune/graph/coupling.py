@@ -158,8 +158,8 @@ class ChannelGraph:
     def group_of(self) -> np.ndarray:
         """(n_units,) the index of the group of each unit."""
         group_of = np.empty(self.n_units, dtype=np.int64)
-        for number, group in enumerate(self.groups):
-            group_of[group.units] = number
+        for index, group in enumerate(self.groups):
+            group_of[group.units] = index
         return group_of
 
     def keeps(self, keep: np.ndarray) -> np.ndarray:
@@ -301,9 +301,9 @@ def group_units(
     codes, counts = np.unique(
         component[free].astype(np.int64) * n_kinds + slots.axis_index(free), return_counts=True
     )
-    for number, ids in enumerate(parts):
+    for index, ids in enumerate(parts):
         counted = np.unique(component[ids])
-        counted = counted[~locked[counted]].astype(np.int64) * n_kinds + n_axes + number
+        counted = counted[~locked[counted]].astype(np.int64) * n_kinds + n_axes + index
         codes = np.concatenate([codes, counted])
         counts = np.concatenate([counts, np.ones(counted.size, dtype=counts.dtype)])
     order = np.argsort(codes, kind='stable')

@@ -103,7 +103,7 @@ class SlotTable:
         more."""
         first_names = {id(tensor): name for name, tensor in self.tensors.items()}
         names = [(name, first_names.get(id(tensor), name)) for name, tensor in named_state(model)]
-        self.aliases = {name: first for name, first in names if name != first}
+        self.aliases = {name: first_name for name, first_name in names if name != first_name}
 
     def axis_index(self, ids: np.ndarray) -> np.ndarray:
         """Returns for each slot id the index in ``axes`` of the axis that it lies on. The ids must be
@@ -126,9 +126,9 @@ def kernel_weights(model: nn.Module) -> set[str]:
 
 def aliases_of(model: nn.Module) -> dict[str, str]:
     """Returns {further name of a parameter or buffer: its first name}."""
-    first_name: dict[int, str] = {}
-    names = [(name, first_name.setdefault(id(tensor), name)) for name, tensor in named_state(model)]
-    return {name: first for name, first in names if name != first}
+    first_name_of: dict[int, str] = {}
+    names = [(name, first_name_of.setdefault(id(tensor), name)) for name, tensor in named_state(model)]
+    return {name: first_name for name, first_name in names if name != first_name}
 
 
 def named_state(model: nn.Module) -> list[tuple[str, torch.Tensor]]:

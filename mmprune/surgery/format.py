@@ -62,8 +62,8 @@ def check_meta(meta: Any) -> None:
             right = right and bool(_ATTRIBUTE.fullmatch(attribute)) and _is_int(value) and value > 0
             where = f"['attributes'][{_short(name)}][{_short(attribute)}]"
             _expect(right, where, value, 'a positive width')
-    for number, entry in enumerate(meta['history']):
-        _check_record(entry, f"['history'][{number}]")
+    for index, entry in enumerate(meta['history']):
+        _check_record(entry, f"['history'][{index}]")
     _expect(_is_plain(meta['budget']), "['budget']", meta['budget'], 'a dict of plain values')
     stored = meta.get('checksum')
     _expect(stored == checksum(meta), "['checksum']", stored, 'the checksum of the other parts')
@@ -89,10 +89,12 @@ def _check_keep(keep: dict[Any, Any], fingerprint: dict[str, list[int]]) -> None
 def _check_aliases(meta: dict[str, Any]) -> None:
     aliases, shapes, keep = meta.get('aliases', {}), meta['fingerprint'], meta['keep']
     _expect(isinstance(aliases, dict), "['aliases']", aliases, 'of type dict')
-    for name, first in aliases.items():
-        right = isinstance(first, str) and name in shapes and first not in aliases
-        right = right and shapes[name] == shapes.get(first) and keep.get(name) == keep.get(first)
-        _expect(right, f"['aliases'][{_short(name)}]", first, 'another name of the same tensor')
+    for name, first_name in aliases.items():
+        right = isinstance(first_name, str) and name in shapes and first_name not in aliases
+        right = (
+            right and shapes[name] == shapes.get(first_name) and keep.get(name) == keep.get(first_name)
+        )
+        _expect(right, f"['aliases'][{_short(name)}]", first_name, 'another name of the same tensor')
 
 
 def _check_record(entry: Any, where: str) -> None:

@@ -80,9 +80,9 @@ def check_archive(path: str | Path) -> None:
         if file.read(2) != b'PK':
             return
     with zipfile.ZipFile(path) as archive:
-        parts = archive.infolist()
-        packed = [part.filename for part in parts if part.compress_type != zipfile.ZIP_STORED]
-        if packed or sum(part.file_size for part in parts) > size:
+        members = archive.infolist()
+        packed = [member.filename for member in members if member.compress_type != zipfile.ZIP_STORED]
+        if packed or sum(member.file_size for member in members) > size:
             raise PruneError(
                 f'{path}: refused: it claims to hold more than its {size:,} bytes, but torch.save '
                 'never compresses'

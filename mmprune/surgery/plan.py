@@ -155,7 +155,7 @@ class Plan:
         if aliases.items() <= self.aliases.items():
             return self
         shapes, keep, known_aliases = dict(self.fingerprint), dict(self.keep), {}
-        for first, names in names_by_first(self.aliases | aliases).items():
+        for first_name, names in names_by_first(self.aliases | aliases).items():
             known_name = next(
                 (name for table in (keep, shapes) for name in names if name in table), None
             )
@@ -165,8 +165,8 @@ class Plan:
                 shapes.setdefault(name, shapes[known_name])
                 if known_name in keep:
                     keep.setdefault(name, keep[known_name])
-                if name != first:
-                    known_aliases[name] = first
+                if name != first_name:
+                    known_aliases[name] = first_name
         return replace(self, keep=keep, fingerprint=shapes, aliases=known_aliases)
 
     def shapes_left(self) -> Fingerprint:

@@ -26,8 +26,8 @@ def names_by_first(aliases: dict[str, str]) -> dict[str, list[str]]:
             the first name of one model may be a further name in another.
     """
     names_of: dict[str, list[str]] = {}
-    for name, first in aliases.items():
-        names, more = names_of.setdefault(first, [first]), names_of.get(name, [name])
+    for name, first_name in aliases.items():
+        names, more = names_of.setdefault(first_name, [first_name]), names_of.get(name, [name])
         if names is not more:
             names += more
             names_of.update(dict.fromkeys(more, names))

@@ -50,12 +50,14 @@ def indexed_dims(x: torch.Tensor, indices: Sequence[torch.Tensor | None]) -> dic
             taken += range(dim, dim + width)
             ranks.append(1 if is_mask else index.ndim)
         dim += width
-    new_dims = max(ranks, default=0)
+    n_new_dims = max(ranks, default=0)
     # Indices of neighbouring dimensions put the new dimensions in their place; others put them first.
     neighbours = taken == list(range(taken[0], taken[0] + len(taken))) if taken else True
     kept = [d for d in range(x.ndim) if d not in taken]
     first_new = taken[0] if taken and neighbours else 0
-    return {d: position + (new_dims if position >= first_new else 0) for position, d in enumerate(kept)}
+    return {
+        d: position + (n_new_dims if position >= first_new else 0) for position, d in enumerate(kept)
+    }
 
 
 @aten('index')

@@ -81,8 +81,8 @@ def layer_norm(call: Call) -> Returned:
     which read it are locked for the same reason."""
     x = call['input']
     n_dims = len(call['normalized_shape'])
-    for position, number in enumerate(call.requested_number('normalized_shape') or ()):
-        call.bind_or_pin(number, call.ids(x, position - n_dims))
+    for position, size in enumerate(call.requested_number('normalized_shape') or ()):
+        call.bind_or_pin(size, call.ids(x, position - n_dims))
     why = LockKind.STANDARDIZED if call.is_weight(x) else LockKind.LAYER_NORM
     call.lock_tensor(x, why, dims=range(x.ndim - n_dims, x.ndim))
     labels = dict(call.labels(x))

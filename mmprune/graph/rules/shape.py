@@ -39,9 +39,9 @@ def view(call: Call) -> Returned:
             call.bind_size(requested[new_dim], array)
     constant = views_of_broadcast_dims(x.shape, call.out.shape, call.broadcast_dims(x))
     carried, broadcast_dims = call.follow_sizes(call.out, constant, labels)
-    for new_dim, number in enumerate(requested):
-        if isinstance(number, SymbolicSize) and number > 1 and new_dim not in {*labels, *constant}:
-            number.pin(LockKind.UNTRACKED_SIZE)
+    for new_dim, size in enumerate(requested):
+        if isinstance(size, SymbolicSize) and size > 1 and new_dim not in {*labels, *constant}:
+            size.pin(LockKind.UNTRACKED_SIZE)
     return Outcome(carried, AS_INPUTS, broadcast_dims)
 
 
@@ -131,11 +131,11 @@ def shrinking(ids: Ids, factors: list[int], requested: Sequence) -> int:
     takes from another tensor's shape, one that a module keeps; among equals the last one."""
 
     def rank(factor: int) -> int:
-        number = requested[factor]
-        source = number.source.ids if isinstance(number, SymbolicSize) else None
+        size = requested[factor]
+        source = size.source.ids if isinstance(size, SymbolicSize) else None
         if source is not None:
             return 4 if np.array_equal(source, ids) else 2
-        return 3 if number == -1 else 1 if isinstance(number, SymbolicSize) else 0
+        return 3 if size == -1 else 1 if isinstance(size, SymbolicSize) else 0
 
     return max(factors, key=lambda factor: (rank(factor), factor))
 
