@@ -39,15 +39,16 @@ def trace(
     """Runs the model once, on a real batch and without gradients, and finds which channels can be cut.
 
     If parameters take no part in the runs, ``forward`` is run once more in the other mode (training or
-    evaluation), in which the model may enter further modules. It is not run again with ``may_fail`` or
-    in several processes: then the caller has chosen the runs, which must be the same in all processes.
+    evaluation), in which the model may enter further modules. This does not happen if ``may_fail`` is
+    given, because the caller has then chosen the runs, nor in several processes, because all of them
+    must make the same runs.
 
     Args:
         model: the model, or a wrapper around it (``torch.compile``, ``DataParallel``). It is left
             unchanged, including running statistics and random states.
         forward: takes the model and runs it, e.g. ``lambda m: m(x)``.
-        also: further runs whose ties count too, such as the loss beside the inference. FLOPs are
-            counted in ``forward`` alone.
+        also: further runs whose ties count too, such as the loss beside the inference. Only the
+            FLOPs of ``forward`` are counted.
         may_fail: the runs that are left out if they raise an error.
 
     Returns:
@@ -75,14 +76,15 @@ def trace_record(
     also: tuple[Forward, ...] = (),
     may_fail: Container[Forward] = (),
 ) -> TraceRecord:
-    """The ties and locks that :func:`trace` turns into a graph, one by one."""
+    """Returns the ties and locks, one by one, that :func:`trace` turns into a graph. The arguments are
+    those of :func:`trace`."""
     model = innermost(model)
     record = _traced(model, forward, also, may_fail)
     unused = untouched_parameters(record.constraints.slots, record.profile)
     if not unused or may_fail or is_distributed():
         return record
-    other = in_other_mode(consumed(forward))
-    wider = _traced(model, forward, (*also, other), (other,))
+    other_mode = in_other_mode(consumed(forward))
+    wider = _traced(model, forward, (*also, other_mode), (other_mode,))
     if len(untouched_parameters(wider.constraints.slots, wider.profile)) < len(unused):
         return replace(wider, both_modes=True)
     return replace(record, failed=wider.failed)
@@ -91,6 +93,7 @@ def trace_record(
 def _traced(
     model: nn.Module, forward: Forward, also: tuple[Forward, ...], may_fail: Container[Forward]
 ) -> TraceRecord:
+    """Calls :func:`trace_runs`, and turns an error of the model into one that names the module."""
     try:
         return trace_runs(model, forward, also, may_fail=may_fail)
     except PruneError:
@@ -104,12 +107,13 @@ def _traced(
 
 
 def unseen_by(graph: ChannelGraph, budget: Budget, unused: Iterable[str] | None = None) -> str:
-    """A warning of modules that the traced runs did not enter; empty if there are none.
+    """Returns a warning about modules that the traced runs did not enter, or an empty string if there
+    are none.
 
     Args:
         graph: the traced graph.
         budget: the budget, whose ``lock`` may name parameters of modules that need not be seen.
-        unused: names of parameters that took no part in the runs; ``None``: those of ``graph``.
+        unused: names of parameters that took no part in the runs. ``None`` takes them from ``graph``.
     """
     if unused is None:
         unused = untouched_parameters(graph.slots, graph.profile)
@@ -124,12 +128,12 @@ def unseen_by(graph: ChannelGraph, budget: Budget, unused: Iterable[str] | None 
 
 
 def runs_in(also: Forward | Iterable[Forward]) -> tuple[Forward, ...]:
-    """``also`` as a tuple; a single run is allowed too."""
+    """Returns the runs in ``also``, which may be a single run, as a tuple."""
     return tuple(map(consumed, (also,) if callable(also) else also))
 
 
 def runs_to_check(graph: ChannelGraph, forward: Forward, also: tuple[Forward, ...]) -> Forward:
-    """All runs that were traced for ``graph``, as one run on which a cut is checked."""
+    """Joins all runs that were traced for ``graph`` into one, on which a cut is checked."""
     other = (in_other_mode(forward),) if graph.both_modes else ()
     return one_after_another(forward, *also, *other)
 
@@ -173,11 +177,13 @@ def prune(
             order of ``trace(...)``'s units. Numbers are not divided by a cost: the lowest are removed.
         optimizer: a torch optimizer, an mmengine ``OptimWrapper``, a scheduler, or a list of these,
             whose state is narrowed too.
-        check: compare a cut copy with the masked model (:func:`verify`) before the model is cut.
-        strict: raise an error if a cut fails the check, or if no run enters a module. Otherwise both
-            are warnings: the groups of channels that are to blame are locked, and the others are cut.
-        compensate: change the kept weights by least squares on the samples of ``forward``, so that they
-            compensate for the removed channels (:mod:`mmprune.compensation`).
+        check: whether to compare a cut copy with the masked model (:func:`verify`) before the model is
+            cut.
+        strict: whether to raise an error if a cut fails the check, or if no run enters a module.
+            Otherwise both are warnings: the groups of channels that are to blame are locked, and the
+            others are cut.
+        compensate: whether to change the kept weights by least squares on the samples of ``forward``,
+            so that they compensate for the removed channels (:mod:`mmprune.compensation`).
         options: the other options of :class:`Budget`: ``latency``, ``backend``, ``min_channels``,
             ``divisor``, ``lock`` and ``parts``.
 
@@ -241,10 +247,12 @@ def prune(
 
 
 OWN_OPTIONS = own_options(prune)
+"""Names of the keywords of :func:`prune` that are not gathered in ``options``."""
 
 
 def score_now(graph: ChannelGraph, score: str | Mapping[str, Any] | Score | Scores) -> np.ndarray:
-    """(n_units,) scores from the weights and gradients that the model has now.
+    """Returns the scores (n_units,) that follow from the weights and gradients of the model at this
+    moment.
 
     Args:
         graph: the graph of the model.

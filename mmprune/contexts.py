@@ -26,14 +26,15 @@ Forward = Callable[[nn.Module], Any]
 
 
 def consumed(forward: Forward) -> Forward:
-    """``forward``, which returns a list of the tensors in its result instead of the result itself."""
+    """Wraps ``forward`` so that it returns the list of the tensors in its result instead of the result.
+    Iterators in the result are read to their end."""
     return lambda model: tensors_of_output(forward(model))
 
 
 def in_other_mode(forward: Forward) -> Forward:
-    """``forward`` in training mode for a model in evaluation mode, and the other way round. Many models
-    run further modules in the other mode, such as auxiliary heads. Dropout and norms are in evaluation
-    mode in both cases."""
+    """Wraps ``forward`` so that it runs in training mode if the model is in evaluation mode, and the
+    other way round. Many models run further modules in the other mode, such as auxiliary heads. Dropout
+    and norms are in evaluation mode in both cases."""
 
     def run(model: nn.Module) -> Any:
         with modes_restored(model):
@@ -45,7 +46,8 @@ def in_other_mode(forward: Forward) -> Forward:
 
 
 def one_after_another(*forwards: Forward) -> Forward:
-    """All ``forwards`` as one run, which returns the list of their results."""
+    """Joins ``forwards`` into one run, which returns the list of their results. A single run is
+    returned as it is."""
     if len(forwards) == 1:
         return forwards[0]
     return lambda model: [forward(model) for forward in forwards]
@@ -55,7 +57,7 @@ def one_after_another(*forwards: Forward) -> Forward:
 
 
 def random_state() -> dict[str, Any]:
-    """The states of the random number generators of Python, numpy and torch.
+    """Reads the states of the random number generators of Python, numpy and torch.
 
     Returns:
         Plain data that loads under ``weights_only=True``. ``'cuda'`` has the states of all GPUs if CUDA
@@ -136,7 +138,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     """
     buffers_of = [(module, dict(module._buffers)) for module in model.modules()]
     values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    versions = [(name, p, p._version) for name, p in model.named_parameters()]
+    versions = [(name, parameter, parameter._version) for name, parameter in model.named_parameters()]
     with random_state_restored(), modes_restored(model):
         try:
             yield
@@ -157,6 +159,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 
 CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
+"""The exact types of attributes whose items :func:`attributes_unchanged` puts back."""
 
 ATTRIBUTES_OF_TORCH = frozenset(vars(nn.Module()))
 """Attributes that every module has, such as those for parameters, buffers, children and hooks."""
@@ -189,7 +192,8 @@ def attributes_unchanged(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def normal_tensors() -> Iterator[None]:
-    """Makes tensors that can be trained, also inside ``torch.inference_mode``."""
+    """Leaves ``torch.inference_mode`` inside the block, so that tensors which are made there can be
+    trained."""
     inside = torch.is_inference_mode_enabled()
     with torch.inference_mode(False) if inside else contextlib.nullcontext():
         yield
@@ -197,16 +201,17 @@ def normal_tensors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def outside_inference_mode() -> Iterator[None]:
-    """Leaves ``torch.inference_mode``, and ignores it where the code of the model enters it.
+    """Leaves ``torch.inference_mode`` inside the block, and gives it no effect where the code of the
+    model enters it.
 
     In inference mode a dispatch mode sees whole composite operations (``aten::conv2d``), which have no
     rule, and a view does not know its base.
     """
-    kind: Any = torch.inference_mode
-    enter, leave = kind.__enter__, kind.__exit__
+    inference_mode: Any = torch.inference_mode
+    enter, leave = inference_mode.__enter__, inference_mode.__exit__
     with normal_tensors():
-        kind.__enter__, kind.__exit__ = lambda self: None, lambda self, *error: None
+        inference_mode.__enter__, inference_mode.__exit__ = lambda self: None, lambda self, *error: None
         try:
             yield
         finally:
-            kind.__enter__, kind.__exit__ = enter, leave
+            inference_mode.__enter__, inference_mode.__exit__ = enter, leave

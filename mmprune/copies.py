@@ -12,9 +12,10 @@ from mmprune.contexts import normal_tensors
 
 @normal_tensors()
 def copied(model: nn.Module) -> nn.Module:
-    """Makes a deep copy, also of a model that keeps a result with its graph (as weight norm does) or
-    whose ``forward`` was replaced by a function that holds the module (as gradient checkpointing
-    does)."""
+    """Makes a deep copy, also of a model that keeps a tensor with its autograd graph (as weight norm
+    does) or whose ``forward`` was replaced by a function that holds the module (as gradient
+    checkpointing does)."""
+    # ``deepcopy`` refuses tensors with an autograd graph, so their copies are made beforehand.
     results = [
         value
         for module in model.modules()
@@ -31,8 +32,8 @@ def copied(model: nn.Module) -> nn.Module:
 
 
 def _rebound(value: Any, memo: dict[int, Any]) -> Any:
-    """A function that holds the copy of each module that the original function holds. ``deepcopy`` does
-    not copy functions, so the copy of a model would run the original.
+    """Returns ``value`` with a copy in place of each module that it holds. ``deepcopy`` does not copy
+    functions, so the copy of a model would call the original.
 
     Args:
         value: the function, or a value that it holds.

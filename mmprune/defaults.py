@@ -17,14 +17,16 @@ class Defaults(NamedTuple):
     compensate: bool
 
 
-# A single call may come without any training, so there may be no gradients to score by. It also sees
-# only the few samples of its forward, and a least-squares fit on few samples can be worse than none.
 PRUNE = Defaults(score='l2', compensate=False)
+"""The defaults of :func:`mmprune.prune`. The call may come without any training, so there may be no
+gradients to score by. It also sees only the few samples of its forward, and a least-squares fit on few
+samples can be worse than none."""
 
-# A training loop gives gradients. The user wrote the loop and may rely on kept weights not to change,
-# and each call has only one batch on which to fit a compensation.
 PRUNER = Defaults(score=IN_TRAINING, compensate=False)
+"""The defaults of :class:`mmprune.Pruner`. A training loop gives gradients. The user wrote the loop and
+may rely on kept weights not to change, and each call has only one batch on which to fit a
+compensation."""
 
-# The hook gathers moments over many training steps for its compensation. With it, less accuracy was
-# lost in our studies (docs/results.md).
 HOOK = Defaults(score=IN_TRAINING, compensate=True)
+"""The defaults of ``PruneHook``. The hook gathers moments over many training steps for its
+compensation. With it, less accuracy was lost in our studies (docs/results.md)."""

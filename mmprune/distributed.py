@@ -24,6 +24,7 @@ def is_distributed() -> bool:
 
 
 def is_main_process() -> bool:
+    """Whether this is the process of rank 0, or the only one."""
     return not is_distributed() or dist.get_rank() == 0
 
 
@@ -47,8 +48,8 @@ def all_gather(value: Any) -> list[Any]:
 
 @contextmanager
 def raise_together(what: str) -> Iterator[None]:
-    """Makes an error in one process an error in all, so that no process goes on alone or waits for one
-    that has stopped. The body must not make a collective call after a step that can fail.
+    """Makes an error in one process an error in all, so that no process continues by itself or waits
+    for one that has stopped. The body must not make a collective call after a step that can fail.
 
     Args:
         what: what the body does, as the subject of an error message.
@@ -92,7 +93,8 @@ def agreed_plan(plan: Plan) -> Plan:
 
 
 def digest(plan: Plan) -> str:
-    """A checksum of what a plan does: kept indices, attributes, and the shapes that it applies to."""
+    """Computes a checksum of what a plan does: kept indices, attributes, and the shapes that it applies
+    to."""
     content = [plan.keep, plan.attributes, plan.fingerprint]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -108,7 +110,7 @@ def rebuild_reducers(model: nn.Module) -> int:
     """Makes every DistributedDataParallel in ``model`` fit the shapes that its parameters have now.
 
     All ranks call it after a cut, outside a backward pass. Settings (unused parameters, static graph,
-    broadcast of buffers, bucket sizes) and registered communication hooks stay.
+    broadcast of buffers, bucket sizes) and registered communication hooks are kept.
 
     Returns:
         The number of wrappers; 0 for a model that is not wrapped.
@@ -131,7 +133,8 @@ def rebuild_reducers(model: nn.Module) -> int:
 
 
 def check_rebuildable(model: nn.Module) -> None:
-    """Raises a PruneError if a wrapper in ``model`` could not follow a cut; to be called before one."""
+    """Raises a PruneError if a wrapper in ``model`` could not follow a cut. Callers check this before
+    they cut anything."""
     for module in model.modules():
         if any(base.__name__ == 'FullyShardedDataParallel' for base in type(module).__mro__):
             raise PruneError(
@@ -145,7 +148,8 @@ def check_rebuildable(model: nn.Module) -> None:
             'mixed_precision': module.mixed_precision,
             'optimize_ddp="python_reducer"': getattr(module, '_use_python_reducer', False),  # torch 2.4
             'an optimizer in backward (apply_optimizer_in_backward)': any(
-                hasattr(p, '_in_backward_optimizers') for p in module.module.parameters()
+                hasattr(parameter, '_in_backward_optimizers')
+                for parameter in module.module.parameters()
             ),
         }
         for name, is_used in fixed_buffers.items():
@@ -157,15 +161,18 @@ def check_rebuildable(model: nn.Module) -> None:
 
 
 def _rebuild(ddp: DistributedDataParallel) -> None:
+    """Replaces the reducer of one wrapper by a new one for the present shapes."""
     static_graph, comm_hooks = ddp.static_graph, list(ddp._comm_hooks)
-    # The old reducer must not fire its hooks on the parameters beside those of the new one.
+    # Otherwise the hooks of the old reducer would fire together with those of the new one.
     ddp.reducer._remove_autograd_hooks()
-    # The stubs do not know that both may be missing: nothing of the old reducer may stay alive.
+    # Nothing may keep the old reducer alive. (The type stubs do not know that both may be ``None``.)
     ddp.reducer = ddp.logger = None  # pyright: ignore[reportAttributeAccessIssue]
     parameters, sparse = ddp._build_params_for_reducer()
     names = ddp._build_debug_param_to_name_mapping(parameters)
     ddp._module_parameters = [
-        p for name, p in ddp.module.named_parameters() if name not in ddp.parameters_to_ignore
+        parameter
+        for name, parameter in ddp.module.named_parameters()
+        if name not in ddp.parameters_to_ignore
     ]
     ddp._ddp_init_helper(parameters, sparse, names, static_graph)
     ddp._has_rebuilt_buckets = False

@@ -1,4 +1,4 @@
-"""The exceptions of the package, and what an error message says about an unknown option."""
+"""The exceptions of the package, and the hint that an error message gives about an unknown option."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches

@@ -37,6 +37,7 @@ from torch.utils._pytree import SUPPORTED_NODES
 from mmprune.errors import PruneError
 
 NUMBERS_AND_TEXT = (int, float, complex, str, bytes)
+"""Types of numbers and text, which hold no tensors."""
 
 PLAIN_TYPES = frozenset(
     {*NUMBERS_AND_TEXT, bool, type(None), range, slice, np.ndarray}
@@ -47,6 +48,7 @@ PLAIN_TYPES = frozenset(
 are the exception: ``_parts`` looks into them."""
 
 SKIPPED_TYPES = PLAIN_TYPES - {np.ndarray}
+"""Exact types that the walk skips without a look. An array may hold objects, so it is looked at."""
 
 LEAF_TYPES = (
     *NUMBERS_AND_TEXT,
@@ -57,6 +59,7 @@ LEAF_TYPES = (
 its tensors are the weights of the model."""
 
 SEQUENCES = list | tuple | set | frozenset | deque | KeysView | ValuesView | ItemsView
+"""Types whose items can be read more than once by iterating over them."""
 
 MOST_ITEMS = 100_000
 """An iterator that gives more items is treated as endless."""
@@ -83,19 +86,19 @@ def _tensors(value: Any, consume: bool) -> list[torch.Tensor]:
     """Walks depth first, in order, and enters each container once. A stack takes the place of
     recursion, so nesting may have any depth."""
     tensors: list[torch.Tensor] = []
-    stack, entered = [value], {}  # holds the containers, so that their ids are not given to others
+    stack, entered = [value], {}  # keeps containers alive, so that no new object gets their id
     while stack:
         item = stack.pop()
-        kind = type(item)
+        item_type = type(item)
         if isinstance(item, torch.Tensor):
             tensors.append(item)
-        elif kind in PLAIN_TYPES and not (kind is np.ndarray and item.dtype == object):
+        elif item_type in PLAIN_TYPES and not (item_type is np.ndarray and item.dtype == object):
             continue
         elif id(item) not in entered:
             entered[id(item)] = item
-            if kind is tuple or kind is list:
+            if item_type is tuple or item_type is list:
                 parts = item
-            elif kind is dict:
+            elif item_type is dict:
                 parts = [*item, *item.values()]
             else:
                 parts = _parts(item, consume)
@@ -104,14 +107,14 @@ def _tensors(value: Any, consume: bool) -> list[torch.Tensor]:
 
 
 def _parts(item: Any, consume: bool) -> list[Any]:
-    """Lists what an object holds that is no plain list, tuple or dict."""
-    kind = type(item)
+    """Lists what an object holds that is not exactly a list, tuple or dict."""
+    item_type = type(item)
     if isinstance(item, LEAF_TYPES):
         return []
     if isinstance(item, np.ndarray):
         return item.ravel().tolist() if item.dtype == object else []
-    if kind in SUPPORTED_NODES:
-        return list(SUPPORTED_NODES[kind].flatten_fn(item)[0])
+    if item_type in SUPPORTED_NODES:
+        return list(SUPPORTED_NODES[item_type].flatten_fn(item)[0])
     if isinstance(item, types.FunctionType):
         return _variables(item)
     if isinstance(item, types.BuiltinFunctionType | types.MethodWrapperType):
@@ -127,9 +130,9 @@ def _parts(item: Any, consume: bool) -> list[Any]:
         return attributes + (_items(item) if consume else [])
     if consume and not _is_visible(item, attributes):
         raise PruneError(
-            f'the run returns a {kind.__module__}.{kind.__qualname__}, and it is not known which '
-            'tensors that holds, so a cut could narrow them unnoticed: return tensors, or containers '
-            'or plain objects that hold them'
+            f'the run returns a {item_type.__module__}.{item_type.__qualname__}, and it is not known '
+            'which tensors that holds, so a cut could narrow them unnoticed: return tensors, or '
+            'containers or plain objects that hold them'
         )
     return attributes + _references(item)
 
@@ -163,6 +166,7 @@ def _variables(function: types.FunctionType) -> list[Any]:
 
 
 def _items(item: Iterable[Any]) -> list[Any]:
+    """Reads an iterator to its end, and refuses one that seems endless."""
     items = list(itertools.islice(item, MOST_ITEMS + 1))
     if len(items) > MOST_ITEMS:
         raise PruneError(
@@ -190,4 +194,5 @@ def _references(item: Any) -> list[Any]:
 
 
 def _package(item: Any) -> str:
+    """Returns the name of the top-level package that defines the type of an object."""
     return type(item).__module__.split('.')[0]

@@ -19,11 +19,13 @@ import numpy as np
 from mmprune.errors import PruneError
 
 INSTALL = "install what reads and runs ONNX files: pip install 'mmprune[deploy]'"
+"""The remedy in messages about a package that is not installed."""
 
 
 @dataclass(frozen=True)
 class Port:
-    """An input or output of a model. ``shape`` has ``None`` for each size that is open."""
+    """An input or output of a model. ``shape`` has ``None`` for each size that the model leaves
+    open."""
 
     name: str
     shape: tuple[int | None, ...]
@@ -131,7 +133,7 @@ def load_package(name: str) -> Any:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Hides warnings and log lines up to warnings. Exporters, quantizers and runtimes write many lines
-    about their own insides."""
+    about their internals."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

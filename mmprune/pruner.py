@@ -31,6 +31,7 @@ from mmprune.surgery.plan import Plan, plan_of
 from mmprune.surgery.structure import fingerprint, shape_text
 
 ToLoss = Callable[[nn.Module, Any], Any]
+"""Runs the model on a batch, ``to_loss_fn(model, batch)``, and returns a loss or outputs."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,10 @@ class PruneResult:
         params: number of parameters of the pruned model.
         keep_flops: ``flops`` as a fraction of the unpruned model's.
         keep_params: ``params`` as a fraction of the unpruned model's.
-        iterations: number of training steps over which units were scored; 1 if they were scored on the
-            batch of the call alone, 0 if the criterion needs only weights.
-        unscored: {why units could not be scored: how many}.
-        plan: the plan of this cut alone, which copies of the model can follow
+        iterations: number of training steps over which units were scored; 1 if they were scored only on
+            the batch of the call, 0 if the criterion needs only weights.
+        unscored: {reason why units could not be scored: number of units}.
+        plan: the plan of only this cut, which can be applied to copies of the model
             (``result.plan.apply(copy)``); ``None`` if nothing was removed. :func:`mmprune.plan_of`
             gives all cuts of the model as one plan.
     """
@@ -99,11 +100,12 @@ class Pruner:
             modules), which are cut in the same way.
         budget: a :class:`Budget` or a dict of its options, in place of ``options``.
         score: a criterion's name, a :class:`Score`, or a dict of its options.
-        check: compare each cut with the masked model before it is kept.
-        strict: raise an error if a cut fails the check, or if no run uses a module. Otherwise both are
-            warnings: the groups of channels that are to blame are locked, and the others are cut.
-        compensate: change the kept weights by least squares on the batch of each call, so that they
-            compensate for the removed channels (:mod:`mmprune.compensation`).
+        check: whether to compare each cut with the masked model before it is kept.
+        strict: whether to raise an error if a cut fails the check, or if no run uses a module.
+            Otherwise both are warnings: the groups of channels that are to blame are locked, and the
+            others are cut.
+        compensate: whether to change the kept weights by least squares on the batch of each call, so
+            that they compensate for the removed channels (:mod:`mmprune.compensation`).
         options: the options of :class:`Budget` except ``prune_num``: limits such as ``min_channels``,
             ``divisor`` and ``lock``, and targets such as ``keep_flops``, below which no unit is
             removed.
@@ -142,9 +144,9 @@ class Pruner:
         compensate: bool = defaults.PRUNER.compensate,
         **options: Any,
     ) -> None:
-        steps = unwrapped_in_steps(model)
+        nesting = unwrapped_in_steps(model)  # the outermost wrapper first, the bare model last
         parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-        if any(isinstance(step, parallel[0]) for step in steps) and not distributed:
+        if any(isinstance(level, parallel[0]) for level in nesting) and not distributed:
             raise PruneError(
                 'the model is in DistributedDataParallel and distributed=False: say '
                 'Pruner(model, distributed=True), in every process'
@@ -152,7 +154,7 @@ class Pruner:
         check_rebuildable(model)
         self.limits = _limits(budget, options)
         self.score = make_score(score)
-        self.model = steps[-1]
+        self.model = nesting[-1]
         averages = [ema_models] if isinstance(ema_models, nn.Module) else ema_models
         self.also, self.check, self.compensate = runs_in(also), check, compensate
         self._context = CutContext(
@@ -167,7 +169,7 @@ class Pruner:
         self._is_traced_with_loss = False
         self._collector: Collector | None = None
         # A parallel wrapper still moves the inputs; inside a compiled module a hook would be compiled.
-        watched = next(step for step in steps if not isinstance(step, parallel))
+        watched = next(level for level in nesting if not isinstance(level, parallel))
         self._first_forward_hook = watched.register_forward_pre_hook(
             # A copy of the model has its hooks too, but must not be traced.
             lambda module, *call: self._first_forward(*call) if module is watched else None,
@@ -185,12 +187,12 @@ class Pruner:
     ) -> PruneResult:
         """Removes the units with the lowest scores since the last call.
 
-        Scores come from the training steps since then. If there were none, they come from one backward
-        pass on ``batch``. Optimizer state, gradients of other weights, running statistics and random
-        states do not change, and without ``compensate`` neither do the kept weights.
+        Scores come from the training steps since the last call. If there were none, they come from one
+        backward pass on ``batch``. Optimizer state, gradients of other weights, running statistics and
+        random states do not change, and without ``compensate`` neither do the kept weights.
 
         Args:
-            batch: the batch on which the model is run here.
+            batch: the batch on which this call runs the model.
             to_loss_fn: ``to_loss_fn(model, batch)`` gives a loss, or anything that depends on the
                 outputs.
             optimizer: a torch optimizer, an mmengine ``OptimWrapper``, a scheduler, or a list of these.
@@ -198,14 +200,14 @@ class Pruner:
             removed: options of earlier versions, which raise an error that names their replacement.
 
         Returns:
-            What was removed, and what remains.
+            A record of what was removed and what remains.
 
         Raises:
             PruneError: no unit can be removed, or the cut is not exact. Nothing has changed then.
         """
         for name in removed:
-            known = ('batch', 'to_loss_fn', 'optimizer', 'prune_num')
-            raise PruneError(f'rebuild_model: unknown option {name!r}: {did_you_mean(name, known)}')
+            arguments = ('batch', 'to_loss_fn', 'optimizer', 'prune_num')
+            raise PruneError(f'rebuild_model: unknown option {name!r}: {did_you_mean(name, arguments)}')
         budget = replace(self.limits, prune_num=prune_num)
         forward = consumed(lambda model: to_loss_fn(model, batch))
         graph = self._graph
@@ -232,6 +234,7 @@ class Pruner:
         return self._result(result.plan, graph, collector)
 
     def _result(self, plan: Plan | None, graph: ChannelGraph, collector: Collector) -> PruneResult:
+        """Describes a cut; ``plan`` is ``None`` if nothing was removed."""
         fractions = remaining(self.model)
         record, channels = None, {}
         if plan is not None:
@@ -267,22 +270,25 @@ class Pruner:
     # -- scores -----------------------------------------------------------------------------------
 
     def _first_forward(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Traces the model on the inputs of its first forward pass in training mode."""
         if self._collector is None and self.model.training and torch.is_grad_enabled():
             run = lambda model: model(*args, **kwargs)  # noqa: E731
             self._start(trace(self.model, run, also=self.also))
 
     def _start(self, graph: ChannelGraph) -> None:
-        """Scores the units of ``graph`` from here on."""
+        """Makes a collector score the units of ``graph`` in the training steps that follow."""
         self.close()
         distributed = self._context.distributed
         self._collector = Collector(graph, self.score, model=self.model, distributed=distributed)
         self._graph = graph
 
     def _scores(self, graph: ChannelGraph, forward: Forward) -> tuple[np.ndarray, Collector]:
-        """(n_units,) scores of the units of ``graph``, and the collector that has them."""
+        """Returns the scores (n_units,) of the units of ``graph``, and the collector that computed
+        them."""
         collector = self._collector
         needs_steps = self.score.criterion.needs != 'weights'
         if collector is not None and self._graph is not None:
+            # If no training step came after the last cut, one backward pass gives the scores (below).
             if collector.iterations or not needs_steps:
                 return transferred(collector.scores(), self._graph, graph), collector
             collector.close()
@@ -292,7 +298,8 @@ class Pruner:
 
 
 def _limits(budget: Budget | Mapping[str, Any] | None, options: dict[str, Any]) -> Budget:
-    """The budget of every call, with ``prune_num=1`` until the call gives its number."""
+    """Makes the budget that all calls start from. Its ``prune_num=1`` is a placeholder, which each call
+    replaces by its own number."""
     prune_num = options.get('prune_num')
     if isinstance(budget, Mapping):
         prune_num = budget.get('prune_num')
@@ -322,21 +329,21 @@ def score_batches(
     Raises:
         PruneError: a forward returns nothing that depends on trained weights.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     collector = Collector(graph, score, 'none', model, distributed)
-    gradients = [p.grad for p in parameters]
+    gradients = [parameter.grad for parameter in parameters]
     try:
         for forward in forwards:
             for parameter in parameters:
                 parameter.grad = None
             with unchanged(model), torch.enable_grad():
-                outputs = [t for t in tensors_in(forward(model)) if t.requires_grad]
+                outputs = [tensor for tensor in tensors_in(forward(model)) if tensor.requires_grad]
                 if not outputs:
                     raise PruneError(
                         'to_loss_fn returns nothing that depends on trained weights: return the loss, '
                         'or the outputs that it is made of'
                     )
-                torch.stack([t.float().sum() for t in outputs]).sum().backward()
+                torch.stack([tensor.float().sum() for tensor in outputs]).sum().backward()
             collector.look()
     finally:
         collector.close()
@@ -455,4 +462,5 @@ def load_model_def(model: nn.Module, path_or_checkpoint: str | Path | dict[str, 
 
 
 def _is_structure(value: Any) -> bool:
+    """Whether ``value`` looks like a result of :func:`save_model_def`."""
     return isinstance(value, dict) and {'format', 'fingerprint', 'keep'} <= set(value)

@@ -1,4 +1,4 @@
-"""Running statistics of batch norms, measured anew after a cut."""
+"""Measures the running statistics of batch norms again after a cut."""
 
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
@@ -12,6 +12,7 @@ from mmprune.contexts import evaluating, unchanged
 from mmprune.errors import PruneError
 
 STATISTICS = ('running_mean', 'running_var', 'num_batches_tracked')
+"""The buffers of a batch norm that are measured."""
 
 
 def recalibrate(
@@ -73,7 +74,8 @@ def _measured(
     forward: Callable[[nn.Module, Any], Any],
     batches: Iterable[Any],
 ) -> tuple[int, dict[str, dict[str, torch.Tensor]]]:
-    """(number of batches, {name of a norm: its buffers after them}); the model is left unchanged."""
+    """Runs the model on all batches, and leaves it unchanged. Returns the number of batches, and {name
+    of a norm: its buffers after the batches}."""
     momenta = {name: norm.momentum for name, norm in norms.items()}
     count = 0
     try:
@@ -81,7 +83,7 @@ def _measured(
             for norm in norms.values():
                 norm.train()
                 norm.reset_running_stats()
-                norm.momentum = None  # a plain average
+                norm.momentum = None  # all batches get the same weight
             for batch in batches:
                 forward(model, batch)
                 count += 1
@@ -95,6 +97,7 @@ def _measured(
     if not count:
         raise PruneError('batches is empty: give some of the training data')
     for name, buffers in statistics.items():
-        if not torch.isfinite(buffers['running_var']).all():  # so is the mean, if the variance is
+        # If the variance is finite, so is the mean.
+        if not torch.isfinite(buffers['running_var']).all():
             raise PruneError(f'{name}: its statistics over {count} batches are not finite')
     return count, statistics

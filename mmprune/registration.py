@@ -2,7 +2,7 @@
 
 ``mmprune.mm`` registers the hooks, and has mmengine rebuild the pruned structure when it loads a pruned
 checkpoint. Without it mmengine would skip the weights of such a checkpoint and only print their names.
-But ``import mmprune`` alone should not import OpenMMLab, which takes seconds. So if mmengine is not
+But OpenMMLab takes seconds to import, so ``import mmprune`` must not import it. If mmengine is not
 imported yet, a finder in ``sys.meta_path`` waits for its import.
 """
 
@@ -16,7 +16,8 @@ from typing import Any
 
 
 class _AfterMmengine(MetaPathFinder):
-    """Finds mmengine as usual, once, and has its import followed by that of ``mmprune.mm``."""
+    """An import hook that imports ``mmprune.mm`` right after mmengine. It removes itself when it finds
+    mmengine."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
         if fullname != 'mmengine':

@@ -47,7 +47,8 @@ from mmprune.surgery.plan import Plan
 log = logging.getLogger(__name__)
 
 ChooseUnits = Callable[[ChannelGraph, np.ndarray], tuple[np.ndarray, CutNotes]]
-"""From a graph and the scores of its units to (n_units,) bool, whether each stays, and notes."""
+"""Takes a graph and the scores of its units. Returns (n_units,) bool, whether each unit stays, and
+notes for the record of the cut."""
 
 FAILED = 'failed the check'
 """The reason of a lock that comes from the comparison with the masked model, not from a rule."""
@@ -60,7 +61,7 @@ def warn_caller(text: str) -> None:
 
 @dataclass(frozen=True)
 class CutContext:
-    """What all cuts of one model have in common.
+    """The model, and the settings that all of its cuts share.
 
     Args:
         model: the module that is cut, without wrappers.
@@ -69,11 +70,12 @@ class CutContext:
         optimizer: the optimizers whose state is narrowed: see :func:`mmprune.surgery.apply.cut`.
         ema_models: averaged copies of the model, which are narrowed in the same way.
         per: the cost by which scores are divided, the ``per`` of a :class:`mmprune.Score`.
-        timing: measures the time of networks, once for several cuts; ``None``: each cut measures anew.
-            It is used only if the budget has ``latency``.
-        distributed: all processes of the default group make each cut together. The first process
-            chooses; a check that fails in one process fails in all.
-        strict: a cut that fails its check is an error.
+        timing: the measurement of the networks' times, shared by several cuts; ``None``: each cut
+            measures anew. It is used only if the budget has ``latency``.
+        distributed: whether all processes of the default group make each cut together. If so, the first
+            process chooses, and a check that fails in one process fails in all.
+        strict: whether a cut that fails its check is an error. Otherwise the groups that are to blame
+            are locked, with a warning.
         warn: receives the text of each warning.
     """
 
@@ -88,8 +90,9 @@ class CutContext:
     warn: Callable[[str], Any] = warn_caller
 
     def together(self, what: str) -> contextlib.AbstractContextManager[None]:
-        """A block in which an error in one process is an error in all: see
-        :func:`mmprune.distributed.raise_together`."""
+        """Returns a context in which an error in one process is an error in all
+        (:func:`mmprune.distributed.raise_together`). Unless the context is ``distributed``, it does
+        nothing."""
         return raise_together(what) if self.distributed else contextlib.nullcontext()
 
 
@@ -98,17 +101,18 @@ class CutResult:
     """The result of one cut.
 
     Args:
-        plan: the plan of this cut alone, which passed the check; ``None`` if nothing was removed.
+        plan: the plan of only this cut, which passed the check; ``None`` if nothing was removed.
         graph: the graph of the model as it is now.
         graph_before: the graph before the cut, in which groups that failed the check are locked.
         scores: (n_units,) the scores of the units of ``graph_before``.
         keep: (n_units,) bool, whether each unit of ``graph_before`` stayed.
-        notes: what the plan records of the choice, such as the measured time.
-        failed: {name of a group that failed the check: why}.
+        notes: what the plan records about the choice, such as the measured time.
+        failed: {name of a group that failed the check: the complaint of the check}.
         compensated: layers whose kept weights were changed to compensate for the removed channels.
         refused: narrowed layers that were not changed, because that would not have improved their
             output.
-        stale: a sentence on numbers of modules that may be widths and did not change; or empty.
+        stale: a sentence about numbers of modules that may be widths and did not change; empty if there
+            are none.
     """
 
     plan: Plan | None
@@ -139,7 +143,7 @@ def cut_once(
     """Cuts a model once, in place.
 
     Args:
-        context: the model, and what is cut with it.
+        context: the model, and the optimizers and copies that are cut with it.
         graph: the graph of the model as it is.
         scores: (n_units,) the scores of the units of ``graph``; NaN for a unit that has none and stays.
         budget: the budget of the whole run, which is recorded in the plan.
@@ -186,12 +190,12 @@ def cut_once(
         graph=graph_now,
         compensated=() if compensation is None else tuple(compensation.accepted),
         refused=() if compensation is None else tuple(compensation.refused),
-        stale=stale_text([n for n in graph.stale if not graph.keeps(keep)[n.ids].all()]),
+        stale=stale_text([number for number in graph.stale if not graph.keeps(keep)[number.ids].all()]),
     )
 
 
 def budget_of_step(budget: Budget, step: int, steps: int, start: dict[str, float]) -> Budget:
-    """The budget that cut number ``step`` of ``steps`` aims at.
+    """Computes the budget that cut number ``step`` of ``steps`` aims at.
 
     Args:
         budget: the budget of the last cut.
@@ -202,8 +206,8 @@ def budget_of_step(budget: Budget, step: int, steps: int, start: dict[str, float
     """
 
     def aim(name: str, final: float) -> float:
-        had = start.get(name.removeprefix('keep_'), 1.0)
-        return min(1.0, had * target_at(min(step, steps), steps, min(1.0, final / had)))
+        at_start = start.get(name.removeprefix('keep_'), 1.0)
+        return min(1.0, at_start * target_at(min(step, steps), steps, min(1.0, final / at_start)))
 
     return budget.scheduled(aim)
 
@@ -236,7 +240,8 @@ def _exact_choice(
         return units
 
     def attempt(keep: np.ndarray, graph: ChannelGraph) -> tuple[Plan | None, str]:
-        """The plan of a cut to ``keep``, and why it is not exact; empty if it is."""
+        """Makes and checks the plan of a cut to ``keep``. Returns the plan, and a complaint if it is
+        not exact (otherwise an empty string)."""
         plan, complaint = None, ''
         with context.together('the check of a cut'):
             try:
@@ -258,9 +263,10 @@ def _exact_choice(
             return CutResult(None, graph, graph, scores, keep, notes, failed)
         plan, complaint = attempt(keep, graph)
         if complaint:
-            wrong = guesses_to_blame(graph, keep, fails)
-            if wrong:  # the same choice again, because the measurements for it may have taken minutes
-                graph = without_guesses(graph, wrong)
+            wrong_guesses = guesses_to_blame(graph, keep, fails)
+            if wrong_guesses:
+                # Tries the same choice again, because its measurements may have taken minutes.
+                graph = without_guesses(graph, wrong_guesses)
                 plan, complaint = attempt(keep, graph)
                 if complaint:
                     continue
@@ -269,9 +275,9 @@ def _exact_choice(
         if context.strict:
             raise InexactCut(complaint)
         blamed = groups_to_blame(graph, keep, partial(fails, graph=graph))
-        for number in blamed:
-            failed[graph.groups[number].name] = complaint
-            context.warn(f'{graph.groups[number]} {FAILED} and stay: {complaint}')
+        for index in blamed:
+            failed[graph.groups[index].name] = complaint
+            context.warn(f'{graph.groups[index]} {FAILED} and stay: {complaint}')
         if len(blamed) == len(graph.groups):
             raise PruneError(f'nothing can be cut: every group of channels {FAILED}: {complaint}')
         graph, unlocked = without(graph, blamed, FAILED)
@@ -286,8 +292,8 @@ def _choose(
     final: Budget | None,
     forward: Forward,
 ) -> tuple[np.ndarray, CutNotes]:
-    """(which units stay, what to note of the choice). Times are measured if the budget asks for
-    that."""
+    """Chooses units by the budget ``target``, and measures times if it has a latency. Returns
+    (n_units,) bool, whether each unit stays, and notes for the record of the cut."""
     model, original, latency = context.model, baseline_of(context.model, graph), None
     if target.latency is None:
         keep = choose(graph, scores, target, original, per=context.per, final=final)
@@ -319,8 +325,8 @@ def _compensation(
     forward: Forward | None,
     moments: InputMoments | None,
 ) -> Compensation | None:
-    """The compensation of a cut, ready to be applied; ``None`` if none is wanted or it fails. It is
-    optional, so a failure must not end a training."""
+    """Prepares the compensation of a cut. Returns ``None`` if none is wanted (``forward`` is ``None``)
+    or if it fails: compensation is optional, so a failure must not end a training."""
     if forward is None:
         return None
     together = context.together
@@ -339,36 +345,39 @@ def _compensation(
         return None
 
 
-# -- what a failed check is due to ---------------------------------------------------------------------
+# -- the causes of a failed check ----------------------------------------------------------------------
 
 
 def groups_to_blame(
     graph: ChannelGraph, keep: np.ndarray, fails: Callable[[np.ndarray], Any]
 ) -> list[int]:
-    """Numbers of the groups without whose cuts the rest of ``keep`` passes the check.
+    """Finds the groups without whose cuts the rest of ``keep`` passes the check, and returns their
+    indices.
 
     Args:
         graph: the graph of the model.
         keep: (n_units,) bool, a choice that fails.
-        fails: tells whether a choice fails.
+        fails: returns something true if a choice, (n_units,) bool, fails the check.
     """
 
     def cutting_only(groups: list[int]) -> np.ndarray:
+        """Returns the choice that cuts only these groups, given by their indices."""
         choice = np.ones(graph.n_units, dtype=bool)
-        for number in groups:
-            units = graph.groups[number].units
+        for index in groups:
+            units = graph.groups[index].units
             choice[units] = keep[units]
         return choice
 
-    suspects = [n for n, group in enumerate(graph.groups) if not keep[group.units].all()]
+    suspects = [index for index, group in enumerate(graph.groups) if not keep[group.units].all()]
     return to_blame(suspects, lambda groups: fails(cutting_only(groups)))
 
 
 def guesses_to_blame(
     graph: ChannelGraph, keep: np.ndarray, fails: Callable[[np.ndarray, ChannelGraph], Any]
 ) -> list[TrackedAttribute]:
-    """The numbers of modules that must not change if the model is cut to ``keep``. The trace took them
-    for widths only because they equal one. Empty if the cut fails even when all of them stay."""
+    """Finds the numbers of modules that must keep their value if the model is cut to ``keep``. Only
+    numbers that the trace took for widths because they equal one are tried. The list is empty if the
+    cut fails even when all of them keep their value."""
     stays = graph.keeps(keep)
     guesses = [number for number in graph.tracked if number.guessed and not stays[number.ids].all()]
 
@@ -382,7 +391,7 @@ def guesses_to_blame(
 
 
 def to_blame(suspects: list[Any], fails: Callable[[list[Any]], Any]) -> list[Any]:
-    """The suspects without which the others pass; all of them together fail.
+    """Finds suspects without which the other suspects pass the test; all of them together fail it.
 
     Each round looks for the first suspect that makes the test fail, by bisection over the number of
     suspects that are tested: with the first ``low`` the test passes, with the first ``high`` it fails.
@@ -403,17 +412,19 @@ def to_blame(suspects: list[Any], fails: Callable[[list[Any]], Any]) -> list[Any
     return blamed
 
 
-# -- what is reported of a cut -------------------------------------------------------------------------
+# -- reports about a cut -------------------------------------------------------------------------------
 
 
 def most_narrowed(graph: ChannelGraph, keep: np.ndarray, count: int = 3) -> list[str]:
-    """Names of the ``count`` groups that lose the largest share of their units, largest first."""
+    """Returns the names of the ``count`` groups that lose the largest share of their units, largest
+    first."""
     lost = [(1 - keep[group.units].mean(), group.name) for group in graph.groups]
     return [name for share, name in sorted(lost, reverse=True)[:count] if share > 0]
 
 
 def stale_text(numbers: list[TrackedAttribute]) -> str:
-    """A sentence on numbers of modules that a cut does not change; empty if there are none."""
+    """Writes a sentence about numbers of modules that may be widths and that a cut does not change; an
+    empty string if there are none."""
     if not numbers:
         return ''
     names = list(dict.fromkeys(map(str, numbers)))

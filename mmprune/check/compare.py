@@ -37,7 +37,8 @@ class Comparison:
     coarsest: float = 0.0
 
     def add(self, key: OutputKey, wanted: torch.Tensor, found: torch.Tensor) -> None:
-        """Compares one output of the original with that of the pruned model."""
+        """Compares one output of the original (``wanted``) with that of the pruned model
+        (``found``)."""
         name, _, position = key
         self.coarsest = max(self.coarsest, torch.finfo(wanted.dtype).eps)
         if found.shape != wanted.shape:
@@ -50,7 +51,8 @@ class Comparison:
             self.sizes[name, position] = max(self.sizes.get((name, position), 0.0), size)
 
     def add_results(self, wanted: list[torch.Tensor], found: list[torch.Tensor]) -> str:
-        """Compares what the two models returned. Returns a complaint if the shapes differ, or ''."""
+        """Compares the tensors that the two models returned. Returns a complaint if the shapes differ,
+        otherwise an empty string."""
         for position, tensor in enumerate(wanted):
             if not tensor.is_floating_point():
                 continue
@@ -61,13 +63,15 @@ class Comparison:
                     f'output {position} of the model has shape {shape}, the original '
                     f'{tuple(tensor.shape)}'
                 )
+            # '' is the model itself. Its tensors are numbered where modules have the index of a call.
             self.add(('', position, 0), tensor, other)
         return ''
 
     def verdict(
         self, decided: float, tolerance: float | None, modules: dict[str, nn.Module]
     ) -> tuple[float, str]:
-        """The largest relative error, and a complaint if it is above the tolerance.
+        """Returns the largest relative error, and a complaint if it is above the tolerance (otherwise
+        an empty string).
 
         Args:
             decided: the largest relative error of the inputs of decisions.
@@ -83,21 +87,23 @@ class Comparison:
         worst, where = decided, 'a comparison or a choice'
         for (name, _, position), (difference, size) in self.differences.items():
             error = difference / max(size, self.sizes.get((name, position), 0.0), 1e-12)
+            # Names the first output above the tolerance; written so that NaN counts as above it.
             if not error <= tolerance and worst <= tolerance:
                 worst, where = error, name
             worst = max(worst, error)
         if worst <= tolerance:
             return worst, ''
-        kind = type(modules.get(where, modules[''])).__name__
+        class_name = type(modules.get(where, modules[''])).__name__
         return worst, (
             f'the pruned model is not the masked original: relative error {worst:.2e} above '
-            f'{tolerance:.0e}, first in {where or "the result"} ({kind}): a rule or an adapter errs; '
-            'lock the channels that it reads by name'
+            f'{tolerance:.0e}, first in {where or "the result"} ({class_name}): a rule or an adapter '
+            'errs; lock the channels that it reads by name'
         )
 
 
 def relative_error(wanted: torch.Tensor, found: torch.Tensor) -> float:
-    """max |a - b| / max |a| over finite positions; infinite if only one of two numbers is finite."""
+    """Computes max |a - b| / max |a| over finite positions; infinite if only one of two numbers is
+    finite."""
     difference, size, _ = deviation(wanted, found)
     return difference / max(size, 1e-12)
 
@@ -128,17 +134,19 @@ def is_finite(value: torch.Tensor) -> bool:
 
 
 PIECE = 1 << 18
-"""Numbers that a CPU compares at a time: few enough for its cache."""
+"""How many numbers a CPU compares at a time: few enough for its cache."""
 
 
 def _pieces(value: torch.Tensor) -> Iterator[torch.Tensor]:
-    """``value`` in parts. Numbers of less than single precision are converted to single precision."""
+    """Divides ``value`` into pieces. Numbers of less than single precision are converted to single
+    precision."""
     size = PIECE if value.device.type == 'cpu' else max(value.numel(), 1)
     for piece in value.detach().reshape(-1).split(size) if value.numel() else ():
         yield piece.float() if piece.element_size() < 4 else piece
 
 
 def _largest(value: torch.Tensor) -> float:
-    """max |value|; not finite if any number is not. (A norm would be 30 times slower on a CPU.)"""
+    """Returns max |value|; not finite if any number is not. (A norm would be 30 times slower on a
+    CPU.)"""
     low, high = torch.aminmax(value)
     return float(torch.maximum(-low, high))

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 from mmprune.graph.extensions import intercept
 
 COLUMNS = 1 << 26
-"""Numbers that a convolution may unfold its input to at once."""
+"""The most numbers to which :func:`convolved` unfolds an input at once."""
 
 
 class DoubleOperations(TorchDispatchMode):
@@ -30,7 +30,7 @@ class DoubleOperations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        # `deepcopy` makes a tensor that shares memory by these two operations.
+        # These two operations of `deepcopy` make a tensor that shares memory, so they keep its dtype.
         fresh = func is torch.ops.aten.new_empty.default and not args[1]
         if fresh or func._schema.name == 'aten::set_':
             return func(*args, **kwargs)
@@ -53,7 +53,7 @@ class DoubleFunctions(TorchFunctionMode):
 
 
 def doubled(forward: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """``forward`` under both modes, which hold for the thread that calls it."""
+    """Wraps ``forward`` to run under both modes, which hold for the thread that calls it."""
 
     def run(model: Any) -> Any:
         with DoubleFunctions(), DoubleOperations():
@@ -75,8 +75,9 @@ def in_double() -> Iterator[None]:
 
 
 def convolved(x: torch.Tensor, weight: torch.Tensor, *options: Any) -> torch.Tensor:
-    """A convolution that takes few examples at a time. In double precision a CPU first unfolds the
+    """Computes a convolution on few examples at a time. In double precision a CPU first unfolds the
     input of all examples, which at 800 x 1333 pixels takes more memory than a training step."""
+    # The last option is the number of groups, and ``weight[0]`` has the inputs of one group.
     columns = x[0, 0].numel() * weight[0].numel() * options[-1] if x.numel() else 0
     examples = max(1, COLUMNS // max(1, columns))
     if examples >= x.shape[0]:
@@ -86,7 +87,8 @@ def convolved(x: torch.Tensor, weight: torch.Tensor, *options: Any) -> torch.Ten
 
 
 def widened(value: Any) -> Any:
-    """A single precision tensor in double precision, or the double dtype for the single one."""
+    """Returns a single precision tensor in double precision, the double dtype for the single one, and
+    any other value unchanged."""
     if isinstance(value, torch.Tensor) and value.dtype == torch.float32:
         return value.double()
     return torch.float64 if value is torch.float32 else value
@@ -105,4 +107,5 @@ def compiled(name: str, function: Callable, args: tuple, kwargs: dict) -> Any:
 
 
 def _in_single(value: Any) -> Any:
+    """Returns a double precision tensor in single precision, and any other value unchanged."""
     return value.float() if isinstance(value, torch.Tensor) and value.dtype == torch.float64 else value

@@ -22,7 +22,7 @@ import torch
 from mmprune.contexts import random_state, set_random_state
 
 AHEAD = 16 * 2**20
-"""Bytes of shown tensors after which the run ahead stops. Fewer would cost time, by more turns."""
+"""Bytes of shown tensors after which the run ahead stops. With fewer, more turns would cost time."""
 
 
 class Abandoned(BaseException):
@@ -47,8 +47,8 @@ class RunAhead:
         self._runs = self._abandoned = False
         self._randomness = random_state()
         self._autocast = [
-            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-            for kind in ('cpu', 'cuda')
+            (device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
+            for device_type in ('cpu', 'cuda')
         ]
         self._cuda = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         self._error: BaseException | None = None
@@ -79,7 +79,7 @@ class RunAhead:
             raise error
 
     def close(self) -> None:
-        """Ends the thread, wherever it is."""
+        """Ends the thread, wherever in the function it is."""
         if self.thread.is_alive():
             with self._turn:
                 self._abandoned = self._runs = True
@@ -87,8 +87,8 @@ class RunAhead:
             self.thread.join()
 
     def show(self, key: Any, tensor: torch.Tensor) -> None:
-        """Adds to ``shown``. Calls from another thread (the other run entered this run's model) are
-        ignored."""
+        """Adds a tensor to ``shown``, and waits for the caller once :data:`AHEAD` bytes are shown.
+        Calls from another thread are ignored: the other run has then entered this run's model."""
         if threading.current_thread() is not self.thread:
             return
         self._held += tensor.numel() * tensor.element_size()
@@ -107,9 +107,9 @@ class RunAhead:
         try:
             if self._cuda is not None:
                 torch.cuda.set_device(self._cuda)
-            for kind, enabled, dtype in self._autocast:
-                torch.set_autocast_enabled(kind, enabled)
-                torch.set_autocast_dtype(kind, dtype)
+            for device_type, enabled, dtype in self._autocast:
+                torch.set_autocast_enabled(device_type, enabled)
+                torch.set_autocast_dtype(device_type, dtype)
             with torch.no_grad():
                 self.result = self._function(self.show)
         except Abandoned:

@@ -1,4 +1,5 @@
-"""The original as a cut should leave it: the parameters of removed channels are zero."""
+"""Masks the original so that it computes what the pruned model should: the parameters of removed
+channels are zero."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -10,9 +11,9 @@ from torch import nn
 from mmprune.surgery.plan import Plan
 
 MASK = 1e-18
-"""The value that is used for zero. At zero itself, a weight that is divided by its own norm (weight
-norm) would be NaN. The square of this value is still a normal number in single precision; in half
-precision the value is zero."""
+"""The value that masked parameters get in place of zero. At zero itself, a weight that is divided by
+its own norm (weight norm) would be NaN. The square of this value is still a normal number in single
+precision; in half precision the value is zero."""
 
 
 @contextlib.contextmanager

@@ -76,17 +76,19 @@ class DecisionReplay(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not self.reads_model:
-            self.reads_model = any(id(t) in self._state_ids for t in tensors_in((args, kwargs)))
+            self.reads_model = any(
+                id(tensor) in self._state_ids for tensor in tensors_in((args, kwargs))
+            )
         out = func(*args, **kwargs)
         # A view must stay a view: what is written to it has to reach the tensor that it shows.
         return out if _shares_memory(func) else self._settled(str(func), (args, kwargs), out)
 
     def compiled(self, name: str, function: Callable, args: tuple, kwargs: dict) -> Any:
-        """Does the same for a compiled function, such as nms.
+        """Calls a compiled function, such as nms, and records or repeats its decisions.
 
         If the function samples a map at boxes, the second run samples at the first run's boxes, and the
-        boxes are compared. A map changes fast from pixel to pixel, so a box that is moved by rounding
-        alone would give other features.
+        boxes are compared. A map changes fast from pixel to pixel, so a box that is only moved by
+        rounding would give other features.
         """
         if name in AT_BOXES:
             with _disable_current_modes():
@@ -96,6 +98,7 @@ class DecisionReplay(TorchDispatchMode):
             return self._settled(name, (args, kwargs), out)
 
     def _settled_boxes(self, name: str, boxes: torch.Tensor) -> torch.Tensor:
+        """Returns the boxes of the first run, and records how far those of the second run differ."""
         call = self._next_call(name)
         if self._catch_up is None:
             self._decisions.boxes[call] = boxes
@@ -110,7 +113,8 @@ class DecisionReplay(TorchDispatchMode):
         return before.to(boxes.dtype)
 
     def _settled(self, name: str, inputs: Any, out: Any) -> Any:
-        """``out`` itself in the first run; in the second with the decisions of the first."""
+        """Returns ``out`` with the decisions of the first run. In the first run itself, records them
+        and returns ``out`` unchanged."""
         results = out if isinstance(out, list | tuple) else [out]
         if not any(_decides(result) for result in results):
             return out
@@ -119,10 +123,12 @@ class DecisionReplay(TorchDispatchMode):
         if self._catch_up is None:
             decisions.bases[call] = bases
             decisions.results[call] = [
-                r.clone() if isinstance(r, torch.Tensor) and _decides(r) else r for r in results
+                result.clone() if isinstance(result, torch.Tensor) and _decides(result) else result
+                for result in results
             ]
             return out
         self._wait_for(decisions.results, call)
+        # Inputs of one shape are compared by their sums: (shape, sum, sum of absolute values).
         for old, new in zip(decisions.bases.pop(call, bases), bases, strict=False):
             if old[0] == new[0]:
                 decisions.error = max(decisions.error, abs(old[1] - new[1]) / max(old[2], 1e-12))
@@ -139,7 +145,7 @@ class DecisionReplay(TorchDispatchMode):
 
     def _wait_for(self, recorded: dict[Call, Any], call: Call) -> None:
         """Lets the first run continue until it has recorded this call, or has ended. It may be behind
-        if its outputs so far are of modules that are not compared any more."""
+        if its outputs so far are of modules that are no longer compared."""
         while call not in recorded and self._catch_up is not None and self._catch_up():
             pass
 
@@ -147,29 +153,31 @@ class DecisionReplay(TorchDispatchMode):
 @functools.cache
 def _shares_memory(func: Any) -> bool:
     """Whether an operation writes to its inputs, or returns them or a view of them."""
-    return func._schema.is_mutable or any(r.alias_info for r in func._schema.returns)
+    return func._schema.is_mutable or any(returned.alias_info for returned in func._schema.returns)
 
 
 def _basis(tensor: torch.Tensor) -> Basis:
-    """The basis over the finite numbers, computed at least in single precision."""
+    """Computes the basis over the finite numbers, at least in single precision."""
     values = tensor.detach()
     values = values.float() if values.element_size() < 4 else values
     if values.is_sparse:
         values = values.coalesce().values()
-    total = float(values.sum())
-    if not abs(total) < float('inf'):
+    value_sum = float(values.sum())
+    if not abs(value_sum) < float('inf'):
         values = values.nan_to_num(0, 0, 0)
-        total = float(values.sum())
-    return tensor.shape, total, float(torch.linalg.vector_norm(values, 1))
+        value_sum = float(values.sum())
+    return tensor.shape, value_sum, float(torch.linalg.vector_norm(values, 1))
 
 
 def _decides(value: Any) -> bool:
+    """Whether a result is a decision: an integer or boolean, or a tensor of these."""
     if isinstance(value, torch.Tensor):
         return not value.is_floating_point() and not value.is_complex()
     return isinstance(value, int)
 
 
 def _alike(old: Any, new: Any) -> bool:
+    """Whether the recorded result ``old`` can take the place of ``new``."""
     if isinstance(new, torch.Tensor):
         return isinstance(old, torch.Tensor) and old.shape == new.shape and old.dtype == new.dtype
     return isinstance(old, int)

@@ -73,7 +73,7 @@ def verify(
 
     Raises:
         PruneError: the error is above the tolerance, and the message names the first module that
-            differs; or ``forward`` fails for the pruned model alone.
+            differs; or ``forward`` fails only for the pruned model.
         PruneError: ``forward`` does not run the model that it is given, or returns nothing that can be
             compared; or a parameter is not finite.
 
@@ -87,7 +87,7 @@ def verify(
         True
     """
     original, pruned = innermost(original), innermost(pruned)
-    diverged = [name for name, p in original.named_parameters() if not is_finite(p)]
+    diverged = [name for name, parameter in original.named_parameters() if not is_finite(parameter)]
     if diverged:
         raise PruneError(
             f'{diverged[0]} and {len(diverged) - 1} more parameters hold NaN or infinity: the training '
@@ -106,7 +106,7 @@ def verify(
 def compare_in_double(
     original: nn.Module, pruned: nn.Module, plan: Plan, forward: Forward
 ) -> tuple[float, str]:
-    """:func:`compare` for copies of both models in double precision."""
+    """Calls :func:`compare` with copies of both models in double precision."""
     wide, narrow = copied(original).double(), copied(pruned).double()
     with in_double():
         return compare(wide, narrow, plan, doubled(forward), TOLERANCE_IN_DOUBLE)
@@ -115,7 +115,7 @@ def compare_in_double(
 def compare(
     original: nn.Module, pruned: nn.Module, plan: Plan, forward: Forward, tolerance: float | None
 ) -> tuple[float, str]:
-    """One comparison of :func:`verify`.
+    """Makes one comparison for :func:`verify`, with the arguments of that function.
 
     Returns:
         (largest relative error, complaint). The complaint is empty if the error is small enough.
@@ -150,15 +150,15 @@ def _run_both(
     def reference(show: Show) -> list[torch.Tensor]:
         torch.manual_seed(0)
         with recording, shown_outputs(original, show, comparison.narrower):
-            return tensors_of_output(forward(original))  # may run iterators, parts of the model
+            return tensors_of_output(forward(original))  # inside: iterators may run parts of the model
 
     ahead = RunAhead(reference)
     outputs = _Outputs(ahead, comparison)
     repeating = DecisionReplay(pruned, decisions, outputs.advance)
 
     def compiled(name: str, *call: Any) -> Any:
-        here = threading.current_thread() is ahead.thread
-        return (recording if here else repeating).compiled(name, *call)
+        is_original = threading.current_thread() is ahead.thread
+        return (recording if is_original else repeating).compiled(name, *call)
 
     try:
         with intercept(compiled):
@@ -188,6 +188,7 @@ def _run_both(
 
 
 def _check_runs_model(replay: DecisionReplay) -> None:
+    """Raises an error if a run did not use the model that ``forward`` got."""
     if not replay.reads_model:
         raise PruneError(
             'forward does not run the model that it is given, but another one (or none): write it as '
@@ -204,6 +205,7 @@ class OriginalFailed(Exception):
 
 
 Show = Callable[[OutputKey, torch.Tensor], None]
+"""Called with the key of an output and the tensor."""
 
 
 class _Outputs:
@@ -211,7 +213,7 @@ class _Outputs:
 
     def __init__(self, ahead: RunAhead, comparison: Comparison) -> None:
         self._ahead, self._comparison = ahead, comparison
-        self._waiting: dict[OutputKey, torch.Tensor] = {}  # shown, but not yet met by the pruned model
+        self._waiting: dict[OutputKey, torch.Tensor] = {}  # shown, but not made by the pruned model yet
 
     def advance(self) -> bool:
         """Lets the run ahead continue. Returns whether it had not ended before."""
@@ -238,7 +240,7 @@ class _Outputs:
                 else:
                     self._waiting[shown_key] = tensor.clone()  # the run ahead may write over it
                 if not shown:
-                    self.advance()  # from here on its decisions up to the next output are needed
+                    self.advance()  # the pruned model now needs the decisions up to the next output
                 if shown_key == key:
                     return
             if key in self._waiting:
@@ -277,7 +279,9 @@ def shown_outputs(model: nn.Module, show: Show, narrower: set[str]) -> Iterator[
 
 
 def narrower_layers(model: nn.Module, plan: Plan) -> set[str]:
-    """Names of layers whose outputs lose channels by ``plan``, so that they can't be compared."""
+    """Returns the names of layers whose outputs lose channels by ``plan``, so that they can't be
+    compared."""
+    # Dimension 0 of the weight is the output of these layers, but not of a transposed convolution.
     plain = (nn.Linear, _ConvNd, _NormBase)
     return {
         name

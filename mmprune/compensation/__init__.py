@@ -13,10 +13,10 @@ Source: He et al., *Channel Pruning for Accelerating Very Deep Neural Networks*,
 al., *Neuron Merging*, NeurIPS 2020, the regression is between channels, so it holds at each kernel
 position.
 
-Least squares alone can ruin a layer. If the removed channels carry much power and the kept channels a
-thousandth of it (as on a pyramid level that the data hardly uses), the fit multiplies the weak channels
-by hundreds. It is right on its batch, but the layer then amplifies every change of its input, and the
-next optimizer steps make the training diverge. Three bounds prevent this:
+Unbounded least squares can ruin a layer. If the removed channels carry much power and the kept channels
+a thousandth of it (as on a pyramid level that the data hardly uses), the fit multiplies the weak
+channels by hundreds. It is right on its batch, but the layer then amplifies every change of its input,
+and the next optimizer steps make the training diverge. Three bounds prevent this:
 
 1. The ridge is a fraction of the mean power of *all* inputs, so weak channels are not scaled up.
 2. The norm of a layer's weight grows at most by the root of (channels before / channels after). Merging

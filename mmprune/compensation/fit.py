@@ -31,12 +31,12 @@ class _Layer:
 
     Args:
         module: the layer before the cut.
-        moments: of its input channels.
+        moments: the moments of the layer's input channels.
         kept: (k,) indices of the channels that stay.
         removed: (r,) indices of the channels that are removed.
-        rows: indices of the outputs that stay; ``None``: all of them.
-        slope: (r, k), the matrix ``A`` of the fit.
-        rest: (r,), the constant ``c`` of the fit.
+        rows: indices of the outputs that stay; ``None`` if all stay.
+        slope: (r, k) the matrix ``A`` of the fit.
+        rest: (r,) the constant ``c`` of the fit; zero if the layer has no bias.
         errors: (2,) squared errors of the output on other samples, without and with compensation.
     """
 
@@ -51,32 +51,34 @@ class _Layer:
 
     @property
     def accepted(self) -> bool:
+        """Whether compensation makes the error of the output smaller."""
         without, compensated = self.errors.tolist()
         return compensated < without
 
     def by_channel(self, module: nn.Module) -> torch.Tensor:
-        """The weight of ``module`` for the outputs that stay, (O, C, K)."""
+        """Returns the weight of ``module`` for the outputs that stay, by input channel: (O, C, K)."""
         weight = module.get_parameter('weight').detach()
         weight = weight if self.rows is None else weight[self.rows]
         return weight.reshape(len(weight), self.moments.sums.numel(), -1)
 
     def as_weight(self, parts: torch.Tensor) -> torch.Tensor:
-        """(O, channels, K) in the shape of the layer's weight."""
+        """Reshapes weights by channel, (O, channels, K), to the layout of the layer's weight."""
         kernel = self.module.get_parameter('weight').shape[2:]
         return parts.reshape(len(parts), parts.shape[1] * self.moments.block, *kernel)
 
     def changes(self, module: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-        """What to add to the weight for the kept channels, (O, k, K), and to the bias, (O,).
+        """Computes what to add to the weight for the kept channels, (O, k, K), and to the bias, (O,).
 
         Args:
             module: this layer in the model or in an EMA model, before the cut.
         """
         weight = self.by_channel(module)
-        parts = weight.float()
-        lost, left = parts[:, self.removed], parts[:, self.kept]
+        float_weight = weight.float()
+        # The weights for the removed channels, and for the kept ones.
+        lost, left = float_weight[:, self.removed], float_weight[:, self.kept]
         change = torch.einsum('orp,rk->okp', lost, self.slope)
-        share = len(self.kept) / parts.shape[1]
-        scale = growth_bound(left, change, float(parts.square().sum()) / share)
+        share = len(self.kept) / float_weight.shape[1]
+        scale = growth_bound(left, change, float(float_weight.square().sum()) / share)
         rest = self.rest
         if scale < 1:
             means = self.moments.sums / self.moments.count
@@ -120,8 +122,10 @@ class Compensation:
             moments_of = {name: _empty(module, block) for name, (module, block) in narrowed.items()}
             if gathered is not None and gathered.seen:
                 # Copies, because the sum over processes must not change what was gathered.
-                known = {name: m for name, m in gathered.moments.items() if name in narrowed}
-                moments_of |= copy.deepcopy(known)
+                gathered_moments = {
+                    name: moments for name, moments in gathered.moments.items() if name in narrowed
+                }
+                moments_of |= copy.deepcopy(gathered_moments)
             else:
                 _add_first_halves(model, narrowed, moments_of, forward)
         if distributed:
@@ -175,6 +179,7 @@ class Compensation:
 
 
 def _empty(module: nn.Module, block: int) -> Moments:
+    """Makes the moments of a layer of which no input was seen."""
     weight = module.get_parameter('weight')
     return Moments.empty(weight.shape[1] // block, block, weight.device)
 
@@ -227,19 +232,21 @@ def _measure_errors(model: nn.Module, layers: Mapping[str, _Layer], forward: For
 def _output(
     module: nn.Module, x: torch.Tensor, channels: torch.Tensor, block: int, weight: torch.Tensor
 ) -> torch.Tensor:
-    """What the layer computes from some of its input channels with ``weight``, and without a bias."""
+    """Computes a layer's output from some of its input channels, with ``weight`` and without a bias."""
     if isinstance(module, nn.Linear):
         x = x.reshape(-1, x.shape[-1] // block, block)[:, channels].flatten(1)
         return nn.functional.linear(x, weight.to(x.dtype))
     dim = 1 if x.ndim == weight.ndim else 0
-    convolution: Any = module
+    convolution: Any = module  # ``_conv_forward`` uses the layer's stride, padding and dilation
     return convolution._conv_forward(x.index_select(dim, channels), weight.to(x.dtype), None)
 
 
 def halves_of(x: torch.Tensor, module: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """(first half, second half) of a layer's input: of its samples, or if there is one sample, of the
-    next dimension other than the channels. Both are empty if no dimension can be divided."""
+    """Divides a layer's input into (first half, second half): of its samples, or if there is one
+    sample, of the next dimension other than the channels. Both are empty if no dimension can be
+    divided."""
     linear = isinstance(module, nn.Linear)
+    # A convolution's input has its channels on dimension 1, or on dimension 0 if it has no batch.
     channels = x.ndim - 1 if linear else x.ndim + 1 - module.get_parameter('weight').ndim
     for dim, size in enumerate(x.shape):
         if dim != channels and size > 1:
@@ -250,7 +257,7 @@ def halves_of(x: torch.Tensor, module: nn.Module) -> tuple[torch.Tensor, torch.T
 def _run_watched(
     model: nn.Module, modules: Mapping[str, nn.Module], forward: Forward, see: See
 ) -> None:
-    """Runs the model once, and calls ``see`` before each call of one of these modules."""
+    """Runs the model once, and calls ``see`` before each call of one of ``modules``."""
 
     def hook(name: str) -> Callable[[nn.Module, tuple], None]:
         return lambda module, args: see(name, module, args[0].detach())
@@ -266,13 +273,13 @@ def _run_watched(
 
 
 def _fitted(module: nn.Module, moments: Moments, keep: Mapping[int, list[int]]) -> _Layer | None:
-    """The fit for a layer; ``None`` if its inputs were not seen, or are constant."""
+    """Fits one layer. Returns ``None`` if its inputs were not seen, or are constant."""
     device = moments.sums.device
     kept, removed = kept_channels(keep[1], moments.sums.numel(), moments.block, device)
     fit = regression(moments, kept, removed, centred=module._parameters.get('bias') is not None)
     if fit is None:
         return None
-    slope, rest = (part.float() for part in fit)
+    slope, rest = (array.float() for array in fit)
     errors = torch.zeros(2, dtype=torch.float64, device=device)
     return _Layer(module, moments, kept, removed, keep.get(0), slope, rest, errors)
 
@@ -311,7 +318,7 @@ def regression(
 
 
 def growth_bound(left: torch.Tensor, change: torch.Tensor, largest: float) -> float:
-    """The largest factor in [0, 1] with ``|left + factor * change|^2 <= largest``."""
+    """Computes the largest factor in [0, 1] with ``|left + factor * change|^2 <= largest``."""
     a, b = float(change.square().sum()), float((left * change).sum())
     c = float(left.square().sum()) - largest
     if a + 2 * b + c <= 0 or a == 0:

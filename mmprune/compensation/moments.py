@@ -59,12 +59,13 @@ class Moments:
 
     @classmethod
     def empty(cls, channels: int, block: int, device: torch.device) -> Moments:
+        """Makes the moments of ``channels`` input channels before any position was seen."""
         zeros = torch.zeros(channels, device=device)
         return cls(block, zeros.new_zeros(()), zeros, zeros.new_zeros(channels, channels))
 
     def add(self, rows: torch.Tensor, weight: float = 1.0) -> None:
-        """Adds positions, unless one of their numbers is not finite. (That is decided on the device, so
-        that nothing has to wait for it.)
+        """Adds positions, unless one of their numbers is not finite. The test stays on the device, so
+        that the training does not wait for its result.
 
         Args:
             rows: (P, C) values of the channels at P positions.
@@ -90,6 +91,7 @@ class Moments:
             tensor.mul_(DECAY)
 
     def all_reduce(self) -> None:
+        """Sums the moments over all processes of the default group."""
         for tensor in (self.squares, self.sums, self.count):
             dist.all_reduce(tensor)
 
@@ -102,13 +104,13 @@ def rows_of(
     limit: int | None = None,
     shift: float = 0,
 ) -> tuple[torch.Tensor, int]:
-    """Positions of a layer's input.
+    """Takes positions of a layer's input, and returns their channels as rows.
 
     Args:
         x: (N, C, ...) or (C, ...) for a convolution, (..., C * block) for a linear layer.
-        module: the layer.
+        module: the layer that reads the input.
         channels: C, the number of input channels.
-        block: see :class:`Moments`.
+        block: how many neighbouring inputs of the weight belong to one channel.
         limit: the largest number of positions to take; they are spread evenly. ``None``: all of them.
         shift: in [0, 1), moves the taken positions by this part of the distance between two of them.
 
@@ -119,16 +121,16 @@ def rows_of(
         x = x.reshape(-1, channels, block)
     else:
         x = (x.unsqueeze(0) if x.ndim < module.get_parameter('weight').ndim else x).flatten(2)
-    total = x.shape[0] * x.shape[2]
-    if limit is None or total <= limit:
-        return x.transpose(1, 2).reshape(-1, channels), total
-    picked = ((torch.arange(limit, device=x.device) + shift) * (total / limit)).long()
-    picked = picked.clamp_(max=total - 1)
-    return x[picked // x.shape[2], :, picked % x.shape[2]], total
+    n_positions = x.shape[0] * x.shape[2]
+    if limit is None or n_positions <= limit:
+        return x.transpose(1, 2).reshape(-1, channels), n_positions
+    picked = ((torch.arange(limit, device=x.device) + shift) * (n_positions / limit)).long()
+    picked = picked.clamp_(max=n_positions - 1)
+    return x[picked // x.shape[2], :, picked % x.shape[2]], n_positions
 
 
 def compensable(graph: ChannelGraph, model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
-    """The layers that read removable channels and do nothing but multiply by their weight.
+    """Finds the layers that read removable channels and do nothing but multiply by their weight.
 
     Returns:
         {layer name: (layer, block)}; for ``block`` see :class:`Moments`.
@@ -147,12 +149,13 @@ def compensable(graph: ChannelGraph, model: nn.Module) -> dict[str, tuple[nn.Mod
 
 
 def block_of(units: np.ndarray) -> int:
-    """How many neighbouring inputs of a linear layer belong to one channel of a flattened map: the
-    largest number that divides the length of every run of one unit.
+    """Finds how many neighbouring inputs of a linear layer belong to one channel of a flattened map:
+    the largest number that divides the length of every run of one unit.
 
     Args:
         units: (inputs,) number of the unit of each input, -1 for locked inputs.
     """
+    # The prepended number differs from the first unit, so that a run starts at input 0.
     starts = np.flatnonzero(np.diff(units, prepend=units[:1] - 1))
     return int(np.gcd.reduce(np.append(starts, units.size)))
 
@@ -160,7 +163,7 @@ def block_of(units: np.ndarray) -> int:
 def kept_channels(
     keep: list[int], channels: int, block: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(kept, removed) channel indices of a layer, from the kept inputs of its weight."""
+    """Returns (kept, removed) channel indices of a layer, from the kept inputs of its weight."""
     stays = np.zeros(channels, dtype=bool)
     stays[np.asarray(keep) // block] = True
     kept, removed = (torch.from_numpy(np.flatnonzero(mask)).to(device) for mask in (stays, ~stays))
@@ -168,6 +171,7 @@ def kept_channels(
 
 
 def _is_plain(module: nn.Module) -> bool:
+    """Whether a layer does nothing but multiply its input by its weight, without groups."""
     return (
         isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
         and type(module).forward.__module__ in PLAIN_FORWARDS
@@ -176,21 +180,21 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def steps_between(interval: int) -> int:
-    """One training step of this many is gathered, with a cut every ``interval`` steps. At least four
-    steps are gathered between two cuts, if there are so many."""
+    """Returns the ``every`` of :class:`InputMoments` for a cut every ``interval`` training steps. At
+    least four steps are gathered between two cuts, if there are so many."""
     return max(1, min(EVERY, interval // 4))
 
 
 class InputMoments:
     """Gathers the moments of layers' inputs over training steps, for the compensation of the next cut.
 
-    Gathering costs little: it takes one step of ``every``, and at most :data:`ROWS` positions of each
+    Gathering costs little: it takes one of ``every`` steps, and at most :data:`ROWS` positions of each
     call of a layer. It draws no random number.
 
     Args:
         graph: the channel graph of ``model``.
         model: the model that is trained. Hooks are registered on its layers until :meth:`close`.
-        every: how many steps there are for each step that is gathered.
+        every: the number of training steps of which one is gathered.
     """
 
     def __init__(self, graph: ChannelGraph, model: nn.Module, every: int = 1) -> None:
@@ -201,13 +205,14 @@ class InputMoments:
         self.watch(graph, model)
 
     def watch(self, graph: ChannelGraph, model: nn.Module) -> None:
-        """Watches the layers of ``graph``, and keeps the known moments of layers that are unchanged."""
+        """Watches the layers of ``graph``, and keeps the earlier moments of layers that are
+        unchanged."""
         self.close()
-        known, self.moments = self.moments, {}
+        earlier, self.moments = self.moments, {}
         for name, (module, block) in compensable(graph, model).items():
             weight = module.get_parameter('weight')
             channels = weight.shape[1] // block
-            moments = known.get(name)
+            moments = earlier.get(name)
             if moments is None or (moments.block, moments.sums.numel()) != (block, channels):
                 moments = Moments.empty(channels, block, weight.device)
             self.moments[name] = moments
@@ -219,21 +224,24 @@ class InputMoments:
             self._handles.append(module.register_forward_pre_hook(see))
 
     def begin_step(self, wanted: bool = True) -> None:
-        """To be called before each training step. With ``wanted=False`` the step is never gathered."""
+        """Decides whether the next training step is gathered; must be called before each step. With
+        ``wanted=False`` the step is not gathered and does not count."""
         self.enabled = wanted and self._steps % self.every == 0
         self._steps += wanted
 
     def end_step(self) -> None:
-        """To be called after each training step, so that a validation is not gathered."""
+        """Stops gathering; must be called after each training step, so that a validation is not
+        gathered."""
         self.enabled = False
 
     def _see(self, module: nn.Module, x: torch.Tensor, moments: Moments) -> None:
+        """Adds positions of one input of a layer, with the weight of all its positions."""
         self._calls += 1
-        shift = self._calls * 0.618 % 1  # each call takes other positions
+        shift = self._calls * 0.618 % 1  # spreads the positions of successive calls evenly
         with torch.no_grad():
-            rows, total = rows_of(x, module, moments.sums.numel(), moments.block, ROWS, shift)
-            if total:
-                moments.add(rows, total / len(rows))
+            rows, n_positions = rows_of(x, module, moments.sums.numel(), moments.block, ROWS, shift)
+            if n_positions:
+                moments.add(rows, n_positions / len(rows))
 
     @property
     def seen(self) -> bool:
@@ -241,7 +249,7 @@ class InputMoments:
         return any(bool(moments.count > 0) for moments in self.moments.values())
 
     def after_cut(self, plan: Plan, graph: ChannelGraph, model: nn.Module) -> None:
-        """Follows a cut.
+        """Narrows the moments as a cut narrowed the layers, and watches the layers of the cut model.
 
         Args:
             plan: the plan of the cut.
@@ -259,29 +267,31 @@ class InputMoments:
         self._handles = []
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain data and three tensors. Of each symmetric matrix only the upper triangle is stored."""
+        """Returns plain data and three tensors. Of each symmetric matrix only the upper triangle is
+        stored."""
         moments_of = self.moments.values()
-        none = [torch.zeros(0)]
+        nothing = [torch.zeros(0)]  # ``torch.cat`` needs at least one tensor
         return {
             'names': list(self.moments),
             'sizes': [(moments.sums.numel(), moments.block) for moments in moments_of],
             'steps': self._steps,
             'calls': self._calls,
             'count': torch.tensor([float(moments.count) for moments in moments_of]),
-            'sums': torch.cat([moments.sums.cpu() for moments in moments_of] or none),
-            'squares': torch.cat([_upper(moments.squares).cpu() for moments in moments_of] or none),
+            'sums': torch.cat([moments.sums.cpu() for moments in moments_of] or nothing),
+            'squares': torch.cat([_upper(moments.squares).cpu() for moments in moments_of] or nothing),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from :meth:`state_dict`. A layer that has another size now starts empty."""
+        """Continues from the result of :meth:`state_dict`. A layer that has another size now starts
+        empty."""
         self._steps, self._calls = state['steps'], state['calls']
-        at = at_square = 0
+        start = start_of_square = 0
         for name, (size, block), count in zip(
             state['names'], state['sizes'], state['count'], strict=True
         ):
-            sums = state['sums'][at : at + size]
-            upper = state['squares'][at_square : at_square + size * (size + 1) // 2]
-            at, at_square = at + size, at_square + upper.numel()
+            sums = state['sums'][start : start + size]
+            upper = state['squares'][start_of_square : start_of_square + size * (size + 1) // 2]
+            start, start_of_square = start + size, start_of_square + upper.numel()
             moments = self.moments.get(name)
             if moments is not None and (moments.sums.numel(), moments.block) == (size, block):
                 moments.count.copy_(count)
@@ -290,11 +300,13 @@ class InputMoments:
 
 
 def _upper(matrix: torch.Tensor) -> torch.Tensor:
+    """Returns the upper triangle of a square matrix as a vector."""
     rows, columns = torch.triu_indices(*matrix.shape, device=matrix.device)
     return matrix[rows, columns]
 
 
 def _symmetric(upper: torch.Tensor, size: int) -> torch.Tensor:
+    """Makes the symmetric matrix whose upper triangle :func:`_upper` returned."""
     matrix = upper.new_zeros(size, size)
     rows, columns = torch.triu_indices(size, size)
     matrix[rows, columns] = upper

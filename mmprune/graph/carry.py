@@ -1,11 +1,12 @@
-"""The graph of a model later on: after a cut, with groups locked, or in a resumed training.
+"""Derives the graph of a model from an earlier graph: after a cut, with groups locked, or in a resumed
+training.
 
 *Problem.* Tracing a detector takes a run of the model and needs a batch. A training cuts many times and
 may resume from a checkpoint.
 
-*Idea.* A cut removes entire units and changes nothing that is known of the others. So the graph of the
-cut model follows from the graph before it: slots, units and groups are renumbered, and costs shrink in
-proportion. Units and groups get the numbers that a new trace would give them.
+*Idea.* A cut removes entire units, and what a trace found about the other units stays true. So the
+graph of the cut model follows from the graph before it: slots, units and groups are renumbered, and
+costs shrink in proportion. Units and groups get the numbers that a new trace would give them.
 
 *Example.* A layer with the slots 1 to 8 loses its channels 2 and 5 (counted from 1). The remaining
 slots 1, 3, 4, 6, 7, 8 become 1 to 6, and the slots of all later layers move up.
@@ -31,7 +32,7 @@ FORMAT = 1
 
 
 def after_cut(graph: ChannelGraph, model: nn.Module, keep: np.ndarray) -> ChannelGraph:
-    """The graph of a model after a cut.
+    """Makes the graph of a model after a cut from the graph before it.
 
     Args:
         graph: the graph before the cut.
@@ -71,7 +72,7 @@ def after_cut(graph: ChannelGraph, model: nn.Module, keep: np.ndarray) -> Channe
     lost = np.flatnonzero(stays & (new_slot == FIXED) & (graph.unit_of >= 0))
     is_single[graph.unit_of[lost]] = True
     single_axes = [axis for axis in graph.slots.axes if (axis.name, axis.dim) not in slots.by_key]
-    single = [Locked(a.name, a.dim, 1, (Lock(LockKind.ONLY_CHANNEL),)) for a in single_axes]
+    single = [Locked(axis.name, axis.dim, 1, (Lock(LockKind.ONLY_CHANNEL),)) for axis in single_axes]
 
     held = np.flatnonzero(stays & (new_slot > FIXED))
     unit_of = np.full(slots.size, -1, dtype=np.int64)
@@ -99,58 +100,59 @@ def after_cut(graph: ChannelGraph, model: nn.Module, keep: np.ndarray) -> Channe
 
 
 def without_guesses(graph: ChannelGraph, numbers: list[TrackedAttribute]) -> ChannelGraph:
-    """The graph in which these numbers of modules keep their value and are listed as stale."""
+    """Returns the graph in which these numbers of modules keep their value and are listed as stale."""
     follows = [entry for entry in graph.tracked if not any(entry is number for number in numbers)]
     stale = [replace(number, guessed=False) for number in numbers]
     return replace(graph, tracked=follows, stale=graph.stale + stale)
 
 
 def without(graph: ChannelGraph, groups: list[int], reason: str) -> tuple[ChannelGraph, np.ndarray]:
-    """Locks groups, given by their indices, for a reason, given as a sentence.
+    """Returns a graph in which the groups with these indices are locked. ``reason`` is a sentence.
 
     Returns:
-        (the new graph, (n_units,) whether each unit of ``graph`` is still removable).
+        (new graph, (n_units,) whether each unit of ``graph`` is still removable).
     """
-    gone = np.concatenate([graph.groups[number].units for number in groups])
+    locked_units = np.concatenate([graph.groups[index].units for index in groups])
     free = np.ones(graph.n_units, dtype=bool)
-    free[gone] = False
+    free[locked_units] = False
     unit_of = np.where(graph.keeps(free), graph.unit_of, -1)
     locked, lock_of = list(graph.locked), graph.lock_of.copy()
-    for number in groups:
-        axis = next(iter(graph.groups[number].axes))
-        lock_of[np.isin(graph.unit_of, graph.groups[number].units)] = len(locked)
-        locked.append(Locked(axis.name, axis.dim, len(graph.groups[number]), (stated(reason),)))
+    for index in groups:
+        axis = next(iter(graph.groups[index].axes))
+        lock_of[np.isin(graph.unit_of, graph.groups[index].units)] = len(locked)
+        locked.append(Locked(axis.name, axis.dim, len(graph.groups[index]), (stated(reason),)))
     return _regrouped(replace(graph, locked=locked, lock_of=lock_of), unit_of), free
 
 
 def _regrouped(graph: ChannelGraph, unit_of: np.ndarray) -> ChannelGraph:
-    """``graph`` with the units ``unit_of`` (slots,), numbered as a new trace would number them. Slots
-    with equal values are one unit, and -1 marks slots that cannot be removed."""
+    """Returns ``graph`` with the units ``unit_of`` (slots,), numbered as a new trace would number them.
+    Slots with equal values are one unit, and -1 marks slots that cannot be removed."""
     free = unit_of >= 0
     component = np.where(free, unit_of, unit_of.max(initial=0) + 1)
     is_locked = np.zeros(component.max() + 1, dtype=bool)
     is_locked[component[~free]] = True
-    numbers, groups = group_units(graph.slots, component, is_locked, graph.tracked)
+    new_unit_of, groups = group_units(graph.slots, component, is_locked, graph.tracked)
     consumers = [graph.slots.by_key.get((axis.name, axis.dim)) for axis in graph.consumers]
     consumers = [axis for axis in consumers if axis is not None]
-    return replace(graph, groups=groups, unit_of=numbers, consumers=consumers)
+    return replace(graph, groups=groups, unit_of=new_unit_of, consumers=consumers)
 
 
 # -- in a checkpoint ----------------------------------------------------------------------------------
 
 
 def to_state(graph: ChannelGraph) -> dict[str, Any]:
-    """Plain data and tensors from which :func:`from_state` makes the same graph of the same model."""
-    numbers: dict[bytes, int] = {}
+    """Describes a graph by plain data and tensors, from which :func:`from_state` makes the same graph
+    of the same model."""
+    index_of: dict[bytes, int] = {}
     arrays: list[np.ndarray] = []
 
     def stored(ids: Ids) -> int:
-        """The index of an id array; equal arrays are stored once."""
+        """Returns the index of an id array; equal arrays are stored once."""
         key = ids.tobytes()
-        if key not in numbers:
-            numbers[key] = len(arrays)
+        if key not in index_of:
+            index_of[key] = len(arrays)
             arrays.append(ids.astype(np.int32))
-        return numbers[key]
+        return index_of[key]
 
     def terms(costs: list[CostTerm]) -> list[list[Any]]:
         return [[term.where, term.count, list(map(stored, term.axes))] for term in costs]
@@ -185,8 +187,8 @@ def to_state(graph: ChannelGraph) -> dict[str, Any]:
 
 
 def from_state(state: dict[str, Any], model: nn.Module) -> ChannelGraph | None:
-    """The graph that :func:`to_state` stored, or ``None`` if the state has another format or is of a
-    model of other sizes. Then ``model`` has to be traced. States of earlier versions may lack
+    """Reads the graph that :func:`to_state` stored. Returns ``None`` if the state has another format or
+    is of a model of other sizes; then ``model`` has to be traced. States of earlier versions may lack
     entries."""
     names = {name for name, _ in named_state(model)}
     if state.get('format') != FORMAT or not names.issuperset(state['names']):
@@ -196,16 +198,16 @@ def from_state(state: dict[str, Any], model: nn.Module) -> ChannelGraph | None:
         return None
     arrays = [ids.numpy().astype(np.int64) for ids in state['ids'].split(state['sizes'])]
 
-    def axes(numbers: list[int]) -> list[Ids]:
-        return [arrays[number] for number in numbers]
+    def axes(indices: list[int]) -> list[Ids]:
+        return [arrays[index] for index in indices]
 
     def terms(entries: list[list[Any]]) -> list[CostTerm]:
-        return [CostTerm(where, count, axes(numbers)) for where, count, numbers in entries]
+        return [CostTerm(where, count, axes(indices)) for where, count, indices in entries]
 
     def attributes(entries: Iterable[list[Any]], guessed: list[bool]) -> list[TrackedAttribute]:
         return [
-            TrackedAttribute(module, name, arrays[number], guess)
-            for (module, name, number), guess in zip(entries, guessed, strict=True)
+            TrackedAttribute(module, name, arrays[index], guess)
+            for (module, name, index), guess in zip(entries, guessed, strict=True)
         ]
 
     stale = state.get('stale', [])
@@ -239,7 +241,8 @@ def _entry_fields(entry: list[Any]) -> tuple[str, int, int, tuple[Lock, ...]]:
 
 
 def _lock_from(saved: list[str] | str) -> Lock:
-    """A stored lock. Earlier versions stored a sentence; a kind that no longer exists becomes one."""
+    """Reads a stored lock. Earlier versions stored a sentence; a kind that no longer exists becomes
+    one."""
     if isinstance(saved, str):
         return stated(saved)
     kind, op, module, detail = saved

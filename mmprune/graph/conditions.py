@@ -33,13 +33,13 @@ Pairs = list[tuple[Ids, Ids]]
 
 
 class Origin(NamedTuple):
-    """What a report needs to know of a tie or a condition.
+    """The reason and the place of a tie or a condition, which reports name.
 
     Args:
-        why: the kind of reason.
-        op: the name of the operation.
-        detail: completes the sentence of ``why``.
-        module: the module that ran.
+        why: the kind of reason that a lock gives if it comes from this tie or condition.
+        op: the name of the operation that caused the tie or condition.
+        detail: text that completes the sentence of ``why``.
+        module: the module in which the operation ran.
     """
 
     why: LockKind
@@ -50,7 +50,8 @@ class Origin(NamedTuple):
 
 @dataclass(frozen=True)
 class Proportion:
-    """Two dimensions, which carry the ids ``a`` and ``b``, shrink by the same factor."""
+    """The condition that two dimensions, which carry the ids ``a`` and ``b``, shrink by the same
+    factor."""
 
     a: Ids
     b: Ids
@@ -71,16 +72,17 @@ class Proportion:
         return np.array_equal(in_a * self.b.size, in_b * self.a.size)
 
     def _counts(self, unit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """How many positions of ``a`` and of ``b`` each unit has, given the unit of each of ``ids``."""
+        """Counts the positions of ``a`` and of ``b`` in each unit. ``unit`` gives the unit of each of
+        ``ids``."""
         n_units = unit.max(initial=-1) + 1
         in_a = np.bincount(unit[: self.a.size], minlength=n_units)
         return in_a, np.bincount(unit[self.a.size :], minlength=n_units)
 
     def remedies(self, component: np.ndarray) -> list[Pairs]:
-        """Alternative sets of ties, after each of which the condition holds.
+        """Lists alternative sets of ties, after each of which the condition holds:
 
         1. The larger dimension is several copies of the smaller one.
-        2. It has several neighbouring positions for each position of the smaller one.
+        2. The larger dimension has several neighbouring positions for each position of the smaller one.
         3. Each unit with a surplus on one side is joined to one with the same surplus on the other
            side.
 
@@ -95,17 +97,19 @@ class Proportion:
         return [*remedies, *self._balanced(component)]
 
     def _balanced(self, component: np.ndarray) -> list[Pairs]:
-        """The third remedy. Units without a counterpart are joined into one. If a constant is among the
-        positions, there is no such remedy."""
+        """Makes the ties of the third remedy. Units without a counterpart are joined into one. If a
+        constant is among the positions, the list is empty."""
         ids = self.ids
         if (ids == FIXED).any():
             return []
-        _, first, number = np.unique(component[ids], return_index=True, return_inverse=True)
-        in_a, in_b = self._counts(number)
+        _, first_position, unit_of_id = np.unique(
+            component[ids], return_index=True, return_inverse=True
+        )
+        in_a, in_b = self._counts(unit_of_id)
         surplus = in_a * self.b.size - in_b * self.a.size
         waiting: dict[int, list[int]] = {}  # {surplus: units that have it and no counterpart yet}
         pairs = []
-        for unit in np.argsort(first):
+        for unit in np.argsort(first_position):  # in the order in which units appear in ``ids``
             amount = int(surplus[unit])
             if waiting.get(-amount):
                 pairs.append((waiting[-amount].pop(0), unit))
@@ -113,16 +117,19 @@ class Proportion:
                 waiting.setdefault(amount, []).append(unit)
         unmatched = [unit for units in waiting.values() for unit in units]
         pairs += [(unmatched[0], unit) for unit in unmatched[1:]]
-        a, b = (np.array([first[pair[side]] for pair in pairs], dtype=np.int64) for side in (0, 1))
+        a, b = (
+            np.array([first_position[pair[side]] for pair in pairs], dtype=np.int64) for side in (0, 1)
+        )
         return [[(ids[a], ids[b])]]
 
 
 @dataclass(frozen=True)
 class Multiple:
-    """A number shrinks in proportion to the positions ``ids`` and stays an integer.
+    """The condition that a number which shrinks in proportion to the positions ``ids`` stays an
+    integer.
 
     ``ids`` has ``ids.size / number`` positions for each channel that the number counts, so each unit
-    must hold a multiple of as many positions.
+    must hold a multiple of ``ids.size / number`` positions.
     """
 
     ids: Ids
@@ -136,28 +143,30 @@ class Multiple:
         return self.ids.size // self.number
 
     def holds(self, component: np.ndarray) -> bool:
-        """As :meth:`Proportion.holds`."""
+        """Whether the condition holds; ``component`` gives the number of the unit of each id."""
         return not (np.unique(component[self.ids], return_counts=True)[1] % self._ratio).any()
 
     def remedies(self, component: np.ndarray) -> list[Pairs]:
-        """As :meth:`Proportion.remedies`: the positions are several copies of the counted channels, or
-        each counted channel has several neighbouring positions."""
+        """Lists alternative sets of ties, after each of which the condition holds: the positions are
+        several copies of the counted channels, or each counted channel has several neighbouring
+        positions."""
         rows = self.ids.reshape(self._ratio, self.number)
         columns = self.ids.reshape(self.number, self._ratio).T
         return [[(table[0], row) for row in table[1:]] for table in (rows, columns)]
 
 
 Condition = Proportion | Multiple
+"""A condition that is settled after the traced run."""
 
 
 def joined(component: np.ndarray, pairs: Pairs) -> np.ndarray:
-    """The number of the unit of each id after further ties. The numbers are not consecutive."""
+    """Returns the number of the unit of each id after further ties. The numbers are not consecutive."""
     parent: dict[int, int] = {}
 
-    def root(number: int) -> int:
-        while (above := parent.get(number, number)) != number:
-            number = above
-        return number
+    def root(unit: int) -> int:
+        while (above := parent.get(unit, unit)) != unit:
+            unit = above
+        return unit
 
     for a, b in pairs:
         free = (a > 0) & (b > 0)
@@ -166,6 +175,6 @@ def joined(component: np.ndarray, pairs: Pairs) -> np.ndarray:
             if first != second:
                 parent[second] = first
     renamed = np.arange(component.max() + 1)
-    for number in parent:
-        renamed[number] = root(number)
+    for unit in parent:
+        renamed[unit] = root(unit)
     return renamed[component]

@@ -1,4 +1,5 @@
-"""What a traced run says about channels: which are removed together, and which may not be removed."""
+"""Constraints that a traced run puts on channels: which are removed together, and which may not be
+removed."""
 
 import itertools
 import weakref
@@ -21,7 +22,7 @@ class TrackedAttribute:
     """A number in a module that shrinks in proportion to the channels ``ids``.
 
     Args:
-        module: the name of the module.
+        module: the name of the module that keeps the number; empty for the model itself.
         attribute: the name of the attribute; ``widths[0]`` is an entry of a list.
         ids: the channels that the number counts, or is a multiple of.
         guessed: whether no traced run reads the number, so that its meaning was inferred from its name
@@ -38,7 +39,7 @@ class TrackedAttribute:
 
 
 class DistinctKeys(IntEnum):
-    """Which sizes never equal a plain number when a dictionary compares its keys
+    """The sizes that never equal a plain number when a dictionary compares its keys
     (:func:`mmprune.graph.tracer.trace_run`)."""
 
     NONE = 0
@@ -59,17 +60,18 @@ class Constraints:
 
     Attributes:
         ties: pairs of id arrays that are tied position by position.
-        origins: for each entry of ``ties`` what its report needs.
-        conditions: what the units have to fulfil. Sizes are compared after the run, because only then
-            all ties are known.
+        origins: for each entry of ``ties`` the reason and the place that a report names.
+        conditions: conditions that the units have to fulfil. They are settled after the run, because
+            only then all ties are known.
         deferred: functions to call after the run, which add further conditions.
         locks: (ids, reason) of channels that may not be removed.
         read: channels of activations that contractions sum over.
         weights_read: channels of weights that contractions sum over.
         scales: channels of the gammas of normalisations.
+        tracked: numbers of modules that shrink with channels.
         epoch: the number of the present run. It changes when a run ends or is undone; sizes of other
             epochs count as plain numbers.
-        distinct_keys: which sizes differ from plain numbers as dictionary keys.
+        distinct_keys: the sizes that differ from plain numbers as dictionary keys.
         used_as_key: whether the run used any size as a dictionary key.
     """
 
@@ -102,9 +104,9 @@ class Constraints:
     def tie(
         self, a: Ids, b: Ids, why: LockKind, op: str, detail: str = '', module: nn.Module | None = None
     ) -> None:
-        """Removes the positions of ``a`` and ``b`` only together, one by one. Where one of them is
-        ``FIXED``, the other is locked for the reason ``why``. Reports name the operation ``op`` and
-        ``module``, which by default is the module that runs now."""
+        """Records that position i of ``a`` can only be removed together with position i of ``b``. If
+        one of them is ``FIXED``, the other is locked for the reason ``why``. Reports name the operation
+        ``op`` and ``module``; ``None`` stands for the module that runs now."""
         origin = Origin(why, op, detail, module or self.scope.module)
         if a.size != b.size:
             raise PruneError(
@@ -121,17 +123,17 @@ class Constraints:
         self.origins.append(origin)
 
     def tie_in_proportion(self, a: Ids, b: Ids, why: LockKind, detail: str = '') -> None:
-        """Two dimensions, which carry ``a`` and ``b``, shrink by the same factor."""
+        """Records that the two dimensions which carry ``a`` and ``b`` shrink by the same factor."""
         if a is not b and not np.array_equal(a, b):
             self.conditions.append(Proportion(a, b, Origin(why, 'sizes', detail, self.scope.module)))
 
     def require_multiple(self, ids: Ids, number: int, why: LockKind, detail: str) -> None:
-        """``number`` shrinks in proportion to the positions ``ids``, of which there are several for
-        each channel that it counts, and stays an integer."""
+        """Records that ``number`` shrinks in proportion to the positions ``ids``, of which there are
+        several for each channel that it counts, and stays an integer."""
         self.conditions.append(Multiple(ids, number, Origin(why, 'sizes', detail, self.scope.module)))
 
     def lock(self, ids: Ids, why: LockKind | str, op: str = '', detail: str = '') -> None:
-        """No slot among ``ids`` may be removed; ``why`` is a kind, or the whole sentence of the
+        """Locks every slot among ``ids``. ``why`` is a kind of reason, or the whole sentence of the
         report."""
         if isinstance(why, str):
             self._add(ids, Lock(LockKind.STATED, op, str(self.scope) if op else '', why))
@@ -147,7 +149,7 @@ class Constraints:
         return bool(self._locked[ids].all())
 
     def lock_of(self, origin: Origin) -> Lock:
-        """The lock that names the operation and the module of a tie or a condition."""
+        """Makes the lock that names the operation and the module of a tie or a condition."""
         module = self.scope.label(origin.module) if origin.op else ''
         return Lock(origin.why, origin.op, module, origin.detail)
 
@@ -156,27 +158,30 @@ class Constraints:
         self._locked[ids] = True
 
     def track_attribute(self, module: str, attribute: str, ids: Ids) -> None:
-        """A module's number shrinks with ``ids``, and so does every other dimension that it counts."""
+        """Records that a number of a module counts the channels ``ids``, so a cut changes it. If the
+        number already counts another dimension, both must shrink by the same factor."""
         key = (module, attribute)
-        known = self._ids_of.get(key, ())
-        if any(np.array_equal(ids, other) for other in known):
+        counted = self._ids_of.get(key, ())
+        if any(np.array_equal(ids, other) for other in counted):
             return
-        if known:
-            self.tie_in_proportion(known[0], ids, LockKind.SHARED_ATTRIBUTE, attribute)
-        self._ids_of[key] = (*known, ids)
+        if counted:
+            self.tie_in_proportion(counted[0], ids, LockKind.SHARED_ATTRIBUTE, attribute)
+        self._ids_of[key] = (*counted, ids)
         if key in self._pinned:
             self._add(ids, self._pinned[key])
         self.tracked.append(TrackedAttribute(module, attribute, ids))
 
     def pin_attribute(self, module: str, attribute: str, why: LockKind, detail: str = '') -> None:
-        """The code uses the value of a module's number, so the channels that it counts are locked."""
+        """Records that the code uses the value of a module's number, and locks the channels that the
+        number counts, including those that are tracked later."""
         key, lock = (module, attribute), Lock(why, module=f'{module}.{attribute}', detail=detail)
         self._pinned.setdefault(key, lock)
         for ids in self._ids_of.get(key, ()):
             self._add(ids, lock)
 
     def tie_attributes(self, first: tuple[str, str], second: tuple[str, str]) -> None:
-        """The code found two numbers of modules equal, so they shrink by the same factor."""
+        """Records that the code found two numbers of modules equal, so they must shrink by the same
+        factor. ``first`` and ``second`` are (name of the module, name of the attribute)."""
         first_ids, second_ids = self._ids_of.get(first), self._ids_of.get(second)
         if first_ids and second_ids:
             self.tie_in_proportion(first_ids[0], second_ids[0], LockKind.SHARED_ATTRIBUTE, second[1])
@@ -190,11 +195,12 @@ class Constraints:
         return (module, attribute) in self._pinned
 
     def placeholder(self, key: tuple, count: int) -> tuple[Ids, bool]:
-        """(ids for the ``count`` positions of a dimension that the code sized with a number, whether
-        they are new). ``key`` says where the number came from; equal keys give the same ids."""
-        known = self._placeholders.get(key)
-        if known is not None:
-            return known, False
+        """Returns ids for the ``count`` positions of a dimension that the code sized with a number, and
+        whether these ids are new. ``key`` identifies the source of the number; equal keys give the same
+        ids."""
+        existing = self._placeholders.get(key)
+        if existing is not None:
+            return existing, False
         ids = self._placeholders[key] = np.arange(self.size, self.size + count)
         self._locked = np.append(self._locked, np.zeros(count, dtype=bool))
         return ids, True

@@ -1,4 +1,4 @@
-"""What remains after a choice of units: FLOPs, parameters, channels, activations.
+"""Counts what remains after a choice of units: FLOPs, parameters, channels, activations.
 
 *Problem.* The FLOPs of a layer depend on how many of its input channels and of its output channels
 remain, so the cost of a unit depends on what else is removed. A budget evaluates thousands of choices.
@@ -39,17 +39,17 @@ class CostPolynomial:
 
     def __init__(self, graph: ChannelGraph, terms: list[tuple[float, list[Ids]]]) -> None:
         # Equal axes are stored once: a head that runs on five levels has the same ids five times.
-        number_of: dict[bytes, int] = {}
+        index_of: dict[bytes, int] = {}
         self._ids: list[Ids] = []
         merged: dict[tuple[int, ...], float] = {}
         for count, axes in terms:
-            numbers: tuple[int, ...] = ()
+            indices: tuple[int, ...] = ()
             for axis in axes:
-                number = number_of.setdefault(axis.tobytes(), len(self._ids))
-                if number == len(self._ids):
+                index = index_of.setdefault(axis.tobytes(), len(self._ids))
+                if index == len(self._ids):
                     self._ids.append(axis)
-                numbers += (number,)
-            merged[numbers] = merged.get(numbers, 0.0) + count
+                indices += (index,)
+            merged[indices] = merged.get(indices, 0.0) + count
         n_axes = self._n_axes = len(self._ids)
         self._units = [graph.unit_of[axis] for axis in self._ids]
         # One more axis, of size 1 and never cut, fills up the terms that have fewer axes than others.
@@ -62,36 +62,38 @@ class CostPolynomial:
         columns = np.concatenate([np.zeros(0, dtype=np.int64), *removable])
         shape = (n_axes + 1, max(graph.n_units, 1))
         self._members = csr_array((np.ones(rows.size), (rows, columns)), shape=shape)
+        # A polynomial without terms is stored as one term of 0.
         self._counts = np.array(list(merged.values()) or [0.0])
         width = max(map(len, merged), default=1) or 1
-        padded = [[*numbers, *[n_axes] * (width - len(numbers))] for numbers in merged]
+        padded = [[*indices, *[n_axes] * (width - len(indices))] for indices in merged]
         self._terms = np.array(padded or [[n_axes]], dtype=np.int64)
 
     def _fractions(self, keep: np.ndarray) -> np.ndarray:
-        """The kept fraction of each axis."""
+        """Computes the kept fraction of each axis. The last one is that of the axis of size 1."""
         kept = keep.astype(np.float64) if keep.size else np.zeros(1)  # a matrix has at least one column
         return (self._fixed + self._members @ kept) / self._sizes
 
     def __call__(self, keep: np.ndarray) -> float:
-        """The sum if only the units in ``keep`` (n_units, bool) remain."""
+        """Computes the sum if only the units in ``keep`` (n_units, bool) remain."""
         return float(self._counts @ self._fractions(keep)[self._terms].prod(axis=1))
 
     def terms(self) -> tuple[list[np.ndarray], list[Term]]:
-        """(for each axis the unit at each position, -1 where locked; the terms over these axes)."""
+        """Returns (for each axis the unit at each position, -1 where locked; the terms over these
+        axes)."""
         terms: list[Term] = []
-        for count, numbers in zip(self._counts.tolist(), self._terms.tolist(), strict=True):
-            axes = tuple(number for number in numbers if number < self._n_axes)
+        for count, indices in zip(self._counts.tolist(), self._terms.tolist(), strict=True):
+            axes = tuple(index for index in indices if index < self._n_axes)
             terms.append((count / math.prod(self._sizes[list(axes)].tolist()), axes))
         return self._units, terms
 
     def rescaled(self, growth: np.ndarray) -> float:
-        """The sum if each slot were as many slots as ``growth`` (slots,) says."""
+        """Computes the sum for a model that has ``growth`` (slots,) slots in place of each slot."""
         fractions = np.array([growth[ids].mean() for ids in self._ids] + [1.0])
         return float(self._counts @ fractions[self._terms].prod(axis=1))
 
     def unit_gradient(self, keep: np.ndarray) -> np.ndarray:
-        """(n_units,) what each unit accounts for at present: the derivative of the sum by its
-        presence."""
+        """Computes (n_units,) what each unit accounts for if the units in ``keep`` remain: the
+        derivative of the sum with respect to the presence of the unit."""
         fractions = self._fractions(keep)
         values = fractions[self._terms]
         weight = np.zeros(self._n_axes + 1)
@@ -102,13 +104,15 @@ class CostPolynomial:
 
 
 def flops(graph: ChannelGraph, part: str | None = None) -> CostPolynomial:
-    """Multiply-adds of the traced forward, or of one part of the model."""
+    """Makes the polynomial of the multiply-adds of the traced forward, or of one part of the model."""
     terms = graph.profile.multiply_adds
-    return CostPolynomial(graph, [(t.count, t.axes) for t in terms if in_part(t.where, part)])
+    return CostPolynomial(
+        graph, [(term.count, term.axes) for term in terms if in_part(term.where, part)]
+    )
 
 
 def params(graph: ChannelGraph, part: str | None = None) -> CostPolynomial:
-    """The number of parameters of the model, or of one part of it."""
+    """Makes the polynomial of the number of parameters of the model, or of one part of it."""
     terms = []
     for name, tensor in graph.slots.tensors.items():
         if isinstance(tensor, nn.Parameter) and in_part(name, part):
@@ -119,7 +123,8 @@ def params(graph: ChannelGraph, part: str | None = None) -> CostPolynomial:
 
 
 def memory(graph: ChannelGraph) -> CostPolynomial:
-    """Elements of the activations of the traced forward. Views do not count."""
+    """Makes the polynomial of the elements of the activations of the traced forward. Views do not
+    count."""
     return CostPolynomial(graph, [(float(term.count), term.axes) for term in graph.profile.activations])
 
 
@@ -129,20 +134,21 @@ normalised and read again. Processors do 30 to 60 multiply-adds for each element
 
 
 def work(graph: ChannelGraph) -> CostPolynomial:
-    """An estimate of time in multiply-adds: those of the traced forward, and ``ELEMENT`` for each
-    element of its activations. Dense 3 x 3 convolutions are dominated by the former; depthwise
-    convolutions, pooling and norms by the latter."""
+    """Makes a polynomial that estimates time in multiply-adds: those of the traced forward, and
+    ``ELEMENT`` for each element of its activations. Dense 3 x 3 convolutions are dominated by the
+    former; depthwise convolutions, pooling and norms by the latter."""
     terms = [(term.count, term.axes) for term in graph.profile.multiply_adds]
     terms += [(ELEMENT * term.count, term.axes) for term in graph.profile.activations]
     return CostPolynomial(graph, terms)
 
 
 BY_NAME = {'flops': flops, 'memory': memory, 'work': work, 'params': params}
-"""The costs that scores can be divided by."""
+"""{name of a cost that scores can be divided by: function that makes its polynomial}."""
 
 
 def channels(graph: ChannelGraph, part: str | None = None) -> CostPolynomial:
-    """Output channels of all convolutions and linear layers, or of those in one part."""
+    """Makes the polynomial of the output channels of all convolutions and linear layers, or of those in
+    one part."""
     axes = [axis for axis in output_axes(graph) if in_part(axis.name, part)]
     return CostPolynomial(graph, [(float(axis.size), [axis.ids]) for axis in axes])
 
@@ -150,12 +156,12 @@ def channels(graph: ChannelGraph, part: str | None = None) -> CostPolynomial:
 def before(
     graph: ChannelGraph, shapes: Mapping[str, Sequence[int]] | None, terms: CostPolynomial
 ) -> float:
-    """A cost of the traced model before its first cut.
+    """Computes a cost of the traced model before its first cut.
 
     Args:
         graph: the graph of the model as it is.
         shapes: {tensor: its shape before the first cut}; ``None`` if the model was not cut.
-        terms: the cost.
+        terms: the polynomial of the cost.
     """
     if shapes is None:
         return terms(np.ones(graph.n_units, dtype=bool))
@@ -168,14 +174,14 @@ def before(
 
 
 def output_axes(graph: ChannelGraph) -> list[Axis]:
-    """For each weight that reads channels, the axis of the channels that it produces."""
+    """Lists, for each weight that reads channels, the axis of the channels that it produces."""
     others = [graph.slots.by_key.get((axis.name, 1 - axis.dim)) for axis in graph.consumers]
     return [axis for axis in others if axis is not None]
 
 
 def part_of(name: str) -> str:
-    """The part that a module or tensor belongs to: the first component of its name, or the first two
-    inside a container of heads (``roi_head.bbox_head``)."""
+    """Returns the part that a module or tensor belongs to: the first component of its name, or the
+    first two inside a container of heads (``roi_head.bbox_head``)."""
     names = name.split('.')
     return '.'.join(names[:2]) if names[0] == 'roi_head' and len(names) > 1 else names[0]
 
@@ -189,5 +195,5 @@ def in_part(name: str, part: str | None) -> bool:
 
 
 def parts_of(graph: ChannelGraph) -> list[str]:
-    """The parts that have weights, in the order of the model."""
+    """Lists the parts that have weights, in the order of the model."""
     return list(dict.fromkeys(part_of(axis.name) for axis in output_axes(graph)))

@@ -1,4 +1,4 @@
-"""From ties to units and groups.
+"""Turns the ties of a traced run into units and groups.
 
 *Problem.* A traced run yields thousands of statements such as "these eight positions are tied to those
 eight". Which channels can be removed independently?
@@ -41,7 +41,7 @@ class Group:
     """Units of one shape: they have the same number of slots in the same parameters and dimensions.
 
     Args:
-        name: the name of the first tensor.
+        name: the name of the tensor of the first of ``axes``.
         units: the numbers of the units.
         axes: {axis: number of its slots in each unit}.
     """
@@ -64,9 +64,9 @@ class Locked:
 
     Args:
         name: the name of the tensor that the first slot of each unit is in.
-        dim: its dimension.
+        dim: the dimension of this tensor that the first slot of each unit lies on.
         count: the number of units.
-        reasons: why they are locked.
+        reasons: the reasons why the units are locked.
     """
 
     name: str
@@ -90,18 +90,18 @@ class Merged(Locked):
 
 @dataclass
 class ChannelGraph:
-    """What can be cut from a model, and what a cut saves.
+    """The channel graph of a model: what can be cut, and what a cut saves.
 
     Args:
         slots: the slots of the model.
-        groups: the removable units.
-        locked: the other units, with their reasons.
+        groups: the removable units, by group.
+        locked: the units that may not be removed, with their reasons.
         unit_of: (slots,) the unit of each slot, or -1 if the slot cannot be removed.
         lock_of: (slots,) the index in ``locked`` of each slot's entry, or -1 if it has none.
         consumers: axes of weights that contractions sum over.
-        profile: what the first traced run costs, and what took part in any run.
+        profile: the costs of the first traced run, and the tensors that took part in any run.
         tracked: attributes of modules that shrink with channels.
-        weights_read: the channels of a weight, for each contraction.
+        weights_read: for each contraction, the channels of the weight that it sums over.
         scales: the channels of each normalisation's gamma.
         failed: {traced run that was allowed to fail and did: its error}.
         both_modes: whether the first run was traced in training mode and in evaluation mode.
@@ -127,6 +127,7 @@ class ChannelGraph:
 
     @property
     def n_units(self) -> int:
+        """The number of removable units."""
         return sum(len(group) for group in self.groups)
 
     @property
@@ -143,7 +144,7 @@ class ChannelGraph:
     def params(self) -> int:
         """The number of parameters of the model."""
         slots = self.slots
-        names = [name for name, t in slots.tensors.items() if isinstance(t, nn.Parameter)]
+        names = [name for name, tensor in slots.tensors.items() if isinstance(tensor, nn.Parameter)]
         return sum(slots.shapes[name].numel() for name in names)
 
     @property
@@ -157,12 +158,13 @@ class ChannelGraph:
     def group_of(self) -> np.ndarray:
         """(n_units,) the index of the group of each unit."""
         group_of = np.empty(self.n_units, dtype=np.int64)
-        for number, group in enumerate(self.groups):
-            group_of[group.units] = number
+        for index, group in enumerate(self.groups):
+            group_of[group.units] = index
         return group_of
 
     def keeps(self, keep: np.ndarray) -> np.ndarray:
-        """(slots,) whether each slot stays, given ``keep`` (n_units,), whether each unit stays."""
+        """Returns (slots,) whether each slot stays, given ``keep`` (n_units,), whether each unit
+        stays."""
         return np.where(self.unit_of < 0, True, keep[self.unit_of])
 
 
@@ -175,7 +177,7 @@ def couple(record: TraceRecord) -> ChannelGraph:
     slot = slots_for(constraints, component)
 
     def settled(ids: Ids) -> Ids:
-        """The ids, with a slot in place of each placeholder."""
+        """Returns the ids, with a slot in place of each placeholder."""
         return ids if constraints.size == slots.size else slot[ids]
 
     def settled_terms(terms: list[CostTerm]) -> list[CostTerm]:
@@ -211,7 +213,8 @@ def couple(record: TraceRecord) -> ChannelGraph:
 
 
 def components(constraints: Constraints) -> np.ndarray:
-    """For each id the number of its connected component. Slot 0 is always alone."""
+    """Returns for each id the number of its connected component. ``FIXED`` is never tied, so its
+    component has no other member."""
     size, ties = constraints.size, constraints.ties
     nothing = np.zeros(0, dtype=np.int64)
     rows = np.concatenate([nothing, *(a for a, _ in ties)])
@@ -221,7 +224,7 @@ def components(constraints: Constraints) -> np.ndarray:
 
 
 def settled_components(constraints: Constraints) -> np.ndarray:
-    """:func:`components` after adding the ties that the conditions on sizes need.
+    """Computes :func:`components` after adding the ties that the conditions on sizes need.
 
     Conditions between dimensions of one size come first, because their ties may be sufficient for the
     others. Among several sets of ties, the one that leaves the most units is chosen.
@@ -249,23 +252,24 @@ def settled_components(constraints: Constraints) -> np.ndarray:
 
 
 def slots_for(constraints: Constraints, component: np.ndarray) -> np.ndarray:
-    """For each id a slot: itself, or for a placeholder the first slot of its unit. A placeholder that
-    was tied to no slot gets ``FIXED``."""
+    """Returns a slot for each id: itself, or for a placeholder the first slot of its unit. A
+    placeholder that was tied to no slot gets ``FIXED``."""
     size = constraints.slots.size
     slot = np.arange(component.size)
-    first = np.zeros(component.max() + 1, dtype=np.int64)
-    first[component[size - 1 :: -1]] = slot[size - 1 :: -1]
-    slot[size:] = first[component[size:]]
+    first_slot_of = np.zeros(component.max() + 1, dtype=np.int64)
+    # In reverse, so that the first slot of a component is written last and overwrites the others.
+    first_slot_of[component[size - 1 :: -1]] = slot[size - 1 :: -1]
+    slot[size:] = first_slot_of[component[size:]]
     return slot
 
 
 def _axes_of(slots: SlotTable, arrays: list[Ids]) -> list[Axis]:
-    """The axes that any of the ids lies on."""
-    numbers: set[int] = set()
+    """Lists the axes that any of the ids lies on."""
+    indices: set[int] = set()
     for ids in arrays:
-        real = ids[(ids > 0) & (ids < slots.size)]
-        numbers.update(np.unique(slots.axis_index(real)).tolist())
-    return [slots.axes[number] for number in sorted(numbers)]
+        slot_ids = ids[(ids > 0) & (ids < slots.size)]
+        indices.update(np.unique(slots.axis_index(slot_ids)).tolist())
+    return [slots.axes[index] for index in sorted(indices)]
 
 
 def group_units(
@@ -297,9 +301,9 @@ def group_units(
     codes, counts = np.unique(
         component[free].astype(np.int64) * n_kinds + slots.axis_index(free), return_counts=True
     )
-    for number, ids in enumerate(parts):
+    for index, ids in enumerate(parts):
         counted = np.unique(component[ids])
-        counted = counted[~locked[counted]].astype(np.int64) * n_kinds + n_axes + number
+        counted = counted[~locked[counted]].astype(np.int64) * n_kinds + n_axes + index
         codes = np.concatenate([codes, counted])
         counts = np.concatenate([counts, np.ones(counted.size, dtype=counts.dtype)])
     order = np.argsort(codes, kind='stable')
@@ -314,11 +318,11 @@ def group_units(
         for key, members in members_of.items()
     }
     number_of = np.full(len(locked), -1, dtype=np.int64)
-    groups, first = [], 0
+    groups, next_unit = [], 0
     for (kinds, counts), members in sorted(shapes.items(), key=lambda item: item[0]):
-        units = np.arange(first, first + len(members))
+        units = np.arange(next_unit, next_unit + len(members))
         number_of[members] = units
-        first += len(members)
+        next_unit += len(members)
         axes = {slots.axes[k]: count for k, count in zip(kinds, counts, strict=True) if k < n_axes}
         groups.append(Group(slots.axes[kinds[0]].name, units, axes))
     unit_of[free] = number_of[component[free]]
@@ -336,15 +340,16 @@ def _is_axis(slots: SlotTable, ids: Ids) -> bool:
 def reasons_of(
     constraints: Constraints, profile: Profile, component: np.ndarray
 ) -> tuple[np.ndarray, dict[int, dict[Lock, None]]]:
-    """((components,) whether each is locked, {component: its locks in order})."""
+    """Collects the locks of each component, and adds one for units that nothing reads. Returns (whether
+    each component is locked (components,), {component: its locks in order})."""
     reasons: dict[int, dict[Lock, None]] = {}
     locked = np.zeros(component.max() + 1, dtype=bool)
     locked[component[FIXED]] = True
     for ids, lock in constraints.locks:
-        hit = np.unique(component[ids])
-        locked[hit] = True
+        affected = np.unique(component[ids])
+        locked[affected] = True
         if lock.kind is not LockKind.KERNEL:
-            for unit in hit.tolist():
+            for unit in affected.tolist():
                 reasons.setdefault(unit, {})[lock] = None
 
     read = np.zeros(locked.size, dtype=bool)
@@ -363,12 +368,12 @@ def reasons_of(
 def _locked_units(
     slots: SlotTable, component: np.ndarray, locked: np.ndarray, reasons: dict[int, dict[Lock, None]]
 ) -> tuple[list[Locked], np.ndarray]:
-    """(locked units, counted by the axis of their first slot and by reason; (slots,) the index of each
-    slot's entry, or -1 if it has none, as kernel positions do)."""
+    """Counts the locked units by the axis of their first slot and by reason. Returns these counts, and
+    (slots,) the index of each slot's entry, or -1 if it has none, as kernel positions do."""
     ids = np.flatnonzero(locked[component])
     ids = ids[ids > 0]
-    units, first = np.unique(component[ids], return_index=True)
-    axes = slots.axis_index(ids[first])
+    units, first_position = np.unique(component[ids], return_index=True)
+    axes = slots.axis_index(ids[first_position])
     counts = dict[tuple[int, tuple[Lock, ...]], int]()
     numbers = dict[Any, int]()
     entry_of = np.full(locked.size, -1, dtype=np.int64)
@@ -387,8 +392,8 @@ def _locked_units(
 def merged_groups(
     constraints: Constraints, component: np.ndarray, unit_of: np.ndarray, groups: list[Group]
 ) -> list[Merged]:
-    """The groups that consist of one unit of several channels, with the operations that joined
-    these."""
+    """Finds the groups that consist of one unit of several channels, with the operations that joined
+    the channels."""
     merged = []
     for group in groups:
         axis = min(group.axes, key=lambda axis: group.axes[axis])
@@ -401,7 +406,7 @@ def merged_groups(
 
 
 def _joined_by(constraints: Constraints, component: np.ndarray, channels: Ids) -> list[Lock]:
-    """The operations that made ``channels`` one unit, those with the most ties first.
+    """Finds the operations that made ``channels`` one unit, those with the most ties first.
 
     The ties of the unit are added again in their order (union-find). A tie counts if each of the two
     sets that it joins already contains some of the channels.

@@ -10,6 +10,8 @@ COMPILED = {'mmcv': 'mmcv._ext'}
 """{namespace of the rules: the extension module that holds the compiled functions}."""
 
 Handler = Callable[[str, Callable, tuple, dict], Any]
+"""Gets the name of a rule, the compiled function, and the positional and keyword arguments of a
+call."""
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Why channels may not be removed: a kind of reason, with the place where it arose."""
+"""Reasons why channels may not be removed: a kind of reason, with the place where it arose."""
 
 import enum
 from dataclasses import dataclass
@@ -78,13 +78,13 @@ class LockKind(enum.Enum):
 
 @dataclass(frozen=True)
 class Lock:
-    """Why channels may not be removed.
+    """The reason why some channels may not be removed.
 
     Args:
         kind: the kind of reason.
         op: the operation at which the reason arose; empty if there is none.
         module: the name and class of the module that ran, or the attribute that counts the channels.
-        detail: completes the sentence of ``kind``.
+        detail: text that completes the sentence of ``kind``.
     """
 
     kind: LockKind
@@ -103,5 +103,5 @@ class Lock:
 
 
 def stated(text: str) -> Lock:
-    """A lock whose whole reason is ``text``."""
+    """Makes a lock whose whole reason is ``text``."""
     return Lock(LockKind.STATED, detail=text)

@@ -1,4 +1,4 @@
-"""Which of the integers that a module keeps, and that no run reads, are widths that follow a cut.
+"""Finds out which integers of modules are widths that follow a cut, although no run reads them.
 
 *Problem.* A block that merges its branches for deployment (RepVGG, MobileOne) keeps ``in_channels`` for
 ``switch_to_deploy()``, which training never calls. A traced run cannot tie the number to a channel
@@ -72,7 +72,8 @@ NO_WIDTH = frozenset(
     ]
 )
 GROUPS = frozenset({'group', 'groups'})
-"""Words in the names of numbers: of an input width, an output width, any width, no width, groups."""
+"""Words in the names of numbers. ``INPUT`` and ``OUTPUT`` name a side, ``WIDTH`` any width,
+``NO_WIDTH`` numbers that are never a width, and ``GROUPS`` numbers of groups."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,9 @@ class ModuleCall:
     """One call of a module that holds integers.
 
     Args:
-        module: the name of the module.
-        kind: its class.
-        numbers: {attribute: integer}.
+        module: the name of the module that was called.
+        kind: the class of this module.
+        numbers: {attribute: integer that the module keeps}.
         sizes: {dimension of an input or output: (its size, the channels that it carries, or ``None`` if
             it carries none)}.
     """
@@ -94,7 +95,7 @@ class ModuleCall:
 
 
 def numbers_of(model: nn.Module) -> dict[int, dict[str, int]]:
-    """{id of a module: its integers above 1, as the objects that it holds}."""
+    """Returns {id of a module: its integers above 1, as the objects that it holds}."""
     numbers = {}
     for module in model.modules():
         integers = {
@@ -114,22 +115,22 @@ def noted_call(
     has set is left out: a module that is built anew from the same config may lack it."""
     sizes: dict[Place, tuple[int, Ids | None]] = {}
     for side, values in (('in', args), ('out', out)):
-        for number, tensor in enumerate(tensors_in(values)):
+        for index, tensor in enumerate(tensors_in(values)):
             labels = tensors.info(tensor).labels
             for dim, size in enumerate(torch.Tensor.size(tensor)):
                 ids = labels.get(dim, ())
-                sizes[side, number, dim] = int(size), ids[0] if len(ids) == 1 else None
+                sizes[side, index, dim] = int(size), ids[0] if len(ids) == 1 else None
     unchanged = {key: int(value) for key, value in numbers.items() if vars(module).get(key) is value}
     return ModuleCall(name, type(module), unchanged, sizes)
 
 
 def words(name: str) -> set[str]:
-    """The words of a name, with and without the digits that follow them."""
+    """Returns the words of a name in lower case, with and without the digits that follow them."""
     return {*re.findall('[a-z]+', name.lower()), *re.findall('[a-z]+[0-9]+', name.lower())}
 
 
 def named_side(name: str) -> str:
-    """``'in'`` or ``'out'`` if the name mentions one of them, otherwise an empty string."""
+    """Returns ``'in'`` or ``'out'`` if the name mentions one of them, otherwise an empty string."""
     sides = [side for side, tokens in (('in', INPUT), ('out', OUTPUT)) if words(name) & tokens]
     return sides[0] if len(sides) == 1 else ''
 
@@ -149,7 +150,8 @@ class Widths:
     locked: np.ndarray
 
     def units(self, ids: Ids | None) -> bytes:
-        """Equal for widths that lose the same channels; empty for a dimension without channels."""
+        """Returns a key that is equal for widths that lose the same channels; empty for a dimension
+        without channels."""
         return b'' if ids is None else np.sort(self.component[ids]).tobytes()
 
     def is_free(self, ids: Ids | None) -> bool:
@@ -167,16 +169,17 @@ class Widths:
         return axes
 
     def inside(self, module: str, size: int) -> dict[tuple[str, int], bytes]:
-        """The units of all axes of this size inside a module: {(name in the module, dim): units}."""
+        """Returns {(name in the module, dimension): key of its units} of all axes of length ``size``
+        inside a module."""
         axes = (axis for axis in self._axes_in.get(module, ()) if axis.size == size)
-        return {(a.name[len(module) :], a.dim): self.units(a.ids) for a in axes}
+        return {(axis.name[len(module) :], axis.dim): self.units(axis.ids) for axis in axes}
 
     def is_depthwise(self, module: str, ids: Ids) -> bool:
         """Whether a layer in a module has as many groups as it has channels, and these are ``ids``."""
-        start = f'{module}.' if module else ''
+        prefix = f'{module}.' if module else ''
         return any(
             entry.attribute == 'groups'
-            and entry.module.startswith(start)
+            and entry.module.startswith(prefix)
             and self.units(entry.ids) == self.units(ids)
             for entry in self.constraints.tracked
         )
@@ -201,13 +204,15 @@ def untracked_widths(
             calls_of.setdefault((call.kind, attribute), []).append(call)
     follows, stale = [], []
     for (_, attribute), of_class in calls_of.items():
+        # Dimensions of inputs and outputs that equal the number in every call of every module.
         shared = set.intersection(*(equal_places(call, attribute) for call in of_class))
         if not shared or words(attribute) & NO_WIDTH:
             continue
         varies = len({call.numbers[attribute] for call in of_class}) > 1
+        # The same for dimensions of weights inside the modules.
         inner = [widths.inside(call.module, call.numbers[attribute]) for call in of_class]
         shared_inner = set.intersection(*map(set, inner))
-        members: dict[str, list[int]] = {}
+        members: dict[str, list[int]] = {}  # {module: indices of its calls in of_class}
         for index, call in enumerate(of_class):
             members.setdefault(call.module, []).append(index)
         for module, indices in members.items():
@@ -240,37 +245,41 @@ def the_width(
     widths: Widths,
     varies: bool,
 ) -> Ids | None:
-    """The only width that a number can be, or ``None`` if several are possible.
+    """Finds the only width that a number can be. Returns ``None`` if several are possible, or if
+    neither the name nor other modules of the class confirm it.
 
     Args:
-        calls: the calls of the module.
-        attribute: the name of the number.
+        calls: all calls of one module.
+        attribute: the name of the attribute that holds the number.
         shared: dimensions that equal the number in every call of every module of the class.
-        inner: units of widths of this size between the layers of the module, if every module of the
-            class has one in this place.
+        inner: keys of the units of axes inside the module that are as long as the number, if every
+            module of the class has such an axis in the same place.
         widths: the widths of the traced model.
         varies: whether the modules of the class hold different numbers.
     """
-    side, named = named_side(attribute), words(attribute)
+    side, name_words = named_side(attribute), words(attribute)
     possible = [call.sizes[place][1] for call in calls for place in carrying(call, shared, side)]
     choices = set(map(widths.units, possible))
     if len(choices) != 1 or possible[0] is None:
         return None
-    if named & GROUPS:
+    if name_words & GROUPS:
         return possible[0] if widths.is_depthwise(calls[0].module, possible[0]) else None
-    if not varies and not named & WIDTH:
+    if not varies and not name_words & WIDTH:
         return None
     # A name without a side may also be that of a width between the layers of the module.
     return possible[0] if side or inner <= choices else None
 
 
 def equal_places(call: ModuleCall, attribute: str) -> set[Place]:
+    """Returns the dimensions of inputs and outputs whose size equals the number in one call."""
     return {place for place, (size, _) in call.sizes.items() if size == call.numbers[attribute]}
 
 
 def carrying(call: ModuleCall, places: set[Place], side: str) -> list[Place]:
-    """The places on one side, or on both if ``side`` is empty. If a tensor has channels at one of them,
-    its other dimensions are left out, e.g. those of a 64 x 64 map with 64 channels."""
+    """Lists the places on one side, or on both if ``side`` is empty. If a tensor has channels at one of
+    them, its other dimensions are left out, e.g. those of a 64 x 64 map with 64 channels."""
     on_side = sorted(place for place in places if side in ('', place[0]))
     with_channels = {place[:2] for place in on_side if call.sizes[place][1] is not None}
-    return [p for p in on_side if call.sizes[p][1] is not None or p[:2] not in with_channels]
+    return [
+        place for place in on_side if call.sizes[place][1] is not None or place[:2] not in with_channels
+    ]

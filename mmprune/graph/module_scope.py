@@ -1,4 +1,4 @@
-"""Which module runs now, and what it is called."""
+"""Keeps track of the module that runs now, and of the names of modules."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -16,25 +16,28 @@ class ModuleScope:
 
     @property
     def module(self) -> nn.Module:
+        """The innermost module that runs now."""
         return self.stack[-1]
 
     @property
     def name(self) -> str:
+        """The name of the innermost module; empty for the model itself."""
         return self._names.get(id(self.stack[-1]), '')
 
     def label(self, module: nn.Module) -> str:
-        """The name and class of a module, e.g. ``neck.conv (Conv2d)``; empty for the model itself."""
+        """Returns the name and class of a module, e.g. ``neck.conv (Conv2d)``; empty for the model
+        itself."""
         name = self._names.get(id(module), '')
         return f'{name} ({type(module).__name__})' if name else ''
 
     def __str__(self) -> str:
-        """The name and class of the innermost running module; empty for the model itself."""
+        """Returns the name and class of the innermost running module; empty for the model itself."""
         return self.label(self.module)
 
 
 def place_of(error: Exception) -> str:
-    """The name and class of the innermost tracked module in which an error was raised; empty if no
-    tracked module raised it."""
+    """Returns the name and class of the innermost tracked module in which an error was raised; empty if
+    no tracked module raised it."""
     return vars(error).get('_mmprune_place', '')
 
 
@@ -51,7 +54,7 @@ def track_modules(
     ``forward`` (or a method that calls it) directly, as mmpose's heads do.
 
     Args:
-        scope: the stack of running modules, which this function keeps.
+        scope: the stack of running modules, which this function keeps up to date.
         model: the model whose modules are tracked.
         leave: called after each module with its positional inputs and its output. ``scope.module`` is
             that module.

@@ -1,4 +1,4 @@
-"""What a rule returns: the channels that each output carries, and whether zero stays zero there."""
+"""The result of a rule: the channels that each output carries, and whether zero stays zero in it."""
 
 import enum
 from collections.abc import Collection
@@ -24,18 +24,20 @@ class Zero(enum.Enum):
 
 
 ZERO_STAYS, ZERO_MOVES, AS_INPUTS = Zero.STAYS, Zero.MOVES, Zero.AS_INPUTS
+"""The members of :class:`Zero`, as rules write them."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an output of an operation carries.
+    """The channels that an output of an operation carries, and further facts about that output.
 
     Args:
         labels: {dimension: channels}, e.g. ``{1: call.ids(x, 1)}``.
-        zero: ``ZERO_STAYS``, ``ZERO_MOVES`` or ``AS_INPUTS``. There is no default, because a wrong
-            value makes cuts inexact.
+        zero: ``ZERO_STAYS``, ``ZERO_MOVES`` or ``AS_INPUTS`` (:class:`Zero`). There is no default,
+            because a wrong value makes cuts inexact.
         broadcast_dims: dimensions without channels along which all values are equal and whose size
-            torch derived. Such a dimension takes the size of any tensor that it meets.
+            torch derived. Such a dimension takes the size of any tensor that the output is combined
+            with.
         is_constant_fill: whether the output is made of constants only, such as ``torch.zeros``.
         tensor: the argument that a compiled function wrote this output into. ``None`` for an output
             that the function returned.
@@ -60,6 +62,7 @@ CARRIES_NOTHING = Outcome({}, AS_INPUTS)
 """The outcome of outputs without channels, such as indices and saved statistics."""
 
 Returned = Outcome | list[Outcome] | LocksOnly
+"""One outcome for every output, a list with one outcome for each, or ``LOCKS_ONLY``."""
 
 
 class RuleError(PruneError, TypeError):
@@ -67,8 +70,8 @@ class RuleError(PruneError, TypeError):
 
 
 def first_output(out: Any, outcome: Outcome) -> Returned:
-    """``outcome`` for the only output, or for the first of several, of which the others carry
-    nothing."""
+    """Returns ``outcome`` for the only output, or for the first of several outputs, of which the others
+    carry nothing."""
     if isinstance(out, torch.Tensor):
         return outcome
     return [outcome, *[CARRIES_NOTHING] * (len(out) - 1)]

@@ -46,10 +46,12 @@ class Profile:
     counting: bool = True
 
     def add_multiply_adds(self, where: str, count: float, axes: list[Ids]) -> None:
+        """Adds a term, unless costs are not being recorded."""
         if self.counting:
             self.multiply_adds.append(CostTerm(where, float(count), axes))
 
     def add_unknown(self, op: str, where: str) -> None:
+        """Records that an operation without a rule ran in the module ``where``."""
         modules = self.unknown_ops.setdefault(op, [])
         if where not in modules:
             modules.append(where)

@@ -34,13 +34,13 @@ from mmprune.graph.tensor_info import TensorTable
 
 
 class SizeSource:
-    """Where a number was read: from the channels of a dimension, or from an attribute of a module.
+    """The place where a number was read: the channels of a dimension, or an attribute of a module.
 
     Args:
         constraints: the constraints of the run. Only a weak reference is kept, because the size may
             survive the run in a cache.
         ids: the slot ids of the dimension; ``None`` for an attribute.
-        module: the name of the module.
+        module: the name of the module that keeps the attribute.
         attribute: the name of the attribute; ``shape[1]`` is an entry of a list.
         is_remembered: whether the attribute is a ``torch.Size``, which an earlier run read from a
             tensor.
@@ -89,7 +89,7 @@ class SizeSource:
 
     @property
     def key(self) -> tuple:
-        """Equal for equal sources."""
+        """A tuple that is equal for equal sources."""
         return (self.ids.tobytes(),) if self.ids is not None else (self.module, self.attribute)
 
 
@@ -113,7 +113,8 @@ def during_its_run(method: Callable) -> Callable:
     @functools.wraps(method)
     def operate(self: 'SymbolicSize', *others: Any) -> Any:
         others = tuple(
-            int(o) if type(o) is SymbolicSize and not o.source.is_live else o for o in others
+            int(other) if type(other) is SymbolicSize and not other.source.is_live else other
+            for other in others
         )
         return method(self, *others) if self.source.is_live else plain(int(self), *others)
 
@@ -135,9 +136,9 @@ class SymbolicSize(int):
     """An integer that knows where it was read.
 
     Args:
-        value: the integer.
-        source: where it was read.
-        ratio: the value divided by the number that was read there.
+        value: the integer that the size equals.
+        source: the place where the number was read from which the size was computed.
+        ratio: the value divided by the number that was read from ``source``.
         other: the second factor, if the numbers of two modules were multiplied.
     """
 
@@ -169,7 +170,7 @@ class SymbolicSize(int):
 
     @property
     def key(self) -> tuple:
-        """Equal for numbers that were computed from the same source in the same way."""
+        """A tuple that is equal for numbers that were computed from the same source in the same way."""
         return int(self), self.source.key, self.ratio, self.other and self.other.key
 
     @property
@@ -186,14 +187,15 @@ class SymbolicSize(int):
         return ids
 
     def bind_to(self, ids: Ids) -> None:
-        """The number is the size of a dimension that carries ``ids``, so both shrink by the same
-        factor."""
+        """Records that the number is the size of a dimension that carries ``ids``, so that both shrink
+        by the same factor."""
         source, constraints = self.source, self.source.constraints
         if source.is_remembered:
             constraints.lock(ids, LockKind.HARD_CODED, 'sizes', source.attribute)
             return
         if self.other is not None:
-            # num_heads * head_width: the factor that counts channels elsewhere shrinks, else the last.
+            # Of two factors, e.g. num_heads * head_width, only one can shrink: the first if it counts
+            # channels elsewhere or if the last must keep its value, otherwise the last.
             first = SymbolicSize(self, source, self.ratio)
             last = SymbolicSize(self, self.other.source, self.other.ratio)
             first_counts = constraints.is_tracked(source.module, source.attribute)
@@ -213,7 +215,7 @@ class SymbolicSize(int):
         constraints.track_attribute(source.module, source.attribute, ids)
 
     def _bind_to_size(self, other: 'SymbolicSize') -> None:
-        """Both numbers shrink by the same factor."""
+        """Records that both numbers shrink by the same factor."""
         if other.source.ids is not None:
             self.bind_to(other.source.ids)
         elif self.source.ids is not None:
@@ -227,7 +229,8 @@ class SymbolicSize(int):
     # Multiplication and division are followed.
 
     def _scaled(self, by: Any, ratio: Fraction, value: int) -> int:
-        """``value``, which is ``ratio`` times this number; ``by`` is the operand that scaled it."""
+        """Returns ``value``, which is ``ratio`` times this number. It stays symbolic unless it is 0, or
+        this number is a product of two attributes. ``by`` is the operand that scaled the number."""
         if isinstance(by, SymbolicSize):
             by.pin(LockKind.FACTOR)
         if self.other is not None or not value:
@@ -236,8 +239,9 @@ class SymbolicSize(int):
 
     @during_its_run
     def __mul__(self, other: Any) -> Any:
-        """One factor shrinks and the other is pinned; a size of a tensor shrinks rather than an
-        attribute. For two attributes that is decided later (:meth:`bind_to`)."""
+        """Multiplies two numbers: one factor shrinks and the other is pinned. A size of a tensor
+        shrinks rather than an attribute. For two attributes the choice is made later
+        (:meth:`bind_to`)."""
         if not isinstance(other, int):
             return self._value('__mul__', other)
         value = int(self) * int(other)
@@ -260,7 +264,7 @@ class SymbolicSize(int):
 
     @during_its_run
     def __neg__(self) -> Any:
-        """A negative bound of a slice counts from the end."""
+        """Negates the number. The code does that for bounds of slices that count from the end."""
         if self.other is not None or abs(int(self)) == 1:
             return self._value('__neg__')
         return SymbolicSize(-int(self), self.source, -self.ratio)
@@ -320,7 +324,8 @@ class SymbolicSize(int):
 
     @during_its_run
     def __eq__(self, other: object) -> bool:
-        """Two sizes that the code finds equal shrink alike; a size that equals a constant is locked."""
+        """Compares by value. Two sizes that the code finds equal shrink by the same factor; a size that
+        equals a constant is locked."""
         if isinstance(other, torch.Tensor):
             return NotImplemented
         if int(self) != (int(other) if isinstance(other, SymbolicSize) else other):
@@ -357,7 +362,8 @@ class SymbolicSize(int):
 
 
 def symbolic_shape(tensors: TensorTable, constraints: Constraints, tensor: torch.Tensor) -> torch.Size:
-    """The shape of a tensor, with a :class:`SymbolicSize` for each dimension that can lose channels."""
+    """Returns the shape of a tensor, with a :class:`SymbolicSize` for each dimension that can lose
+    channels."""
     sizes: list[int] = list(tensor.shape)
     for dim, ids in tensors.info(tensor).labels.items():
         if len(ids) == 1 and not constraints.all_locked(ids[0]):
@@ -380,17 +386,17 @@ def symbolic_attributes(constraints: Constraints, model: nn.Module) -> Iterator[
 
 
 def _symbolic(constraints: Constraints, module: str, key: str, value: Any) -> Any:
-    """An attribute's value with a symbolic size in place of each positive integer."""
-    kind = type(value)
-    if kind is int and value > 0:
+    """Returns an attribute's value with a symbolic size in place of each positive integer."""
+    value_type = type(value)
+    if value_type is int and value > 0:
         return SymbolicSize(value, SizeSource(constraints, None, module, key))
-    if kind not in (list, tuple, torch.Size) or not all(type(item) is int for item in value):
+    if value_type not in (list, tuple, torch.Size) or not all(type(item) is int for item in value):
         return value
-    remembered = kind is torch.Size
+    remembered = value_type is torch.Size
     if not value or remembered and not constraints.distinct_keys:
         return value
     sources = [
         SizeSource(constraints, None, module, f'{key}[{i}]', remembered) for i in range(len(value))
     ]
     sizes = zip(value, sources, strict=True)
-    return kind([SymbolicSize(item, source) if item > 0 else item for item, source in sizes])
+    return value_type([SymbolicSize(item, source) if item > 0 else item for item, source in sizes])

@@ -25,6 +25,7 @@ dimension}. Removing a slot removes the positions that carry its id."""
 
 
 def fixed_ids(count: int) -> Ids:
+    """Makes the ids of ``count`` positions that no cut can remove."""
     return np.full(count, FIXED, dtype=np.int64)
 
 
@@ -62,8 +63,16 @@ class SlotTable:
 
     Args:
         model: the model whose parameters and buffers get slots.
-        names: the tensors to take, in this order, e.g. those of an earlier table of the same model. By
-            default every tensor, under its first name.
+        names: the tensors to take, in this order, e.g. those of an earlier table of the same model.
+            ``None``: every tensor, under its first name.
+
+    Attributes:
+        axes: all axes, in the order of their slots.
+        tensors: {first name: tensor}.
+        shapes: {first name: shape of the tensor when the table was made}.
+        by_key: {(first name, dimension): axis}; dimensions without slots are missing.
+        size: the number of slots, ``FIXED`` included.
+        aliases: {further name of a tensor: its first name}.
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str] | None = None) -> None:
@@ -71,7 +80,7 @@ class SlotTable:
         self.tensors: dict[str, torch.Tensor] = {}
         self.shapes: dict[str, torch.Size] = {}  # kept here, because a cut narrows the tensors in place
         self.by_key: dict[tuple[str, int], Axis] = {}
-        size, kernels, state = 1, kernel_weights(model), dict(named_state(model))
+        next_slot, kernels, state = 1, kernel_weights(model), dict(named_state(model))
         further_names = aliases_of(model)
         for name in names if names is not None else [n for n in state if n not in further_names]:
             tensor = state[name]
@@ -81,11 +90,11 @@ class SlotTable:
                 continue
             for dim, length in enumerate(tensor.shape):
                 if length > 1 and not (dim >= 2 and name in kernels):
-                    axis = Axis(name, dim, size, length)
+                    axis = Axis(name, dim, next_slot, length)
                     self.axes.append(axis)
                     self.by_key[name, dim] = axis
-                    size += length
-        self.size = size
+                    next_slot += length
+        self.size = next_slot
         self.find_aliases(model)
         self._firsts = np.array([axis.first for axis in self.axes], dtype=np.int64)
 
@@ -94,10 +103,11 @@ class SlotTable:
         more."""
         first_names = {id(tensor): name for name, tensor in self.tensors.items()}
         names = [(name, first_names.get(id(tensor), name)) for name, tensor in named_state(model)]
-        self.aliases = {name: first for name, first in names if name != first}
+        self.aliases = {name: first_name for name, first_name in names if name != first_name}
 
     def axis_index(self, ids: np.ndarray) -> np.ndarray:
-        """The positions in ``axes`` of the axes that slot ids lie on. The ids must be above 0."""
+        """Returns for each slot id the index in ``axes`` of the axis that it lies on. The ids must be
+        above 0."""
         return np.searchsorted(self._firsts, ids, side='right') - 1
 
     def axis_of(self, slot: int) -> Axis:
@@ -105,7 +115,7 @@ class SlotTable:
 
 
 def kernel_weights(model: nn.Module) -> set[str]:
-    """Names of weights of shape (C_out, C_in, kernel ...): those of modules that have a
+    """Returns the names of weights of shape (C_out, C_in, kernel ...): those of modules that have a
     ``kernel_size``."""
     return {
         f'{name}.weight' if name else 'weight'
@@ -115,14 +125,14 @@ def kernel_weights(model: nn.Module) -> set[str]:
 
 
 def aliases_of(model: nn.Module) -> dict[str, str]:
-    """{further name of a parameter or buffer: its first name}."""
-    first_name: dict[int, str] = {}
-    names = [(name, first_name.setdefault(id(t), name)) for name, t in named_state(model)]
-    return {name: first for name, first in names if name != first}
+    """Returns {further name of a parameter or buffer: its first name}."""
+    first_name_of: dict[int, str] = {}
+    names = [(name, first_name_of.setdefault(id(tensor), name)) for name, tensor in named_state(model)]
+    return {name: first_name for name, first_name in names if name != first_name}
 
 
 def named_state(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Every parameter and buffer with its name. Shared tensors appear under each of their names, and
-    buffers that checkpoints do not store (``persistent=False``) are included."""
+    """Lists every parameter and buffer with its name. Shared tensors appear under each of their names,
+    and buffers that checkpoints do not store (``persistent=False``) are included."""
     parameters = model.named_parameters(remove_duplicate=False)
     return [*parameters, *model.named_buffers(remove_duplicate=False)]

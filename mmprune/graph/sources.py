@@ -1,4 +1,5 @@
-"""Which weights' channels the outputs of a module have, so that a plan says which of them remain.
+"""Finds the weights that make the channels of a module's outputs, so that a plan says which of these
+channels remain.
 
 Distillation compares feature maps of the pruned and of the unpruned model in this way.
 """
@@ -22,11 +23,11 @@ Keep = dict[str, dict[int, list[int]]]
 
 @dataclass(frozen=True)
 class ChannelSource:
-    """Where the channels of one tensor come from.
+    """The axes of weights that the channels of one tensor come from.
 
     Args:
         dim: the dimension of the tensor that has channels; ``None`` if no dimension can lose any.
-        axes: axes of weights.
+        axes: the axes of weights that the channels come from.
         axis: (C,) for each channel an index into ``axes``, or -1 if the channel always remains.
         position: (C,) for each channel its index on that axis.
     """
@@ -37,14 +38,14 @@ class ChannelSource:
     position: np.ndarray | None = None
 
     def kept(self, keep: Keep) -> np.ndarray | None:
-        """(C',) indices of the channels that remain after a plan; ``None`` if all do."""
+        """Returns the indices (C',) of the channels that remain after a plan; ``None`` if all do."""
         if self.dim is None or self.axis is None or self.position is None:
             return None
         stays = np.ones(self.axis.size, dtype=bool)
-        for number, axis in enumerate(self.axes):
+        for index, axis in enumerate(self.axes):
             indices = keep.get(axis.name, {}).get(axis.dim)
             if indices is not None:
-                on_axis = self.axis == number
+                on_axis = self.axis == index
                 stays[on_axis] = np.isin(self.position[on_axis], indices)
         return None if stays.all() else np.flatnonzero(stays)
 
@@ -92,10 +93,10 @@ def channel_sources(
         ((dim, ids),) = labels.items()
         ids = slot[ids]
         free = ids != FIXED
-        used, number = np.unique(constraints.slots.axis_index(ids[free]), return_inverse=True)
+        used, axis_number = np.unique(constraints.slots.axis_index(ids[free]), return_inverse=True)
         axes = tuple(constraints.slots.axes[index] for index in used)
         axis = np.full(ids.size, -1, dtype=np.int64)
-        axis[free] = number
+        axis[free] = axis_number
         firsts = np.array([entry.first for entry in axes] + [0], dtype=np.int64)
         return ChannelSource(dim, axes, axis, np.where(free, ids - firsts[axis], 0))
 

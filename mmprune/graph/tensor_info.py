@@ -1,4 +1,4 @@
-"""What a traced run knows of each tensor: one object per tensor, in one table."""
+"""The knowledge of a traced run about each tensor: one object per tensor, in one table."""
 
 import weakref
 from collections.abc import Collection
@@ -15,14 +15,15 @@ from mmprune.graph.slots import Labels
 
 @dataclass(eq=False)
 class TensorInfo:
-    """What is known of one tensor. Two views of one memory (``x`` and ``x.data``) share the object.
+    """The channels and other facts about one tensor. Two views of one memory (``x`` and ``x.data``)
+    share the object.
 
     Args:
         labels: the channels on each dimension that can lose some.
         broadcast_dims: dimensions without channels along which all values are equal and whose size
-            torch derived. Such a dimension takes the size of any tensor that it meets.
-        zero_safe: whether a channel whose weights are zero is zero here too. After a sigmoid it is 0.5.
-            Only sums over channels, and products of two activations, depend on it.
+            torch derived. Such a dimension takes the size of any tensor that this one is combined with.
+        zero_safe: whether a channel whose weights are zero is zero in this tensor too. After a sigmoid
+            it is 0.5. Only sums over channels, and products of two activations, depend on it.
         name: the name of the parameter or buffer that the tensor is; ``None`` for an activation.
         is_weight_view: whether the tensor is a weight, or was only rearranged or rescaled since.
         is_constant_fill: whether the tensor is made of constants only.
@@ -58,7 +59,7 @@ class TensorTable:
             self._names_by_address[address(tensor)] = name
 
     def info(self, tensor: torch.Tensor) -> TensorInfo:
-        """What is known of ``tensor``, which gets an entry if it has none."""
+        """Returns the entry of ``tensor``, and makes one if it has none."""
         info = self._infos.get(id(tensor))
         return self._adopt(tensor) if info is None else info
 
@@ -66,6 +67,7 @@ class TensorTable:
         return self._infos[id(tensor)]
 
     def get(self, tensor: torch.Tensor) -> TensorInfo | None:
+        """Returns the entry of ``tensor``, or ``None`` if it has none."""
         return self._infos.get(id(tensor))
 
     def __setitem__(self, tensor: torch.Tensor, info: TensorInfo) -> None:
@@ -108,5 +110,5 @@ class TensorTable:
 
 
 def address(tensor: torch.Tensor) -> int:
-    """The address of the memory that a tensor shows; 0 for a sparse tensor."""
+    """Returns the address of the memory that a tensor shows; 0 for a sparse tensor."""
     return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0

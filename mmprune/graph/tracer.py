@@ -77,7 +77,7 @@ class Tracer(TorchDispatchMode):
         self.state = State(TensorTable(constraints), constraints, Profile(), scope)
         self.sizes = SizeTrackingMode(self.state.tensors, constraints)
         self.run_modules: set[int] = set()  # ids of the modules that ran in the present run
-        self.operations: list[Any] = []  # of the present run
+        self.operations: list[Any] = []  # (operation, shapes of its arguments) in the present run
         self.show_progress: Callable[[int], None] = lambda modules: None
         self.numbers: dict[int, dict[str, int]] = {}  # {id of a module: its integers}
         self.run_again: Callable[[], None] = lambda: None  # called before a run is traced once more
@@ -90,11 +90,13 @@ class Tracer(TorchDispatchMode):
             return self._dispatch(func, args, kwargs or {})
 
     def _dispatch(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """Runs an operation, applies its rule, and records what its outputs carry and cost."""
         name, tensors, profile = func._schema.name, self.state.tensors, self.state.profile
         rule = rule_of(func, name)
         inputs = tensors_in((args, kwargs))
         infos = [tensors.info(tensor) for tensor in inputs]
         carrying = [info for info in infos if info.labels]
+        # An operation on weights gives a rearranged or rescaled weight, unless it is a contraction.
         is_view = bool(carrying) and all(info.is_weight_view for info in carrying)
         if rule is not None and rule.is_contraction:
             is_view = False
@@ -102,11 +104,14 @@ class Tracer(TorchDispatchMode):
         self.operations.append((func, without_values(args), without_values(kwargs)))
         out = func(*args, **kwargs)
         outputs = tensors_in(out)
+        # An output that is also an input was written in place, or returned as it is.
         labels_before = {id(tensor): info.labels for tensor, info in zip(inputs, infos, strict=True)}
         for tensor in outputs:
             if id(tensor) not in labels_before:
                 tensors[tensor] = TensorInfo(zero_safe=zero_safe)
         requested, is_known = self.sizes.requested_sizes, False
+        # Without channels in its inputs, an operation matters only if it can make a dimension that
+        # follows a channel count, or if an input has dimensions that take any size.
         makes_size = not inputs or requested is not None or rule is not None and rule.makes_size
         if carrying or makes_size or any(info.broadcast_dims for info in infos):
             labelled = [tensor for tensor, info in zip(inputs, infos, strict=True) if info.labels]
@@ -131,9 +136,9 @@ class Tracer(TorchDispatchMode):
     def apply(
         self, rule: Rule | None, call: Call, labelled: list[torch.Tensor], zero_safe: bool
     ) -> bool:
-        """Applies the rule of a call, of which the inputs ``labelled`` carry channels. If there is no
-        rule, locks these and records the operation as unknown. Returns whether it is now known what
-        the outputs carry."""
+        """Applies the rule of a call. If there is no rule, locks the channels of the inputs
+        ``labelled``, which carry some, and records the operation as unknown. Returns whether the rule
+        said what the outputs carry."""
         if rule is not None:
             try:
                 outcomes = outcomes_of(rule.function(call), call.out)
@@ -156,7 +161,8 @@ class Tracer(TorchDispatchMode):
     def _write(
         self, call: Call, tensor: torch.Tensor, outcome: Outcome, inputs_zero_safe: bool
     ) -> None:
-        """Records an outcome. A single channel cannot be removed, so it is locked instead."""
+        """Records the outcome of a rule for one output. A single channel cannot be removed, so it is
+        locked instead."""
         carried: Labels = {}
         for dim, ids in outcome.labels.items():
             if dim >= tensor.ndim or any(array.size != tensor.shape[dim] for array in ids):
@@ -173,8 +179,8 @@ class Tracer(TorchDispatchMode):
             info.is_weight_view = info.is_constant_fill = True
 
     def _update_base(self, tensor: torch.Tensor, labels_before: Container[int]) -> None:
-        """An operation in place has changed a view, and so the tensor that it is a view of. That tensor
-        cannot get labels through a view, so new ones are locked."""
+        """Updates the tensor that ``tensor`` is a view of, after an operation has changed ``tensor`` in
+        place. The base cannot get labels through a view, so labels that are new are locked."""
         if not tensor._is_view():
             return
         info = self.state.tensors[tensor]
@@ -188,7 +194,8 @@ class Tracer(TorchDispatchMode):
             base.is_constant_fill = base.is_constant_fill and info.is_constant_fill
 
     def _count_elements(self, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
-        """Counts the elements of outputs in new memory: neither views nor what is written in place."""
+        """Counts the elements of outputs in new memory. Views, and outputs that were written in place,
+        are not counted."""
         old = {address(tensor) for tensor in inputs}
         for tensor in outputs:
             info = self.state.tensors[tensor]
@@ -215,8 +222,8 @@ class Tracer(TorchDispatchMode):
                 self.state.profile.calls.append(call)
 
     def call_extension(self, name: str, function: Callable, args: tuple, kwargs: dict) -> Any:
-        """Calls a compiled function and applies its rule. It may write into any argument, so constants
-        among these no longer count as equal along their broadcast dimensions."""
+        """Calls a compiled function and applies its rule. The function may write into any argument, so
+        arguments without channels no longer count as constant along their broadcast dimensions."""
         with _disable_current_modes(), torch._C.DisableTorchFunction():
             out = function(*args, **kwargs)
             inputs = tensors_in((args, kwargs))
@@ -304,9 +311,8 @@ def trace_runs(
         model: the model, which is left as it was.
         forward: the first run.
         also: further runs. Only the first run that succeeds is counted in FLOPs.
-        tracer: the tracer to use; by default a new one.
-        may_fail: those of the runs that may raise an error. They are then left out and recorded as
-            failed.
+        tracer: the tracer to use; ``None``: a new one.
+        may_fail: the runs that may raise an error. A run that does is left out and recorded as failed.
 
     Returns:
         What the runs have recorded.
@@ -315,9 +321,9 @@ def trace_runs(
     state = tracer.state
     counted, failed, runs, modules = False, {}, (forward, *also), len(list(model.modules()))
     with unchanged(model), bar('Tracing', len(runs) * modules) as progress:
-        for number, run in enumerate(runs):
+        for index, run in enumerate(runs):
             state.profile.counting = not counted
-            tracer.show_progress = lambda done, before=number * modules: progress(before + done)
+            tracer.show_progress = lambda done, before=index * modules: progress(before + done)
             before = snapshot(state)
             try:
                 outputs = trace_run(model, run, tracer)
@@ -340,16 +346,16 @@ def trace_runs(
 def trace_run(model: nn.Module, run: Forward, tracer: Tracer) -> list[torch.Tensor]:
     """Traces one run and returns the tensors of its result.
 
-    *Problem.* A model may look up a size in a dictionary or a cache. Its entries may be from earlier
-    runs: after a cut the sizes differ, nothing is found, and the model computes the entry anew. A trace
-    must take that path. But if the keys are written in the code (``{64: ...}``), the entry has to be
-    found.
+    *Problem.* A model may look up a size in a dictionary or a cache, whose entries may be from earlier
+    runs. After a cut the sizes differ, so the look-up fails and the model computes the entry anew. A
+    trace must take that path. But if the keys are written in the code (``{64: ...}``), the entry has to
+    be found.
 
     *Idea.* First, symbolic sizes differ from all plain numbers as keys. If the run used a size as a
     key, an ordinary run shows whether the model does the same without symbolic sizes. If it does not,
     or if the traced run fails, the run is undone and traced again with fewer distinct keys
-    (:class:`~mmprune.graph.constraints.DistinctKeys`). With none, the entry is found, and the size is
-    locked because it equals a constant.
+    (:class:`~mmprune.graph.constraints.DistinctKeys`). Without distinct keys the entry is found, and
+    the size is locked because it equals a constant.
     """
     constraints, ordinary, drawn = tracer.state.constraints, None, random_state()
     before = snapshot(tracer.state)
@@ -395,13 +401,16 @@ class OrdinaryRun(TorchDispatchMode):
         """Whether a traced run gave the same result by the same operations. It may have run further
         operations, which fill a cache."""
         traced = iter(operations)
-        if not all(any(same == operation for same in traced) for operation in self.operations):
+        # ``any`` advances the iterator, so this tests that one list is a subsequence of the other.
+        if not all(
+            any(candidate == operation for candidate in traced) for operation in self.operations
+        ):
             return False
         return len(out) == len(self.tensors) and all(map(same_values, out, self.tensors))
 
 
 def without_values(argument: Any) -> Any:
-    """Arguments of an operation, with the shape of each tensor in place of the tensor."""
+    """Replaces each tensor among the arguments of an operation by its shape."""
     if isinstance(argument, torch.Tensor):
         return argument.shape
     if isinstance(argument, list | tuple):
@@ -419,10 +428,11 @@ def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 Snapshot = list[dict[str, Any]]
+"""{attribute: copy of its container} of the constraints, and the same of the profile."""
 
 
 def snapshot(state: State) -> Snapshot:
-    """Copies of the containers that a run adds to, so that a failed run can be undone."""
+    """Copies the containers that a run adds to, so that a failed run can be undone."""
     containers = (list, dict, set, np.ndarray)
     return [
         {key: copy.copy(value) for key, value in vars(holder).items() if isinstance(value, containers)}
@@ -431,7 +441,8 @@ def snapshot(state: State) -> Snapshot:
 
 
 def restore(state: State, before: Snapshot) -> None:
-    """Undoes a run. Sizes that it left in a cache count as plain numbers from now on."""
+    """Undoes a run by putting back what :func:`snapshot` copied. Sizes that the run left in a cache of
+    the model count as plain numbers from then on."""
     for holder, values in zip((state.constraints, state.profile), before, strict=True):
         vars(holder).update({key: copy.copy(value) for key, value in values.items()})
     state.tensors.forget_activations()

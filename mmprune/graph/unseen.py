@@ -1,4 +1,4 @@
-"""Modules that no traced run entered, so that the channels which they read are unknown."""
+"""Finds modules that no traced run entered, so that the channels which they read are unknown."""
 
 from collections.abc import Callable, Iterable
 
@@ -12,7 +12,7 @@ SHOWN = 5
 
 
 def untouched_parameters(slots: SlotTable, profile: Profile) -> list[str]:
-    """Names of parameters, frozen ones included, that took no part in any run."""
+    """Returns the names of parameters, frozen ones included, that took no part in any run."""
     names = [name for name, tensor in slots.tensors.items() if isinstance(tensor, nn.Parameter)]
     return [name for name in names if name not in profile.touched]
 
@@ -21,16 +21,21 @@ def modules_of(unused: Iterable[str], parameters: Iterable[str]) -> dict[str, li
     """Groups unused parameters by module: {outermost module of which no parameter took part: its unused
     parameters}. A parameter whose module took part has an entry under its full name."""
     unused = list(unused)
-    ran = {start for name in set(parameters) - set(unused) for start in _modules_around(name)}
+    used_modules = {
+        module for name in set(parameters) - set(unused) for module in _modules_around(name)
+    }
     modules: dict[str, list[str]] = {}
     for name in unused:
-        outermost = next((start for start in _modules_around(name) if start and start not in ran), name)
+        outermost = next(
+            (module for module in _modules_around(name) if module and module not in used_modules), name
+        )
         modules.setdefault(outermost, []).append(name)
     return modules
 
 
 def _modules_around(name: str) -> list[str]:
-    """The names of the modules that a parameter is in, from the outermost one."""
+    """Returns the names of the modules that a parameter is in, from the outermost one, whose name is
+    ''."""
     parts = name.split('.')
     return ['.'.join(parts[:count]) for count in range(len(parts))]
 
@@ -42,7 +47,7 @@ def unseen_message(
     remedy: str,
     more: str = '',
 ) -> str:
-    """The message about modules that no traced run entered.
+    """Writes the message about modules that no traced run entered.
 
     Args:
         unused: names of parameters that took no part in any run.
@@ -50,7 +55,7 @@ def unseen_message(
         locks: whether a pattern of ``lock`` matches a parameter. The user declares in this way that its
             module reads nothing that is cut.
         remedy: how the user can have the modules traced, as a sentence.
-        more: what else is known of the runs, as a sentence.
+        more: a further sentence about the runs; it may be empty.
 
     Returns:
         The message, or an empty string if there is no such module.
@@ -66,8 +71,8 @@ def unseen_message(
     shown = ', '.join(counted[:SHOWN])
     if len(counted) > SHOWN:
         shown += f' and {len(counted) - SHOWN} more'
-    first = next(iter(modules))
-    pattern = first if modules[first] == [first] else f'{first}.*'
+    first_module = next(iter(modules))
+    pattern = first_module if modules[first_module] == [first_module] else f'{first_module}.*'
     sentences = (
         f'The traced runs do not use {shown}, so it is not known which channels they read. A cut can '
         'remove channels that they need, and then the next run that uses them fails.',

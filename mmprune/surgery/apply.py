@@ -47,7 +47,7 @@ def cut(
         check_fingerprint(plan.fingerprint, target, 'the plan', plan.aliases)
     changes: list[Change] = []
     dims_of: Dims = {}
-    totals = []
+    plans_of_all_cuts = []
     for target in models:
         for name, tensor in named_state(target):
             if name in plan.keep and id(tensor) not in dims_of:
@@ -55,12 +55,12 @@ def cut(
                 changes.append(_tensor_change(tensor, plan.keep[name]))
         changes += _attribute_changes(target, plan)
         before, plans = stored_plan(target), plans_in(target)
-        total = plan if before is None else before.with_aliases(aliases_of(target)).then(plan)
-        totals.append(total)
-        changes.append((partial(set_plan, target, total), partial(put_plans, plans)))
+        all_cuts = plan if before is None else before.with_aliases(aliases_of(target)).then(plan)
+        plans_of_all_cuts.append(all_cuts)
+        changes.append((partial(set_plan, target, all_cuts), partial(put_plans, plans)))
     changes += state_changes(optimizer, dims_of)
     commit(changes)
-    return totals[0].with_aliases(aliases_of(models[0]))
+    return plans_of_all_cuts[0].with_aliases(aliases_of(models[0]))
 
 
 def commit(changes: list[Change]) -> None:
@@ -77,6 +77,7 @@ def commit(changes: list[Change]) -> None:
 
 
 def _tensor_change(tensor: torch.Tensor, dims: dict[int, list[int]]) -> Change:
+    """Makes the change that narrows one tensor in place. Its gradient is dropped."""
     old, new, gradient = tensor.detach(), narrowed(tensor, dims), tensor.grad
 
     def put(value: torch.Tensor, grad: torch.Tensor | None) -> None:
@@ -84,7 +85,7 @@ def _tensor_change(tensor: torch.Tensor, dims: dict[int, list[int]]) -> Change:
         # would still expect gradients of the old shape. `set_` resets that expectation too.
         with torch.no_grad():
             tensor.grad = None
-            tensor.set_(value)  # pyright: ignore[reportArgumentType] (the stub knows storages alone)
+            tensor.set_(value)  # pyright: ignore[reportArgumentType] (the stub only knows storages)
             tensor.grad = grad
 
     return partial(put, new, None), partial(put, old, gradient)
@@ -94,14 +95,15 @@ def _tensor_change(tensor: torch.Tensor, dims: dict[int, list[int]]) -> Change:
 
 
 def _attribute_changes(model: nn.Module, plan: Any) -> list[Change]:
+    """Makes the changes of modules' attributes, after checking that each is a width that can shrink."""
     changes: list[Change] = []
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, values in plan.attributes.items():
-        others = plan.module_names(name) if name not in modules else ()
-        known = next((other for other in others if other in modules), name)
+        other_names = plan.module_names(name) if name not in modules else ()
+        known_name = next((other for other in other_names if other in modules), name)
         for attribute, value in values.items():
             try:
-                module = model.get_submodule(known)
+                module = model.get_submodule(known_name)
                 old = read_attribute(module, attribute)
             except (AttributeError, LookupError, TypeError) as error:
                 raise PruneError(
@@ -120,11 +122,15 @@ def _attribute_changes(model: nn.Module, plan: Any) -> list[Change]:
 
 
 def _steps(attribute: str) -> list[str | int]:
-    return [int(i) if i else n for n, i in re.findall(r'([A-Za-z_]\w*)|\[(\d+)\]', attribute)]
+    """Splits a path such as ``a.b[0]`` into its steps, ``['a', 'b', 0]``."""
+    return [
+        int(index) if index else name
+        for name, index in re.findall(r'([A-Za-z_]\w*)|\[(\d+)\]', attribute)
+    ]
 
 
 def read_attribute(module: nn.Module, attribute: str) -> Any:
-    """The value at ``a``, ``a.b`` or ``a[0]`` of a module."""
+    """Reads the value at ``a``, ``a.b`` or ``a[0]`` of a module."""
     value: Any = module
     for step in _steps(attribute):
         if isinstance(value, int | float | str):
@@ -134,7 +140,8 @@ def read_attribute(module: nn.Module, attribute: str) -> Any:
 
 
 def write_attribute(module: nn.Module, attribute: str, value: Any) -> None:
-    """Sets what :func:`read_attribute` reads. A tuple on the way is replaced by a new one."""
+    """Sets the value that :func:`read_attribute` reads. A list or tuple on the way is replaced by a new
+    one of the same type."""
     *path, last = _steps(attribute)
     if isinstance(last, str):
         holder: Any = module
@@ -144,5 +151,5 @@ def write_attribute(module: nn.Module, attribute: str, value: Any) -> None:
         return
     name = attribute[: attribute.rindex('[')]
     items = read_attribute(module, name)
-    changed = [value if i == last else item for i, item in enumerate(items)]
+    changed = [value if index == last else item for index, item in enumerate(items)]
     write_attribute(module, name, type(items)(changed))

@@ -1,4 +1,4 @@
-"""From a choice of units to the plan that removes the others."""
+"""Makes the plan that keeps a choice of units and removes the others."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +18,8 @@ from mmprune.surgery.structure import fingerprint
 
 @dataclass(frozen=True)
 class Baseline:
-    """A model before its first cut. A value that is ``None`` is taken to be what the model has now.
+    """Sizes of a model before its first cut. A value that is ``None`` is taken to be what the model has
+    now.
 
     Args:
         flops: multiply-adds, on the batch that the model was traced on (batches differ in size).
@@ -40,7 +41,7 @@ def make_plan(
     asked: Mapping[str, Any],
     notes: CutNotes | None = None,
 ) -> Plan:
-    """The plan of one cut, from the units that stay.
+    """Makes the plan of one cut from the units that stay.
 
     Args:
         graph: the channel graph of ``model``.
@@ -89,7 +90,7 @@ def make_plan(
 def _new_attributes(
     graph: ChannelGraph, model: nn.Module, slot_stays: np.ndarray
 ) -> dict[str, dict[str, int]]:
-    """The new values of the tracked attributes, in proportion to the axes that they follow."""
+    """Computes the new values of the tracked attributes, in proportion to the axes that they follow."""
     values: dict[str, dict[str, int]] = {}
     for tracked in graph.tracked:
         stays = slot_stays[tracked.ids]
@@ -98,9 +99,9 @@ def _new_attributes(
         old = read_attribute(model.get_submodule(tracked.module), tracked.attribute)
         if tracked.guessed and old != stays.size:  # it was set to something else since the trace
             continue
-        new, rest = divmod(old * int(stays.sum()), stays.size)
+        new, remainder = divmod(old * int(stays.sum()), stays.size)
         where = f'{tracked.module}.{tracked.attribute}'
-        if rest:
+        if remainder:
             raise InexactCut(
                 f'{where} is {old} and should follow {stays.size} -> {stays.sum()} channels, which '
                 'gives no integer: its adapter follows the wrong axis'
@@ -111,11 +112,12 @@ def _new_attributes(
 
 
 def remaining(model: nn.Module) -> dict[str, float]:
-    """The fractions of the original's ``flops`` and ``params`` that ``model`` still has."""
+    """Returns the fractions of the original's ``flops`` and ``params`` that ``model`` still has."""
     return _fractions_left(plan_of(model))
 
 
 def _fractions_left(plan: Plan | None) -> dict[str, float]:
+    """Returns {``flops``, ``params``: the fraction of the original that remains after a plan}."""
     if plan is None or not plan.cuts:
         return {'flops': 1.0, 'params': 1.0}
     last = plan.cuts[-1]
@@ -123,7 +125,7 @@ def _fractions_left(plan: Plan | None) -> dict[str, float]:
 
 
 def baseline_of(model: nn.Module, graph: ChannelGraph) -> Baseline:
-    """The model before its first cut, as far as it follows from its plan.
+    """Computes the sizes that the model had before its first cut, as far as they follow from its plan.
 
     Args:
         model: the model as it is now.

@@ -15,7 +15,10 @@ PLAIN_MODULES = ('torch.nn.modules.conv', 'mmcv.cnn.bricks.wrappers')
 """Python modules whose classes of convolutions convolve and do nothing else."""
 
 CONV_MODULE = 'mmcv.cnn.bricks.conv_module.ConvModule'
+"""mmcv's module that runs a convolution, a norm and an activation in an order that it stores."""
+
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+"""The exact classes of batch norms that are folded."""
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -48,7 +51,7 @@ def fuse(model: nn.Module) -> nn.Module:
         True
     """
     model.eval()
-    parents: dict[int, int] = {}
+    parents: dict[int, int] = {}  # {id of a module: in how many places it stands}
     for module in model.modules():
         for child in module._modules.values():
             parents[id(child)] = parents.get(id(child), 0) + 1
@@ -68,10 +71,10 @@ def fuse(model: nn.Module) -> nn.Module:
 
 
 def _pairs(module: nn.Module) -> list[tuple[_ConvNd, tuple[str, _BatchNorm]]]:
-    """(convolution, (name of the norm, norm)) for each pair among the children of a module."""
+    """Lists (convolution, (name of the norm, norm)) for each pair among the children of a module."""
     if any(f'{base.__module__}.{base.__qualname__}' == CONV_MODULE for base in type(module).__mro__):
         mmcv_module: Any = module  # the class itself need not be installed
-        order = [part for part in mmcv_module.order if part != 'act' or mmcv_module.with_activation]
+        order = [step for step in mmcv_module.order if step != 'act' or mmcv_module.with_activation]
         if 'norm' not in order or order.index('norm') != order.index('conv') + 1:
             return []
     children = [(name, child) for name, child in module._modules.items() if child is not None]
@@ -91,11 +94,14 @@ def _folds(conv: nn.Module) -> TypeGuard[_ConvNd]:
     """Whether a module is a convolution into which a batch norm can be folded."""
     if not isinstance(conv, _ConvNd) or type(conv).__module__ not in PLAIN_MODULES:
         return False
-    grouped = isinstance(conv, _ConvTransposeNd) and conv.groups > 1  # torch can't fold these
+    grouped = (
+        isinstance(conv, _ConvTransposeNd) and conv.groups > 1
+    )  # torch's function can't fold these
     return not (grouped or is_parametrized(conv) or _watched(conv))
 
 
 def _watched(module: nn.Module) -> bool:
+    """Whether a module has hooks, which would see other inputs or outputs after folding."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 

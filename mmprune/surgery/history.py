@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class CutNotes:
-    """What the choice of the units adds to the record of a cut.
+    """Notes on the choice of the units, for the record of a cut.
 
     Args:
         iteration: training steps before the cut; ``None`` outside a training.
@@ -22,6 +22,7 @@ class CutNotes:
 
     # These two methods let `{'iteration': 3, **notes}` unpack the fields that are set.
     def keys(self) -> list[str]:
+        """Lists the fields that are set."""
         return [name for name in _NAMES_OF_NOTES if getattr(self, name) not in (None, ())]
 
     def __getitem__(self, name: str) -> Any:
@@ -49,18 +50,23 @@ class CutRecord(CutNotes):
     more: Mapping[str, Any] = field(default_factory=dict)
 
     def to_meta(self) -> dict[str, Any]:
-        """The record as plain data for a checkpoint of format 1, without fields that are not set."""
+        """Returns the record as plain data for a checkpoint of format 1, without fields that are not
+        set."""
         values = {name: getattr(self, name) for name in _NAMES_OF_RECORD}
         values['uneven'] = list(self.uneven)
-        return {k: v for k, v in values.items() if v is not None and v != []} | dict(self.more)
+        return {
+            key: value for key, value in values.items() if value is not None and value != []
+        } | dict(self.more)
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> 'CutRecord':
         """Reads what :meth:`to_meta` wrote. :meth:`mmprune.Plan.from_meta` has checked the types."""
-        known = {name: meta[name] for name in _NAMES_OF_RECORD if name in meta}
-        if 'uneven' in known:
-            known['uneven'] = tuple(known['uneven'])
-        return cls(**known, more={k: v for k, v in meta.items() if k not in _NAMES_OF_RECORD})
+        values = {name: meta[name] for name in _NAMES_OF_RECORD if name in meta}
+        if 'uneven' in values:
+            values['uneven'] = tuple(values['uneven'])
+        return cls(
+            **values, more={key: value for key, value in meta.items() if key not in _NAMES_OF_RECORD}
+        )
 
 
 _NAMES_OF_NOTES = tuple(field.name for field in fields(CutNotes))

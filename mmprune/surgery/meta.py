@@ -1,4 +1,4 @@
-"""Checkpoint files: reading them without running code, their plan, and their weights."""
+"""Reads checkpoint files without running code: their content, their plan and their weights."""
 
 import copy
 import pickle
@@ -23,7 +23,7 @@ that mmengine writes."""
 
 
 def read_file(path: str | Path, device: str = 'cpu') -> dict[str, Any]:
-    """The content of a checkpoint file. No code in the file is run: ``torch.load`` is called with
+    """Reads the content of a checkpoint file. No code in the file is run: ``torch.load`` is called with
     ``weights_only=True``, whatever the environment says.
 
     Raises:
@@ -44,7 +44,7 @@ def read_file(path: str | Path, device: str = 'cpu') -> dict[str, Any]:
 
 
 def checked_content(path: str | Path, load: Callable[[], Any]) -> dict[str, Any]:
-    """The dict that ``load()`` returns.
+    """Calls ``load()`` and returns the dict that it gives.
 
     Raises:
         PruneError: ``load()`` fails, or returns no dict. The message names ``path``.
@@ -80,9 +80,9 @@ def check_archive(path: str | Path) -> None:
         if file.read(2) != b'PK':
             return
     with zipfile.ZipFile(path) as archive:
-        parts = archive.infolist()
-        packed = [part.filename for part in parts if part.compress_type != zipfile.ZIP_STORED]
-        if packed or sum(part.file_size for part in parts) > size:
+        members = archive.infolist()
+        packed = [member.filename for member in members if member.compress_type != zipfile.ZIP_STORED]
+        if packed or sum(member.file_size for member in members) > size:
             raise PruneError(
                 f'{path}: refused: it claims to hold more than its {size:,} bytes, but torch.save '
                 'never compresses'
@@ -95,13 +95,14 @@ def check_archive(path: str | Path) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """At most 200 characters of the first line of an error's message."""
+    """Returns at most 200 characters of the first line of an error's message."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else ''
 
 
 def plan_in(checkpoint: dict[str, Any]) -> Plan | None:
-    """The plan in a checkpoint's ``meta``; ``None`` if it holds no plan, as for an unpruned model."""
+    """Reads the plan in a checkpoint's ``meta``. Returns ``None`` if it holds no plan, as for an
+    unpruned model."""
     meta = checkpoint.get('meta')
     if not isinstance(meta, dict) or META not in meta:
         return None
@@ -118,6 +119,7 @@ def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str | Path)
     state = copy.copy(weights_in(checkpoint, path))  # `dict(...)` would lose the modules' versions
     plan, expected = plan_of(model), set(model.state_dict())
     for names in names_by_first(plan.aliases if plan is not None else {}).values():
+        # Sorted so that a name which the model expects, if there is one, comes last.
         present = sorted((name for name in names if name in state), key=expected.__contains__)
         for name in names if present else ():
             if name in expected:
@@ -131,7 +133,7 @@ def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str | Path)
 
 
 def weights_in(checkpoint: dict[str, Any], path: str | Path) -> dict[str, torch.Tensor]:
-    """The ``state_dict`` of a checkpoint, or the checkpoint itself if it is a state dict.
+    """Returns the ``state_dict`` of a checkpoint, or the checkpoint itself if it is a state dict.
 
     Raises:
         PruneError: it holds something other than tensors. The message names ``path``.

@@ -1,4 +1,4 @@
-"""Optimizer state follows a cut.
+"""Makes the state of optimizers follow a cut.
 
 The problem: a cut narrows parameters in place, so an optimizer still holds the right parameter objects,
 but its state (such as momentum) has the shapes from before the cut. An optimizer may also be wrapped
@@ -29,10 +29,12 @@ INNER = ('optim_wrappers', 'optimizer', 'base_optimizer')
 """Attributes in which wrappers and schedulers keep what they wrap, which may be a wrapper itself."""
 
 REMEDY = 'use an optimizer with state for each element (SGD, Adam, AdamW ...)'
+"""The end of messages about state that cannot be sliced."""
 
 
 def optimizers_in(value: Any) -> list[torch.optim.Optimizer]:
-    """Every torch optimizer in an optimizer, a wrapper (or a dict of them), a scheduler or a list.
+    """Lists every torch optimizer in an optimizer, a wrapper (or a dict of them), a scheduler or a
+    list.
 
     An optimizer that wraps another one (SAM, Lookahead) comes before the one that it wraps.
 
@@ -43,7 +45,7 @@ def optimizers_in(value: Any) -> list[torch.optim.Optimizer]:
 
 
 def stepping_in(value: Any) -> list[torch.optim.Optimizer]:
-    """The optimizers in ``value`` that step parameters themselves.
+    """Lists the optimizers in ``value`` that step parameters themselves.
 
     An optimizer that leaves all its parameters to an optimizer inside it is left out.
     """
@@ -58,12 +60,12 @@ def leaves_steps_to_another(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """The parameters of all groups."""
+    """Lists the parameters of all groups."""
     return [parameter for group in optimizer.param_groups for parameter in group['params']]
 
 
 def _holders_in(value: Any) -> list[Any]:
-    """All optimizers and wrappers in ``value``, each once, the outer ones first."""
+    """Lists all optimizers and wrappers in ``value``, each once, the outer ones first."""
     holders: dict[int, Any] = {}
 
     def visit(value: Any) -> None:
@@ -93,13 +95,15 @@ def _holders_in(value: Any) -> list[Any]:
 
 
 def _holds_optimizers(value: Any) -> bool:
+    """Whether ``value`` is an optimizer, or a container with one."""
     items = value.values() if isinstance(value, dict) else value
     several = isinstance(value, dict | list | tuple)
     return any(isinstance(item, torch.optim.Optimizer) for item in (items if several else [value]))
 
 
 def state_changes(value: Any, dims_of: Dims) -> list[Change]:
-    """The changes that narrow the state of all optimizers in ``value`` together with their parameters.
+    """Makes the changes that narrow the state of all optimizers in ``value`` together with their
+    parameters.
 
     Args:
         value: an optimizer, a wrapper, a scheduler, or a list of these; ``None`` for no optimizer.
@@ -114,20 +118,26 @@ def state_changes(value: Any, dims_of: Dims) -> list[Change]:
     for optimizer in optimizers:
         if id(optimizer) not in inside:
             _check_trains_them(optimizers_in(optimizer), dims_of)
-    known = {id(parameter) for optimizer in optimizers for parameter in parameters_of(optimizer)}
+    seen = {id(parameter) for optimizer in optimizers for parameter in parameters_of(optimizer)}
     changes: list[Change] = []
     for holder in holders:
         for parameter, place, key, state in _entries(holder):
-            known.update(id(tensor) for tensor in tensors_in(state))
+            seen.update(id(tensor) for tensor in tensors_in(state))
             changes += _entry_changes(holder, parameter, place, key, state, dims_of)
-    cut = [p for optimizer in optimizers for p in parameters_of(optimizer) if id(p) in dims_of]
+    cut = [
+        parameter
+        for optimizer in optimizers
+        for parameter in parameters_of(optimizer)
+        if id(parameter) in dims_of
+    ]
     shapes = {tuple(parameter.shape) for parameter in cut}
     for holder in holders:
-        _check_the_rest(holder, shapes, known)
+        _check_the_rest(holder, shapes, seen)
     return changes
 
 
 def _check_trains_them(optimizers: list[torch.optim.Optimizer], dims_of: Dims) -> None:
+    """Refuses optimizers that hold none of the parameters that are cut."""
     held = {id(parameter) for optimizer in optimizers for parameter in parameters_of(optimizer)}
     if dims_of and not held & set(dims_of):
         raise PruneError(
@@ -137,10 +147,11 @@ def _check_trains_them(optimizers: list[torch.optim.Optimizer], dims_of: Dims) -
 
 
 def _entries(holder: Any) -> Iterator[tuple[Any, dict[Any, Any], Any, Any]]:
-    """What an optimizer or wrapper keeps in dicts whose keys are parameters, such as ``state``.
+    """Finds the state that an optimizer or wrapper keeps in dicts whose keys are parameters, such as
+    ``state``.
 
     Yields:
-        (parameter, the dict that holds a piece of its state, the key of the piece there, the piece)
+        (parameter, the dict that holds a piece of its state, the key of the piece in it, the piece)
     """
     for table in getattr(holder, '__dict__', {}).values():
         for parameter, state in table.items() if isinstance(table, dict) else ():
@@ -156,12 +167,14 @@ def _entries(holder: Any) -> Iterator[tuple[Any, dict[Any, Any], Any, Any]]:
 def _entry_changes(
     holder: Any, parameter: Any, place: dict[Any, Any], key: Any, state: Any, dims_of: Dims
 ) -> list[Change]:
-    """The change of one piece of state; none if its parameter is not cut, or if it is one number."""
+    """Makes the change of one piece of state; none if its parameter is not cut, or if the piece is one
+    number."""
     dims, tensors = dims_of.get(id(parameter)), tensors_in(state)
     name = repr(key) if isinstance(key, str) else 'a tensor'
     if dims is None:
         _check_flat(holder, name, tensors, dims_of)
         return []
+    # A single number, such as a count of steps, stays as it is.
     if all(tensor.numel() == 1 != parameter.numel() for tensor in tensors):
         return []
     if tensors[0] is not state or state.shape != parameter.shape:
@@ -179,11 +192,11 @@ def _check_flat(holder: Any, name: str, tensors: list[torch.Tensor], dims_of: Di
     if not dims_of or not isinstance(holder, torch.optim.Optimizer):
         return
     parameters = parameters_of(holder)
-    total = sum(parameter.numel() for parameter in parameters)
-    if len(parameters) > 1 and any(tensor.shape == (total,) for tensor in tensors):
+    n_elements = sum(parameter.numel() for parameter in parameters)
+    if len(parameters) > 1 and any(tensor.shape == (n_elements,) for tensor in tensors):
         raise PruneError(
-            f'{type(holder).__name__} keeps {name} of shape ({total},) for all parameters together: '
-            f'that can not be sliced with each of them; {REMEDY}'
+            f'{type(holder).__name__} keeps {name} of shape ({n_elements},) for all parameters '
+            f'together: that can not be sliced with each of them; {REMEDY}'
         )
 
 
@@ -197,7 +210,7 @@ def _check_the_rest(holder: Any, shapes: set[tuple[int, ...]], known: set[int]) 
     """
     for name, value in getattr(holder, '__dict__', {}).items():
         if name == 'param_groups':
-            value = [{k: v for k, v in group.items() if k != 'params'} for group in value]
+            value = [{key: item for key, item in group.items() if key != 'params'} for group in value]
         if 'hook' in name or not isinstance(value, torch.Tensor | list | tuple | dict):
             continue
         for tensor in tensors_in(value):

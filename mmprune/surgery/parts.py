@@ -31,14 +31,15 @@ PLAN, PART = '_mmprune_plan', '_mmprune_part_of'
 module, the plan of the model around it). Both plans are :class:`mmprune.Plan`."""
 
 Plans = list[tuple[nn.Module, dict[str, Any]]]
+"""(module, its entries under ``PLAN`` and ``PART``) pairs."""
 
 
 def unwrapped_in_steps(model: nn.Module) -> list[nn.Module]:
-    """``model``, the module that it wraps, and so on. The last one is no wrapper."""
+    """Lists ``model``, the module that it wraps, and so on. The last one is no wrapper."""
     steps = [model]
     while True:
-        kinds = [base.__name__ for base in type(steps[-1]).__mro__]
-        attribute = next((WRAPPERS[kind] for kind in kinds if kind in WRAPPERS), '')
+        class_names = [base.__name__ for base in type(steps[-1]).__mro__]
+        attribute = next((WRAPPERS[name] for name in class_names if name in WRAPPERS), '')
         inner = getattr(steps[-1], attribute, None) if attribute else None
         if not isinstance(inner, nn.Module):
             return steps
@@ -46,7 +47,7 @@ def unwrapped_in_steps(model: nn.Module) -> list[nn.Module]:
 
 
 def innermost(model: nn.Module) -> nn.Module:
-    """The module inside all wrappers of ``model``; ``model`` itself if it is no wrapper."""
+    """Returns the module inside all wrappers of ``model``; ``model`` itself if it is no wrapper."""
     return unwrapped_in_steps(model)[-1]
 
 
@@ -58,15 +59,16 @@ def set_plan(model: nn.Module, plan: Any) -> None:
 
 
 def plans_in(model: nn.Module) -> Plans:
-    """The entries of all modules of ``model``, for :func:`put_plans`."""
+    """Returns the entries of all modules of ``model``, for :func:`put_plans`."""
     modules = innermost(model).modules()
     return [
-        (module, {k: v for k, v in vars(module).items() if k in (PLAN, PART)}) for module in modules
+        (module, {key: value for key, value in vars(module).items() if key in (PLAN, PART)})
+        for module in modules
     ]
 
 
 def put_plans(plans: Plans) -> None:
-    """Replaces the entries of these modules."""
+    """Replaces the entries of each module in ``plans``."""
     for module, entries in plans:
         for key in (PLAN, PART):
             vars(module).pop(key, None)
@@ -74,7 +76,7 @@ def put_plans(plans: Plans) -> None:
 
 
 def stored_plan(model: nn.Module) -> Any:
-    """The plan by which ``model`` was cut, as a whole, as a part of another model, or in parts.
+    """Finds the plan by which ``model`` was cut, as a whole, as a part of another model, or in parts.
 
     Returns:
         A :class:`mmprune.Plan` from the original of ``model``; ``None`` if the model was not cut.
@@ -94,19 +96,20 @@ def stored_plan(model: nn.Module) -> Any:
 
 
 def _names_around(name: str) -> list[str]:
-    """For ``a.b``: ``['a.b', 'a', '']``; '' is the name of the model."""
+    """Lists the names of a module and of the modules around it. For ``a.b`` these are ``['a.b', 'a',
+    '']``; '' is the name of the model."""
     steps = name.split('.')
     return ['.'.join(steps[:count]) for count in range(len(steps), -1, -1)]
 
 
 def _stored_in(module: nn.Module) -> Any:
-    """The plan in a module, be it the module's own or that of a model around it."""
+    """Returns the plan in a module, whether it is the module's own or that of a model around it."""
     entries = vars(module)
     return entries.get(PLAN, entries.get(PART, (None, None))[1])
 
 
 def _plan_for_names_in(module: nn.Module) -> Any:
-    """The plan in a module, with the names that tensors have inside this module."""
+    """Returns the plan in a module, with the names that tensors have inside this module."""
     entries = vars(module)
     if PLAN in entries or PART not in entries:
         return entries.get(PLAN)
@@ -115,7 +118,8 @@ def _plan_for_names_in(module: nn.Module) -> Any:
 
 
 def _part(plan: Any, name: str) -> Any:
-    """The part of ``plan`` for the module ``name``, with the names that tensors have in the module.
+    """Returns the part of ``plan`` for the module ``name``, with the names that tensors have in the
+    module.
 
     Records of cuts count FLOPs of the whole model, so a part keeps them only if it has all tensors.
     """
@@ -124,7 +128,11 @@ def _part(plan: Any, name: str) -> Any:
     def inside(entries: dict[str, Any]) -> dict[str, Any]:
         return {key[start:]: v for key, v in entries.items() if f'{key}.'.startswith(f'{name}.')}
 
-    aliases = {k: v[start:] for k, v in inside(plan.aliases).items() if v.startswith(f'{name}.')}
+    aliases = {
+        key: value[start:]
+        for key, value in inside(plan.aliases).items()
+        if value.startswith(f'{name}.')
+    }
     shapes = inside(plan.fingerprint)
     return replace(
         plan,
@@ -147,10 +155,12 @@ def _with_part(plan: Any, model: nn.Module, name: str, part: Any) -> Any:
     keep |= {f'{name}.{key}': dims for key, dims in part.keep.items()}
     before = plan.fingerprint | {f'{name}.{key}': shape for key, shape in part.fingerprint.items()}
     attributes = plan.attributes | {
-        f'{name}.{key}'.rstrip('.'): values for key, values in part.attributes.items()
+        # The part itself has the name '' in its own plan.
+        f'{name}.{key}'.rstrip('.'): values
+        for key, values in part.attributes.items()
     }
     for names in names_by_first(aliases_of(model)).values():
-        known = next((alias for alias in names if alias.startswith(f'{name}.')), None)
-        for alias in names if known in keep else ():
-            keep[alias], before[alias] = keep[known], before[known]
+        inside = next((alias for alias in names if alias.startswith(f'{name}.')), None)
+        for alias in names if inside in keep else ():
+            keep[alias], before[alias] = keep[inside], before[inside]
     return replace(plan, keep=keep, attributes=attributes, fingerprint=before)

@@ -1,4 +1,4 @@
-"""A plan: what stays of a model, as data, made before anything is touched and stored in checkpoints.
+"""Plans: what stays of a model, as data, made before anything is touched and stored in checkpoints.
 
 For every tensor that was cut, a plan holds the kept indices *of the original* in each dimension. It
 also holds the module attributes that changed, and the record of each cut. Example: a convolution of 8
@@ -90,7 +90,7 @@ class Plan:
         cut(model, self if before is None else self.since(before), optimizer, ema_models)
 
     def since(self, before: Plan) -> Plan:
-        """The part of this plan that comes after the cuts of ``before``.
+        """Returns the part of this plan that comes after the cuts of ``before``.
 
         Returns:
             A plan for the model that ``before`` leaves. It is this plan unchanged if that was made for
@@ -103,18 +103,19 @@ class Plan:
         keep: Keep = {}
         for name, shape in plan.fingerprint.items():
             for dim, size in enumerate(shape):
-                first = before.keep.get(name, {}).get(dim, range(size))
+                kept_before = before.keep.get(name, {}).get(dim, range(size))
                 kept = plan.keep.get(name, {}).get(dim, range(size))
-                if not set(kept) <= set(first):
+                if not set(kept) <= set(kept_before):
                     return self
-                if len(kept) < len(first):
-                    keep.setdefault(name, {})[dim] = np.searchsorted(first, kept).tolist()
+                if len(kept) < len(kept_before):
+                    keep.setdefault(name, {})[dim] = np.searchsorted(kept_before, kept).tolist()
         if not keep:
             return self
         return replace(plan, keep=keep, fingerprint=shapes, cuts=self.cuts[len(before.cuts) :])
 
     def then(self, second: Plan) -> Plan:
-        """This plan followed by ``second``, which was made for the model that this one leaves.
+        """Joins this plan and ``second``, which was made for the model that this one leaves, into one
+        plan.
 
         Raises:
             PruneError: ``second`` was made for other shapes.
@@ -146,7 +147,7 @@ class Plan:
         )
 
     def with_aliases(self, aliases: dict[str, str]) -> Plan:
-        """The same plan with entries under further names of its tensors.
+        """Returns the same plan with entries under further names of its tensors.
 
         Args:
             aliases: {further name of a tensor: its first name}. Unknown tensors are ignored.
@@ -154,20 +155,22 @@ class Plan:
         if aliases.items() <= self.aliases.items():
             return self
         shapes, keep, known_aliases = dict(self.fingerprint), dict(self.keep), {}
-        for first, names in names_by_first(self.aliases | aliases).items():
-            known = next((name for table in (keep, shapes) for name in names if name in table), None)
-            if known is None:
+        for first_name, names in names_by_first(self.aliases | aliases).items():
+            known_name = next(
+                (name for table in (keep, shapes) for name in names if name in table), None
+            )
+            if known_name is None:
                 continue
             for name in names:
-                shapes.setdefault(name, shapes[known])
-                if known in keep:
-                    keep.setdefault(name, keep[known])
-                if name != first:
-                    known_aliases[name] = first
+                shapes.setdefault(name, shapes[known_name])
+                if known_name in keep:
+                    keep.setdefault(name, keep[known_name])
+                if name != first_name:
+                    known_aliases[name] = first_name
         return replace(self, keep=keep, fingerprint=shapes, aliases=known_aliases)
 
     def shapes_left(self) -> Fingerprint:
-        """{tensor name: shape} after the cuts."""
+        """Returns {tensor name: shape} after the cuts."""
         left = {name: list(shape) for name, shape in self.fingerprint.items()}
         for name, dims in self.keep.items():
             for dim, kept in dims.items():
@@ -175,7 +178,7 @@ class Plan:
         return left
 
     def module_names(self, name: str) -> list[str]:
-        """Other names of the module ``name``, which follow from the aliases of its tensors.
+        """Lists other names of the module ``name``, which follow from the aliases of its tensors.
 
         For example, the alias ``after.lent.0.weight`` of ``head.0.weight`` makes ``after.lent`` another
         name of ``head``, and ``after.lent.0`` one of ``head.0``.
@@ -189,13 +192,14 @@ class Plan:
         return others
 
     def removed(self, name: str, dim: int) -> list[int]:
-        """The original indices that are removed from dimension ``dim`` of the tensor ``name``."""
+        """Lists the original indices that are removed from dimension ``dim`` of the tensor ``name``."""
         is_removed = np.ones(self.fingerprint[name][dim], dtype=bool)
         is_removed[self.keep[name][dim]] = False
         return np.flatnonzero(is_removed).tolist()
 
     def to_meta(self) -> dict[str, Any]:
-        """The plan as plain ints, strings, lists and dicts, for a checkpoint's ``meta['mmprune']``."""
+        """Returns the plan as plain ints, strings, lists and dicts, for a checkpoint's
+        ``meta['mmprune']``."""
         meta = {
             'format': FORMAT,
             'mmprune': __version__,
@@ -232,7 +236,7 @@ def _copied(keep: Keep) -> Keep:
 
 
 def plan_of(model: nn.Module) -> Plan | None:
-    """The plan by which ``model`` was cut, from its original.
+    """Returns the plan by which ``model`` was cut, from its original.
 
     Args:
         model: any model, or a wrapper around it (``torch.compile``, ``DataParallel``). A part of a

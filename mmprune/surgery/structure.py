@@ -14,20 +14,20 @@ Fingerprint = dict[str, list[int]]
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:
-    """Names and shapes of all parameters and buffers."""
+    """Returns the names and shapes of all parameters and buffers."""
     return {name: list(tensor.shape) for name, tensor in named_state(model)}
 
 
 def names_by_first(aliases: dict[str, str]) -> dict[str, list[str]]:
-    """All names of each tensor that has several, by its first name.
+    """Groups all names of each tensor that has several by its first name.
 
     Args:
         aliases: {further name: first name}, from one model or merged from several. In a merged dict
             the first name of one model may be a further name in another.
     """
     names_of: dict[str, list[str]] = {}
-    for name, first in aliases.items():
-        names, more = names_of.setdefault(first, [first]), names_of.get(name, [name])
+    for name, first_name in aliases.items():
+        names, more = names_of.setdefault(first_name, [first_name]), names_of.get(name, [name])
         if names is not more:
             names += more
             names_of.update(dict.fromkeys(more, names))
@@ -50,9 +50,9 @@ def check_fingerprint(
     """
     shapes = fingerprint(model)
     for names in names_by_first(aliases or {}).values():
-        known = next((name for name in names if name in shapes), None)
-        if known is not None:
-            shapes |= {name: shapes[known] for name in names if name not in shapes}
+        present = next((name for name in names if name in shapes), None)
+        if present is not None:
+            shapes |= {name: shapes[present] for name in names if name not in shapes}
     differences = [
         f'{name}: {what} has {shape_text(expected.get(name))}, the model {shape_text(shapes.get(name))}'
         for name in list(expected) + [name for name in shapes if name not in expected]
@@ -69,12 +69,12 @@ def check_fingerprint(
 
 
 def shape_text(shape: list[int] | None) -> str:
-    """``(8, 3)``, or ``none`` for a tensor that does not exist."""
+    """Formats a shape, e.g. ``(8, 3)``; ``none`` for a tensor that does not exist."""
     return 'none' if shape is None else f'({", ".join(map(str, shape))})'
 
 
 def narrowed(tensor: torch.Tensor, dims: dict[int, list[int]]) -> torch.Tensor:
-    """A copy of ``tensor`` with only the kept indices of each dimension, in its memory format."""
+    """Copies ``tensor`` with only the kept indices of each dimension, in its memory format."""
     out = tensor.detach()
     for dim, kept in dims.items():
         out = out.index_select(dim, torch.tensor(kept, device=out.device))

@@ -1,4 +1,4 @@
-"""mmcv's compiled operations, which the dispatcher does not show.
+"""Adapters of mmcv's compiled operations, which the dispatcher does not show.
 
 ``call.args`` is (positional arguments, keyword arguments), as mmcv calls its extension. Most functions
 write their result into an argument; the outcome names that tensor.
@@ -18,22 +18,27 @@ from mmprune.graph.slots import Labels
 
 
 def mmcv(names: str) -> list[str]:
+    """Returns the names under which rules know the compiled functions in ``names``, e.g.
+    ``mmcv::nms``."""
     return [f'mmcv::{name}' for name in names.split()]
 
 
 def written(out: torch.Tensor, labels: Labels) -> Outcome:
-    """The outcome of an argument that the function writes its result into."""
+    """Returns the outcome of an argument that the function writes its result into."""
     return Outcome(labels, AS_INPUTS, tensor=out)
 
 
 @adapter(*mmcv('roi_align_forward roi_pool_forward roi_align_rotated_forward prroi_pool_forward'))
 def pooled(call: Call) -> Returned:
-    """(features (N, C, H, W), rois (K, 5), out (K, C, h, w), ...). Channels stay apart."""
+    """Arguments: features (N, C, H, W), rois (K, 5), out (K, C, h, w), and others. Each channel is
+    pooled by itself."""
     args, _ = call.args
     features, rois, out = args[:3]
     call.lock_tensor(features, LockKind.SPATIAL, dims=[0, 2, 3])
     call.lock_tensor(rois, LockKind.POSITIONS)
-    indices = [t for t in args[3:] if isinstance(t, torch.Tensor) and t.shape == out.shape]
+    indices = [
+        tensor for tensor in args[3:] if isinstance(tensor, torch.Tensor) and tensor.shape == out.shape
+    ]
     return [written(tensor, {1: call.ids(features, 1)}) for tensor in (out, *indices)]
 
 
@@ -45,7 +50,7 @@ def pooled(call: Call) -> Returned:
     )
 )
 def taken_entirely(call: Call) -> Returned:
-    """The result depends on the entire inputs, so no channel of them can be removed."""
+    """Locks all channels of the inputs, because the result depends on the entire inputs."""
     for value in [*call.args[0], *call.args[1].values()]:
         if isinstance(value, torch.Tensor):
             call.lock_tensor(value, LockKind.WHOLE)
@@ -56,6 +61,7 @@ def taken_entirely(call: Call) -> Returned:
 def modulated_deform_conv(call: Call) -> Returned:
     args, kwargs = call.args
     x, weight, bias, _, offset, mask, out = args[:7]
+    # The groups are passed by keyword, or as the third and second argument from the end.
     group = kwargs.get('group', args[-3] if len(args) > 10 else 1)
     deform_group = kwargs.get('deformable_group', args[-2] if len(args) > 10 else 1)
     if bias.numel() != out.shape[1]:  # mmcv passes an empty tensor if there is no bias
@@ -81,8 +87,8 @@ def _deformed(
     group: int,
     deform_group: int,
 ) -> Outcome:
-    """A convolution whose kernel positions are offset by ``positions``, which have no channels. All
-    deformable groups lose the same positions."""
+    """Applies the rule of a convolution whose kernel positions are offset by ``positions``, which have
+    no channels. All deformable groups lose the same positions."""
     for tensor in positions:
         call.lock_tensor(tensor, LockKind.POSITIONS)
     for ids in call.ids(x, 1):
@@ -93,7 +99,8 @@ def _deformed(
 
 @adapter('mmcv::deform_roi_pool_forward')
 def deform_roi_pool(call: Call) -> Returned:
-    """(features (N, C, H, W), rois (K, 5), offset, out (K, C, h, w)). Channels stay apart."""
+    """Arguments: features (N, C, H, W), rois (K, 5), offset, out (K, C, h, w). Each channel is pooled
+    by itself."""
     features, rois, offset, out = call.args[0][:4]
     call.lock_tensor(features, LockKind.SPATIAL, dims=[0, 2, 3])
     for tensor in (rois, offset):
@@ -103,7 +110,7 @@ def deform_roi_pool(call: Call) -> Returned:
 
 @adapter('mmcv::carafe_forward')
 def carafe(call: Call) -> Returned:
-    """(features (N, C, H, W), masks, rfeatures, routput, rmasks, out (N, C, sH, sW))."""
+    """Arguments: features (N, C, H, W), masks, rfeatures, routput, rmasks, out (N, C, sH, sW)."""
     args, options = call.args
     return reassembled(call, args[0], args[1], args[5], options['group_size'])
 
@@ -117,8 +124,8 @@ def carafe_naive(call: Call) -> Returned:
 def reassembled(
     call: Call, features: torch.Tensor, kernels: torch.Tensor, out: torch.Tensor, groups: int
 ) -> Outcome:
-    """Each of ``groups`` equal groups of channels has one kernel. All groups lose the same
-    positions."""
+    """Ties the channel groups of ``features``: each of ``groups`` equal groups of channels has one
+    kernel, and all groups lose the same positions."""
     call.lock_tensor(features, LockKind.SPATIAL, dims=[0, 2, 3])
     call.lock_tensor(kernels, LockKind.POSITIONS)
     ids = call.ids(features, 1)
@@ -129,7 +136,7 @@ def reassembled(
 
 @adapter('mmcv::masked_im2col_forward')
 def masked_im2col(call: Call) -> Returned:
-    """(features (1, C, H, W), rows, columns, out (C * kh * kw, positions))."""
+    """Arguments: features (1, C, H, W), rows, columns, out (C * kh * kw, positions)."""
     features, _, _, out = call.args[0][:4]
     call.lock_tensor(features, LockKind.SPATIAL, dims=[2, 3])
     ids = call.ids(features, 1)
@@ -139,7 +146,7 @@ def masked_im2col(call: Call) -> Returned:
 
 @adapter('mmcv::masked_col2im_forward')
 def masked_col2im(call: Call) -> Returned:
-    """(values (C, positions), rows, columns, out (1, C, H, W))."""
+    """Arguments: values (C, positions), rows, columns, out (1, C, H, W)."""
     values, _, _, out = call.args[0][:4]
     call.lock_tensor(values, LockKind.SCATTERED, dims=[1])
     return written(out, {1: call.ids(values, 0)})
@@ -147,8 +154,8 @@ def masked_col2im(call: Call) -> Returned:
 
 @adapter('mmcv::ms_deform_attn_forward')
 def deformable_attention(call: Call) -> Returned:
-    """(value (N, keys, heads, width), shapes, starts, locations, weights) -> (N, queries, heads *
-    width). All heads lose the same positions."""
+    """Arguments: value (N, keys, heads, width), shapes, starts, locations, weights. The result is (N,
+    queries, heads * width). All heads lose the same positions."""
     value, _, _, locations, weights = call.args[0][:5]
     for tensor in (locations, weights):
         call.lock_tensor(tensor, LockKind.POSITIONS)

@@ -46,7 +46,7 @@ def convolve(
     groups: int,
     transposed: bool = False,
 ) -> Outcome:
-    """A convolution of any rank and grouping; compiled convolutions use this rule too.
+    """Applies the rule of a convolution of any rank and grouping; compiled convolutions use it too.
 
     All groups lose the same positions, so that they keep one width. A depthwise convolution (one
     channel in each group) ties its inputs to its outputs and loses whole groups.
@@ -69,10 +69,10 @@ def convolve(
     elif depthwise:
         # The weight has one row for each output (for each input, if transposed). Input i makes the
         # outputs from i * n_out / groups on, and all of these are one unit with it.
-        per = rows[0].size // groups if rows else 1
-        reads = tuple(ids[::per] for ids in rows)
+        per_group = rows[0].size // groups if rows else 1
+        reads = tuple(ids[::per_group] for ids in rows)
         for ids in rows:
-            call.tie_all(ids.reshape(groups, per).T)
+            call.tie_all(ids.reshape(groups, per_group).T)
         if transposed:
             call.lock(columns, LockKind.GROUPED_TRANSPOSED)
         # The channel is passed on and not mixed with others, so the weight does not consume it.
@@ -107,7 +107,8 @@ def convolution(call: Call) -> Returned:
 
 
 def matrix_product(call: Call, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> Outcome:
-    """``a`` (..., M, K) times ``b`` (..., K, N), with equal leading dimensions."""
+    """Applies the rule of the product of ``a`` (..., M, K) and ``b`` (..., K, N), whose leading
+    dimensions are equal."""
     n = a.ndim
     contract(call, a, call.ids(a, n - 1), b, call.ids(b, n - 2))
     labels = broadcast(call, [_leading(call, a, n - 2), _leading(call, b, n - 2)], out.shape[: n - 2])
@@ -129,7 +130,7 @@ def matrix_product(call: Call, a: torch.Tensor, b: torch.Tensor, out: torch.Tens
 
 
 def _leading(call: Call, tensor: torch.Tensor, dims: int) -> Operand:
-    """The first ``dims`` dimensions of a tensor."""
+    """Returns the first ``dims`` dimensions of a tensor as an operand."""
     labels = {d: ids for d, ids in call.labels(tensor).items() if d < dims}
     return Operand(tensor.shape[:dims], labels, [d for d in call.broadcast_dims(tensor) if d < dims])
 
@@ -147,7 +148,7 @@ def addmm(call: Call) -> Returned:
 
 
 def _add(call: Call, product: Outcome) -> Outcome:
-    """``product`` plus the argument ``self``."""
+    """Returns the outcome of ``product`` plus the argument ``self``, a bias."""
     bias, shape = call['self'], call.out.shape
     bias_dims = {d + len(shape) - bias.ndim for d in call.labels(bias)}
     labels = broadcast(call, [operand(call, bias), Operand(shape, product.labels)], shape)
@@ -157,6 +158,7 @@ def _add(call: Call, product: Outcome) -> Outcome:
 
 @aten('mv dot vdot addmv', is_contraction=True)
 def mv(call: Call) -> Returned:
+    """Applies the rule of a product with a vector: a contraction of ``a`` (..., K) with ``b`` (K,)."""
     a = call.args.get('mat', call['self'])
     b = call.args.get('vec', call.args.get('tensor', call.args.get('other')))
     contract(call, a, call.ids(a, -1), b, call.ids(b, 0))
@@ -168,8 +170,8 @@ def mv(call: Call) -> Returned:
 
 
 def heads_of(call: Call, tensor: torch.Tensor, count: int) -> Operand:
-    """The heads of a query, key, value or mask (..., H, N, D), matched with ``count`` heads of the
-    query.
+    """Returns the heads of a query, key, value or mask (..., H, N, D) as an operand that matches
+    ``count`` heads of the query.
 
     With grouped queries (``enable_gqa=True``) there are fewer heads of keys and values than of the
     query. Each then serves ``count / H`` neighbouring heads of the query, which form one unit with it.
@@ -179,8 +181,10 @@ def heads_of(call: Call, tensor: torch.Tensor, count: int) -> Operand:
     n_heads = heads.shape[dim] if dim >= 0 else 1
     if n_heads in (1, count) or count % n_heads:
         return heads
-    shape = [count if d == dim else n for d, n in enumerate(heads.shape)]
-    labels = {d: tuple(np.repeat(i, count // n_heads) for i in ids) for d, ids in heads.labels.items()}
+    shape = [count if d == dim else size for d, size in enumerate(heads.shape)]
+    labels = {
+        d: tuple(np.repeat(array, count // n_heads) for array in ids) for d, ids in heads.labels.items()
+    }
     return heads._replace(shape=shape, labels=labels)
 
 
@@ -189,8 +193,8 @@ def heads_of(call: Call, tensor: torch.Tensor, count: int) -> Operand:
     '_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention'
 )
 def attention(call: Call) -> Returned:
-    """Query, key and value (B, H, N, D). Unless the caller gives a scale, the kernel computes it from
-    D, so D is locked for queries and keys. The width of the values is free."""
+    """Locks the width D of queries and keys (B, H, N, D) unless the caller gives a scale, because the
+    kernel then computes the scale from D. The width of the values is free."""
     query, key, value = call['query'], call['key'], call['value']
     if call.args.get('scale') is None:
         call.lock_tensor(query, LockKind.ATTENTION_SCALE, dims=[3])
@@ -199,7 +203,7 @@ def attention(call: Call) -> Returned:
     for tensor in (query, key, value):
         call.lock_tensor(tensor, LockKind.ATTENTION, dims=[0, 2])
     mask = call.args.get('attn_mask', call.args.get('attn_bias'))
-    tensors = [t for t in (query, key, value, mask) if t is not None]
+    tensors = [tensor for tensor in (query, key, value, mask) if tensor is not None]
     heads = [heads_of(call, tensor, query.shape[1]) for tensor in tensors]
     labels = broadcast(call, heads, query[..., :1, :1].shape)
     if mask is not None:

@@ -1,4 +1,5 @@
-"""Access by index. What a constant index selects of a channel dimension cannot follow a cut."""
+"""Rules of access by index. Positions that a constant index selects of a channel dimension cannot
+follow a cut."""
 
 from collections.abc import Sequence
 
@@ -13,6 +14,8 @@ from mmprune.graph.rules.pointwise import operand
 
 @aten('index_select gather')
 def pick(call: Call) -> Returned:
+    """Locks the dimension that is indexed. For ``gather``, the other dimensions of the input are tied
+    to those of the index."""
     x, dim = call['self'], call['dim'] % max(call['self'].ndim, 1)
     call.lock_tensor(x, LockKind.CONSTANT_INDEX, dims=[dim])
     labels = {d: ids for d, ids in call.labels(x).items() if d != dim}
@@ -29,7 +32,7 @@ def pick(call: Call) -> Returned:
 
 @aten('embedding')
 def embedding(call: Call) -> Returned:
-    """Rows of a table (rows, C) by number: (..., C)."""
+    """Picks rows of a table (rows, C) by number, which gives (..., C)."""
     table = call['weight']
     call.lock_tensor(table, LockKind.CONSTANT_INDEX, dims=[0])
     call.lock_tensor(call['indices'], LockKind.USED_AS_INDEX)
@@ -37,43 +40,48 @@ def embedding(call: Call) -> Returned:
 
 
 def indexed_dims(x: torch.Tensor, indices: Sequence[torch.Tensor | None]) -> dict[int, int]:
-    """{dimension of ``x`` that is not indexed: the same dimension in ``x[indices]``}."""
-    at, taken, ranks = 0, [], []
+    """Returns {dimension of ``x`` that is not indexed: the same dimension in ``x[indices]``}."""
+    dim, taken, ranks = 0, [], []
     for index in indices:
         width = 1
         if index is not None:
             is_mask = index.dtype in (torch.bool, torch.uint8)
             width = index.ndim if is_mask else 1
-            taken += range(at, at + width)
+            taken += range(dim, dim + width)
             ranks.append(1 if is_mask else index.ndim)
-        at += width
-    new_dims = max(ranks, default=0)
-    # Neighbouring indices put the new dimensions in their place, others put them first.
+        dim += width
+    n_new_dims = max(ranks, default=0)
+    # Indices of neighbouring dimensions put the new dimensions in their place; others put them first.
     neighbours = taken == list(range(taken[0], taken[0] + len(taken))) if taken else True
     kept = [d for d in range(x.ndim) if d not in taken]
-    first = taken[0] if taken and neighbours else 0
-    return {d: n + (new_dims if n >= first else 0) for n, d in enumerate(kept)}
+    first_new = taken[0] if taken and neighbours else 0
+    return {
+        d: position + (n_new_dims if position >= first_new else 0) for position, d in enumerate(kept)
+    }
 
 
 @aten('index')
 def index(call: Call) -> Returned:
+    """Locks the dimensions that are indexed in ``x[indices]``, and carries the channels of the others
+    on."""
     x = call['self']
     new_dim = indexed_dims(x, call['indices'])
     carried = call.labels(x)
     call.lock_tensor(x, LockKind.CONSTANT_INDEX, dims=[d for d in carried if d not in new_dim])
-    for i in call['indices']:
-        call.lock_tensor(i, LockKind.USED_AS_INDEX)
+    for indices in call['indices']:
+        call.lock_tensor(indices, LockKind.USED_AS_INDEX)
     return Outcome({new_dim[d]: ids for d, ids in carried.items() if d in new_dim}, AS_INPUTS)
 
 
 @aten('index_put_ index_put _index_put_impl_')
 def index_put(call: Call) -> Returned:
-    """``x[indices] = values``. If x was a fresh fill, it takes over what the values carry."""
+    """Ties ``x`` and ``values`` in ``x[indices] = values``. If ``x`` is a fresh constant, it takes over
+    the channels that the values carry."""
     x, values = call['self'], call['values']
     new_dim = indexed_dims(x, call['indices'])
     old_dim = {new: old for old, new in new_dim.items()}
-    for i in call['indices']:
-        call.lock_tensor(i, LockKind.USED_AS_INDEX)
+    for indices in call['indices']:
+        call.lock_tensor(indices, LockKind.USED_AS_INDEX)
     call.lock_tensor(x, LockKind.CONSTANT_INDEX, dims=[d for d in call.labels(x) if d not in new_dim])
     labels = {d: ids for d, ids in call.labels(x).items() if d in new_dim}
     rank = max(new_dim.values(), default=-1) + 1
@@ -99,8 +107,9 @@ def index_put(call: Call) -> Returned:
 
 
 def zero_of_both(call: Call, *tensors: torch.Tensor) -> Zero:
-    """Zero stays zero only if all of the tensors carry channels and are zero where these are."""
-    safe = all(call.labels(t) and call.zero_safe(t) for t in tensors)
+    """Returns ``ZERO_STAYS`` if all of the tensors carry channels and are zero where these are,
+    otherwise ``ZERO_MOVES``."""
+    safe = all(call.labels(tensor) and call.zero_safe(tensor) for tensor in tensors)
     return ZERO_STAYS if safe else ZERO_MOVES
 
 
@@ -109,6 +118,6 @@ def zero_of_both(call: Call, *tensors: torch.Tensor) -> Zero:
     'slice_scatter diagonal tril triu'
 )
 def scattered(call: Call) -> Returned:
-    """The operation depends on positions as numbers, so all channels stay."""
+    """Locks all channels, because the operation depends on positions as numbers."""
     call.lock_arguments(LockKind.SCATTERED)
     return LOCKS_ONLY

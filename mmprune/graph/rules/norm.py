@@ -22,8 +22,8 @@ from mmprune.graph.registry import aten
     '_batch_norm_with_update _batch_norm_no_update miopen_batch_norm batch_norm_elemt'
 )
 def batch_norm(call: Call) -> Returned:
-    """Each channel of the input (N, C, ...) has its own statistics; the five tensors of the norm are
-    tied to it."""
+    """Ties weight, bias and running statistics of a norm to the channels of its input (N, C, ...). Each
+    channel has its own statistics, so channels can be removed."""
     x = call['input']
     ids = call.ids(x, 1)
     if x.shape[1] > 1:
@@ -39,12 +39,14 @@ def batch_norm(call: Call) -> Returned:
 def affine_makes_zero(call: Call) -> bool:
     """Whether gamma and beta make a removed channel zero, whatever the input is."""
     tensors = [call.args.get(name) for name in ('weight', 'bias')]
-    return all(t is not None and call.labels(t) and call.zero_safe(t) for t in tensors)
+    return all(
+        tensor is not None and call.labels(tensor) and call.zero_safe(tensor) for tensor in tensors
+    )
 
 
 @aten('batch_norm_stats batch_norm_gather_stats_with_counts')
 def batch_norm_stats(call: Call) -> Returned:
-    """The first half of SyncBN: a mean and a deviation for each channel."""
+    """Labels the results of the first half of SyncBN: a mean and a deviation for each channel."""
     x = call['input']
     for name in ('running_mean', 'running_var'):
         call.tie_if(call.ids(x, 1), call.args.get(name))
@@ -58,8 +60,8 @@ def batch_norm_stats(call: Call) -> Returned:
 
 @aten('native_group_norm')
 def group_norm(call: Call) -> Returned:
-    """All channels of one norm group are one unit, so the statistics of the other groups stay as they
-    are."""
+    """Ties all channels of one norm group into one unit, so that the statistics of the other groups
+    stay as they are."""
     x = call['input']
     ids = call.ids(x, 1)
     for array in ids:
@@ -75,12 +77,12 @@ def group_norm(call: Call) -> Returned:
 
 @aten('native_layer_norm _fused_rms_norm')
 def layer_norm(call: Call) -> Returned:
-    """The statistics run over the channels, so none of them can be removed. The output carries them on,
-    so that layers which read it are locked for the same reason."""
+    """Locks the channels over which the statistics run. The output carries them on, so that layers
+    which read it are locked for the same reason."""
     x = call['input']
     n_dims = len(call['normalized_shape'])
-    for position, number in enumerate(call.requested_number('normalized_shape') or ()):
-        call.bind_or_pin(number, call.ids(x, position - n_dims))
+    for position, size in enumerate(call.requested_number('normalized_shape') or ()):
+        call.bind_or_pin(size, call.ids(x, position - n_dims))
     why = LockKind.STANDARDIZED if call.is_weight(x) else LockKind.LAYER_NORM
     call.lock_tensor(x, why, dims=range(x.ndim - n_dims, x.ndim))
     labels = dict(call.labels(x))
@@ -93,8 +95,8 @@ def layer_norm(call: Call) -> Returned:
 
 @aten('_weight_norm_interface')
 def weight_norm(call: Call) -> Returned:
-    """``g * v / ||v||``. The norm is taken over all dimensions except ``dim``, so the channels along
-    ``dim`` are free and the others are locked."""
+    """Locks the dimensions of ``g * v / ||v||`` over which the norm is taken, which are all except
+    ``dim``. The channels along ``dim`` are free."""
     v, g, dim = call['v'], call['g'], call['dim']
     call.lock_tensor(v, LockKind.WEIGHT_NORM, dims=[d for d in range(v.ndim) if d != dim])
     call.tie_if(call.ids(v, dim), g, dim)

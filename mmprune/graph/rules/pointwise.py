@@ -1,4 +1,4 @@
-"""Elementwise operations tie their operands position by position, with broadcasting."""
+"""Rules of elementwise operations, which tie their operands position by position, with broadcasting."""
 
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
@@ -13,12 +13,12 @@ from mmprune.graph.slots import Labels
 
 
 class Operand(NamedTuple):
-    """What elementwise arithmetic has to know of a tensor, or of some dimensions of one.
+    """An operand of elementwise arithmetic: a tensor, or some dimensions of one.
 
     Args:
-        shape: the sizes.
-        labels: the channels that it carries.
-        broadcast_dims: dimensions that take the size of what they meet.
+        shape: the sizes of the dimensions.
+        labels: the channels that the dimensions carry.
+        broadcast_dims: dimensions that take the size of any tensor that the operand is combined with.
     """
 
     shape: Sequence[int]
@@ -32,17 +32,17 @@ class Operand(NamedTuple):
 
 
 def operand(call: Call, tensor: torch.Tensor, without: Collection[int] = ()) -> Operand:
-    """``tensor`` as an operand, reduced to a single position along the dimensions ``without``."""
+    """Makes an operand of ``tensor``, reduced to a single position along the dimensions ``without``."""
     labels, broadcast_dims = call.labels(tensor), call.broadcast_dims(tensor)
     if not without:
         return Operand(tensor.shape, labels, broadcast_dims)
-    shape = [min(1, n) if d in without else n for d, n in enumerate(tensor.shape)]
+    shape = [min(1, size) if d in without else size for d, size in enumerate(tensor.shape)]
     return Operand(shape, {d: ids for d, ids in labels.items() if d not in without}, broadcast_dims)
 
 
 def common_broadcast_dims(operands: Sequence[Operand], shape: Sequence[int]) -> list[int]:
-    """The broadcast dimensions of a result of ``shape``: those in which no operand carries channels or
-    has a fixed size."""
+    """Lists the broadcast dimensions of a result of ``shape``: those in which no operand carries
+    channels or has a fixed size."""
     if not any(item.broadcast_dims for item in operands):
         return []
     shifts = [(item, len(shape) - len(item.shape)) for item in operands]
@@ -82,12 +82,12 @@ def broadcast(call: Call, operands: Sequence[Operand], shape: Sequence[int]) -> 
 
 
 def pointwise(call: Call) -> Returned:
-    """The rule of every operation that torch tags as pointwise."""
+    """Applies the rule of every operation that torch tags as pointwise."""
     values = list(call.args.values())
-    tensors = [v for v in values if isinstance(v, torch.Tensor)]
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
     for value in values:
         if isinstance(value, list | tuple):
-            tensors += [v for v in value if isinstance(v, torch.Tensor)]
+            tensors += [item for item in value if isinstance(item, torch.Tensor)]
     operands = [operand(call, tensor) for tensor in tensors]
     zero = ZERO_MOVES if moves_zero(call) else ZERO_STAYS
 
@@ -101,7 +101,10 @@ def pointwise(call: Call) -> Returned:
 
 
 _SAMPLES = (0.5, -1.5, 2.0, 3.0)
+"""Values of a tensor of which only the type is known, when a function is tried."""
+
 _MOVES: dict[tuple, bool] = {}
+"""{(function, its arguments): the result of :func:`moves_zero`}."""
 
 
 def moves_zero(call: Call) -> bool:
@@ -125,28 +128,31 @@ def moves_zero(call: Call) -> bool:
         kinds[name] = value
     try:
         key = (call.function, *kinds.items())
-        known = _MOVES.get(key)
+        moves = _MOVES.get(key)
     except TypeError:  # a list among the arguments
         return True
-    if known is None:
-        known = _MOVES[key] = _try(call.function, kinds)
-    return known
+    if moves is None:
+        moves = _MOVES[key] = _try(call.function, kinds)
+    return moves
 
 
 def _try(function: Callable, kinds: dict[str, Any]) -> bool:
+    """Calls a function on small tensors, and returns whether any result is not zero. ``kinds`` is
+    {argument: its value, or (type, content) of a tensor}, where the content is ``'zero'``, ``'any'`` or
+    a number."""
     options: dict[str, Any] = {}
     for name, value in kinds.items():
         if isinstance(value, tuple) and value and isinstance(value[0], torch.dtype):
-            dtype, what = value
-            numbers = {'zero': (0.0,) * 4, 'any': _SAMPLES}.get(what, (what,) * 4)
+            dtype, content = value
+            numbers = {'zero': (0.0,) * 4, 'any': _SAMPLES}.get(content, (content,) * 4)
             value = torch.tensor(numbers).to(dtype)
         options[name] = torch.device('cpu') if isinstance(value, torch.device) else value
     try:
         out = function(**options)
-    except RuntimeError:  # it needs other shapes than one dimension
+    except RuntimeError:  # the function needs tensors of another shape
         return True
     results = out if isinstance(out, list | tuple) else [out]
-    return any(bool(r.ne(0).any()) for r in results if isinstance(r, torch.Tensor))
+    return any(bool(result.ne(0).any()) for result in results if isinstance(result, torch.Tensor))
 
 
 # These are elementwise too, although torch does not tag them so.
@@ -159,7 +165,7 @@ aten(
 
 @aten('zeros_like ones_like empty_like full_like')
 def fill_like(call: Call) -> Returned:
-    """A constant in the shape of another tensor follows that shape."""
+    """Lets a constant in the shape of another tensor carry the channels of that tensor."""
     x = call['self']
     zero = ZERO_STAYS if call.name == 'aten::zeros_like' else ZERO_MOVES
     return Outcome(call.labels(x), zero, call.broadcast_dims(x))
@@ -167,8 +173,8 @@ def fill_like(call: Call) -> Returned:
 
 @aten('rand_like randn_like randint_like bernoulli_ bernoulli normal_ uniform_ random_ exponential_')
 def random_like(call: Call) -> Returned:
-    """With fewer channels, other random numbers are drawn. In training (dropout) that does not matter;
-    in evaluation the channels are locked."""
+    """Locks the channels in evaluation mode, because other random numbers are drawn with fewer
+    channels. In training mode (dropout) that does not matter."""
     x, chance = call['self'], call.args.get('p')
     if isinstance(chance, torch.Tensor):
         call.lock_tensor(chance, LockKind.RANDOM)
@@ -180,7 +186,8 @@ def random_like(call: Call) -> Returned:
 
 @aten('zeros ones full empty new_zeros new_ones new_full new_empty', makes_size=True)
 def fill(call: Call) -> Returned:
-    """All values are equal, so each dimension follows the number that sized it."""
+    """Lets each dimension of a constant follow the number that sized it, because all values are
+    equal."""
     labels, broadcast_dims = call.follow_sizes(call.out, range(call.out.ndim), {})
     zeros = call.name.endswith('zeros') or call.args.get('fill_value') == 0
     zero = ZERO_STAYS if zeros else ZERO_MOVES

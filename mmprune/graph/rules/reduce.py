@@ -13,6 +13,7 @@ from mmprune.graph.slots import Labels
 
 
 def reduced_dims(call: Call, x: torch.Tensor) -> list[int]:
+    """Lists the dimensions that a call reduces, counted from 0; all of them if it names none."""
     dims = call.args.get('dim', call.args.get('axis'))
     if dims is None or dims == []:
         return list(range(x.ndim))
@@ -21,7 +22,7 @@ def reduced_dims(call: Call, x: torch.Tensor) -> list[int]:
 
 
 def remaining(labels: Labels, dims: list[int], keepdim: bool) -> Labels:
-    """The labels of the dimensions that are not reduced."""
+    """Returns the labels of the dimensions that are not reduced."""
     return {
         dim if keepdim else dim - sum(d < dim for d in dims): ids
         for dim, ids in labels.items()
@@ -31,7 +32,8 @@ def remaining(labels: Labels, dims: list[int], keepdim: bool) -> Labels:
 
 @aten('sum nansum')
 def add_up(call: Call) -> Returned:
-    """A removed channel must have been zero in the sum. After a sigmoid, for example, it is not."""
+    """Locks the summed channels if a removed channel might not be zero in the sum, as after a
+    sigmoid."""
     x = call['self']
     dims = reduced_dims(call, x)
     if not call.zero_safe(x):
@@ -41,7 +43,7 @@ def add_up(call: Call) -> Returned:
 
 @aten('linalg_vector_norm')
 def vector_norm(call: Call) -> Returned:
-    """(sum |x|^p)^(1/p): for a finite p above 0 a zero adds nothing."""
+    """Treats (sum |x|^p)^(1/p) as a sum for a finite p above 0, because a zero adds nothing then."""
     return add_up(call) if 0 < call['ord'] < math.inf else reduce(call)
 
 
@@ -50,7 +52,8 @@ def vector_norm(call: Call) -> Returned:
     'nanmedian count_nonzero mode aminmax kthvalue'
 )
 def reduce(call: Call) -> Returned:
-    """The result depends on the number or the choice of channels, so they are locked."""
+    """Locks the reduced channels, because the result depends on their number or on a choice among
+    them."""
     x, other = call['self'], call.args.get('other')
     if other is not None:  # max(x, other) is elementwise
         operands = [operand(call, x), operand(call, other)]
@@ -63,13 +66,14 @@ def reduce(call: Call) -> Returned:
 
 
 STATISTICS = {f'aten::{name}' for name in ('mean', 'var', 'std', 'var_mean', 'std_mean')}
+"""Reductions that a weight standardisation uses."""
 
 
 @aten('_softmax _log_softmax _safe_softmax cumsum cumprod cummax cummin sort topk logcumsumexp')
 def along(call: Call) -> Returned:
-    """Softmax, sort, top-k: one dimension is needed entirely, the others are independent. An output of
-    the same length carries the channels on, so that layers which read it are locked for the same
-    reason."""
+    """Locks the channels along one dimension, which softmax, sort and top-k need entirely; the other
+    dimensions are independent. An output of the same length carries the channels on, so that layers
+    which read it are locked for the same reason."""
     x = call['self']
     dim = call.args.get('dim')
     dim = (-1 if dim is None else dim) % max(x.ndim, 1)
@@ -82,7 +86,8 @@ def along(call: Call) -> Returned:
 
 @aten('glu')
 def gated(call: Call) -> Returned:
-    """The first half of a dimension times the sigmoid of the second half."""
+    """Ties the two halves of a dimension, of which the first is multiplied by the sigmoid of the
+    second."""
     x, dim = call['self'], call['dim'] % call['self'].ndim
     labels = dict(call.labels(x))
     for ids in labels.get(dim, ()):
@@ -97,7 +102,7 @@ def gated(call: Call) -> Returned:
     'nll_loss_forward nll_loss2d_forward soft_margin_loss'
 )
 def loss(call: Call) -> Returned:
-    """A loss reads predictions, which are outputs of the model."""
+    """Locks what a loss reads: predictions, which are outputs of the model."""
     call.lock_arguments(LockKind.LOSS_INPUT)
     return LOCKS_ONLY
 
@@ -108,6 +113,6 @@ def loss(call: Call) -> Returned:
     'linalg_solve_triangular'
 )
 def entire(call: Call) -> Returned:
-    """The result depends on the entire tensor, so no channel of it can be removed."""
+    """Locks all channels, because the result depends on the entire tensor."""
     call.lock_arguments(LockKind.WHOLE)
     return LOCKS_ONLY

@@ -16,6 +16,8 @@ from mmprune.graph.slots import Ids, Labels, fixed_ids
 
 @aten('view _unsafe_view _reshape_alias')
 def view(call: Call) -> Returned:
+    """Moves the channels to the dimensions that carry them after a view (:func:`regroup`), and binds
+    them to the sizes that the code asked for."""
     x = call['self']
     labels: Labels = {}
     if call.out.numel() != x.numel():  # viewed as a dtype of another size
@@ -37,16 +39,16 @@ def view(call: Call) -> Returned:
             call.bind_size(requested[new_dim], array)
     constant = views_of_broadcast_dims(x.shape, call.out.shape, call.broadcast_dims(x))
     carried, broadcast_dims = call.follow_sizes(call.out, constant, labels)
-    for new_dim, number in enumerate(requested):
-        if isinstance(number, SymbolicSize) and number > 1 and new_dim not in {*labels, *constant}:
-            number.pin(LockKind.UNTRACKED_SIZE)
+    for new_dim, size in enumerate(requested):
+        if isinstance(size, SymbolicSize) and size > 1 and new_dim not in {*labels, *constant}:
+            size.pin(LockKind.UNTRACKED_SIZE)
     return Outcome(carried, AS_INPUTS, broadcast_dims)
 
 
 def views_of_broadcast_dims(
     before: Sequence[int], after: Sequence[int], broadcast_dims: Collection[int]
 ) -> list[int]:
-    """The dimensions of ``after`` that contain no part of a dimension of ``before`` other than
+    """Lists the dimensions of ``after`` that contain no part of a dimension of ``before`` other than
     ``broadcast_dims``."""
     if not broadcast_dims:
         return []
@@ -82,9 +84,9 @@ def regroup(
     2, 3]]``.
 
     Args:
-        call: the call of the operation.
-        ids: the channels.
-        dim: the dimension of ``before`` that carries them.
+        call: the call of the view.
+        ids: (before[dim],) the channels that one dimension of the input carries.
+        dim: the dimension of ``before`` that carries ``ids``.
         before: the shape of the input.
         after: the shape of the output.
         requested: the size that the code asked for in each dimension of ``after``.
@@ -93,8 +95,8 @@ def regroup(
         (dimension of ``after``, its channels) pairs: one if a factor can shrink, all factors if the
         channels are locked anyway, none if the view cuts across channels, which locks them.
     """
-    before = [max(n, 1) for n in before]
-    after = [max(n, 1) for n in after]
+    before = [max(size, 1) for size in before]
+    after = [max(size, 1) for size in after]
     inner = math.prod(before[dim + 1 :])
     period = inner * ids.size
     carried: dict[int, np.ndarray] = {}  # {new dimension: index into ids of each of its positions}
@@ -124,22 +126,22 @@ def regroup(
 
 
 def shrinking(ids: Ids, factors: list[int], requested: Sequence) -> int:
-    """Which factor of a split channel dimension shrinks. In this order of preference: one that the code
-    takes from this tensor's shape, one that it leaves open with -1, one that it takes from another
-    tensor's shape, one that a module keeps; among equals the last one."""
+    """Chooses the factor of a split channel dimension that shrinks. The order of preference is: a
+    factor that the code takes from this tensor's shape, one that it leaves open with -1, one that it
+    takes from another tensor's shape, one that a module keeps; among equals the last one."""
 
     def rank(factor: int) -> int:
-        number = requested[factor]
-        source = number.source.ids if isinstance(number, SymbolicSize) else None
+        size = requested[factor]
+        source = size.source.ids if isinstance(size, SymbolicSize) else None
         if source is not None:
             return 4 if np.array_equal(source, ids) else 2
-        return 3 if number == -1 else 1 if isinstance(number, SymbolicSize) else 0
+        return 3 if size == -1 else 1 if isinstance(size, SymbolicSize) else 0
 
     return max(factors, key=lambda factor: (rank(factor), factor))
 
 
 def moved(call: Call, new_dims: dict[int, int]) -> Outcome:
-    """The outcome if each dimension of the input becomes another one: {old dimension: new
+    """Returns the outcome if each dimension of the input becomes another one: {old dimension: new
     dimension}."""
     x = call['self']
     labels = {new_dims[d]: ids for d, ids in call.labels(x).items()}
@@ -161,8 +163,8 @@ def transpose(call: Call) -> Returned:
 
 @aten('unsqueeze unsqueeze_')
 def unsqueeze(call: Call) -> Returned:
-    at = call['dim'] % call.out.ndim
-    return moved(call, {d: d + (d >= at) for d in range(call.out.ndim - 1)})
+    new_dim = call['dim'] % call.out.ndim
+    return moved(call, {d: d + (d >= new_dim) for d in range(call.out.ndim - 1)})
 
 
 @aten('squeeze')
@@ -175,6 +177,8 @@ def squeeze(call: Call) -> Returned:
 
 @aten('expand', makes_size=True)
 def expand(call: Call) -> Returned:
+    """Carries the channels on. Dimensions along which values are copied follow the size that the code
+    asked for."""
     x = call['self']
     shift = call.out.ndim - x.ndim
     labels = {d + shift: ids for d, ids in call.labels(x).items() if call.out.shape[d + shift] > 1}
@@ -192,10 +196,12 @@ def expand(call: Call) -> Returned:
 
 @aten('repeat')
 def repeat(call: Call) -> Returned:
+    """Repeats the channels of each dimension as often as the values."""
     x, times = call['self'], call['repeats']
     shift = len(times) - x.ndim
     labels = {
-        d + shift: tuple(np.tile(i, times[d + shift]) for i in ids) for d, ids in call.labels(x).items()
+        d + shift: tuple(np.tile(array, times[d + shift]) for array in ids)
+        for d, ids in call.labels(x).items()
     }
     return Outcome(labels, AS_INPUTS, [d + shift for d in call.broadcast_dims(x)])
 
@@ -203,13 +209,15 @@ def repeat(call: Call) -> Returned:
 @aten('cat')
 def cat(call: Call) -> Returned:
     """Channels follow each other along the joined dimension; the other dimensions are tied."""
-    tensors = [t for t in call['tensors'] if not (t.ndim == 1 and t.numel() == 0)]
-    if not any(call.labels(t) for t in tensors):
+    tensors = [tensor for tensor in call['tensors'] if not (tensor.ndim == 1 and tensor.numel() == 0)]
+    if not any(call.labels(tensor) for tensor in tensors):
         return CARRIES_NOTHING
     dim = (call.args.get('dim') or 0) % tensors[0].ndim
     operands = [operand(call, tensor, [dim]) for tensor in tensors]
-    labels = broadcast(call, operands, [1 if d == dim else n for d, n in enumerate(call.out.shape)])
-    parts = [call.ids(t, dim) for t in tensors]
+    labels = broadcast(
+        call, operands, [1 if d == dim else size for d, size in enumerate(call.out.shape)]
+    )
+    parts = [call.ids(tensor, dim) for tensor in tensors]
     depth = max(map(len, parts))
     if depth == 1:
         pieces = [
@@ -224,17 +232,17 @@ def cat(call: Call) -> Returned:
 
 @aten('stack')
 def stack(call: Call) -> Returned:
-    """All tensors are tied, and a new dimension appears."""
+    """Ties all tensors, which are stacked along a new dimension."""
     tensors = call['tensors']
     dim = call.args.get('dim', 0) % call.out.ndim
-    labels = broadcast(call, [operand(call, t) for t in tensors], tensors[0].shape)
+    labels = broadcast(call, [operand(call, tensor) for tensor in tensors], tensors[0].shape)
     return Outcome({d + (d >= dim): ids for d, ids in labels.items()}, AS_INPUTS)
 
 
 @aten('split split_with_sizes unsafe_split unsafe_split_with_sizes')
 def split(call: Call) -> Returned:
-    """Each part has the size that the code asked for. If torch computed equal sizes (``chunk``), the
-    parts have to stay equal."""
+    """Gives each part its positions and the size that the code asked for. If torch computed equal sizes
+    (``chunk``), the parts have to stay equal."""
     x = call['self']
     dim = call.args.get('dim', 0) % x.ndim
     lengths = [out.shape[dim] for out in call.out]
@@ -258,7 +266,7 @@ def split(call: Call) -> Returned:
 
 @aten('select unbind')
 def select(call: Call) -> Returned:
-    """Each output holds a single position of a dimension."""
+    """Locks a dimension of which each output holds a single position."""
     x = call['self']
     dim = call.args.get('dim', 0) % x.ndim
     call.lock_tensor(x, LockKind.CONSTANT_INDEX, dims=[dim])
@@ -267,17 +275,18 @@ def select(call: Call) -> Returned:
 
 @aten('slice')
 def take_slice(call: Call) -> Returned:
-    """The bounds of a slice have to follow the channels that they count. A plain number may have been
-    computed from the size without a trace of it, so it locks all channels."""
+    """Lets a slice follow the channels if its bounds follow the channels that they count. A plain
+    number may have been computed from the size in a way that the trace did not see, so it locks all
+    channels."""
     x = call['self']
     dim = call.args.get('dim', 0) % x.ndim
     labels = dict(call.labels(x))
     if dim not in labels or call.out.shape[dim] == x.shape[dim]:
         return Outcome(labels, AS_INPUTS)
     start, stop, step = call.args.get('start') or 0, call.args.get('end'), call.args.get('step', 1)
-    known_start, known_stop = call.requested_bounds(dim)
-    follows_start = start == 0 or start == known_start
-    follows_stop = stop is None or stop >= TO_THE_END or stop == known_stop
+    live_start, live_stop = call.requested_bounds(dim)  # those that follow the channels
+    follows_start = start == 0 or start == live_start
+    follows_stop = stop is None or stop >= TO_THE_END or stop == live_stop
     if step != 1 or len(labels[dim]) > 1 or not (follows_start and follows_stop):
         call.lock(labels.pop(dim), LockKind.CONSTANT_SLICE)
     else:
@@ -291,14 +300,14 @@ TO_THE_END = 1 << 62
 
 @aten('flip roll')
 def reorder(call: Call) -> Returned:
-    """A flip reverses the channels exactly. A roll by a constant would move other channels after a cut,
-    so it locks them."""
+    """Reverses the channels for a flip. A roll by a constant would move other channels after a cut, so
+    it locks them."""
     x = call['self']
     dims = call['dims'] or range(x.ndim)
     dims = [d % x.ndim for d in dims]
     carried = call.labels(x)
     if call.name == 'aten::flip':
-        flipped = {d: tuple(i[::-1] for i in ids) for d, ids in carried.items() if d in dims}
+        flipped = {d: tuple(array[::-1] for array in ids) for d, ids in carried.items() if d in dims}
         return Outcome(carried | flipped, AS_INPUTS)
     call.lock_tensor(x, LockKind.ROLLED, dims=dims)
     return Outcome(carried, AS_INPUTS)
@@ -306,6 +315,7 @@ def reorder(call: Call) -> Returned:
 
 @aten('unfold')
 def unfold(call: Call) -> Returned:
+    """Locks the dimension that is divided into windows."""
     x, dim = call['self'], call['dimension'] % call['self'].ndim
     call.lock_tensor(x, LockKind.SPATIAL, dims=[dim])
     return Outcome({d: ids for d, ids in call.labels(x).items() if d != dim}, AS_INPUTS)
@@ -313,8 +323,8 @@ def unfold(call: Call) -> Returned:
 
 @aten('channel_shuffle')
 def channel_shuffle(call: Call) -> Returned:
-    """The channels of (N, g * C, ...) are a table of g x C, which is transposed. All rows of the table
-    lose the same columns."""
+    """Transposes the channels of (N, g * C, ...) as a table of g x C. All rows of the table lose the
+    same columns."""
     x, groups = call['self'], call['groups']
     ids = call.ids(x, 1)
     for array in ids:
@@ -325,7 +335,8 @@ def channel_shuffle(call: Call) -> Returned:
 
 @aten('as_strided')
 def as_strided(call: Call) -> Returned:
-    """The same view of the same memory carries the same channels. Any other view locks them."""
+    """Carries the channels on if the view is the same view of the same memory. Any other view locks
+    them."""
     x, offset = call['self'], call['storage_offset']
     same = list(call['size']) == list(x.shape) and list(call['stride']) == list(x.stride())
     if same and offset in (None, x.storage_offset()):
@@ -335,13 +346,14 @@ def as_strided(call: Call) -> Returned:
 
 @aten('as_strided_')
 def restrided(call: Call) -> Returned:
-    """The tensor is changed in place and has its new shape by now, so its old channels are locked."""
+    """Locks the old channels of a tensor that is changed in place and has its new shape by now."""
     call.lock_tensor(call['self'], LockKind.STRIDED)
     return Outcome({}, ZERO_MOVES)
 
 
 @aten('repeat_interleave')
 def repeat_interleave(call: Call) -> Returned:
+    """Repeats each channel as often as a plain number says. Numbers in a tensor lock all channels."""
     x, dim, times = call.args.get('self'), call.args.get('dim'), call.args.get('repeats')
     if x is None or dim is None or not isinstance(times, int):
         call.lock_arguments(LockKind.REPEATED)
@@ -349,5 +361,5 @@ def repeat_interleave(call: Call) -> Returned:
     dim %= x.ndim
     labels = dict(call.labels(x))
     if dim in labels:
-        labels[dim] = tuple(np.repeat(i, times) for i in labels[dim])
+        labels[dim] = tuple(np.repeat(array, times) for array in labels[dim])
     return Outcome(labels, AS_INPUTS)

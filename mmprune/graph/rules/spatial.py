@@ -1,4 +1,5 @@
-"""Pooling, resizing, padding, patches: channels stay apart while the space around them changes."""
+"""Rules of pooling, resizing, padding and patches: each channel stays by itself while the space around
+it changes."""
 
 import math
 
@@ -15,19 +16,21 @@ from mmprune.graph.slots import Labels, fixed_ids
 
 
 def leading(call: Call, x: torch.Tensor, count: int) -> Labels:
-    """What ``x`` carries on its first ``count`` dimensions."""
+    """Returns the channels that ``x`` carries on its first ``count`` dimensions."""
     return {d: ids for d, ids in call.labels(x).items() if d < count}
 
 
 def channelwise(call: Call, spatial: int) -> Outcome:
-    """The last ``spatial`` dimensions are mixed; the dimensions before them stay apart."""
+    """Locks the last ``spatial`` dimensions, whose positions are mixed. The dimensions before them are
+    carried on."""
     x = call.args.get('self', call.args.get('input'))
-    first = x.ndim - spatial
-    call.lock_tensor(x, LockKind.SPATIAL, dims=range(first, x.ndim))
-    return Outcome(leading(call, x, first), AS_INPUTS)
+    first_spatial = x.ndim - spatial
+    call.lock_tensor(x, LockKind.SPATIAL, dims=range(first_spatial, x.ndim))
+    return Outcome(leading(call, x, first_spatial), AS_INPUTS)
 
 
 def channelwise_over(spatial: int) -> RuleFunction:
+    """Makes the rule :func:`channelwise` for a number of spatial dimensions."""
     return lambda call: channelwise(call, spatial)
 
 
@@ -45,26 +48,27 @@ aten('max_pool3d_with_indices _adaptive_avg_pool3d avg_pool3d upsample_nearest3d
 
 @aten('max_unpool2d max_unpool3d')
 def unpool(call: Call) -> Returned:
-    """Each value is written where its index says. The indices come from pooling other features with as
-    many channels, so both keep the same channels."""
+    """Ties values and indices. Each value is written where its index says, and the indices come from
+    pooling other features with as many channels, so both keep the same channels."""
     x, indices = call['self'], call['indices']
-    first = x.ndim - (2 if call.name.endswith('2d') else 3)
+    first_spatial = x.ndim - (2 if call.name.endswith('2d') else 3)
     for tensor in (x, indices):
-        call.lock_tensor(tensor, LockKind.SPATIAL, dims=range(first, x.ndim))
-    operands = [operand(call, tensor, range(first, x.ndim)) for tensor in (x, indices)]
-    shape = [*x.shape[:first], *[1] * (x.ndim - first)]
+        call.lock_tensor(tensor, LockKind.SPATIAL, dims=range(first_spatial, x.ndim))
+    operands = [operand(call, tensor, range(first_spatial, x.ndim)) for tensor in (x, indices)]
+    shape = [*x.shape[:first_spatial], *[1] * (x.ndim - first_spatial)]
     return Outcome(broadcast(call, operands, shape), AS_INPUTS)
 
 
 @aten('grid_sampler_2d _grid_sampler_2d_cpu_fallback')
 def grid_sampler(call: Call) -> Returned:
+    """Locks the sampling positions, and treats the input as :func:`channelwise` does."""
     call.lock_tensor(call['grid'], LockKind.POSITIONS)
     return channelwise(call, 2)
 
 
 @aten('constant_pad_nd')
 def constant_pad(call: Call) -> Returned:
-    """``pad`` counts from the last dimension. Channels that it adds are constants."""
+    """Pads with constants, which may add fixed channels. ``pad`` counts from the last dimension."""
     x, pad = call['self'], call['pad']
     labels = dict(call.labels(x))
     for i in range(0, len(pad), 2):
@@ -75,13 +79,13 @@ def constant_pad(call: Call) -> Returned:
                 continue
             ends = (fixed_ids(before), fixed_ids(after))
             labels[dim] = tuple(np.concatenate([ends[0], ids, ends[1]]) for ids in labels[dim])
-    pads_space = any(n and x.ndim - 1 - i // 2 not in labels for i, n in enumerate(pad))
+    pads_space = any(amount and x.ndim - 1 - i // 2 not in labels for i, amount in enumerate(pad))
     moves = not call.zero_safe(x) or bool(call['value'] and pads_space)
     return Outcome(labels, ZERO_MOVES if moves else ZERO_STAYS)
 
 
 def split_channels(call: Call, dim: int, cells: int, spatial: range) -> Outcome:
-    """Each channel of the input becomes ``cells`` neighbouring channels of the output."""
+    """Makes ``cells`` neighbouring channels of the output from each channel of the input."""
     x = call['self']
     call.lock_tensor(x, LockKind.SPATIAL, dims=spatial)
     ids = tuple(np.repeat(array, cells) for array in call.ids(x, dim))
@@ -89,8 +93,8 @@ def split_channels(call: Call, dim: int, cells: int, spatial: range) -> Outcome:
 
 
 def merge_channels(call: Call, dim: int, cells: int, spatial: range) -> Outcome:
-    """``cells`` neighbouring channels of the input become one channel of the output; they are one
-    unit."""
+    """Makes one channel of the output from ``cells`` neighbouring channels of the input, which become
+    one unit."""
     x = call['self']
     call.lock_tensor(x, LockKind.SPATIAL, dims=spatial)
     ids = call.ids(x, dim)
@@ -101,26 +105,26 @@ def merge_channels(call: Call, dim: int, cells: int, spatial: range) -> Outcome:
 
 @aten('im2col')
 def im2col(call: Call) -> Returned:
-    """(N, C, H, W) -> (N, C * kh * kw, L)."""
+    """Maps (N, C, H, W) to (N, C * kh * kw, L)."""
     return split_channels(call, 1, math.prod(call['kernel_size']), range(2, 4))
 
 
 @aten('col2im')
 def col2im(call: Call) -> Returned:
-    """(N, C * kh * kw, L) -> (N, C, H, W)."""
+    """Maps (N, C * kh * kw, L) to (N, C, H, W)."""
     return merge_channels(call, 1, math.prod(call['kernel_size']), range(2, 3))
 
 
 @aten('pixel_unshuffle')
 def pixel_unshuffle(call: Call) -> Returned:
-    """(..., C, H * r, W * r) -> (..., C * r * r, H, W)."""
+    """Maps (..., C, H * r, W * r) to (..., C * r * r, H, W)."""
     n = call['self'].ndim
     return split_channels(call, n - 3, call['downscale_factor'] ** 2, range(n - 2, n))
 
 
 @aten('pixel_shuffle')
 def pixel_shuffle(call: Call) -> Returned:
-    """(..., C * r * r, H, W) -> (..., C, H * r, W * r)."""
+    """Maps (..., C * r * r, H, W) to (..., C, H * r, W * r)."""
     n = call['self'].ndim
     return merge_channels(call, n - 3, call['upscale_factor'] ** 2, range(n - 2, n))
 
@@ -132,6 +136,6 @@ def index_add(call: Call) -> Returned:
     call.lock_tensor(call['index'], LockKind.USED_AS_INDEX)
     for tensor in (x, source):
         call.lock_tensor(tensor, LockKind.CONSTANT_INDEX, dims=[dim])
-    shape = [1 if d == dim else n for d, n in enumerate(x.shape)]
+    shape = [1 if d == dim else size for d, size in enumerate(x.shape)]
     operands = [operand(call, tensor, [dim]) for tensor in (x, source)]
     return Outcome(broadcast(call, operands, shape), zero_of_both(call, x, source))
