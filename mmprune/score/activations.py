@@ -142,8 +142,8 @@ class PerSampleGates:
         x = args[0]
         if not x.is_floating_point() or not x.numel() or not _has_channels(module, entry, x):
             return None
-        # The gradient of the view only comes through this layer. The hook holds detached values: with
-        # the graph they would form a reference cycle, and neither would ever be freed.
+        # The gradient of the view only comes through this layer. The hook holds detached values,
+        # because values with a graph would keep the hook alive, and neither would ever be freed.
         view = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
         values = x.detach()
         view.register_hook(lambda gradient: self._add(entry, values, gradient))
