@@ -26,8 +26,8 @@ class PruneState:
         requested_times: ``begin``, ``end``, ``interval``, ``steps`` and ``by_epoch`` as the user gave
             them.
         times: the iterations of the cuts, resolved from ``requested_times``; ``None`` before training.
-        start: for ``flops`` and ``params``, the fraction of the unpruned model's that the model had
-            before the first cut of this run.
+        start: {``flops``, ``params``: the fraction of the unpruned model's number that remained before
+            the first cut of this run}.
         metrics: for each result of :meth:`phase`, the metrics of the last validation in this phase, and
             its ``iteration``.
         report: the result of :func:`mmprune.mm.report.before`, and the notes that cuts add to it.
