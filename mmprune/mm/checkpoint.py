@@ -26,8 +26,7 @@ from mmprune.surgery.plan import Plan
 
 
 def read_checkpoint(path: str | Path, device: str = 'cpu') -> dict[str, Any]:
-    """Reads the content of a checkpoint without running code in it, even where mmengine's loaders
-    would.
+    """Reads the content of a checkpoint. Code in it is never run, not even by mmengine's loaders.
 
     Args:
         path: the path of a file, or a URL that mmengine fetches (``https://...``).

@@ -20,8 +20,7 @@ from mmprune.mm.wrappers import init_on_cpu, leave
 
 
 class _KeyValues(DictAction):
-    """The argparse action for mmengine's ``key=value`` options. A word without ``=`` is an argparse
-    error."""
+    """mmengine's argparse action for ``key=value``, with an argparse error for a word without ``=``."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         for word in values:
@@ -39,8 +38,7 @@ def existing_file(path: str) -> str:
 
 
 def checkpoint_file(path: str) -> str:
-    """Returns ``path`` if it is an existing file or a URL for mmengine to fetch, as an argparse
-    type."""
+    """Returns ``path`` if it is an existing file or any URL, as an argparse type."""
     return path if '://' in path else existing_file(path)
 
 

@@ -1,5 +1,4 @@
-"""Reads the data sets, the test pipeline and the prune hook in a config of mmengine, mmdet or
-mmpose."""
+"""Reads data sets, test pipelines and prune hooks in configs of mmengine, mmdet and mmpose."""
 
 from collections.abc import Mapping
 from dataclasses import fields

@@ -87,9 +87,8 @@ class Distillation:
                 return None
             students, features = features, None
             teachers = self._features_of_teacher(kwargs['inputs'] if 'inputs' in kwargs else args[0])
-            summed_losses = (
-                module.parse_losses(losses)[0].detach().abs()
-            )  # log likelihoods may be negative
+            # The absolute value, because losses that are log likelihoods may be negative.
+            summed_losses = module.parse_losses(losses)[0].detach().abs()
             loss = self.weight * summed_losses * self.loss(module, students, teachers)
             return dict(losses) | {f'loss_distill_{self.name}': loss}
 

@@ -198,8 +198,7 @@ def different_shapes(model: nn.Module, state: dict[str, Any]) -> list[str]:
 
 
 def inside_all_wrappers(model: nn.Module) -> nn.Module:
-    """Returns the model inside all wrappers, e.g. test-time augmentation inside
-    DistributedDataParallel."""
+    """Returns the model inside all wrappers, such as DDP around test-time augmentation."""
     while (inner := unwrapped(model)) is not model:
         model = inner
     return model

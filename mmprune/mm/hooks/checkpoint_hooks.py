@@ -60,8 +60,7 @@ class RebuildHook(Hook):
         write_atomically(runner)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Raises an error if a tensor of a pruned checkpoint does not fit, which mmengine would
-        skip."""
+        """Raises an error if a tensor of a pruned checkpoint does not fit. mmengine would skip it."""
         plan = plan_in(checkpoint)
         if plan is None:
             return
