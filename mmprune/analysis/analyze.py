@@ -266,9 +266,9 @@ def _layers(model: nn.Module, graph: ChannelGraph, seconds: dict[str, float] | N
         module_sums = {figure: round(values.get(name, 0)) for figure, values in sums.items()}
         module_seconds = None if seconds is None else seconds.get(name, 0.0)
         if any(module_sums.values()) or module_seconds:
-            kind = type(module).__name__
+            class_name = type(module).__name__
             layers.append(
-                LayerCost(name, cost.part_of(name), kind, **module_sums, seconds=module_seconds)
+                LayerCost(name, cost.part_of(name), class_name, **module_sums, seconds=module_seconds)
             )
     return layers
 
@@ -388,11 +388,11 @@ def layer_times(
         run_seconds = max(time.perf_counter() - start, 1e-6)
         count = max(FEWEST_RUNS, min(MOST_RUNS, int(limit / run_seconds)))
         with bar('Timing layers', count) as show_progress:
-            for number in range(count):
+            for runs_before in range(count):
                 clock = _Clock(model, device)
                 with track_modules(clock.scope, model, clock.leave, clock.enter):
                     forward(model)
                 runs.append(clock.seconds)
-                show_progress(number + 1)
+                show_progress(runs_before + 1)
     names = dict.fromkeys(name for run in runs for name in run)
     return {name: statistics.median(run.get(name, 0.0) for run in runs) for name in names}, count

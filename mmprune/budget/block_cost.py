@@ -148,7 +148,7 @@ class BlockCost:
         return changes.up, changes.down, changes.both
 
     def _changes_of(self, index: int, upper: np.ndarray, lower: np.ndarray) -> Changes:
-        """:meth:`neighbours` of one term, for the ladders that it depends on."""
+        """Computes :meth:`neighbours` of a single term, for the ladders that the term depends on."""
         factor, axes, moving = self._terms[index]
         put_back, removed_more = np.zeros((2, len(axes), moving.size))
         for i, axis in enumerate(axes):

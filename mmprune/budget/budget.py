@@ -250,11 +250,13 @@ def make_budget(
         )
     if isinstance(budget, Mapping):
         budget = without_removed(budget)
-        known = [f.name for f in fields(Budget)]
-        unknown = next((name for name in budget if name not in known), None)
+        option_names = [f.name for f in fields(Budget)]
+        unknown = next((name for name in budget if name not in option_names), None)
         if unknown is not None:
-            names = list(dict.fromkeys([*known, *others])) if given_as_keywords else known
-            raise PruneError(f'unknown budget option {unknown!r}: {did_you_mean(unknown, names)}')
+            candidates = (
+                list(dict.fromkeys([*option_names, *others])) if given_as_keywords else option_names
+            )
+            raise PruneError(f'unknown budget option {unknown!r}: {did_you_mean(unknown, candidates)}')
         budget = Budget(**budget)
     # A part may have a target of 1.0: it keeps the part as it is while the rest is cut.
     for name, value in budget.targets.items():

@@ -140,8 +140,8 @@ def limits_of(graph: ChannelGraph, budget: Budget) -> tuple[list[str | None], li
                 f'or pattern of names such as {names[0]!r}'
             )
     parts = [next((part for part in budget.parts if cost.in_part(name, part)), None) for name in names]
-    limits = {part: budget.of_part(part) for part in budget.parts}
-    return parts, [budget.whole if part is None else limits[part] for part in parts]
+    limits_of_part = {part: budget.of_part(part) for part in budget.parts}
+    return parts, [budget.whole if part is None else limits_of_part[part] for part in parts]
 
 
 def uneven(graph: ChannelGraph, keep: np.ndarray, budget: Budget) -> list[str]:
@@ -308,9 +308,9 @@ class _Choice:
             return keep
         # A part that has targets does not count for the whole model.
         groups = [
-            number
-            for number, part_of_group in enumerate(self.part)
-            if part_of_group == part or (part is None and not self.limits[number].targets)
+            index
+            for index, part_of_group in enumerate(self.part)
+            if part_of_group == part or (part is None and not self.limits[index].targets)
         ]
         targets = self._targets(part, keep)
         if any(target.is_met(keep) for target in targets.values()):
@@ -340,22 +340,24 @@ class _Choice:
     def _targets(self, part: str | None, keep: np.ndarray) -> dict[str, _Target]:
         """Returns {name: target} for a part (``None``: the whole model) whose units in ``keep`` remain.
         ``keep_channels`` is not among the targets, because it limits the ladders instead."""
-        now = self._limits_of(self.budget, part).targets
-        last = self._limits_of(self.final or self.budget, part).targets
+        current_targets = self._limits_of(self.budget, part).targets
+        final_targets = self._limits_of(self.final or self.budget, part).targets
         plan = self.original.plan
         shapes = plan and plan.fingerprint
         targets: dict[str, _Target] = {}
         for name, cost_name in (('keep_flops', 'flops'), ('keep_params', 'params')):
-            if name in now:
+            if name in current_targets:
                 value = getattr(cost, cost_name)(self.graph, part)
                 unpruned = getattr(self.original, cost_name) if part is None else None
                 if unpruned is None:
                     unpruned = cost.before(self.graph, shapes, value)
-                targets[name] = _Target(value, unpruned, now[name] * unpruned, last[name] * unpruned)
-        if 'latency' in now:
+                targets[name] = _Target(
+                    value, unpruned, current_targets[name] * unpruned, final_targets[name] * unpruned
+                )
+        if 'latency' in current_targets:
             if self.work is None:
                 raise PruneError(
-                    f'latency={now["latency"]}: choose() measures no times: take '
+                    f'latency={current_targets["latency"]}: choose() measures no times: take '
                     'mmprune.budget.measured.choose_measured, or a budget of keep_flops'
                 )
             value = cost.work(self.graph)
@@ -363,9 +365,9 @@ class _Choice:
             targets['latency'] = _Target(
                 value, unpruned, self.work[0] * unpruned, self.work[1] * unpruned
             )
-        if 'prune_num' in now:
+        if 'prune_num' in current_targets:
             units = int(keep.sum())
-            remaining = float(units - now['prune_num'])
+            remaining = float(units - current_targets['prune_num'])
             targets['prune_num'] = _Target(np.sum, units, remaining, remaining)
         return targets
 
@@ -398,35 +400,35 @@ class _Choice:
         even if that is slightly below it. Otherwise large blocks would all wait for the last cut, which
         would bring the FLOPs far below the target.
         """
-        now = self._limits_of(self.budget, part).targets
-        last = self._limits_of(self.final or self.budget, part).targets
+        current_targets = self._limits_of(self.budget, part).targets
+        final_targets = self._limits_of(self.final or self.budget, part).targets
         order_of, lowest_of = {}, {}
-        for number in groups:
-            group = self.graph.groups[number]
+        for index in groups:
+            group = self.graph.groups[index]
             units = group.units[~self.protected[group.units]]
-            floor = self._fewest(number, last.get('keep_channels'))
+            floor = self._fewest(index, final_targets.get('keep_channels'))
             floor = max(floor, len(group) - len(units))
             if floor < len(group):
-                order_of[number] = units[np.argsort(self.scores[units], kind='stable')]
-                lowest_of[number] = floor
+                order_of[index] = units[np.argsort(self.scores[units], kind='stable')]
+                lowest_of[index] = floor
         uncut = {
-            number: int(keep[group.units].sum())
-            for number, group in enumerate(self.graph.groups)
-            if number not in order_of
+            index: int(keep[group.units].sum())
+            for index, group in enumerate(self.graph.groups)
+            if index not in order_of
         }
         ladders = []
-        for number, order in order_of.items():
-            n_units, floor = len(self.graph.groups[number]), lowest_of[number]
+        for index, order in order_of.items():
+            n_units, floor = len(self.graph.groups[index]), lowest_of[index]
             counts = steps.allowed_counts(
-                number,
+                index,
                 n_units,
                 floor,
-                self._divisor(number),
-                self.widths[number],
+                self._divisor(index),
+                self.widths[index],
                 uncut,
-                auto=self.limits[number].divisor == 'auto',
+                auto=self.limits[index].divisor == 'auto',
             )
-            due = max(floor, self._fewest(number, now.get('keep_channels')))
+            due = max(floor, self._fewest(index, current_targets.get('keep_channels')))
             # The counts descend, so the last level of the ladder is the count nearest to the target.
             counts = counts[: int(np.argmin([abs(count - due) for count in counts])) + 1]
             if len(counts) > 1:

@@ -149,23 +149,23 @@ def resolve(
         explicit = isinstance(value, int) and not by_epoch
         return count if explicit else -(-count // multiple) * multiple
 
-    first = 0 if begin is None else rounded_up('begin', begin)
-    first = max(first, -(-done // multiple) * multiple)
+    begin_at = 0 if begin is None else rounded_up('begin', begin)
+    begin_at = max(begin_at, -(-done // multiple) * multiple)
     if end is None:
-        last = min(max_iters, first + round(WINDOW * (max_iters - done)))
+        end_at = min(max_iters, begin_at + round(WINDOW * (max_iters - done)))
     else:
-        last = iterations('end', end)
-        if last <= first:
+        end_at = iterations('end', end)
+        if end_at <= begin_at:
             raise PruneError(
-                f'end={end!r} is iteration {last} and begin={begin!r} iteration {first} of '
+                f'end={end!r} is iteration {end_at} and begin={begin!r} iteration {begin_at} of '
                 f'{max_iters}: end must come after begin'
                 + (f' (this training is resumed at iteration {done})' if done else '')
             )
     if interval is None:
-        fitting = max(1, (last - first) // multiple)
+        fitting = max(1, (end_at - begin_at) // multiple)
         count = min(STEPS, max(1, fitting // scored)) if steps is None else min(steps, fitting)
-        return CutTimes(first, max(1, (last - first) // count // multiple) * multiple, count)
+        return CutTimes(begin_at, max(1, (end_at - begin_at) // count // multiple) * multiple, count)
     gap = rounded_up('interval', interval) or multiple
     if end is not None:
-        steps = max(1, (last - first) // gap)
-    return CutTimes(first, gap, steps or STEPS_AT_INTERVAL)
+        steps = max(1, (end_at - begin_at) // gap)
+    return CutTimes(begin_at, gap, steps or STEPS_AT_INTERVAL)

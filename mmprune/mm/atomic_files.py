@@ -14,6 +14,8 @@ ATOMIC = dict(backend='mmprune_atomic')
 """``backend_args`` of mmengine's ``CheckpointHook`` that select :class:`AtomicBackend`."""
 
 _NAMES = 'ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO ENOTDIR ENAMETOOLONG'
+"""The names in :mod:`errno` of the numbers in ``DISK``."""
+
 DISK = {getattr(errno, name) for name in _NAMES.split()}
 """Error numbers of a disk that is full, failing or read-only."""
 

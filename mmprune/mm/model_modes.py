@@ -113,9 +113,9 @@ def first_trace(model: nn.Module, runs: Runs) -> tuple[ChannelGraph, Runs]:
     Returns:
         (the channel graph, the runs without the modes that failed)
     """
-    first, *others = runs.ordered
+    counted_run, *other_runs = runs.ordered
     may_fail_runs = [getattr(runs, mode) for mode in runs.modes]
-    graph = trace(model, first, also=tuple(others), may_fail=may_fail_runs)
+    graph = trace(model, counted_run, also=tuple(other_runs), may_fail=may_fail_runs)
     errors = {mode: graph.failed.get(getattr(runs, mode)) for mode in sorted(runs.modes)}
     for mode, error in errors.items():
         if error is not None:

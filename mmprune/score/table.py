@@ -182,10 +182,10 @@ def make_score(value: str | Mapping[str, Any] | Score) -> Score:
         for option, setting in value.items()
         if option not in REMOVED_DEFAULTS or setting != REMOVED_DEFAULTS[option]
     }
-    known = [option_field.name for option_field in fields(Score)]
-    unknown = next((option for option in options if option not in known), None)
+    option_names = [option_field.name for option_field in fields(Score)]
+    unknown = next((option for option in options if option not in option_names), None)
     if unknown is not None:
-        raise PruneError(f'score: unknown option {unknown!r}: {did_you_mean(unknown, known)}')
+        raise PruneError(f'score: unknown option {unknown!r}: {did_you_mean(unknown, option_names)}')
     if 'name' not in options:
         raise PruneError(f"score={value!r} has no name: add name='taylor', say")
     return Score(**options)

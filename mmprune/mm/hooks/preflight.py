@@ -304,8 +304,8 @@ def warning_of_unscored(
     warning is empty if the budget could not remove any of these units anyway."""
     kept_by_budget = np.zeros(graph.n_units, dtype=bool)
     limits = limits_of(graph, budget)[1]
-    for number, group in enumerate(graph.groups):
-        has_target = bool(budget.targets) or bool(limits[number].targets)
+    for index, group in enumerate(graph.groups):
+        has_target = bool(budget.targets) or bool(limits[index].targets)
         if not has_target or any(budget.locks(axis.name) for axis in group.axes):
             kept_by_budget[group.units] = True  # the budget keeps these units whatever their score
     held = {reader: units[~kept_by_budget[units]] for reader, units in collector.held_units().items()}

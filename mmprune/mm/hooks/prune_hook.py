@@ -197,7 +197,7 @@ class PruneHook(Hook):
         """Makes one cut towards the budget by the scores so far. Scoring starts again, unless all cuts
         are made and the budget is met."""
         model, scoring, state = unwrapped(runner.model), self.scoring, self.state
-        number, averaged = state.cuts + 1, running.averaged_models(runner)
+        cut_number, averaged = state.cuts + 1, running.averaged_models(runner)
         with raise_together('scoring'):
             runs = scoring.runs(runner, batch, state.modes)
             scores = scoring.collector.scores()
@@ -222,17 +222,17 @@ class PruneHook(Hook):
             scores,
             self.budget,
             runs.ordered[0],
-            target=budget_of_step(self.budget, number, state.times.steps, state.start),
+            target=budget_of_step(self.budget, cut_number, state.times.steps, state.start),
             check=runs.checked if self.check else None,
             compensate=runs.loss if self.compensate else None,
             moments=scoring.moments,
             iteration=runner.iter + 1,
         )
         scoring.close()
-        state.cuts = number
+        state.cuts = cut_number
         self._note(runner, result, idle)
         if result.plan is None:
-            runner.logger.info(f'Cut {number} removes nothing: its target is met already')
+            runner.logger.info(f'Cut {cut_number} removes nothing: its target is met already')
         else:
             for ema in averaged:
                 running.refresh(ema)
@@ -240,7 +240,7 @@ class PruneHook(Hook):
             runner.call_hook('after_cut')
             losses = loss_before, total_loss(model, run_apart(model, runs.loss))
             narrowed = most_narrowed(result.graph_before, result.keep)
-            change = report.loss_change(runner, number, losses, narrowed, result)
+            change = report.loss_change(runner, cut_number, losses, narrowed, result)
             state.report.setdefault('jumps', []).append(change)
         if state.is_done(model, self.budget):
             scoring.finish()
