@@ -141,13 +141,13 @@ class Analysis:
         for layer in self.layers:
             by_part.setdefault(layer.part, []).append(layer)
 
-        def total(layers: list[LayerCost], name: str) -> Any:
+        def sum_of(layers: list[LayerCost], name: str) -> Any:
             values = [getattr(layer, name) for layer in layers]
             return None if None in values else sum(values)
 
         fields_to_sum = ('flops', 'params', 'activations', 'channels', 'free', 'seconds')
         return {
-            part: LayerCost(part, part, '', **{name: total(layers, name) for name in fields_to_sum})
+            part: LayerCost(part, part, '', **{name: sum_of(layers, name) for name in fields_to_sum})
             for part, layers in by_part.items()
         }
 
@@ -221,8 +221,8 @@ def analyze(
     """
     record = trace_record(model, forward, also, may_fail)
     graph = couple(record)
-    counted = next(run for run in (forward, *also) if run not in graph.failed)
-    seconds, runs = layer_times(model, counted) if times else (None, 0)
+    counted_run = next(run for run in (forward, *also) if run not in graph.failed)
+    seconds, runs = layer_times(model, counted_run) if times else (None, 0)
     original = baseline_of(model, graph)
     # The target is ignored: a floor only depends on limits.
     budgets = [Budget(keep_flops=0.5)] + ([make_budget(budget)] if budget is not None else [])
@@ -236,7 +236,7 @@ def analyze(
         layers=tuple(_layers(model, graph, seconds)),
         groups=tuple(_groups(graph)),
         locks=tuple(lock_prices(record)),
-        floors=tuple(_floor(model, counted, graph, limits, original, times) for limits in budgets),
+        floors=tuple(_floor(model, counted_run, graph, limits, original, times) for limits in budgets),
         seconds=None if seconds is None else sum(seconds.values()),
         runs=runs,
     )

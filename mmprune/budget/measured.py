@@ -6,9 +6,9 @@ make a network ready, and other processes on the machine disturb the measurement
 
 **Idea.** Time falls with the network's *work*: its multiply-adds, and the elements of activations that
 it writes (:func:`mmprune.graph.cost.work`). We search for the fraction of work whose choice of units
-takes the wanted time. Each try cuts a copy of the model and times it in turns with the network as it
-is, so that a busy machine slows both. The next fraction lies on the line between the nearest points
-(work, time) below and above the target, and a few tries suffice.
+takes the wanted time. Each try cuts a copy of the model and times it in turns with the network from
+before the first cut, so that a busy machine slows both. The next fraction lies on the line between the
+nearest points (work, time) below and above the target, and a few tries suffice.
 
 **Example.** ``latency=0.5``. A cut to 0.50 of the work takes 0.58 of the time. On the line through (1,
 1) and (0.50, 0.58), 0.5 of the time belongs to 0.40 of the work. A cut to 0.40 takes 0.49, which is
@@ -16,7 +16,7 @@ close enough.
 
 Only the last of several cuts has to take the wanted time, so only the last cut is searched for. Before
 the first cut, a copy that is cut to the final fraction is timed. The times of the cuts in between are
-estimated on the line through its point and the point of the network as it is.
+estimated on the line through its point and the point of the network from before the first cut.
 """
 
 import contextlib

@@ -31,8 +31,8 @@ def prepare_for(forward: Forward, backend: str) -> Prepare:
         forward: runs the model that it is given. For backends other than ``'eager'`` it has to call the
             model itself exactly once. This call is exported, and the tensors among its arguments become
             the inputs.
-        backend: ``'eager'``, ``'onnxruntime'`` or ``'openvino'``. The last two use as many threads as
-            torch.
+        backend: ``'eager'``, ``'onnxruntime'`` or ``'openvino'``. The last two run in single precision,
+            with as many threads as torch.
 
     Raises:
         PruneError: the backend is unknown or not installed. The returned function also raises a

@@ -27,8 +27,8 @@ TOLERANCE = 1e-9
 target, and a lost score that is lower by so little is not better."""
 
 GREEDY_SHARE = 0.7
-"""One round of the greedy search takes at most this fraction of the saving that is still missing. The
-saving of a block changes with the widths around it, so the search ends with ever smaller rounds."""
+"""One round of the greedy search takes at most this fraction of the saving that is still missing, but
+at least one step. The saving of a block changes with the widths around it, so rounds become smaller."""
 
 WASTE = 0.005
 """If the cost is below the final target by more than this fraction of the cost at level 0,

@@ -170,13 +170,13 @@ class Collector:
             another optimizer has running sums: examples are counted once, with the first one.
         """
         if id(holder) not in self._running_of:
-            units = Units(self.graph, only={id(p) for p in parameters})
+            units = Units(self.graph, only={id(parameter) for parameter in parameters})
             is_useful = bool(units.consumers or units.unread_producers)
             if is_useful and self._gates is not None and self.running:
                 is_useful = False
             running = RunningScore(units, self.score) if is_useful else None
             self._running_of[id(holder)] = running
-            self._held |= {id(held): held for held in (holder, *parameters)}
+            self._held |= {id(kept_object): kept_object for kept_object in (holder, *parameters)}
             if running is not None:
                 self.running.append(running)
         return self._running_of[id(holder)]
