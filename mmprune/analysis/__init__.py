@@ -1,2 +1,2 @@
-"""Before a cut: what a model costs, what may be cut, how far, and what it needs
-(:func:`mmprune.analyze`)."""
+"""Analyses of a model before a cut: its costs, prunable groups, floors, locks (:func:`mmprune.analyze`)
+and its sensitivity to each group."""

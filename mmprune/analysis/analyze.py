@@ -1,5 +1,5 @@
-"""What is known of a model before a cut, from one trace and some runs: what each layer costs, what may
-be cut, how far, and what locks cost."""
+"""Analyses a model before a cut, from one trace and some runs: the cost of each layer, the prunable
+groups, the floors of budgets, and the prices of locks."""
 
 import statistics
 import time
@@ -27,23 +27,23 @@ from mmprune.progress import bar
 from mmprune.surgery.build import Baseline, baseline_of
 
 FEWEST_RUNS, MOST_RUNS = 3, 9
-"""How many runs layers are timed in, after one that warms up."""
+"""The fewest and the most runs in which layers are timed, after one run to warm up."""
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """What one module costs in a run, without the modules that it calls.
+    """The cost of one module in a run of the model, without the modules that it calls.
 
     Args:
-        name: the name as in ``named_modules``; empty for the model itself.
-        part: the part of the model that it belongs to.
-        kind: the name of its class.
-        flops: multiply-adds of all its runs.
-        params: the number of parameters that it holds itself.
-        activations: the elements of memory that it writes and that carry channels.
-        channels: output channels; 0 if it has no weight.
-        free: how many of the output channels may be removed.
-        seconds: the time that it takes in the network; ``None`` if no time was measured.
+        name: the name of the module as in ``named_modules``; empty for the model itself.
+        part: the part of the model that the module belongs to.
+        kind: the name of the module's class.
+        flops: the multiply-adds of the module, summed over its calls.
+        params: the number of parameters that the module holds itself.
+        activations: the number of elements that the module writes to memory and that carry channels.
+        channels: the number of output channels; 0 if the module has no weight.
+        free: the number of output channels that may be removed.
+        seconds: the time of the module within a run of the model; ``None`` if no time was measured.
     """
 
     name: str
@@ -59,16 +59,16 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class GroupCost:
-    """Channels that are removed together.
+    """The saving of one group of units.
 
     Args:
-        name: the name of the first weight that makes them.
-        part: the part of the model that this weight belongs to.
-        units: how many units may be removed one by one.
-        width: how many channels of that weight are one unit.
+        name: the name of the first weight that makes the units.
+        part: the part of the model that the first weight belongs to.
+        units: the number of units, each of which may be removed by itself.
+        width: the number of channels that one unit has in the first weight.
         tensors: the names of all tensors that hold the units.
-        flops: multiply-adds that go if one unit stays, and all other groups stay as they are.
-        params: parameters that go then.
+        flops: the multiply-adds that a cut of this group to one unit removes, if all other groups stay.
+        params: the number of parameters that the same cut removes.
     """
 
     name: str
@@ -85,14 +85,14 @@ class Floor:
     """The smallest budgets that can be reached under some limits.
 
     Args:
-        limits: a budget without its targets, as plain data.
-        keep_flops: the fraction of the unpruned model's multiply-adds; ``None`` if there is a
-            ``problem``.
-        keep_params: the fraction of the unpruned model's parameters; ``None`` if there is a
-            ``problem``.
-        latency: the measured fraction of the time that the model takes as it is; ``None`` if it was not
-            measured.
-        problem: why a figure is missing; empty if none is.
+        limits: the options of a budget without its targets, as plain data.
+        keep_flops: the lowest fraction of the unpruned model's multiply-adds; ``None`` if the limits
+            cannot be met, as ``problem`` says.
+        keep_params: the lowest fraction of the unpruned model's parameters; ``None`` if the limits
+            cannot be met, as ``problem`` says.
+        latency: the measured time after the largest cut, as a fraction of the time before it; ``None``
+            if no time was measured.
+        problem: why a figure is missing; empty if none is missing.
     """
 
     limits: dict[str, Any]
@@ -107,18 +107,18 @@ class Analysis:
     """The result of :func:`analyze`. FLOPs are multiply-adds of the first forward that works.
 
     Args:
-        graph: what may be cut and what may not.
-        flops: multiply-adds of the model as it is.
-        params: parameters of the model as it is.
-        activations: elements of activations that the model writes.
-        unpruned_flops: multiply-adds before its first cut.
-        unpruned_params: parameters before its first cut.
-        layers: every module that computes or holds something, in the model's order.
+        graph: the channel graph of the model.
+        flops: the multiply-adds of the model as it is.
+        params: the number of parameters of the model as it is.
+        activations: the number of elements of activations that a run writes.
+        unpruned_flops: the multiply-adds of the model before its first cut.
+        unpruned_params: the number of parameters of the model before its first cut.
+        layers: every module that has a cost or parameters, in the order of ``named_modules``.
         groups: the groups, in the order of ``graph.groups``.
-        locks: what is locked, by reason, the most expensive first.
-        floors: the floor for the default limits, then the one for the budget that was given.
-        seconds: the time of a run; ``None`` if it was not measured.
-        runs: how many runs ``seconds`` is the median of.
+        locks: the prices of locked units by reason, the most expensive first.
+        floors: the floor for the default limits, then the floor for the budget that was given.
+        seconds: the sum of the layers' median times in seconds; ``None`` if no time was measured.
+        runs: the number of runs in which layers were timed; 0 if no time was measured.
     """
 
     graph: ChannelGraph = field(repr=False)
@@ -136,23 +136,23 @@ class Analysis:
 
     @property
     def parts(self) -> dict[str, LayerCost]:
-        """The sums of ``layers`` by part."""
+        """{name of a part: the sums over its layers}. A sum is ``None`` if a number is missing."""
         by_part: dict[str, list[LayerCost]] = {}
         for layer in self.layers:
             by_part.setdefault(layer.part, []).append(layer)
 
-        def total(layers: list[LayerCost], name: str) -> Any:
+        def sum_of(layers: list[LayerCost], name: str) -> Any:
             values = [getattr(layer, name) for layer in layers]
             return None if None in values else sum(values)
 
-        sums = ('flops', 'params', 'activations', 'channels', 'free', 'seconds')
+        fields_to_sum = ('flops', 'params', 'activations', 'channels', 'free', 'seconds')
         return {
-            part: LayerCost(part, part, '', **{name: total(layers, name) for name in sums})
+            part: LayerCost(part, part, '', **{name: sum_of(layers, name) for name in fields_to_sum})
             for part, layers in by_part.items()
         }
 
     def to_meta(self) -> dict[str, Any]:
-        """The analysis as plain numbers, strings, lists and dicts."""
+        """Converts the analysis to plain numbers, strings, lists and dicts, without the graph."""
         names = ('flops', 'params', 'activations', 'unpruned_flops', 'unpruned_params')
         plain = {name: getattr(self, name) for name in (*names, 'seconds', 'runs')}
         return plain | {
@@ -186,23 +186,23 @@ def analyze(
     budget: Budget | Mapping[str, Any] | None = None,
     times: bool = True,
 ) -> Analysis:
-    """Finds what a model costs layer by layer, what may be cut of it, how far, and what locks cost.
+    """Analyses a model: the cost of each layer, the prunable groups, the floors, the prices of locks.
 
-    Nothing is cut or trained: the model and copies of it are run.
+    The model is neither cut nor trained. The model and pruned copies of it are run.
 
     Args:
-        model: left as it was.
-        forward: runs it on a real batch, e.g. ``lambda m: m(x)``. FLOPs and times are those of this
-            run.
-        also: further ways to run it whose ties count too, see :func:`mmprune.trace`.
-        may_fail: the runs among ``also`` that are left out if they raise an error.
-        budget: a :class:`Budget` or a dict of its options. Its floor is given beside that of the
-            default limits.
-        times: whether to measure the time of each layer, and the time that remains at the floors.
+        model: the model, which is not changed.
+        forward: runs the model on a real batch, e.g. ``lambda m: m(x)``. FLOPs and times are measured
+            on this run, unless it is in ``may_fail`` and fails.
+        also: further functions that run the model, whose ties count too; see :func:`mmprune.trace`.
+        may_fail: the functions that are left out if they raise an error.
+        budget: a :class:`Budget` or a dict of its options. The floor for its limits is added to the
+            floor for the default limits; ``None``: only the latter.
+        times: whether to measure the time of each layer, and the time that remains at each floor.
 
     Returns:
-        An :class:`Analysis`: ``layers``, ``parts``, ``groups``, ``locks`` and ``floors``, and
-        ``to_meta()`` as plain data.
+        An :class:`Analysis` with ``layers``, ``parts``, ``groups``, ``locks`` and ``floors``. Its
+        method ``to_meta()`` converts it to plain data.
 
     Raises:
         PruneError: a run fails, or the budget is not valid.
@@ -221,9 +221,10 @@ def analyze(
     """
     record = trace_record(model, forward, also, may_fail)
     graph = couple(record)
-    counted = next(run for run in (forward, *also) if run not in graph.failed)
-    seconds, runs = layer_times(model, counted) if times else (None, 0)
+    counted_run = next(run for run in (forward, *also) if run not in graph.failed)
+    seconds, runs = layer_times(model, counted_run) if times else (None, 0)
     original = baseline_of(model, graph)
+    # The target is ignored: a floor only depends on limits.
     budgets = [Budget(keep_flops=0.5)] + ([make_budget(budget)] if budget is not None else [])
     return Analysis(
         graph=graph,
@@ -235,22 +236,24 @@ def analyze(
         layers=tuple(_layers(model, graph, seconds)),
         groups=tuple(_groups(graph)),
         locks=tuple(lock_prices(record)),
-        floors=tuple(_floor(model, counted, graph, limits, original, times) for limits in budgets),
+        floors=tuple(_floor(model, counted_run, graph, limits, original, times) for limits in budgets),
         seconds=None if seconds is None else sum(seconds.values()),
         runs=runs,
     )
 
 
 def _layers(model: nn.Module, graph: ChannelGraph, seconds: dict[str, float] | None) -> list[LayerCost]:
+    """Computes the cost of each module. ``seconds`` is the result of :func:`layer_times`, or
+    ``None``."""
     sums: dict[str, defaultdict[str, float]] = {
-        what: defaultdict(float) for what in ('flops', 'params', 'activations', 'channels', 'free')
+        figure: defaultdict(float) for figure in ('flops', 'params', 'activations', 'channels', 'free')
     }
-    for what, terms in (
+    for figure, terms in (
         ('flops', graph.profile.multiply_adds),
         ('activations', graph.profile.activations),
     ):
         for term in terms:
-            sums[what][term.where] += term.count
+            sums[figure][term.where] += term.count
     for name, tensor in graph.slots.tensors.items():
         if isinstance(tensor, nn.Parameter):
             sums['params'][name.rpartition('.')[0]] += graph.slots.shapes[name].numel()
@@ -260,15 +263,18 @@ def _layers(model: nn.Module, graph: ChannelGraph, seconds: dict[str, float] | N
         sums['free'][module] += int((graph.unit_of[axis.ids] >= 0).sum())
     layers = []
     for name, module in model.named_modules():
-        of_module = {what: round(values.get(name, 0)) for what, values in sums.items()}
-        took = None if seconds is None else seconds.get(name, 0.0)
-        if any(of_module.values()) or took:
-            kind = type(module).__name__
-            layers.append(LayerCost(name, cost.part_of(name), kind, **of_module, seconds=took))
+        module_sums = {figure: round(values.get(name, 0)) for figure, values in sums.items()}
+        module_seconds = None if seconds is None else seconds.get(name, 0.0)
+        if any(module_sums.values()) or module_seconds:
+            class_name = type(module).__name__
+            layers.append(
+                LayerCost(name, cost.part_of(name), class_name, **module_sums, seconds=module_seconds)
+            )
     return layers
 
 
 def _groups(graph: ChannelGraph) -> list[GroupCost]:
+    """Computes the saving of each group."""
     flops, params = cost.flops(graph), cost.params(graph)
     everything = np.ones(graph.n_units, dtype=bool)
     all_flops, all_params = flops(everything), params(everything)
@@ -299,10 +305,12 @@ def _floor(
     original: Baseline,
     times: bool,
 ) -> Floor:
-    """The floor under the limits of ``budget``. With ``times``, a copy of the model is cut so far and
-    timed in turns with the model, in eager torch."""
-    without = (*budget.targets, 'backend')
-    limits = {k: v for k, v in budget.to_meta().items() if k not in without and v != []}
+    """Computes the floor under the limits of ``budget``. If ``times`` is true, also cuts a copy of the
+    model to the floor and times it in turns with the model, in eager torch."""
+    left_out = (*budget.targets, 'backend')
+    limits = {
+        name: value for name, value in budget.to_meta().items() if name not in left_out and value != []
+    }
     try:
         keep = lowest(graph, budget, original)
     except PruneError as error:
@@ -327,7 +335,7 @@ def _floor(
 
 
 class _Clock:
-    """The seconds that each module of a run has taken itself, without the modules that it calls."""
+    """Measures the seconds of each module in a run, without the modules that it calls."""
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self.scope, self.device = ModuleScope(model), device
@@ -335,39 +343,42 @@ class _Clock:
         self._open: list[tuple[int, float, float]] = []  # (depth, start, seconds of modules inside)
 
     def now(self) -> float:
+        """Returns the time in seconds at which the device has finished all work so far."""
         if self.device.type == 'cuda':
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
     def enter(self) -> None:
+        """Starts the clock of a module. Called before each module."""
         self._open.append((len(self.scope.stack), self.now(), 0.0))
 
     def leave(self, args: Any, out: Any) -> None:
+        """Adds the seconds of a module that has returned. Called after each module."""
         now = self.now()
-        while self._open[-1][0] > len(self.scope.stack):  # a module that raised an error did not leave
+        while self._open[-1][0] > len(self.scope.stack):  # left open by a module that raised an error
             self._open.pop()
-        _, start, inside = self._open.pop()
+        _, start, seconds_inside = self._open.pop()
         name = self.scope.name
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - start - inside
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - start - seconds_inside
         if self._open:
-            depth, began, others = self._open[-1]
-            self._open[-1] = depth, began, others + now - start
+            depth, parent_start, parent_inside = self._open[-1]
+            self._open[-1] = depth, parent_start, parent_inside + now - start
 
 
 def layer_times(
     model: nn.Module, forward: Forward, limit: float = 20.0
 ) -> tuple[dict[str, float], int]:
-    """The time that each module takes in ``forward(model)``, in evaluation mode and without gradients.
+    """Measures the time of each module in ``forward(model)``, in evaluation mode and without gradients.
 
     Args:
-        model: left as it was.
-        forward: the run that is timed.
-        limit: about how many seconds all runs may take, beyond ``FEWEST_RUNS`` of them.
+        model: the model, which is not changed.
+        forward: runs the model.
+        limit: the approximate time in seconds after which no runs beyond ``FEWEST_RUNS`` are made.
 
     Returns:
         {name of a module: median of its seconds in a run, without the modules that it calls}, and the
-        number of runs. If a module runs several times, all its runs count, so the sum is the time of a
-        whole run.
+        number of runs. If a run calls a module several times, the times of all calls are added, so the
+        sum over all modules is about the time of a whole run.
     """
     device = next((p.device for p in model.parameters()), torch.device('cpu'))
     runs: list[dict[str, float]] = []
@@ -377,11 +388,11 @@ def layer_times(
         run_seconds = max(time.perf_counter() - start, 1e-6)
         count = max(FEWEST_RUNS, min(MOST_RUNS, int(limit / run_seconds)))
         with bar('Timing layers', count) as show_progress:
-            for number in range(count):
+            for runs_before in range(count):
                 clock = _Clock(model, device)
                 with track_modules(clock.scope, model, clock.leave, clock.enter):
                     forward(model)
                 runs.append(clock.seconds)
-                show_progress(number + 1)
+                show_progress(runs_before + 1)
     names = dict.fromkeys(name for run in runs for name in run)
     return {name: statistics.median(run.get(name, 0.0) for run in runs) for name in names}, count

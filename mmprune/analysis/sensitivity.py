@@ -1,4 +1,4 @@
-"""How much a model needs each group of channels: its loss or metric with a part of the group masked."""
+"""Measures how much a model needs each group of channels: its loss or metric with some units masked."""
 
 import math
 import random
@@ -18,16 +18,16 @@ from mmprune.graph.coupling import ChannelGraph, Group
 from mmprune.surgery.build import make_plan
 
 Evaluate = Callable[[nn.Module], float]
-"""Gives a number that says how good a model is: a loss on some batches, or a metric."""
+"""The type of a function that returns how good a model is: a loss on some batches, or a metric."""
 
 Tell = Callable[[int], Any]
-"""Is called with the number of evaluations that are done."""
+"""The type of a function that shows progress. It is called with the number of finished evaluations."""
 
 FRACTIONS = (0.9, 0.7, 0.5)
-"""The fractions of each group that stay in turn."""
+"""The fractions of each group that remain, one after another."""
 
 SEEDS = 3
-"""How often the model as it is is evaluated, each time with other random numbers."""
+"""The number of evaluations of the unmasked model, each with other random numbers."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,14 @@ class GroupSensitivity:
     """The sensitivity of one group of channels.
 
     Args:
-        name: the name of the first weight that makes them.
-        number: the number of the group in the graph.
-        units: how many units it has.
-        values: {fraction that stays: the value with the others masked}; ``None`` if all units stay.
-        changes: {fraction that stays: how much worse the value became, as a share of the value of the
-            model as it is}; below zero if it became better.
-        unscored: whether no unit has a score, so that none was masked.
+        name: the name of the first weight that makes the channels.
+        number: the index of the group in ``graph.groups``.
+        units: the number of units of the group.
+        values: {fraction that remains: the value of the model with the other units masked}; a value is
+            ``None`` if no unit was masked.
+        changes: {fraction that remains: how much worse the value became, as a fraction of the value of
+            the unmasked model}; below zero if the value became better, ``None`` if no unit was masked.
+        unscored: whether no unit of the group has a score, so that none was masked.
     """
 
     name: str
@@ -57,10 +58,10 @@ class Sensitivity:
     """The result of :func:`sensitivity`.
 
     Args:
-        base: the value of the model as it is.
-        noise: how far ``base`` moves with other random numbers (samplers of a loss), as a share of it.
-            Smaller changes say nothing.
-        groups: the groups, in the order of the graph's.
+        base: the value of the unmasked model.
+        noise: the spread of ``base`` over random seeds (samplers of a loss), as a fraction of it.
+            Changes below this spread mean nothing.
+        groups: the sensitivities, in the order of ``graph.groups``.
     """
 
     base: float
@@ -69,7 +70,7 @@ class Sensitivity:
 
 
 def evaluations(graph: ChannelGraph, fractions: Sequence[float] = FRACTIONS, seeds: int = SEEDS) -> int:
-    """How many evaluations :func:`sensitivity` makes at most."""
+    """Returns the largest number of evaluations that :func:`sensitivity` makes."""
     return seeds + len(fractions) * len(graph.groups)
 
 
@@ -84,35 +85,35 @@ def sensitivity(
     seeds: int = SEEDS,
     tell: Tell = lambda done: None,
 ) -> Sensitivity:
-    """Masks each group in turn, its lowest scores first, and evaluates the model.
+    """Masks the lowest scores of each group in turn, and evaluates the model.
 
-    The channels are masked, not cut: they are zero wherever they are read, which computes what a cut
-    model does. Nothing is trained in between. Each value is computed with the same random numbers.
+    Masked channels are zero wherever they are read, so a masked model computes the same as a cut one.
+    The model is not trained in between. Each masked model is evaluated with the same random numbers.
 
     Args:
-        model: left as it was.
+        model: the model, which is not changed.
         graph: the graph of the model as it is.
         scores: (n_units,) the scores; a unit whose score is NaN is not masked.
-        evaluate: gives the value of a model. It must not change weights.
-        fractions: the fractions of each group that stay, in (0, 1).
-        higher_is_better: whether a higher value is better, as of a metric, or worse, as of a loss.
-        seeds: how often the model as it is is evaluated; 1 if the value has nothing random.
-        tell: is called with the number of evaluations that are done.
+        evaluate: returns the value of a model. It must not change weights.
+        fractions: the fractions of each group that remain, in (0, 1).
+        higher_is_better: true if a higher value is better (a metric), false if it is worse (a loss).
+        seeds: the number of evaluations of the unmasked model; 1 if the value has no random influence.
+        tell: a function that is called with the number of finished evaluations.
 
     Raises:
-        PruneError: a fraction is out of its range, or the value of the model as it is is zero or not
+        PruneError: a fraction is out of its range, or the value of the unmasked model is zero or not
             finite.
     """
     for fraction in fractions:
         if not 0 < fraction < 1:
             raise PruneError(f'fraction {fraction!r} is outside (0, 1): it is what stays, e.g. 0.7')
-    done = 0
+    n_done = 0
 
     def value_of_model(seed: int = 0) -> float:
-        nonlocal done
+        nonlocal n_done
         value = seeded(model, evaluate, seed)
-        done += 1
-        tell(done)
+        n_done += 1
+        tell(n_done)
         return value
 
     bases = [value_of_model(seed) for seed in range(seeds)]
@@ -132,7 +133,10 @@ def sensitivity(
             if not keep.all():
                 with masked_in_place(model, make_plan(graph, model, keep, {})):
                     values[fraction] = value_of_model()
-        changes = {f: None if v is None else sign * (v - base) / abs(base) for f, v in values.items()}
+        changes = {
+            fraction: None if value is None else sign * (value - base) / abs(base)
+            for fraction, value in values.items()
+        }
         unscored = bool(np.isnan(scores[group.units]).all())
         name = producer_name(graph, group)
         groups.append(GroupSensitivity(name, number, len(group), values, changes, unscored))
@@ -140,7 +144,8 @@ def sensitivity(
 
 
 def kept(graph: ChannelGraph, group: Group, scores: np.ndarray, fraction: float) -> np.ndarray:
-    """(n_units,) bool, the units that stay if a fraction of one group does, and all other groups."""
+    """Returns (n_units,) bool: a fraction of the units of ``group``, and all units of other groups. The
+    lowest scores are missing."""
     keep = np.ones(graph.n_units, dtype=bool)
     units = group.units[~np.isnan(scores[group.units])]
     gone = int(round((1 - fraction) * len(group), 6))  # rounded down: a group of 4 at 0.9 keeps all
@@ -150,8 +155,8 @@ def kept(graph: ChannelGraph, group: Group, scores: np.ndarray, fraction: float)
 
 
 def seeded(model: nn.Module, evaluate: Evaluate, seed: int = 0) -> float:
-    """The value of a model with the random numbers of a seed. The caller's random states, the running
-    statistics and the modes of modules stay as they were."""
+    """Evaluates a model with the random numbers of a seed. Random states, running statistics and modes
+    of modules are restored afterwards."""
     with unchanged(model), torch.no_grad():
         torch.manual_seed(seed)
         np.random.seed(seed)

@@ -26,10 +26,10 @@ from mmprune.graph.cost import Term
 
 @dataclass(frozen=True)
 class Ladder:
-    """The ways to cut one group.
+    """The ways to cut one group of units: nested blocks, from no removed unit to the most.
 
     Args:
-        order: (units that may go,) numbers of units, in the order in which they are removed.
+        order: (removable units,) the units in the order in which they are removed.
         gone: (levels,) how many units of ``order`` are removed at each level; ``gone[0]`` is 0.
         lost: (levels,) the score that is lost at each level.
     """
@@ -45,14 +45,14 @@ what it changes beyond both if ladder ``a`` moves up and ladder ``b`` down."""
 
 
 class BlockCost:
-    """A cost as a function of the levels of all ladders, which start at level 0.
+    """A cost (such as FLOPs) as a function of the levels of all ladders, which start at level 0.
 
     Args:
-        ladders: the ladders that may move.
-        keep: (n_units,) bool, the units that are there at level 0 of all ladders.
+        ladders: the ladders whose levels may change.
+        keep: (n_units,) bool, the units that remain while all ladders are at level 0.
         axes: for each axis, the unit at each of its positions; -1 for a locked position.
-        terms: the terms whose sum is the cost: a factor, and the numbers of the axes whose remaining
-            positions are multiplied.
+        terms: the terms whose sum is the cost. Each is a factor, and the indices of the entries of
+            ``axes`` whose numbers of remaining positions are multiplied with it.
     """
 
     def __init__(
@@ -64,15 +64,15 @@ class BlockCost:
     ) -> None:
         self._ladders, self._levels = ladders, [0] * len(ladders)
         # Axes that shrink alike are counted once: a residual stream has the same axis in many layers.
-        distinct, number_of = {}, []
+        distinct, distinct_of = {}, []
         for count, removed in _positions(ladders, keep, axes):
             key = (count, tuple((ladder, by_level.tobytes()) for ladder, by_level in removed.items()))
-            number_of.append(distinct.setdefault(key, (len(distinct), count, removed))[0])
+            distinct_of.append(distinct.setdefault(key, (len(distinct), count, removed))[0])
         self._counts = np.array([count for _, count, _ in distinct.values()])
         self._removed = [removed for _, _, removed in distinct.values()]
         factors: dict[tuple[int, ...], float] = {}
-        for factor, numbers in terms:
-            product = tuple(sorted(number_of[axis] for axis in numbers))
+        for factor, term_axes in terms:
+            product = tuple(sorted(distinct_of[axis] for axis in term_axes))
             factors[product] = factors.get(product, 0.0) + factor
         self._terms: list[tuple[float, tuple[int, ...], np.ndarray]] = []
         self._fixed = 0.0
@@ -99,23 +99,23 @@ class BlockCost:
 
     @property
     def value(self) -> float:
-        """The cost at the present levels."""
+        """The cost at the present levels of the ladders."""
         return self._fixed + float(self._amounts.sum())
 
     def move(self, ladder: int, level: int) -> None:
-        """Takes a ladder to another level."""
+        """Sets the level of a ladder and updates the cost."""
         for axis in self._axes_of[ladder]:
             removed = self._removed[axis][ladder]
             self._counts[axis] += removed[self._levels[ladder]] - removed[level]
         self._levels[ladder] = level
         for index in self._terms_of[ladder]:
             self._amounts[index] = self._amount(index)
-        for known in self._known.values():
-            known.stale.update(self._terms_of[ladder])
+        for changes in self._known.values():
+            changes.stale.update(self._terms_of[ladder])
 
     def curve(self, ladder: int) -> np.ndarray:
-        """(levels,) the cost with the ladder at each of its levels and all others as they are."""
-        total = np.full(self._ladders[ladder].gone.size, self.value)
+        """Computes the cost at each level of one ladder, (levels,), while the others stay."""
+        costs = np.full(self._ladders[ladder].gone.size, self.value)
         for index in self._terms_of[ladder]:
             factor, axes, _ = self._terms[index]
             product = 1.0
@@ -125,11 +125,11 @@ class BlockCost:
                 if removed is not None:
                     count = count + removed[self._levels[ladder]] - removed
                 product = product * count
-            total += factor * product - self._amounts[index]
-        return total
+            costs += factor * product - self._amounts[index]
+        return costs
 
     def neighbours(self, upper: np.ndarray, lower: np.ndarray) -> Changes:
-        """What changes if one or two ladders move.
+        """Computes how the cost changes if one or two ladders move, as :data:`Changes`.
 
         Args:
             upper: (n,) the level to which each ladder would move up (at most its present one).
@@ -137,40 +137,42 @@ class BlockCost:
         """
         levels = np.array(self._levels)
         # The solver asks for few kinds of exchanges (one block for one, one for two, two for one), and
-        # between two questions of the same kind few ladders have moved.
-        kind = (int((levels - upper).max(initial=0)), int((lower - levels).max(initial=0)))
-        known = self._known.setdefault(kind, _KnownChanges(len(levels), len(self._terms)))
-        for ladder in np.flatnonzero((upper != known.upper) | (lower != known.lower)).tolist():
-            known.stale.update(self._terms_of[ladder])
-        for index in known.stale:
-            known.put(index, self._terms[index][2], self._changes_of(index, upper, lower))
-        known.stale, known.upper, known.lower = set(), upper.copy(), lower.copy()
-        return known.up, known.down, known.both
+        # few ladders move between two calls for the same kind, so the sums of each kind are kept.
+        exchange = (int((levels - upper).max(initial=0)), int((lower - levels).max(initial=0)))
+        changes = self._known.setdefault(exchange, _KnownChanges(len(levels), len(self._terms)))
+        for ladder in np.flatnonzero((upper != changes.upper) | (lower != changes.lower)).tolist():
+            changes.stale.update(self._terms_of[ladder])
+        for index in changes.stale:
+            changes.put(index, self._terms[index][2], self._changes_of(index, upper, lower))
+        changes.stale, changes.upper, changes.lower = set(), upper.copy(), lower.copy()
+        return changes.up, changes.down, changes.both
 
     def _changes_of(self, index: int, upper: np.ndarray, lower: np.ndarray) -> Changes:
-        """:meth:`neighbours` of one term, for the ladders that it depends on."""
+        """Computes :meth:`neighbours` of a single term, for the ladders that the term depends on."""
         factor, axes, moving = self._terms[index]
-        returned, taken = np.zeros((2, len(axes), moving.size))
+        put_back, removed_more = np.zeros((2, len(axes), moving.size))
         for i, axis in enumerate(axes):
             for j, ladder in enumerate(moving.tolist()):
                 removed = self._removed[axis].get(ladder)
                 if removed is not None:
                     level = self._levels[ladder]
-                    returned[i, j] = removed[level] - removed[upper[ladder]]
-                    taken[i, j] = removed[level] - removed[lower[ladder]]
+                    put_back[i, j] = removed[level] - removed[upper[ladder]]
+                    removed_more[i, j] = removed[level] - removed[lower[ladder]]
         counts = self._counts[list(axes)][:, None]
         amount = self._amounts[index]
-        up = factor * (counts + returned).prod(axis=0) - amount
-        down = amount - factor * (counts + taken).prod(axis=0)
-        if len(axes) == 1:  # a linear term: two moves change what each of them changes
+        up = factor * (counts + put_back).prod(axis=0) - amount
+        down = amount - factor * (counts + removed_more).prod(axis=0)
+        if len(axes) == 1:  # in a linear term the effects of two moves add up
             return up, down, np.zeros((moving.size, moving.size))
-        pairs = counts[:, :, None] + returned[:, :, None] + taken[:, None, :]
-        both = factor * pairs.prod(axis=0)
-        return up, down, both - amount - up[:, None] + down[None, :]
+        pairs = counts[:, :, None] + put_back[:, :, None] + removed_more[:, None, :]
+        after_both = factor * pairs.prod(axis=0)
+        return up, down, after_both - amount - up[:, None] + down[None, :]
 
 
 class _KnownChanges:
-    """Sums over all terms of :meth:`BlockCost.neighbours`, for one kind of exchange.
+    """The result of :meth:`BlockCost.neighbours` for one kind of exchange, kept between calls.
+
+    ``up``, ``down`` and ``both`` are sums over the contributions of all terms.
 
     ``stale`` holds the terms whose contribution has changed since it was added to the sums.
     """
@@ -197,25 +199,25 @@ class _KnownChanges:
 def _positions(
     ladders: Sequence[Ladder], keep: np.ndarray, axes: Sequence[np.ndarray]
 ) -> Iterator[tuple[float, dict[int, np.ndarray]]]:
-    """For each axis, how many positions there are at level 0, and {ladder: how many it has removed at
-    each of its levels}."""
+    """Yields for each axis the index of positions at level 0, and {ladder: (levels,) the index of
+    positions that it removes at each of its levels}."""
     ladder_of = np.full(keep.size + 1, -1)  # the last entry is of unit -1, a locked position
     rank = np.zeros(keep.size + 1, dtype=np.int64)
-    for number, ladder in enumerate(ladders):
-        ladder_of[ladder.order] = number
+    for index, ladder in enumerate(ladders):
+        ladder_of[ladder.order] = index
         rank[ladder.order] = np.arange(ladder.order.size)
-    stays = np.append(keep, True)
+    is_kept = np.append(keep, True)
     for units in axes:
         ladder_at, removed = ladder_of[units], {}
-        for number in np.unique(ladder_at[ladder_at >= 0]).tolist():
-            ladder = ladders[number]
-            by_rank = np.bincount(rank[units[ladder_at == number]], minlength=ladder.order.size)
-            removed[number] = np.append(0, np.cumsum(by_rank))[ladder.gone].astype(np.float64)
-        yield float(stays[units].sum()), removed
+        for index in np.unique(ladder_at[ladder_at >= 0]).tolist():
+            ladder = ladders[index]
+            at_rank = np.bincount(rank[units[ladder_at == index]], minlength=ladder.order.size)
+            removed[index] = np.append(0, np.cumsum(at_rank))[ladder.gone].astype(np.float64)
+        yield float(is_kept[units].sum()), removed
 
 
 def kept_at(ladders: Sequence[Ladder], keep: np.ndarray, levels: Sequence[int]) -> np.ndarray:
-    """(n_units,) bool: ``keep`` without the units that are removed at these levels."""
+    """Returns ``keep``, (n_units,) bool, without the units that the ladders remove at ``levels``."""
     remaining = keep.copy()
     for ladder, level in zip(ladders, levels, strict=True):
         remaining[ladder.order[: ladder.gone[level]]] = False

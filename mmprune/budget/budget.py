@@ -1,4 +1,4 @@
-"""What a user asks for: how much of the model is to remain, and where."""
+"""The budget of a cut: how much of the model has to remain, and in which parts."""
 
 import inspect
 import numbers
@@ -11,6 +11,8 @@ from mmprune.budget.runtimes import check_backend
 from mmprune.errors import PruneError, did_you_mean
 
 FRACTIONS = ('keep_flops', 'keep_params', 'keep_channels', 'latency')
+"""The targets that are fractions of the unpruned model."""
+
 TARGETS = (*FRACTIONS, 'prune_num')
 """The options that say when to stop; all others say what may be removed."""
 
@@ -22,24 +24,25 @@ REMOVED_DEFAULTS = {'max_cut': 1.0}
 ignored; at any other value they are an error."""
 
 Divisor = int | Literal['auto']
+"""The type of the option ``divisor``."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much of the model is to remain, and where. Of several targets, the one that is reached first
-    ends the cut.
+    """How much of the model has to remain, and in which parts. Of several targets, the one that is
+    reached first ends the cut.
 
     Args:
         keep_flops: the fraction of the unpruned model's multiply-adds that remains, in (0, 1].
         keep_params: the fraction of the unpruned model's parameters that remains, in (0, 1].
-        keep_channels: the fraction of its units that every group keeps, in (0, 1].
+        keep_channels: the fraction of units that every group keeps, in (0, 1].
         latency: the fraction of the unpruned model's measured time that remains, in (0, 1].
         backend: the runtime in which times are measured: ``'eager'`` (torch), ``'onnxruntime'`` or
-            ``'openvino'``. ``divisor='auto'`` is measured there too.
+            ``'openvino'``. The multiple for ``divisor='auto'`` is measured in the same runtime.
         prune_num: the number of units that one cut removes.
         min_channels: the number of channels that every group keeps at least.
         divisor: widths are multiples of this number. ``'auto'`` takes the channel multiple that was
-            measured to be fast on this device (``mmprune/budget/device.py``); then one step removes at
+            measured to be fast on this device (:mod:`mmprune.budget.device`). One step then removes at
             most a quarter of a layer, and widths are multiples of 4 wherever they are above 4.
         lock: patterns of tensor names (``'backbone.layer1.*'``) whose units are never removed.
         parts: {part: {option: value}}, options for the units that are made in one part of the model. A
@@ -89,7 +92,7 @@ class Budget:
 
     @property
     def targets(self) -> dict[str, float]:
-        """The targets of the whole model that were given, without those of parts."""
+        """The targets that were given for the whole model, without the targets of parts."""
         return {name: getattr(self, name) for name in TARGETS if getattr(self, name) is not None}
 
     def locks(self, name: str) -> bool:
@@ -97,7 +100,7 @@ class Budget:
         return any(fnmatchcase(name, pattern) for pattern in self.lock)
 
     def of_part(self, name: str) -> 'Limits':
-        """What holds in one part: its options, and the model's limits where it has none."""
+        """Returns the options of one part. Limits that the part does not set are the model's."""
         options = self.parts[name]
         return Limits(
             options.get('min_channels', self.min_channels),
@@ -107,14 +110,18 @@ class Budget:
 
     @property
     def whole(self) -> 'Limits':
-        """What holds outside all parts."""
+        """The options for the units that belong to no part."""
         return Limits(self.min_channels, self.divisor, self.targets)
 
     def scheduled(self, along: Callable[[str, float], float]) -> 'Budget':
-        """The budget of one of several cuts: ``along(name, fraction)`` replaces every fraction that
-        remains, also in parts."""
+        """Returns the budget of one of several cuts.
 
-        def moved(options: Mapping[str, Any]) -> dict[str, Any]:
+        Args:
+            along: called as ``along(name, fraction)`` with each target that is a fraction, also those
+                of parts. It returns the fraction that replaces the target.
+        """
+
+        def with_new_fractions(options: Mapping[str, Any]) -> dict[str, Any]:
             return {
                 name: along(name, value) if name in FRACTIONS else value
                 for name, value in options.items()
@@ -122,17 +129,17 @@ class Budget:
 
         return replace(
             self,
-            **moved(self.targets),
-            parts={part: moved(options) for part, options in self.parts.items()},
+            **with_new_fractions(self.targets),
+            parts={part: with_new_fractions(options) for part, options in self.parts.items()},
         )
 
     def to_meta(self) -> dict[str, Any]:
-        """The budget as plain numbers, strings, lists and dicts. Options that were not given are left
-        out."""
+        """Converts the budget to plain numbers, strings, lists and dicts, without options that are
+        ``None`` and without ``parts`` and ``backend`` that have their default values."""
         meta = {f.name: getattr(self, f.name) for f in fields(self)}
         meta |= {'lock': list(self.lock), 'parts': {k: dict(v) for k, v in self.parts.items()}}
-        usual = {'parts': {}, 'backend': 'eager'}
-        return {k: v for k, v in meta.items() if v is not None and v != usual.get(k)}
+        defaults = {'parts': {}, 'backend': 'eager'}
+        return {k: v for k, v in meta.items() if v is not None and v != defaults.get(k)}
 
 
 @dataclass(frozen=True)
@@ -166,7 +173,7 @@ def _check_count(name: str, value: Any) -> None:
 
 
 def _unquoted(name: str, value: str, example: float) -> str:
-    """What to write instead of a string: the number that it holds, or else an example."""
+    """Says what to write instead of a string: the number that it holds, or else an example."""
     try:
         float(value)
     except ValueError:
@@ -189,6 +196,7 @@ def _checked_parts(parts: Any) -> dict[str, dict[str, Any]]:
             raise PruneError(
                 f'parts[{part!r}]: unknown option {unknown!r}: {did_you_mean(unknown, PART_OPTIONS)}'
             )
+        # A Budget checks the values. It needs a target, and a part may have none.
         with_target: dict[str, Any] = {'prune_num': 1, **options}
         try:
             Budget(**with_target)
@@ -200,7 +208,7 @@ def _checked_parts(parts: Any) -> dict[str, dict[str, Any]]:
 
 
 def without_removed(options: Mapping[str, Any]) -> dict[str, Any]:
-    """``options`` without those that earlier versions had, where their value changed nothing."""
+    """Returns ``options`` without those of earlier versions whose value changed nothing."""
     return {
         name: value
         for name, value in options.items()
@@ -214,12 +222,12 @@ def make_budget(
     /,
     **options: Any,
 ) -> Budget:
-    """Makes a Budget from what a caller was given: either ``budget`` or ``options``.
+    """Makes a Budget from ``budget`` or from ``options``.
 
     Args:
         budget: a :class:`Budget`, a mapping of its options, or ``None`` if ``options`` are given.
         others: names of the caller's own options, for "did you mean": a misspelt ``optimizer=`` of
-            :func:`mmprune.prune` arrives here among the options of the budget.
+            :func:`mmprune.prune` arrives among the options of the budget.
         options: the options of :class:`Budget` as keywords.
 
     Raises:
@@ -227,7 +235,7 @@ def make_budget(
             the most similar one and lists all) or was removed; a value is out of its range; a target is
             1.0, which removes nothing.
     """
-    as_options = budget is None
+    given_as_keywords = budget is None
     if budget is None:
         budget = options
     elif options:
@@ -242,11 +250,13 @@ def make_budget(
         )
     if isinstance(budget, Mapping):
         budget = without_removed(budget)
-        known = [f.name for f in fields(Budget)]
-        unknown = next((name for name in budget if name not in known), None)
+        option_names = [f.name for f in fields(Budget)]
+        unknown = next((name for name in budget if name not in option_names), None)
         if unknown is not None:
-            names = list(dict.fromkeys([*known, *others])) if as_options else known
-            raise PruneError(f'unknown budget option {unknown!r}: {did_you_mean(unknown, names)}')
+            candidates = (
+                list(dict.fromkeys([*option_names, *others])) if given_as_keywords else option_names
+            )
+            raise PruneError(f'unknown budget option {unknown!r}: {did_you_mean(unknown, candidates)}')
         budget = Budget(**budget)
     # A part may have a target of 1.0: it keeps the part as it is while the rest is cut.
     for name, value in budget.targets.items():
@@ -258,6 +268,6 @@ def make_budget(
 
 
 def own_options(function: Callable[..., Any]) -> list[str]:
-    """The names of a function's or class's keywords, without the ``**options`` of a budget."""
+    """Returns the names of the parameters of a function or class that have a default value."""
     parameters = inspect.signature(function).parameters.values()
     return [parameter.name for parameter in parameters if parameter.default is not parameter.empty]

@@ -1,17 +1,19 @@
-"""Which units remain, from their scores and a budget.
+"""Chooses the units that remain, by their scores and a budget.
 
 **Problem.** Each unit has a score (the loss that its removal costs) and a cost (the FLOPs, say, that
-its removal saves). The budget says how much of the cost may remain, and limits say what may not go:
-locks, the fewest channels of a group, multiples that widths have to be.
+its removal saves). The budget says how much of the cost may remain. Limits say what has to stay: locks,
+the fewest channels of a group, and the number whose multiples widths have to be.
 
-**Idea.** In each group of units the lowest scores go first, so what a group can lose is a *ladder*:
-with ``divisor=8``, nothing, its 8 lowest scores, its 16 lowest, and so on. The solver
-(:mod:`mmprune.budget.solver`) then finds how far each ladder is taken, so that the target is met and
-little score is lost. Parts of the model that have targets are cut to these first, and then the rest.
+**Idea.** In each group the units with the lowest scores are removed first, so a group can be cut in
+steps, which we call a *ladder*. With ``divisor=8`` its levels remove no unit, the 8 units with the
+lowest scores, the 16 lowest, and so on. The solver (:mod:`mmprune.budget.solver`) finds a level for
+each ladder, so that the target is met and little score is lost. Parts of the model that have targets
+are cut to these first, and then the rest.
 
-**Example.** Two groups of 16 units, ``divisor=8``. The 8 lowest scores of the first sum to 2 and save
-10 % of the FLOPs, those of the second sum to 3 and save 30 %. With ``keep_flops=0.8`` the 8 of the
-second go: they lose 1 for each 10 % that they save, and the first ones 2.
+**Example.** Two groups have 16 units each, and ``divisor=8``. The 8 lowest scores of the first group
+sum to 2, and removing their units saves 10 % of the FLOPs. Those of the second sum to 3 and save 30 %.
+With ``keep_flops=0.8`` the 8 units of the second group are removed: they lose a score of 1 for each
+10 % that they save, and the units of the first group would lose 2.
 """
 
 import math
@@ -35,14 +37,14 @@ from mmprune.graph.coupling import ChannelGraph, Group
 from mmprune.surgery.build import Baseline
 
 PER = ('auto', 'budget', *cost.BY_NAME, 'none')
-"""What scores can be set against: see :class:`mmprune.Score`."""
+"""The costs that scores can be divided by: see :class:`mmprune.Score`."""
 
 SHORT = 0.01
-"""The fraction by which the last of several cuts may undercut its target before smaller steps of widths
-are tried."""
+"""If a cut undercuts the target of the last of several cuts by more than this fraction, :func:`choose`
+tries again with smaller steps of widths."""
 
 NO_CHANNELS = 1e-9
-"""A target of ``keep_channels`` that is below that of any group, so that only the limits hold."""
+"""A ``keep_channels`` so low that only the other limits decide how far groups are cut."""
 
 
 def choose(
@@ -59,13 +61,14 @@ def choose(
     """Chooses the units that remain.
 
     Args:
-        graph: the graph of the model as it is.
+        graph: the graph of the model before this cut.
         scores: (n_units,) the loss that the removal of each unit costs; below zero, the loss falls. A
             unit whose score is NaN is not removed.
         budget: how much is to remain after this cut.
-        original: what the unpruned model had, if the model was cut before; ``None``: it was not.
-        per: the cost that scores are set against: ``'flops'``, ``'memory'``, ``'work'`` or
-            ``'params'``; ``'budget'``: the cost that the budget counts; ``'auto'``: that too, but work
+        original: the FLOPs, parameters and units of the unpruned model if it was cut before; ``None``:
+            the model is unpruned.
+        per: the cost that scores are divided by: ``'flops'``, ``'memory'``, ``'work'`` or
+            ``'params'``; ``'budget'``: the cost that the budget counts; ``'auto'``: the same, but work
             if the budget counts FLOPs or time; ``'none'``: the number of units.
         auto: the channel multiple that ``divisor='auto'`` stands for; ``None``: the one that was
             measured on the device of the model.
@@ -103,13 +106,13 @@ def lowest(
     original: Baseline | None = None,
     scores: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The units that remain if all units go that the limits of a budget allow.
+    """Returns the units that remain after the largest cut that the limits of a budget allow.
 
     Args:
         graph: the graph of the model as it is.
-        budget: the limits. Its own targets do not count; parts that have targets are cut to these.
-        original: what the unpruned model had, if the model was cut before.
-        scores: (n_units,) as in :func:`choose`; ``None``: all are equal.
+        budget: the limits. Its targets are ignored, except that parts with targets are cut to these.
+        original: the unpruned model's FLOPs, parameters and units, as in :func:`choose`.
+        scores: (n_units,) the scores, as in :func:`choose`; ``None``: all units have the same score.
 
     Returns:
         (n_units,) bool, the units that remain.
@@ -126,8 +129,8 @@ def lowest(
 
 
 def limits_of(graph: ChannelGraph, budget: Budget) -> tuple[list[str | None], list[Limits]]:
-    """For each group, the first part of the budget that it belongs to (``None``: no part), and the
-    limits that hold for it."""
+    """Returns for each group the first part of the budget that it belongs to (``None``: no part), and
+    the limits that apply to it."""
     names = [producer_name(graph, group) for group in graph.groups]
     for part in budget.parts:
         if not any(cost.in_part(name, part) for name in names):
@@ -137,13 +140,13 @@ def limits_of(graph: ChannelGraph, budget: Budget) -> tuple[list[str | None], li
                 f'or pattern of names such as {names[0]!r}'
             )
     parts = [next((part for part in budget.parts if cost.in_part(name, part)), None) for name in names]
-    limits = {part: budget.of_part(part) for part in budget.parts}
-    return parts, [budget.whole if part is None else limits[part] for part in parts]
+    limits_of_part = {part: budget.of_part(part) for part in budget.parts}
+    return parts, [budget.whole if part is None else limits_of_part[part] for part in parts]
 
 
 def uneven(graph: ChannelGraph, keep: np.ndarray, budget: Budget) -> list[str]:
-    """A sentence for each layer that is left with a width that is no multiple of the divisor (of 4 with
-    ``'auto'``), because its channels come from groups that cannot all be rounded."""
+    """Returns a sentence for each layer whose new width is not a multiple of the divisor (of 4 with
+    ``'auto'``), e.g. because its channels come from groups that cannot all be rounded."""
     divisors: list[Divisor] = [limits.divisor for limits in limits_of(graph, budget)[1]]
     return steps.uneven_widths(
         graph, keep, [steps.LEAST if divisor == 'auto' else divisor for divisor in divisors]
@@ -151,18 +154,18 @@ def uneven(graph: ChannelGraph, keep: np.ndarray, budget: Budget) -> list[str]:
 
 
 def unit_width(group: Group) -> int:
-    """The number of channels that one unit of a group has on the layer that makes it."""
+    """Returns how many channels one unit of a group has in the layer that makes it."""
     return min(group.axes.values())
 
 
 def producer_name(graph: ChannelGraph, group: Group) -> str:
-    """The name of the first weight that makes a group's units; it decides to which part they belong."""
+    """Returns the name of the first weight that makes a group's units. It decides their part."""
     reading = set(graph.consumers)
     return next((axis.name for axis in group.axes if axis not in reading), group.name)
 
 
 def device_divisor(graph: ChannelGraph, backend: str = 'eager') -> int:
-    """The channel multiple that is fast on the device of the model, for the number type of its largest
+    """Returns the channel multiple that is fast on the model's device for the data type of its largest
     weight; 1 if the model has no weights."""
     tensors = [t for t in graph.slots.tensors.values() if t.is_floating_point() and t.ndim > 1]
     if not tensors:
@@ -172,8 +175,8 @@ def device_divisor(graph: ChannelGraph, backend: str = 'eager') -> int:
 
 
 def cost_against(per: str, target: str) -> str:
-    """The cost that scores are divided by, as a name in ``cost.BY_NAME``, or ``'none'`` for the number
-    of units.
+    """Returns the cost that scores are divided by: a name in ``cost.BY_NAME``, or ``'none'`` for the
+    number of units.
 
     Args:
         per: one of ``PER``.
@@ -193,8 +196,8 @@ def _first_reasons(graph: ChannelGraph) -> str:
 
 def _finite(scores: np.ndarray) -> np.ndarray:
     """Replaces infinite scores by numbers a million times the others, so that scores can be summed."""
-    real = np.abs(scores[np.isfinite(scores)])
-    huge = 1e6 * max(float(real.max(initial=0.0)), 1.0)
+    magnitudes = np.abs(scores[np.isfinite(scores)])
+    huge = 1e6 * max(float(magnitudes.max(initial=0.0)), 1.0)
     return np.nan_to_num(scores, nan=np.nan, posinf=huge, neginf=-huge)
 
 
@@ -217,13 +220,13 @@ def _locked_by_name(graph: ChannelGraph, patterns: tuple[str, ...]) -> np.ndarra
 
 
 class _Target(NamedTuple):
-    """One target of a budget.
+    """One target of a budget. All amounts have the unit of what it counts, e.g. FLOPs.
 
     Args:
-        value: gives what remains from the units that remain, (n_units,) bool.
-        unpruned: what the unpruned model had.
-        limit: how much may remain after this cut.
-        final: how much may remain after the last cut.
+        value: computes the amount of a pruned model from the units that remain, (n_units,) bool.
+        unpruned: the amount of the unpruned model.
+        limit: the amount that may remain after this cut.
+        final: the amount that may remain after the last cut.
     """
 
     value: Callable[[np.ndarray], float]
@@ -237,10 +240,14 @@ class _Target(NamedTuple):
 
 @dataclass
 class _Choice:
-    """One call of :func:`choose`, whose arguments it has.
+    """One call of :func:`choose`, with its arguments as attributes.
 
-    ``multiple`` is what ``divisor='auto'`` stands for. For each group, ``part`` and ``limits`` say what
-    holds there, and ``widths`` are those of the layers that hold its units.
+    Attributes:
+        multiple: the channel multiple that ``divisor='auto'`` stands for.
+        part: for each group, the part of the budget that it belongs to; ``None``: no part.
+        limits: for each group, the limits that apply to it.
+        widths: for each group, the widths of the layers that hold its units.
+        protected: (n_units,) bool, the units that have no score or that the budget locks.
     """
 
     graph: ChannelGraph
@@ -266,7 +273,7 @@ class _Choice:
                 self.widths[group].append(width)
 
     def keep(self) -> np.ndarray:
-        """The units that remain: parts are cut to their targets first, then the rest of the model."""
+        """Chooses the units that remain. Parts with targets are cut before the rest of the model."""
         keep = np.ones(self.graph.n_units, dtype=bool)
         for part in self.budget.parts:
             keep = self._cut(part, keep)
@@ -286,7 +293,7 @@ class _Choice:
         return bool(targets) and max(t.value(keep) / t.final for t in targets) < 1 - SHORT
 
     def finer(self) -> '_Choice':
-        """The same choice with half the steps of ``divisor='auto'``."""
+        """Returns the same choice with steps of ``divisor='auto'`` that are half as large."""
         is_divisible = self.multiple % (2 * steps.LEAST) == 0
         return replace(self, auto=self.multiple // 2 if is_divisible else steps.LEAST)
 
@@ -294,15 +301,16 @@ class _Choice:
         return budget.whole if part is None else budget.of_part(part)
 
     def _cut(self, part: str | None, keep: np.ndarray) -> np.ndarray:
-        """``keep`` without the units that go for the targets of a part (``None``: the whole model)."""
+        """Returns ``keep`` without the units that are removed to meet a target of a part (``None``: of
+        the whole model). Of several targets, the one whose cut loses the least score counts."""
         limits = self._limits_of(self.budget, part)
         if not limits.targets:
             return keep
         # A part that has targets does not count for the whole model.
         groups = [
-            number
-            for number, part_of_group in enumerate(self.part)
-            if part_of_group == part or (part is None and not self.limits[number].targets)
+            index
+            for index, part_of_group in enumerate(self.part)
+            if part_of_group == part or (part is None and not self.limits[index].targets)
         ]
         targets = self._targets(part, keep)
         if any(target.is_met(keep) for target in targets.values()):
@@ -313,41 +321,43 @@ class _Choice:
                 f'prune_num={limits.targets["prune_num"]}: no prunable unit left'
                 + (f' in {part}' if part else '')
             )
-        least = kept_at(ladders, keep, [ladder.gone.size - 1 for ladder in ladders])
+        largest_cut = kept_at(ladders, keep, [ladder.gone.size - 1 for ladder in ladders])
         solutions = []
         for name, target in targets.items():
-            if target.is_met(least):
+            if target.is_met(largest_cut):
                 blocks = self._block_cost(cost_against('budget', name), target.value, ladders, keep)
                 divided_by = cost_against(self.per, name)
                 other = None
                 if divided_by != cost_against('budget', name):
                     other = self._block_cost(divided_by, None, ladders, keep)
                 solutions.append(solve(ladders, blocks, target.limit, other, target.final))
-        if solutions:  # the target that is reached first is the one that removes least
+        if solutions:  # the target that is reached first loses least
             return kept_at(ladders, keep, min(solutions, key=lambda levels: _lost(ladders, levels)))
         if 'prune_num' in limits.targets or 'keep_channels' in limits.targets:
-            return least
-        raise self._below_floor(part, limits, targets, least)
+            return largest_cut
+        raise self._below_floor(part, limits, targets, largest_cut)
 
     def _targets(self, part: str | None, keep: np.ndarray) -> dict[str, _Target]:
-        """{name: target} for a part (``None``: the whole model), of which the units in ``keep`` are
-        there. ``keep_channels`` is not among the targets: it limits the ladders."""
-        now = self._limits_of(self.budget, part).targets
-        last = self._limits_of(self.final or self.budget, part).targets
+        """Returns {name: target} for a part (``None``: the whole model) whose units in ``keep`` remain.
+        ``keep_channels`` is not among the targets, because it limits the ladders instead."""
+        current_targets = self._limits_of(self.budget, part).targets
+        final_targets = self._limits_of(self.final or self.budget, part).targets
         plan = self.original.plan
         shapes = plan and plan.fingerprint
         targets: dict[str, _Target] = {}
-        for name, what in (('keep_flops', 'flops'), ('keep_params', 'params')):
-            if name in now:
-                value = getattr(cost, what)(self.graph, part)
-                unpruned = getattr(self.original, what) if part is None else None
+        for name, cost_name in (('keep_flops', 'flops'), ('keep_params', 'params')):
+            if name in current_targets:
+                value = getattr(cost, cost_name)(self.graph, part)
+                unpruned = getattr(self.original, cost_name) if part is None else None
                 if unpruned is None:
                     unpruned = cost.before(self.graph, shapes, value)
-                targets[name] = _Target(value, unpruned, now[name] * unpruned, last[name] * unpruned)
-        if 'latency' in now:
+                targets[name] = _Target(
+                    value, unpruned, current_targets[name] * unpruned, final_targets[name] * unpruned
+                )
+        if 'latency' in current_targets:
             if self.work is None:
                 raise PruneError(
-                    f'latency={now["latency"]}: choose() measures no times: take '
+                    f'latency={current_targets["latency"]}: choose() measures no times: take '
                     'mmprune.budget.measured.choose_measured, or a budget of keep_flops'
                 )
             value = cost.work(self.graph)
@@ -355,10 +365,10 @@ class _Choice:
             targets['latency'] = _Target(
                 value, unpruned, self.work[0] * unpruned, self.work[1] * unpruned
             )
-        if 'prune_num' in now:
+        if 'prune_num' in current_targets:
             units = int(keep.sum())
-            left = float(units - now['prune_num'])
-            targets['prune_num'] = _Target(np.sum, units, left, left)
+            remaining = float(units - current_targets['prune_num'])
+            targets['prune_num'] = _Target(np.sum, units, remaining, remaining)
         return targets
 
     def _block_cost(
@@ -368,8 +378,15 @@ class _Choice:
         ladders: list[Ladder],
         keep: np.ndarray,
     ) -> BlockCost:
-        """The cost of a name in ``cost.BY_NAME``, or of ``'none'``, the number of units. ``value`` is
-        the cost where it is known already, such as that of one part."""
+        """Makes a cost that the solver can move.
+
+        Args:
+            name: a name in ``cost.BY_NAME``, or ``'none'`` for the number of units.
+            value: the cost, if it is made already, such as the FLOPs of one part; ``None`` or any other
+                function: the cost of the whole graph is made.
+            ladders: the ladders, all at level 0.
+            keep: (n_units,) bool, the units that remain at level 0.
+        """
         if name == 'none':
             return BlockCost(ladders, keep, [np.arange(keep.size)], [(1.0, (0,))])
         polynomial = value if isinstance(value, CostPolynomial) else cost.BY_NAME[name](self.graph)
@@ -377,50 +394,51 @@ class _Choice:
         return BlockCost(ladders, keep, axes, terms)
 
     def _ladders(self, groups: list[int], part: str | None, keep: np.ndarray) -> list[Ladder]:
-        """A ladder for each of these groups that can lose units.
+        """Makes a ladder for each group in ``groups`` that can lose units.
 
-        With ``keep_channels`` each of several cuts goes to the width that is nearest to its target. If
-        large blocks waited until they are due, they would all go in the last cut, and take the FLOPs
-        far below the target.
+        With ``keep_channels`` each of several cuts goes to the width that is nearest to its target,
+        even if that is slightly below it. Otherwise large blocks would all wait for the last cut, which
+        would bring the FLOPs far below the target.
         """
-        now = self._limits_of(self.budget, part).targets
-        last = self._limits_of(self.final or self.budget, part).targets
+        current_targets = self._limits_of(self.budget, part).targets
+        final_targets = self._limits_of(self.final or self.budget, part).targets
         order_of, lowest_of = {}, {}
-        for number in groups:
-            group = self.graph.groups[number]
+        for index in groups:
+            group = self.graph.groups[index]
             units = group.units[~self.protected[group.units]]
-            floor = self._fewest(number, last.get('keep_channels'))
+            floor = self._fewest(index, final_targets.get('keep_channels'))
             floor = max(floor, len(group) - len(units))
             if floor < len(group):
-                order_of[number] = units[np.argsort(self.scores[units], kind='stable')]
-                lowest_of[number] = floor
-        stays = {
-            number: int(keep[group.units].sum())
-            for number, group in enumerate(self.graph.groups)
-            if number not in order_of
+                order_of[index] = units[np.argsort(self.scores[units], kind='stable')]
+                lowest_of[index] = floor
+        uncut = {
+            index: int(keep[group.units].sum())
+            for index, group in enumerate(self.graph.groups)
+            if index not in order_of
         }
         ladders = []
-        for number, order in order_of.items():
-            n, floor = len(self.graph.groups[number]), lowest_of[number]
+        for index, order in order_of.items():
+            n_units, floor = len(self.graph.groups[index]), lowest_of[index]
             counts = steps.allowed_counts(
-                number,
-                n,
+                index,
+                n_units,
                 floor,
-                self._divisor(number),
-                self.widths[number],
-                stays,
-                auto=self.limits[number].divisor == 'auto',
+                self._divisor(index),
+                self.widths[index],
+                uncut,
+                auto=self.limits[index].divisor == 'auto',
             )
-            due = max(floor, self._fewest(number, now.get('keep_channels')))
+            due = max(floor, self._fewest(index, current_targets.get('keep_channels')))
+            # The counts descend, so the last level of the ladder is the count nearest to the target.
             counts = counts[: int(np.argmin([abs(count - due) for count in counts])) + 1]
             if len(counts) > 1:
-                gone = n - np.array(counts)
+                gone = n_units - np.array(counts)
                 lost = np.append(0.0, np.cumsum(self.scores[order]))[gone]
                 ladders.append(Ladder(order, gone, lost))
         return ladders
 
     def _fewest(self, number: int, keep_channels: float | None) -> int:
-        """How many units of a group remain at least."""
+        """Returns the fewest units of a group that its limits allow."""
         group = self.graph.groups[number]
         fewest = max(1, -(-self.limits[number].min_channels // unit_width(group)))
         if keep_channels is not None:
@@ -428,7 +446,7 @@ class _Choice:
         return min(len(group), fewest)
 
     def _divisor(self, number: int) -> int:
-        """The number that widths of a group should be multiples of."""
+        """Returns the number whose multiples the widths of a group should be."""
         divisor = self.limits[number].divisor
         if divisor != 'auto':
             return divisor
@@ -436,7 +454,7 @@ class _Choice:
         return steps.auto_step(self.multiple, self._units_before(number) * unit_width(group))
 
     def _units_before(self, number: int) -> int:
-        """How many units a group had before the first cut of the model."""
+        """Returns how many units a group had before the first cut of the model."""
         units = self.original.units
         return len(self.graph.groups[number]) if units is None else int(units[number])
 
@@ -444,26 +462,30 @@ class _Choice:
         self, part: str | None, limits: Limits, targets: dict[str, _Target], least: np.ndarray
     ) -> PruneError:
         divisor = f"'auto' ({self.multiple})" if limits.divisor == 'auto' else limits.divisor
-        where = f' in {part}' if part else ''
+        in_part = f' in {part}' if part else ''
         texts = []
         for name, target in targets.items():
             floor = target.value(least) / target.unpruned
             texts.append(
                 f'{name}={limits.targets[name]} is below the floor {floor:.3f} that locked units, '
-                f'min_channels={limits.min_channels} and divisor={divisor} leave{where}'
+                f'min_channels={limits.min_channels} and divisor={divisor} leave{in_part}'
             )
         unscored = int(np.isnan(self.scores).sum())
         if unscored:
             texts.append(f'{unscored} units have no score (what reads them is frozen) and stay')
         lock_less = ' or lock less' if self.budget.lock or unscored else ''
-        counted, of = ('parameters', cost.params) if 'keep_params' in targets else ('FLOPs', cost.flops)
-        locks = costliest_locks(self.graph, of, least)
-        held = f'. Of the {counted} that would be left these locks hold most: {locks}' if locks else ''
-        return PruneError(f'{"; ".join(texts)}: ask for more than the floor{lock_less}{held}')
+        counted, cost_of = (
+            ('parameters', cost.params) if 'keep_params' in targets else ('FLOPs', cost.flops)
+        )
+        locks = costliest_locks(self.graph, cost_of, least)
+        locks_text = (
+            f'. Of the {counted} that would be left these locks hold most: {locks}' if locks else ''
+        )
+        return PruneError(f'{"; ".join(texts)}: ask for more than the floor{lock_less}{locks_text}')
 
 
 def _lost(ladders: list[Ladder], levels: list[int]) -> tuple[float, int]:
-    """(score that is lost, units that are removed) at these levels."""
+    """Returns (score that is lost, units that are removed) with the ladders at ``levels``."""
     pairs = list(zip(ladders, levels, strict=True))
     return (
         sum(float(ladder.lost[level]) for ladder, level in pairs),

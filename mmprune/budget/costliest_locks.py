@@ -1,4 +1,4 @@
-"""The locks that keep a budget from being reached, by the cost of the channels that they hold."""
+"""Finds the locks that keep a budget from being reached, by the cost of the channels that they hold."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,7 +10,7 @@ from mmprune.graph.coupling import ChannelGraph, Group
 from mmprune.graph.locks import LockKind
 
 SHOWN = 3
-"""How many reasons a message names at most."""
+"""The most reasons that a message names."""
 
 LEAST_SHARE = 0.01
 """The share of the cost below which a reason is not named."""
@@ -25,24 +25,25 @@ UNAVOIDABLE = frozenset(
         LockKind.ONLY_CHANNEL,
     )
 )
-"""Locks that every model has, or that hold nothing that runs. They are not named."""
+"""Locks that every model has, or whose channels no run uses. Messages do not name them."""
 
 
 def costliest_locks(
     graph: ChannelGraph, cost: Callable[[ChannelGraph], CostPolynomial], keep: np.ndarray
 ) -> str:
-    """The reasons that lock most of the cost that a cut leaves, as text for a message.
+    """Describes the reasons that lock most of the cost that remains after a cut, for a message.
 
     Args:
-        graph: the graph of the model as it is.
-        cost: makes the cost from a graph: :func:`mmprune.graph.cost.flops` or ``params``.
-        keep: (n_units,) bool, the units that the cut leaves.
+        graph: the graph of the model before the cut.
+        cost: makes the cost of a graph: :func:`mmprune.graph.cost.flops` or ``params``.
+        keep: (n_units,) bool, the units that remain after the cut.
 
     Returns:
-        For each reason its share of the cost and the places where it was found; empty if no reason has
-        a share of ``LEAST_SHARE``.
+        For each reason its share of the cost and the modules that have it; empty if no reason has a
+        share of ``LEAST_SHARE``.
     """
-    # Each entry of the locked units becomes a unit that can be removed on trial.
+    # Each entry of ``graph.locked`` becomes a unit that can be removed on trial, because a cost only
+    # depends on which units remain.
     trial_units = graph.n_units + np.arange(len(graph.locked))
     trial_unit_of = np.where(graph.lock_of < 0, -1, graph.n_units + graph.lock_of)
     value = cost(
@@ -52,18 +53,18 @@ def costliest_locks(
             groups=[*graph.groups, Group('locked', trial_units, {})],
         )
     )
-    everything = np.append(keep, np.ones(trial_units.size, dtype=bool))
-    total = value(everything) or 1.0
+    after_cut = np.append(keep, np.ones(trial_units.size, dtype=bool))
+    cost_after_cut = value(after_cut) or 1.0
     entries_by_reasons: dict[tuple[str, ...], list[int]] = {}
-    for number, locked in enumerate(graph.locked):
+    for index, locked in enumerate(graph.locked):
         if not all(lock.kind in UNAVOIDABLE for lock in locked.reasons):
             reasons = tuple(dict.fromkeys(lock.text for lock in locked.reasons))
-            entries_by_reasons.setdefault(reasons, []).append(number)
+            entries_by_reasons.setdefault(reasons, []).append(index)
     shares = {}
     for reasons, entries in entries_by_reasons.items():
-        without = everything.copy()
+        without = after_cut.copy()
         without[trial_units[entries]] = False
-        shares[reasons] = 1 - value(without) / total
+        shares[reasons] = 1 - value(without) / cost_after_cut
     largest = sorted(shares.items(), key=lambda item: -item[1])[:SHOWN]
     return '; '.join(
         f'{share:.0%}: {"; ".join(reasons)}{_places(graph, entries_by_reasons[reasons])}'
@@ -73,12 +74,12 @@ def costliest_locks(
 
 
 def _places(graph: ChannelGraph, entries: list[int]) -> str:
-    """The first module that locks these entries of ``graph.locked``, and how many more do."""
+    """Names the first module that locks some entries of ``graph.locked``, and counts the others."""
     modules = list(
         dict.fromkeys(
-            lock.module or graph.locked[number].name
-            for number in entries
-            for lock in graph.locked[number].reasons
+            lock.module or graph.locked[entry].name
+            for entry in entries
+            for lock in graph.locked[entry].reasons
         )
     )
     more = f' and {len(modules) - 1} more' if len(modules) > 1 else ''

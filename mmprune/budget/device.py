@@ -1,16 +1,17 @@
-"""The channel multiple that is fast on a device, and how calls are timed.
+"""Measures the channel multiple that is fast on a device, and times calls.
 
 **Problem.** Processors compute channels in blocks. Where the block is 16, a layer of 33 channels takes
 as long as one of 48, so a cut from 48 to 33 channels loses accuracy and gains nothing. The size of the
 block depends on the device, the type of number and the runtime, and nothing reports it.
 
 **Idea.** Time a 3 x 3 and a 1 x 1 convolution at every width from 33 to 96 channels, and fit a parabola
-through all times: that is what a device without blocks would need. Then compare the multiples of 2, 4,
-8, 16 and 32 with it. If the best of them take at least 5 % less than the parabola, the smallest divisor
-that is as good (within 2 %) is the result, and otherwise 1.
+through all times: a device without blocks would take about as long. Then compare the times of the
+multiples of 2, 4, 8, 16 and 32 with the parabola. If the best divisor takes at least 5 % less than all
+widths do on average, the result is the smallest divisor that is as good (within 2 % of the parabola).
+Otherwise the result is 1.
 
 **Example.** Suppose that the multiples of 8 take 0.90 of the parabola on average, those of 16 and 32
-take 0.89, and those of 4 take 0.97. Then the result is 8.
+take 0.89, those of 4 take 0.97, and all widths take 1.00. Then the result is 8.
 """
 
 import contextlib
@@ -31,10 +32,13 @@ from mmprune.budget.runtimes import convolution, runtime_versions
 from mmprune.errors import PruneError
 
 DIVISORS = (1, 2, 4, 8, 16, 32)
+"""The divisors that are compared, in ascending order."""
+
 WIDTHS = range(33, 97)
+"""The numbers of channels at which convolutions are timed: two multiples of the largest divisor."""
 
 DIVISORS_FILE = 'divisors.json'
-"""The file in :func:`cache_folder` that holds {device, versions and type of number: divisor}."""
+"""The file in :func:`cache_folder` that holds {device, versions and data type: divisor}."""
 
 ENVIRONMENT = 'MMPRUNE_CACHE'
 """The environment variable that names the folder where measurements are kept."""
@@ -42,15 +46,16 @@ ENVIRONMENT = 'MMPRUNE_CACHE'
 log = logging.getLogger(__name__)
 
 _divisors: dict[str, int] = {}
-"""The divisors that were measured or looked up in this process."""
+"""The divisors that this process measured, or read from the file or a checkpoint, by the same keys as
+in the file."""
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Options of ``mallopt``, as in malloc.h."""
+"""The numbers of two options of ``mallopt``, as in malloc.h of glibc."""
 
 
 def device_name(device: torch.device) -> str:
-    """The name of the processor or graphics card. For a CPU also its instruction set and the number of
-    torch's threads, which change its times."""
+    """Returns the name of the processor or graphics card. The name of a CPU includes the instruction
+    set and the number of threads that torch uses, because both change its times."""
     if device.type == 'cuda':
         return torch.cuda.get_device_name(device)
     if device.type != 'cpu':
@@ -66,7 +71,7 @@ def device_name(device: torch.device) -> str:
 
 
 def cache_folder() -> Path:
-    """``$MMPRUNE_CACHE``, or else ``mmprune`` in the user's folder for caches."""
+    """Returns ``$MMPRUNE_CACHE``, or else ``mmprune`` in the user's folder for caches."""
     chosen = os.environ.get(ENVIRONMENT)
     if chosen:
         return Path(chosen)
@@ -75,7 +80,7 @@ def cache_folder() -> Path:
 
 
 def read_divisors() -> dict[str, Any]:
-    """The divisors that earlier processes measured; empty if the file is missing or cannot be read."""
+    """Reads the divisors that earlier processes measured; empty without a readable file."""
     path = cache_folder() / DIVISORS_FILE
     try:
         content = json.loads(path.read_text())
@@ -104,11 +109,11 @@ def keep_divisor(key: str, divisor: int) -> None:
 
 
 def divisor_of(device: torch.device, dtype: torch.dtype, backend: str = 'eager') -> int:
-    """The smallest of ``DIVISORS`` whose multiples are the fast widths of convolutions; 1 if rounding
-    would gain nothing.
+    """Returns the smallest of ``DIVISORS`` whose multiples are fast widths of convolutions; 1 if
+    rounding widths would save no time.
 
-    It is measured at the first call, in about a second (longer in runtimes other than eager torch), and
-    then kept on disk.
+    The first call measures the divisor, in about a second (longer in runtimes other than eager torch),
+    and keeps it on disk.
 
     Raises:
         PruneError: the runtime is not installed.
@@ -124,7 +129,7 @@ def divisor_of(device: torch.device, dtype: torch.dtype, backend: str = 'eager')
 
 
 def _measured_divisor(key: str, device: torch.device, dtype: torch.dtype, backend: str) -> int:
-    """Measures a divisor and keeps it on disk. If this fails, only speed is lost, so the failure is a
+    """Measures a divisor and keeps it on disk. A failure only costs speed, so it is logged as a
     warning, and the divisor is 1."""
     try:
         divisor = best_divisor(times_by_width(device, dtype, backend))
@@ -145,22 +150,26 @@ def _measured_divisor(key: str, device: torch.device, dtype: torch.dtype, backen
 
 
 def known_divisors() -> dict[str, int]:
-    """The divisors that this process measured or looked up, by device and type of number, for a
-    checkpoint."""
+    """Returns the divisors that this process measured or read, by device, versions and data type, to be
+    saved in a checkpoint."""
     return dict(_divisors)
 
 
 def know_divisors(divisors: dict[str, int]) -> None:
-    """Takes over :func:`known_divisors` of a run that is resumed, so that its cuts go on in the same
-    steps whatever would be measured now."""
+    """Takes over the :func:`known_divisors` of a resumed run, so that its cuts keep the same steps even
+    if a new measurement would give another divisor."""
     _divisors.update(divisors)
 
 
 def times_by_width(
     device: torch.device, dtype: torch.dtype, backend: str = 'eager', rounds: int = 9
 ) -> dict[int, float]:
-    """{width: seconds} of a 3 x 3 and a 1 x 1 convolution of ``width`` to ``width`` channels, for each
-    of ``WIDTHS``: the fastest of ``rounds`` runs."""
+    """Times a 3 x 3 and a 1 x 1 convolution from ``width`` to ``width`` channels for each of
+    ``WIDTHS``.
+
+    Returns:
+        {width: seconds of both convolutions in the fastest of ``rounds`` runs}.
+    """
     side = 128 if device.type == 'cuda' else 28
     calls = {}
     for width in WIDTHS:
@@ -171,21 +180,21 @@ def times_by_width(
 
 
 def best_divisor(times: dict[int, float]) -> int:
-    """The divisor for these times: see the idea at the top of this module.
+    """Chooses the divisor by the idea at the top of this module.
 
     Args:
-        times: {width: seconds}.
+        times: {width: seconds}, as from :func:`times_by_width`.
     """
     widths = np.array(list(times), dtype=np.float64)
     seconds = np.array(list(times.values()))
     powers = np.stack([np.ones_like(widths), widths, widths**2], axis=1)
     # The fit minimises relative errors, so that narrow layers count as much as wide ones.
     parabola = powers @ np.linalg.lstsq(powers / seconds[:, None], np.ones_like(widths), rcond=None)[0]
-    share = {d: float(np.mean((seconds / parabola)[widths % d == 0])) for d in DIVISORS}
-    least = min(share.values())
-    if least > 0.95 * share[1]:
+    mean_ratio = {d: float(np.mean((seconds / parabola)[widths % d == 0])) for d in DIVISORS}
+    lowest_ratio = min(mean_ratio.values())
+    if lowest_ratio > 0.95 * mean_ratio[1]:
         return 1
-    return next(divisor for divisor in DIVISORS if share[divisor] <= least + 0.02)
+    return next(divisor for divisor in DIVISORS if mean_ratio[divisor] <= lowest_ratio + 0.02)
 
 
 # -- timing ------------------------------------------------------------------------------------------
@@ -213,27 +222,27 @@ def steady_memory() -> Iterator[None]:
 def least_of(
     calls: dict[Any, Callable[[], Any]], device: torch.device, rounds: int, in_a_row: int = 2
 ) -> dict[Any, float]:
-    """The seconds of the fastest run of each call. The calls take turns, so that a machine that is slow
-    for a while slows all of them.
+    """Times calls, and returns {key: seconds of the fastest run}. The calls take turns, so that a
+    machine that is slow for a while slows all of them.
 
     Args:
         calls: {key: the function that is timed}.
-        device: the device on which they compute.
+        device: the device on which the calls compute.
         rounds: the number of turns.
-        in_a_row: the number of runs in a turn. The first run is not counted: the other call has filled
-            the caches with its data, and a network that is deployed runs alone.
+        in_a_row: the number of runs of one call in a turn, at least 2. The first run is not counted:
+            the other calls have filled the caches with their data, and a deployed network runs alone.
     """
-    least = dict.fromkeys(calls, float('inf'))
+    fastest = dict.fromkeys(calls, float('inf'))
     with torch.no_grad(), steady_memory():
         for _ in range(rounds):
             for key, call in calls.items():
                 times = [seconds_of_call(call, device) for _ in range(in_a_row)]
-                least[key] = min(least[key], *times[1:])
-    return least
+                fastest[key] = min(fastest[key], *times[1:])
+    return fastest
 
 
 def seconds_of_call(call: Callable[[], Any], device: torch.device) -> float:
-    """The seconds of one call, until the device has computed its result."""
+    """Returns the seconds that one call takes until the device has computed its result."""
     start = time.perf_counter()
     call()
     if device.type == 'cuda':

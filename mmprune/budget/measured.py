@@ -1,22 +1,22 @@
-"""A choice of units that takes the time that was asked for, as measured on this machine.
+"""Chooses the units for a budget of measured time (``latency``).
 
 **Problem.** ``latency=0.5`` asks for half of the network's time in the runtime where it is deployed.
-Only a run of the whole network says how long it takes, a run is short but making a network ready can
-take a minute, and the machine is never quite quiet.
+Only a run of the whole network shows how long it takes. A run is short, but it can take a minute to
+make a network ready, and other processes on the machine disturb the measurement.
 
 **Idea.** Time falls with the network's *work*: its multiply-adds, and the elements of activations that
-it writes (:func:`mmprune.graph.cost.work`). So we search for the fraction of work whose choice of units
-takes the time that was asked for. Each try cuts a copy of the model and times it in turns with the
-unpruned network; what slows the machine slows both. The next fraction lies on the line between the
+it writes (:func:`mmprune.graph.cost.work`). We search for the fraction of work whose choice of units
+takes the wanted time. Each try cuts a copy of the model and times it in turns with the network from
+before the first cut, so that a busy machine slows both. The next fraction lies on the line between the
 nearest points (work, time) below and above the target, and a few tries suffice.
 
 **Example.** ``latency=0.5``. A cut to 0.50 of the work takes 0.58 of the time. On the line through (1,
 1) and (0.50, 0.58), 0.5 of the time belongs to 0.40 of the work. A cut to 0.40 takes 0.49, which is
 close enough.
 
-Only the last of several cuts has to take the time that was asked for, so only that one is searched for.
-Before the first cut, one network is timed: one that is cut to the final fraction. The cuts between
-follow the line through that point.
+Only the last of several cuts has to take the wanted time, so only the last cut is searched for. Before
+the first cut, a copy that is cut to the final fraction is timed. The times of the cuts in between are
+estimated on the line through its point and the point of the network from before the first cut.
 """
 
 import contextlib
@@ -45,37 +45,40 @@ from mmprune.surgery.build import Baseline, make_plan
 log = logging.getLogger(__name__)
 
 TRIES = 6
-"""How many networks are timed at most in search of one choice."""
+"""The largest number of networks that are timed in the search for one choice."""
 
 ABOVE, BELOW = 1.02, 0.96
-"""The time of a choice, as a fraction of the time that was asked for, between which the search ends."""
+"""The search ends if the time of a choice, as a fraction of the wanted time, is between these
+values."""
 
 FAILED_ABOVE = 1.1
-"""The fraction of the time that was asked for above which the result of the search is an error."""
+"""The search raises an error if its best time is above this fraction of the wanted time."""
 
 LEAST_TURNS, MOST_TURNS = 5, 21
-"""How often two networks are timed in turns."""
+"""The fewest and the most turns in which two networks are timed."""
 
 SECONDS = 20.0
-"""About how long these turns may take, beyond ``LEAST_TURNS`` of them."""
+"""The approximate time in seconds after which no turns beyond ``LEAST_TURNS`` are made."""
 
 
 class Point(NamedTuple):
-    """A network that was timed, by its work and its time as fractions of the unpruned model's."""
+    """The work and the time of a timed network, as fractions of the unpruned model's."""
 
     work: float
     time: float
 
 
 class Timing:
-    """What is known of the times of a model, for all cuts of one run.
+    """The times that were measured for a model, for all cuts of one run.
 
     Args:
-        prepare: makes a network ready to be timed; ``None``: as the backend of the budget needs it.
+        prepare: makes a network ready to be timed; ``None``: :func:`choose_measured` sets the function
+            for the backend of its budget.
 
     Attributes:
-        points: the networks that were timed before the first cut. The first is the one that the others
-            are timed in turns with; empty before that.
+        points: the networks that were timed before the first cut; empty before :meth:`start`. The first
+            one is the reference: all others are timed in turns with it.
+        run_reference: runs the reference once.
     """
 
     def __init__(self, prepare: Prepare | None = None) -> None:
@@ -92,17 +95,18 @@ class Timing:
         return self.prepare(model)
 
     def start(self, model: nn.Module, work: float, time: float) -> None:
-        """Makes the model ready as it is now; all others are timed in turns with it.
+        """Makes a model ready as the reference: all other networks are timed in turns with it.
 
         Args:
-            work: the fraction of the unpruned model's work that it has.
-            time: the fraction of the unpruned model's time that it takes.
+            model: the reference.
+            work: its work, as a fraction of the unpruned model's.
+            time: its time, as a fraction of the unpruned model's.
         """
         self.run_reference = self(model)
         self.points = [Point(work, time)]
 
     def time_of(self, network: nn.Module, device: torch.device) -> float:
-        """The measured fraction of the unpruned model's time that a network takes."""
+        """Measures the time of a network, as a fraction of the unpruned model's."""
         return self.points[0].time * ratio_of(self(network), self.run_reference, device)
 
 
@@ -117,23 +121,24 @@ def choose_measured(
     prepare: Prepare | Timing | None = None,
     final: Budget | None = None,
 ) -> tuple[np.ndarray, float]:
-    """The choice of units for a budget with ``latency``.
+    """Chooses the units that remain for a budget with ``latency``.
 
-    Of the choices that were timed and take at most 2 % more than what was asked for, the slowest is
-    returned. If a target of another kind is reached first, its choice is timed and returned.
+    Returns the slowest of the timed choices that take at most 2 % more than the wanted time. If another
+    target of the budget is reached first, its choice is timed and returned.
 
     Args:
-        model: the model that is to be cut. It is run, and left as it was.
-        forward: runs it. For backends other than eager torch see
+        model: the model that will be cut. It is run, but not changed.
+        forward: runs the model that it is given. For backends other than eager torch see
             :func:`mmprune.budget.runtimes.prepare_for`.
-        graph: the graph of the model as it is.
-        scores: (n_units,) as in :func:`mmprune.budget.choose.choose`.
+        graph: the graph of the model before this cut.
+        scores: (n_units,) the scores, as in :func:`mmprune.budget.choose.choose`.
         budget: how much is to remain after this cut.
-        original: what the unpruned model had. If the last of its cuts has a ``latency``, times are
-            fractions of the unpruned model's, and otherwise of the model's as it is now.
-        per: the cost that scores are set against, as in :func:`mmprune.budget.choose.choose`.
-        prepare: makes a network ready to be timed; ``None``: as ``budget.backend`` needs it. A
-            :class:`Timing` is used for all cuts of a run, and must be the same object each time.
+        original: the FLOPs, parameters and plan of the unpruned model. If the last cut in its plan has
+            a ``latency``, times are fractions of the unpruned model's time, and otherwise of the time
+            of ``model`` before this cut.
+        per: the cost that scores are divided by, as in :func:`mmprune.budget.choose.choose`.
+        prepare: makes a network ready to be timed; ``None``: by the function for ``budget.backend``.
+            For several cuts of one run, give the same :class:`Timing` each time.
         final: the budget of the last of several cuts; ``None``: this is the only cut. A cut before the
             last is not timed, and its time is an estimate.
 
@@ -166,15 +171,15 @@ def choose_measured(
                 'Timing a network with %.0f %% of the work, to estimate the time of each cut',
                 100 * goal,
             )
-            at_end = replace(search, budget=_latency_alone(final or budget), final=None)
-            timing.points.append(search.timed(at_end.choice(goal, goal)))
+            final_search = replace(search, budget=_latency_alone(final or budget), final=None)
+            timing.points.append(search.timed(final_search.choice(goal, goal)))
         keep = search.choice(work_for(timing.points, wanted), work_for(timing.points, goal))
         return keep, time_for(timing.points, search.work_of(keep))
 
 
 @dataclass
 class _Search:
-    """The choices of one call of :func:`choose_measured`, whose arguments it has."""
+    """The choices of one call of :func:`choose_measured`, with its arguments as attributes."""
 
     model: nn.Module
     graph: ChannelGraph
@@ -191,17 +196,18 @@ class _Search:
         self._whole = cost.before(self.graph, plan and plan.fingerprint, self._work) or 1.0
 
     def work_of(self, keep: np.ndarray) -> float:
-        """The fraction of the unpruned model's work that a choice has."""
+        """Returns the work of a choice of units, as a fraction of the unpruned model's."""
         return self._work(keep) / self._whole
 
     def timed(self, keep: np.ndarray) -> Point:
-        """The work and the measured time of a choice."""
+        """Cuts a copy of the model to a choice of units, times it and returns its point."""
         trial = self.model if keep.all() else cut_copy(self.model, self.graph, keep)
         return Point(self.work_of(keep), self.timing.time_of(trial, device_of(self.graph)))
 
     def choice(self, work: float, final_work: float) -> np.ndarray:
-        """The units that remain at fractions of work after this cut and after the last one; if so
-        little work cannot be reached, the fewest units that can remain."""
+        """Chooses the units that remain, by fractions of the unpruned model's work after this cut and
+        after the last one. If the fractions cannot be reached, as few units remain as the limits
+        allow."""
         fractions = min(1.0, work), min(1.0, final_work)
         options: dict[str, Any] = {'per': self.per, 'final': self.final, 'work': fractions}
         try:
@@ -212,11 +218,11 @@ class _Search:
             return lowest(self.graph, self.budget, self.original, self.scores)
 
     def timed_choice(self, wanted: float) -> tuple[np.ndarray, float]:
-        """The choice whose measured time is ``wanted``, and its time."""
+        """Searches for a choice whose measured time is ``wanted``, and returns it with its time."""
         if self.budget.targets.keys() - {'latency', 'keep_channels'}:
             budget = replace(self.budget, latency=None)
             final = self.final and replace(self.final, latency=None)
-            with contextlib.suppress(PruneError):  # the others cannot be reached
+            with contextlib.suppress(PruneError):  # raised if the other targets cannot be reached
                 keep = choose(self.graph, self.scores, budget, self.original, per=self.per, final=final)
                 time = self.timed(keep).time
                 if time >= wanted:  # another target is reached first
@@ -227,7 +233,7 @@ class _Search:
         while len(tried) < TRIES:
             work = work_for(points, 0.995 * wanted)
             keep = self.choice(work, work)
-            if any(np.array_equal(keep, known) for known, _ in tried):
+            if any(np.array_equal(keep, tried_keep) for tried_keep, _ in tried):
                 break
             point = self.timed(keep)
             tried.append((keep, point.time))
@@ -239,11 +245,12 @@ class _Search:
             )
             if point.time <= ABOVE * wanted and (point.time >= BELOW * wanted or keep.all()):
                 break
-            # Points of an earlier cut had other scores, so they serve for the first try alone.
+            # Points from before the first cut had other scores, so only the first try uses them.
+            # The reference, the first point, stays valid.
             points = [*(points if len(tried) > 1 else points[:1]), point]
-        fitting = [(keep, time) for keep, time in tried if time <= ABOVE * wanted]
-        if fitting:
-            return max(fitting, key=lambda choice: choice[1])
+        fast_enough = [(keep, time) for keep, time in tried if time <= ABOVE * wanted]
+        if fast_enough:
+            return max(fast_enough, key=lambda choice: choice[1])
         keep, time = min(tried, key=lambda choice: choice[1])
         if time > FAILED_ABOVE * wanted:
             raise PruneError(
@@ -259,26 +266,27 @@ def _latency_alone(budget: Budget) -> Budget:
 
 
 def work_for(points: list[Point], wanted: float) -> float:
-    """The fraction of work at which the time should be ``wanted``, from the networks that were timed.
+    """Estimates the fraction of work at which the time is ``wanted``, from the networks that were
+    timed.
 
-    It lies on the line between the nearest points above and below ``wanted``. If all points are above,
-    it lies on the line through the two points with the least work, and at half of the least work at
-    least. A single point means that time is proportional to work.
+    The result lies on the line between the nearest points above and below ``wanted``. If all points are
+    above, it lies on the line through the two points with the least work, but is at least half of the
+    least work. With a single point, time counts as proportional to work.
 
     >>> work_for([Point(1.0, 1.0), Point(0.5, 0.58)], 0.49)  # doctest: +ELLIPSIS
     0.392...
     """
     above = [point for point in points if point.time > wanted]
     below = [point for point in points if point.time <= wanted]
-    start = points[0]
+    reference = points[0]
     if not above:
-        return start.work
+        return reference.work
     if below:
         slower, faster = min(above, key=_time), max(below, key=_time)
-        part = (wanted - faster.time) / (slower.time - faster.time)
-        return faster.work + part * (slower.work - faster.work)
+        fraction = (wanted - faster.time) / (slower.time - faster.time)
+        return faster.work + fraction * (slower.work - faster.work)
     if len(points) == 1:
-        return start.work * wanted / start.time
+        return reference.work * wanted / reference.time
     least, next_least = sorted(points)[:2]
     slope = _slope(least, next_least)
     extrapolated = least.work - (least.time - wanted) / slope if slope > 0 else 0.0
@@ -290,9 +298,9 @@ def _time(point: Point) -> float:
 
 
 def time_for(points: list[Point], work: float) -> float:
-    """The estimated time at a fraction of work: on the line through the first two points."""
-    start, end = points[:2]
-    return start.time + _slope(start, end) * (work - start.work)
+    """Estimates the time at a fraction of work, on the line through the first two points."""
+    first_point, second_point = points[:2]
+    return first_point.time + _slope(first_point, second_point) * (work - first_point.work)
 
 
 def _slope(a: Point, b: Point) -> float:
@@ -300,12 +308,12 @@ def _slope(a: Point, b: Point) -> float:
 
 
 def device_of(graph: ChannelGraph) -> torch.device:
-    """The device of the model's first tensor."""
+    """Returns the device of the model's first tensor."""
     return next(iter(graph.slots.tensors.values())).device
 
 
 def cut_copy(model: nn.Module, graph: ChannelGraph, keep: np.ndarray) -> nn.Module:
-    """A copy of the model that is cut to the units in ``keep`` ((n_units,) bool)."""
+    """Copies a model and cuts the copy to the units in ``keep``, (n_units,) bool."""
     trial = copied(model)
     cut(trial, make_plan(graph, model, keep, {}))
     return trial
@@ -317,13 +325,13 @@ def ratio_of(
     device: torch.device,
     seconds: float = SECONDS,
 ) -> float:
-    """The time of one network over the time of another, as the median over turns.
+    """Measures the time of one network divided by that of another, as the median over turns.
 
     Args:
-        pruned: runs the first network.
-        original: runs the second network.
-        device: the device on which they compute.
-        seconds: about how long the turns may take, beyond ``LEAST_TURNS`` of them.
+        pruned: runs the network whose time is the numerator.
+        original: runs the network whose time is the denominator.
+        device: the device on which both networks compute.
+        seconds: the approximate time after which no turns beyond ``LEAST_TURNS`` are made.
     """
     ratios: list[float] = []
     turns = LEAST_TURNS

@@ -1,4 +1,4 @@
-"""Networks made ready to be timed: in eager torch, or in ONNX Runtime or OpenVINO on the CPU."""
+"""Makes networks ready to be timed in eager torch, or in ONNX Runtime or OpenVINO on the CPU."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,26 +14,29 @@ from mmprune.onnx_sessions import load_package, open_session, quiet
 from mmprune.surgery.meta import first_line
 
 BACKENDS = ('eager', 'onnxruntime', 'openvino')
+"""The runtimes in which networks can be timed."""
 
 OPSET = 18
 """The version of the ONNX operators that networks are exported to."""
 
 Prepare = Callable[[nn.Module], Callable[[], Any]]
-"""Makes a network ready: the function that it returns runs the network once at each call."""
+"""The type of a function that makes a network ready to be timed. It returns a function that runs the
+network once at each call."""
 
 
 def prepare_for(forward: Forward, backend: str) -> Prepare:
-    """How a network is made ready to be timed in a backend.
+    """Returns a function that makes a network ready to be timed in a backend.
 
     Args:
-        forward: runs the model that it is given. For backends other than eager it has to call the model
-            itself, once: that call is exported, and its tensors are the inputs.
+        forward: runs the model that it is given. For backends other than ``'eager'`` it has to call the
+            model itself exactly once. This call is exported, and the tensors among its arguments become
+            the inputs.
         backend: ``'eager'``, ``'onnxruntime'`` or ``'openvino'``. The last two run in single precision,
-            with as many threads as torch has.
+            with as many threads as torch.
 
     Raises:
-        PruneError: the backend is unknown or not installed. The function that is returned raises one
-            too if a model cannot be exported.
+        PruneError: the backend is unknown or not installed. The returned function also raises a
+            PruneError if a network cannot be exported.
     """
     check_backend(backend)
     if backend == 'eager':
@@ -84,7 +87,8 @@ class _OneCall(nn.Module):
 
 
 def _one_call(model: nn.Module, forward: Forward) -> _OneCall:
-    """The only call of ``model`` that ``forward`` makes."""
+    """Runs ``forward`` and returns its only call of ``model``; any other number of calls is an
+    error."""
     calls: list[_OneCall] = []
     handle = model.register_forward_pre_hook(
         lambda _, args, kwargs: calls.append(_OneCall(model, args, kwargs)), with_kwargs=True
@@ -102,11 +106,11 @@ def _one_call(model: nn.Module, forward: Forward) -> _OneCall:
 
 
 def convolution(x: torch.Tensor, weight: torch.Tensor, backend: str) -> Callable[[], Any]:
-    """A convolution that keeps height and width, ready to run in a backend.
+    """Makes a convolution that keeps height and width, and returns a function that runs it.
 
     Args:
-        x: (N, C, H, W) its input.
-        weight: (C_out, C, k, k) with an odd ``k``.
+        x: (N, C, H, W) the input.
+        weight: (C_out, C, k, k) the kernels, with an odd ``k``.
         backend: one of ``BACKENDS``.
     """
     padding = weight.shape[-1] // 2
@@ -128,11 +132,11 @@ def convolution(x: torch.Tensor, weight: torch.Tensor, backend: str) -> Callable
 
 
 def loaded(content: bytes, feed: dict[str, np.ndarray], backend: str) -> Callable[[], Any]:
-    """An ONNX model, ready to run.
+    """Loads an ONNX model into a runtime, and returns a function that runs it.
 
     Args:
-        content: the serialized model.
-        feed: {name of an input: its value}.
+        content: the serialized ONNX model.
+        feed: {name of an input: the array that it gets at each run}.
         backend: ``'onnxruntime'`` or ``'openvino'``.
     """
     session = open_session(content, backend, torch.get_num_threads())
@@ -143,7 +147,7 @@ def needed(package: str) -> Any:
     """Imports an optional package.
 
     Raises:
-        PruneError: it is not installed; the message says how to install it.
+        PruneError: the package is not installed; the message says how to install it.
     """
     try:
         return load_package(package)
@@ -152,7 +156,7 @@ def needed(package: str) -> Any:
 
 
 def runtime_versions(backend: str) -> str:
-    """The versions of the software that the times of a backend depend on."""
+    """Returns the versions of the packages that the times in a backend depend on."""
     versions = f'torch {torch.__version__}'
     if backend != 'eager':
         versions += f', {backend} {needed(backend).__version__}'

@@ -1,14 +1,14 @@
-"""When cuts are made, and how far each of them goes on the way to the budget."""
+"""The schedule of cuts: at which iterations they come, and which target each of them has."""
 
 from typing import NamedTuple
 
 from mmprune.errors import PruneError
 
 WINDOW = 0.2
-"""The fraction of the training in which all cuts fall if neither ``end`` nor ``interval`` is given."""
+"""All cuts come within this fraction of the training if neither ``end`` nor ``interval`` is given."""
 
 STEPS = 30
-"""The most cuts that are made if neither ``steps`` nor ``interval`` is given."""
+"""The largest number of cuts if neither ``steps`` nor ``interval`` is given."""
 
 SCORED = 3
 """The fewest optimizer steps over which the scores of one cut are collected. Scores of one or two
@@ -20,7 +20,8 @@ STEPS_AT_INTERVAL = 10
 
 
 class CutTimes(NamedTuple):
-    """When cuts are made, in iterations: ``steps`` cuts, the first after ``begin + interval``."""
+    """The iterations of the cuts: ``steps`` cuts, ``interval`` iterations apart, the first one
+    ``interval`` iterations after ``begin``."""
 
     begin: int
     interval: int
@@ -28,15 +29,17 @@ class CutTimes(NamedTuple):
 
     @property
     def last(self) -> int:
+        """The last cut comes after this iteration."""
         return self.begin + self.interval * self.steps
 
 
 def target_at(step: int, steps: int, final: float) -> float:
-    """The fraction that remains after one of several cuts: it falls linearly from 1 to ``final``.
+    """Returns the fraction that remains after a cut. From cut to cut it falls linearly from 1 to
+    ``final``.
 
     Args:
-        step: the number of cuts that were made, from 0 (before the first cut) to ``steps``.
-        steps: the number of all cuts.
+        step: the number of the cut, from 0 (before the first cut) to ``steps``.
+        steps: the number of cuts in the schedule.
         final: the fraction that remains after the last cut, in (0, 1].
 
     Raises:
@@ -58,8 +61,8 @@ def check_times(
     steps: int | None,
     by_epoch: bool = False,
 ) -> None:
-    """Raises a PruneError for options that :func:`resolve` would refuse however long the training is.
-    The arguments are those of :func:`resolve`."""
+    """Raises a PruneError for options that :func:`resolve` refuses for a training of any length. The
+    arguments are those of :func:`resolve`."""
     if not isinstance(by_epoch, bool):
         raise PruneError(f'by_epoch={by_epoch!r}: must be True or False')
     unit = 'epochs' if by_epoch else 'iterations'
@@ -104,10 +107,10 @@ def resolve(
     Args:
         begin: when scoring begins. An integer counts iterations (epochs with ``by_epoch``), a float is
             a fraction of the training. ``None``: at the start.
-        end: no cut comes later than this. Same units as ``begin``. ``None``: a fifth of the training
-            after ``begin``.
-        interval: the time between two cuts. Same units as ``begin``. ``None``: it follows from the
-            others, ``(end - begin) / steps``.
+        end: the latest time of the last cut, in the same units as ``begin``. ``None``: a fifth of the
+            training after ``begin``.
+        interval: the time between two cuts, in the same units as ``begin``. ``None``:
+            ``(end - begin) / steps``.
         steps: the number of cuts. ``None``: as many as fit if ``interval`` and ``end`` are given, 10 if
             only ``interval`` is given, and otherwise 30, or fewer so that each cut is scored over
             ``scored`` optimizer steps. There are never more cuts than fit between ``begin`` and
@@ -115,13 +118,13 @@ def resolve(
         by_epoch: whether integers count epochs.
         max_iters: the number of iterations of the whole training.
         epoch_length: the number of iterations of an epoch; ``None`` if there are no epochs.
-        multiple: backward passes of one optimizer step (accumulated gradients). Times that follow from
-            fractions and epochs are multiples of it, so that each cut comes after a whole step:
-            ``begin`` and ``interval`` are rounded up, and an interval that follows from ``end`` is
-            rounded down, so that the last cut comes before ``end``.
+        multiple: the number of backward passes of one optimizer step (accumulated gradients). Times
+            that are given as fractions or epochs are rounded to multiples of this number, so that each
+            cut comes after a whole step: ``begin`` and ``interval`` are rounded up, and an interval
+            that follows from ``end`` is rounded down, so that the last cut comes before ``end``.
         scored: the fewest optimizer steps between two cuts if ``steps`` and ``interval`` are ``None``.
-        done: the iterations that an earlier training, which is resumed, ran without pruning. Scoring
-            begins after them, and the default ``end`` is a fifth of the remaining training.
+        done: the number of iterations that a resumed training ran without pruning. Scoring begins
+            after these iterations, and the default ``end`` is a fifth of the remaining training.
 
     Raises:
         PruneError: the options are refused by :func:`check_times`; ``by_epoch`` is set and there are no
@@ -146,23 +149,23 @@ def resolve(
         explicit = isinstance(value, int) and not by_epoch
         return count if explicit else -(-count // multiple) * multiple
 
-    first = 0 if begin is None else rounded_up('begin', begin)
-    first = max(first, -(-done // multiple) * multiple)
+    begin_at = 0 if begin is None else rounded_up('begin', begin)
+    begin_at = max(begin_at, -(-done // multiple) * multiple)
     if end is None:
-        last = min(max_iters, first + round(WINDOW * (max_iters - done)))
+        end_at = min(max_iters, begin_at + round(WINDOW * (max_iters - done)))
     else:
-        last = iterations('end', end)
-        if last <= first:
+        end_at = iterations('end', end)
+        if end_at <= begin_at:
             raise PruneError(
-                f'end={end!r} is iteration {last} and begin={begin!r} iteration {first} of '
+                f'end={end!r} is iteration {end_at} and begin={begin!r} iteration {begin_at} of '
                 f'{max_iters}: end must come after begin'
                 + (f' (this training is resumed at iteration {done})' if done else '')
             )
     if interval is None:
-        fitting = max(1, (last - first) // multiple)
+        fitting = max(1, (end_at - begin_at) // multiple)
         count = min(STEPS, max(1, fitting // scored)) if steps is None else min(steps, fitting)
-        return CutTimes(first, max(1, (last - first) // count // multiple) * multiple, count)
-    between = rounded_up('interval', interval) or multiple
+        return CutTimes(begin_at, max(1, (end_at - begin_at) // count // multiple) * multiple, count)
+    gap = rounded_up('interval', interval) or multiple
     if end is not None:
-        steps = max(1, (last - first) // between)
-    return CutTimes(first, between, steps or STEPS_AT_INTERVAL)
+        steps = max(1, (end_at - begin_at) // gap)
+    return CutTimes(begin_at, gap, steps or STEPS_AT_INTERVAL)

@@ -1,19 +1,19 @@
-"""Which blocks of units to remove, so that a cost meets its target and little score is lost.
+"""Chooses the blocks of units to remove, so that a cost meets its target and little score is lost.
 
 **Problem.** Each group of units has a :class:`~mmprune.budget.block_cost.Ladder`: its lowest scores are
-removed first, in blocks. We want the level of each ladder at which the cost (FLOPs, say) is at most the
-target and the sum of the lost scores is lowest. That is a knapsack whose items change their size: what
-a block saves depends on the widths around it.
+removed first, in blocks. We look for the level of each ladder at which the cost (FLOPs, say) is at most
+the target and the sum of the lost scores is lowest. This is a knapsack problem whose items change their
+size: the saving of a block depends on the widths around it.
 
-**Idea.** First greedily: take the blocks with the least lost score for what they save, as HALP does
-(Shen et al., NeurIPS 2022). A block that is worth taking only together with the next one is taken with
-it (:func:`lower_hull`). Then improve: put blocks back that fit, and exchange one block for another, one
-for two, or two for one, as long as the lost score falls. Last, if a large block saved more than was
-needed, try several smaller ones in its place.
+**Idea.** A greedy search first removes the blocks that lose the least score for each unit of cost that
+they save, as HALP does (Shen et al., NeurIPS 2022). A block that is worth removing only together with
+the next one is removed with it (:func:`lower_hull`). Then the solution is improved: blocks that fit are
+put back, and one block is exchanged for another, one for two, or two for one, as long as the lost score
+falls. Last, if a large block saves more than is needed, several smaller blocks are tried in its place.
 
-**Example.** 10 are to be saved. Block A saves 10 and loses 4, B saves 6 and loses 2, C saves 5 and
-loses 3. Greedily B (2 / 6), then A (4 / 10): 16 are saved and 6 is lost. Putting B back still saves 10
-and loses only 4, and no exchange is better: A alone is the result.
+**Example.** A cost of 10 has to be saved. Block A saves 10 and loses a score of 4, B saves 6 and loses
+2, C saves 5 and loses 3. The greedy search removes B (2 / 6), then A (4 / 10), which saves 16 and loses
+6. With B put back, 10 is still saved and only 4 is lost. No exchange is better, so only A is removed.
 """
 
 from collections.abc import Sequence
@@ -23,21 +23,23 @@ import numpy as np
 from mmprune.budget.block_cost import BlockCost, Ladder
 
 TOLERANCE = 1e-9
-"""The relative difference up to which a cost counts as met, and a loss as not lower."""
+"""Relative differences up to this number are rounding: a cost that is higher by so little meets its
+target, and a lost score that is lower by so little is not better."""
 
 GREEDY_SHARE = 0.7
-"""The fraction of the missing saving that one round of the greedy search takes. What a block saves
-changes with the widths around it, so the last part is taken in ever smaller rounds."""
+"""One round of the greedy search takes at most this fraction of the saving that is still missing, but
+at least one step. The saving of a block changes with the widths around it, so rounds become smaller."""
 
 WASTE = 0.005
-"""The fraction of the whole cost by which the final target may be undercut before :func:`solve` tries
-smaller blocks that lose less."""
+"""If the cost is below the final target by more than this fraction of the cost at level 0,
+:func:`solve` tries smaller blocks that lose less."""
 
 MISSED = 0.01
-"""The fraction by which it may be undercut before :func:`solve` tries smaller blocks that lose more."""
+"""If the cost is below the final target by more than this fraction of the cost at level 0,
+:func:`solve` also tries smaller blocks that lose more."""
 
 LARGEST_BLOCKS = 4
-"""How many blocks :meth:`_Search.split_block` tries to split."""
+"""The largest number of blocks that one call of :meth:`_Search.split_block` tries to replace."""
 
 Step = tuple[float, float, int, int]
 """(score lost for each unit of cost that is saved, cost saved, ladder, level that it leads to)."""
@@ -50,21 +52,23 @@ def solve(
     other: BlockCost | None = None,
     final: float | None = None,
 ) -> list[int]:
-    """The levels at which ``cost`` is at most ``target`` and little score is lost.
+    """Finds the levels at which ``cost`` is at most ``target`` and little score is lost.
 
-    If blocks are so large that the final target is undercut, smaller blocks are tried in their place.
-    Up to ``WASTE`` this is not worth the time. Beyond ``MISSED``, and only if ``final`` is given, the
-    smaller blocks may even lose more score than the large one, by as much as it saves too much: scores
-    estimate the removal of single units, and say little about a large part of a layer.
+    If blocks are so large that the cost falls below the final target, smaller blocks are tried in their
+    place. Up to ``WASTE`` this is not worth the time. Beyond ``MISSED``, and only if ``final`` is
+    given, the smaller blocks may lose more score than the large one, in proportion to its excess
+    saving: scores estimate the removal of single units, and say little about a large part of a layer.
 
     Args:
         ladders: the ladders, all at level 0.
-        cost: says when to stop. It has to reach ``target`` at the last levels of all ladders.
-        target: the value that ``cost`` may have at most.
-        other: the cost that scores are divided by; ``None``: ``cost``. No exchange increases it, except
-            that smaller blocks may, by as large a fraction as ``cost`` is below its target.
-        final: the target of the last of several cuts; ``None``: this is the only one. What a block
-            saves beyond ``target`` is of use to later cuts, but beyond ``final`` to none.
+        cost: the cost that has a target. At the last levels of all ladders it must be at most
+            ``target``.
+        target: the largest value that ``cost`` may have at the end.
+        other: the cost that lost scores are divided by; ``None``: ``cost``. No exchange increases it.
+            Smaller blocks in place of a large one may increase it by the fraction by which ``cost`` is
+            below its target.
+        final: the target of the last of several cuts; ``None``: this is the only cut. A saving beyond
+            ``target`` is useful to later cuts, but a saving beyond ``final`` is wasted.
 
     Returns:
         The level of each ladder.
@@ -90,7 +94,12 @@ def solve(
 
 
 class _Search:
-    """The state of :func:`solve`, whose arguments it has; ``levels`` is changed in place."""
+    """The state of :func:`solve`, with its arguments as attributes. ``levels`` is changed in place.
+
+    Attributes:
+        limit: the target with a tolerance for rounding.
+        last: (n,) the last level of each ladder.
+    """
 
     def __init__(
         self,
@@ -111,23 +120,24 @@ class _Search:
             self.other.move(ladder, level)
 
     def lost(self) -> float:
-        """The score that is lost at the present levels."""
+        """Returns the score that is lost at the present levels."""
         levels = self.levels.tolist()
         return sum(
             float(ladder.lost[level]) for ladder, level in zip(self.ladders, levels, strict=True)
         )
 
     def lost_beyond(self, levels: np.ndarray) -> np.ndarray:
-        """(n,) the score that each ladder loses at other levels, beyond what it loses now."""
+        """Returns (n,) the score that each ladder would lose at ``levels``, minus what it loses now."""
         pairs = zip(self.ladders, levels.tolist(), self.levels.tolist(), strict=True)
         return np.array([ladder.lost[level] - ladder.lost[now] for ladder, level, now in pairs])
 
     # -- greedy -----------------------------------------------------------------------------------
 
     def greedy(self) -> None:
-        """Takes the steps that lose least for what they save, until the target is met."""
+        """Takes the steps that lose the least score for their saving until the target is met."""
         while self.cost.value > self.limit:
             missing = self.cost.value - self.limit
+            # If no step saves any of the other cost, steps are compared by the cost itself.
             steps = self.steps(self.other or self.cost) or self.steps(self.cost)
             if not steps:  # only rounding keeps the last levels from meeting the target
                 for ladder, level in enumerate(self.last.tolist()):
@@ -144,38 +154,38 @@ class _Search:
                 self.move(ladder, level)
 
     def steps(self, divided_by: BlockCost) -> list[Step]:
-        """All steps down from the present levels, in the order in which they are worth taking. Blocks
-        that are worth taking only together are one step.
+        """Returns all steps down from the present levels, those with the least lost score for their
+        saving first. Blocks that are worth removing only together are one step.
 
         Args:
-            divided_by: the cost whose saving the lost score is divided by.
+            divided_by: the cost by whose saving the lost score is divided.
         """
         steps: list[Step] = []
-        for number, ladder in enumerate(self.ladders):
-            now = int(self.levels[number])
-            if now == self.last[number]:
+        for index, ladder in enumerate(self.ladders):
+            now = int(self.levels[index])
+            if now == self.last[index]:
                 continue
-            curve = self.cost.curve(number)[now:]
-            divisor = curve if divided_by is self.cost else divided_by.curve(number)[now:]
+            curve = self.cost.curve(index)[now:]
+            divisor = curve if divided_by is self.cost else divided_by.curve(index)[now:]
             gain, lost = divisor[0] - divisor, ladder.lost[now:] - ladder.lost[now]
             corners = lower_hull(gain, lost)
             rates = _rates(np.diff(gain[corners]), np.diff(lost[corners])).tolist()
             savings = (-np.diff(curve[corners])).tolist()
             levels = (now + corners[1:]).tolist()
-            steps += zip(rates, savings, [number] * len(rates), levels, strict=True)
+            steps += zip(rates, savings, [index] * len(rates), levels, strict=True)
         return sorted(steps, key=lambda step: step[0])
 
     # -- smaller blocks for a large one -----------------------------------------------------------
 
     def split_block(self, may_lose_more: bool = False) -> bool:
         """Puts the last block of one ladder back and removes smaller blocks of other ladders instead.
-        Keeps the first such change that is allowed, or else restores everything.
+        Keeps the first such change that is allowed. If none is, restores all levels.
 
         Args:
-            may_lose_more: without it, the smaller blocks have to lose less than the large one, which is
-                one of those that lose most. With it, the large one is one of those that save most and
-                has several units, and if it saves ``f`` times what is missing without it, the smaller
-                ones may lose up to ``f`` times its score.
+            may_lose_more: if false, the blocks that lose most score are tried, and the smaller blocks
+                have to lose less than the large one. If true, the blocks of several units that save
+                most are tried. If such a block saves ``f`` times the cost that is missing without it,
+                the smaller blocks may lose up to ``f`` times its score.
 
         Returns:
             Whether a block was replaced.
@@ -185,20 +195,21 @@ class _Search:
         upper, lower = np.maximum(before - 1, 0), np.minimum(before + 1, self.last)
         score_of_block = -self.lost_beyond(upper)
         size = self.cost.neighbours(upper, lower)[0] if may_lose_more else score_of_block
-        units = [int(ladder.gone[level]) for ladder, level in zip(self.ladders, before, strict=True)]
-        units_above = [int(lad.gone[level]) for lad, level in zip(self.ladders, upper, strict=True)]
+        n_gone = [int(ladder.gone[level]) for ladder, level in zip(self.ladders, before, strict=True)]
+        n_above = [int(ladder.gone[level]) for ladder, level in zip(self.ladders, upper, strict=True)]
         blocks = [
-            number
-            for number in np.argsort(size, kind='stable').tolist()
-            if before[number] and (not may_lose_more or units[number] - units_above[number] > 1)
+            index
+            for index in np.argsort(size, kind='stable').tolist()
+            if before[index] and (not may_lose_more or n_gone[index] - n_above[index] > 1)
         ]
-        for number in blocks[: -LARGEST_BLOCKS - 1 : -1]:
-            self.move(number, int(before[number]) - 1)
+        # The order is ascending, so the largest blocks are at the end.
+        for index in blocks[: -LARGEST_BLOCKS - 1 : -1]:
+            self.move(index, int(before[index]) - 1)
             most_lost = lost_before - TOLERANCE * abs(lost_before)
             if may_lose_more and self.cost.value > self.limit:
                 times = (self.cost.value - cost_before) / (self.cost.value - self.limit)
-                most_lost = lost_before + (times - 1) * max(float(score_of_block[number]), 0.0)
-            filled = self._fill(number, most_lost)
+                most_lost = lost_before + (times - 1) * max(float(score_of_block[index]), 0.0)
+            filled = self._fill(index, most_lost)
             filled = filled and (not may_lose_more or self.cost.value > cost_before)
             if filled and (self.other is None or self.other.value <= most_other):
                 return True
@@ -208,11 +219,11 @@ class _Search:
         return False
 
     def _fill(self, without: int, most_lost: float) -> bool:
-        """Takes steps until the target is met, none of the ladder ``without``. Only the last step may
-        save more than what is missing.
+        """Takes steps of all ladders but ``without`` until the target is met. Only the last step may
+        save more than the missing cost.
 
         Returns:
-            Whether the target is met with less than ``most_lost`` lost.
+            Whether the target is met and the lost score is below ``most_lost``.
         """
         while self.cost.value > self.limit:
             if self.lost() >= most_lost:
@@ -239,13 +250,17 @@ class _Search:
 
     def exchange(self) -> None:
         """Puts blocks back that fit, and exchanges one block for one, one for two or two for one, as
-        long as that loses less."""
+        long as the lost score falls."""
         for _ in range(20 * len(self.ladders) + 1000):  # the lost score falls, so this ends long before
             if not (self._put_back() or self._swap(1, 1) or self._swap(1, 2) or self._swap(2, 1)):
                 return
 
     def _put_back(self) -> bool:
-        """Puts back, of the blocks that fit, the one that returns most score for its cost."""
+        """Puts back the block that returns the most score for its cost, of those that fit.
+
+        Returns:
+            Whether a block was put back.
+        """
         upper, lower = np.maximum(self.levels - 1, 0), np.minimum(self.levels + 1, self.last)
         added, _, _ = self.cost.neighbours(upper, lower)
         returned = -self.lost_beyond(upper)
@@ -257,8 +272,12 @@ class _Search:
         return True
 
     def _swap(self, up: int, down: int) -> bool:
-        """Makes the exchange that lowers the lost score most: one ladder ``up`` blocks up, another one
-        ``down`` blocks down."""
+        """Moves one ladder ``up`` blocks up and another one ``down`` blocks down, so that the lost
+        score falls most.
+
+        Returns:
+            Whether ladders were moved. They are not if no such exchange lowers the lost score.
+        """
         upper, lower = np.maximum(self.levels - up, 0), np.minimum(self.levels + down, self.last)
         # In all matrices, row a and column b: ladder a moves up and ladder b down.
         allowed = (upper < self.levels)[:, None] & (lower > self.levels)[None, :]
@@ -280,13 +299,13 @@ class _Search:
 
 
 def _rates(saved: np.ndarray, lost: np.ndarray) -> np.ndarray:
-    """Lost score for each unit of cost that is saved; infinite if nothing is saved."""
+    """Returns the lost score for each unit of cost that is saved; infinite if nothing is saved."""
     return np.divide(lost, saved, out=np.full(saved.shape, np.inf), where=saved > 0)
 
 
 def lower_hull(saved: np.ndarray, lost: np.ndarray) -> np.ndarray:
-    """The corners of the lower convex hull of the points (saved, lost), as indices, from the first
-    point on. Along the corners, each further saving costs more score than the one before.
+    """Returns the indices of the corners of the lower convex hull of the points (saved, lost), starting
+    with the first point. From corner to corner, a unit of saved cost loses more and more score.
 
     >>> lower_hull(np.array([0.0, 1.0, 2.0]), np.array([0.0, 2.0, 3.0])).tolist()  # both at once
     [0, 2]
@@ -297,7 +316,7 @@ def lower_hull(saved: np.ndarray, lost: np.ndarray) -> np.ndarray:
     hull = [0]
     for point in range(1, saved.size):
         if saved[point] <= saved[hull[-1]] and lost[point] >= lost[hull[-1]]:
-            continue
+            continue  # loses more than the last corner and saves nothing
         while len(hull) > 1:
             a, b = hull[-2], hull[-1]
             ahead = (lost[b] - lost[a]) * (saved[point] - saved[a])

@@ -1,16 +1,17 @@
-"""The widths that a group of units may be cut to, so that layers keep widths that are fast.
+"""Finds the widths that a group of units may be cut to, so that layers keep fast widths.
 
-**Problem.** ``divisor=8`` asks for layers whose widths are multiples of 8. Units are not channels of
-one layer, though. A layer may read several groups (a concatenation), locked channels beside them, or
-several channels of each unit (shuffles, group norms, flattened maps).
+**Problem.** ``divisor=8`` asks for layers whose widths are multiples of 8, but units are not the
+channels of one layer. A layer may read several groups (a concatenation), locked channels beside them,
+or several channels of each unit (shuffles, group norms, flattened maps).
 
 **Idea.** For each layer that holds units of a group, write its width as ``rest + slots * k``: ``k``
-units of the group remain, each has ``slots`` channels there, and ``rest`` channels stay anyway. A group
-may have those numbers ``k`` of units at which *every* such width is a multiple of the divisor. (If
-other groups of the layer vary too, each of them contributes multiples, and so does their sum.)
+units of the group remain, each of them has ``slots`` channels in the layer, and ``rest`` channels stay
+in any case. The allowed numbers ``k`` are those at which all such widths, or else as many as possible,
+are multiples of the divisor. (If other groups of the layer vary too, each of them contributes a
+multiple, and so does their sum.)
 
 **Example.** A layer reads 3 locked channels and a group of 29 units, with ``divisor=4``: ``3 + k`` has
-to be a multiple of 4, so the group may have 29 (uncut), 25, 21, 17 ... units.
+to be a multiple of 4, so the group may keep 29 (uncut), 25, 21, 17 ... units.
 """
 
 import math
@@ -23,14 +24,15 @@ from mmprune.graph import cost
 from mmprune.graph.coupling import ChannelGraph
 
 LEAST = 4
-"""With ``divisor='auto'`` widths are multiples of this number wherever they are above it."""
+"""With ``divisor='auto'`` all widths above this number are multiples of it."""
 
 SMALL = (8, 4, 2, 1)
-"""Widths below the measured divisor that ``'auto'`` allows, so that a layer may still become narrow."""
+"""The widths below the measured divisor that ``'auto'`` allows, so that layers can become narrow."""
 
 PARTS = 4
-"""With ``'auto'`` one step removes at most a quarter of a layer, if ``LEAST`` allows. At equal FLOPs
-larger steps lose more score. They are faster, and at equal time lose no more (docs/results.md)."""
+"""With ``'auto'`` one step removes at most one layer width divided by this number, unless ``LEAST`` is
+larger. At equal FLOPs larger steps lose more score. Their networks are faster, and at equal time they
+lose no more (docs/results.md)."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,12 @@ class Width:
     """The channels that one layer reads or makes.
 
     Args:
-        name: the axis of the weight.
-        ids: (channels,) the slots at the positions of the axis.
-        fixed: how many of the channels are locked.
-        groups: numbers of the groups that have units in the layer.
-        slots: for each of ``groups``, how many channels one unit has there. It is not an integer if the
-            layer has only some of the units.
+        name: the weight and the dimension, as text.
+        ids: (channels,) the slots at the positions of this dimension.
+        fixed: the number of channels that are locked.
+        groups: the indices in ``graph.groups`` of the groups that have units in the layer.
+        slots: for each of ``groups``, the number of channels that one unit has in the layer. It is not
+            an integer if the layer has only some of the units of the group.
     """
 
     name: str
@@ -54,11 +56,11 @@ class Width:
 
 
 def auto_step(divisor: int, width: int) -> int:
-    """The step in which ``divisor='auto'`` cuts a layer.
+    """Returns the number of channels in one step with ``divisor='auto'``.
 
     Args:
         divisor: the channel multiple that was measured to be fast on the device.
-        width: the channels of the layer before its first cut.
+        width: the number of channels of the layer before its first cut.
 
     Example:
         >>> [auto_step(16, width) for width in (8, 16, 24, 32, 64, 2048)]
@@ -70,22 +72,22 @@ def auto_step(divisor: int, width: int) -> int:
 
 
 def layer_widths(graph: ChannelGraph) -> list[Width]:
-    """The widths of all layers that read or make units. The input of a grouped convolution has the
-    channels of all its groups, though its weight has those of one."""
+    """Returns the widths of all layers that read or make units. The input of a grouped convolution
+    counts the channels of all its groups, although its weight only has those of one."""
     arrays = [*graph.weights_read, *(axis.ids for axis in cost.output_axes(graph))]
     group_sizes = [len(group) for group in graph.groups]
     widths = {}
-    for ids in arrays:
-        units = graph.unit_of[ids]
-        free = units[units >= 0]
-        if not free.size or ids.tobytes() in widths:
+    for slot_ids in arrays:
+        units = graph.unit_of[slot_ids]
+        removable = units[units >= 0]
+        if not removable.size or slot_ids.tobytes() in widths:
             continue
-        groups, channels = np.unique(graph.group_of[free], return_counts=True)
-        axis = graph.slots.axis_of(int(ids[units >= 0][0]))
-        widths[ids.tobytes()] = Width(
+        groups, channels = np.unique(graph.group_of[removable], return_counts=True)
+        axis = graph.slots.axis_of(int(slot_ids[units >= 0][0]))
+        widths[slot_ids.tobytes()] = Width(
             str(axis),
-            ids,
-            int(ids.size - free.size),
+            slot_ids,
+            int(slot_ids.size - removable.size),
             tuple(groups.tolist()),
             tuple(
                 count / group_sizes[group]
@@ -104,24 +106,28 @@ def allowed_counts(
     stays: dict[int, int],
     auto: bool,
 ) -> list[int]:
-    """How many units of a group may remain, in descending order; the first is ``n``.
+    """Returns the numbers of units of a group that may remain, in descending order; the first is ``n``.
 
     Args:
-        number: the number of the group.
-        n: how many units it has.
-        lowest: how many units have to remain at least.
-        divisor: the number that widths have to be multiples of.
+        number: the index of the group in ``graph.groups``.
+        n: the number of units of the group.
+        lowest: the fewest units that may remain.
+        divisor: the number whose multiples widths have to be.
         widths: the widths of the layers that hold units of the group.
-        stays: {group: units that remain} for groups that cannot lose units, which count as locked.
-        auto: whether the divisor is of ``'auto'``; then widths in ``SMALL`` are allowed below it.
+        stays: {group: its number of units} for the groups that cannot lose units. Their channels count
+            as locked.
+        auto: whether the divisor comes from ``'auto'``, which also allows the widths in ``SMALL``.
     """
     if divisor == 1:
         return list(range(n, min(lowest, n) - 1, -1))
     terms = [_terms(number, width, stays) for width in widths]
-    terms = [term for term in terms if term[0] == int(term[0])]  # no count fits a fraction of a unit
+    terms = [term for term in terms if term[0] == int(term[0])]  # fractions of a unit give no multiples
+    # Whether rest + slots * k is a multiple of the divisor only depends on k modulo ``step``.
     step = math.lcm(*(divisor // math.gcd(divisor, int(slots)) for slots, _, _ in terms))
-    met = [sum((rest + slots * r) % divisor == 0 for slots, rest, _ in terms) for r in range(step)]
-    residue = int(np.argmax(met))  # the first of the best, so 0 if nothing is locked
+    layers_met = [
+        sum((rest + slots * r) % divisor == 0 for slots, rest, _ in terms) for r in range(step)
+    ]
+    residue = int(np.argmax(layers_met))  # fits the most layers; 0 if nothing is locked
     counts = {k for k in range(lowest, n) if k % step == residue}
     if auto:
         narrowest = min((slots for slots, _, _ in terms), default=1)
@@ -136,8 +142,8 @@ def allowed_counts(
 
 
 def _terms(number: int, width: Width, stays: dict[int, int]) -> tuple[float, float, bool]:
-    """(``slots``, ``rest``, whether other groups of the layer vary too) for one group of a layer, whose
-    width is ``rest + slots * k`` if ``k`` units of the group remain."""
+    """Returns (``slots``, ``rest``, whether other groups of the layer vary too) for one group of a
+    layer. If ``k`` units of the group remain, the width of the layer is ``rest + slots * k``."""
     rest, shared, slots_of_group = float(width.fixed), False, 0.0
     for group, slots in zip(width.groups, width.slots, strict=True):
         if group == number:
@@ -150,15 +156,17 @@ def _terms(number: int, width: Width, stays: dict[int, int]) -> tuple[float, flo
 
 
 def _is_small_width(k: int, slots: float, rest: float, shared: bool) -> bool:
+    """Whether a layer may have the width ``rest + slots * k``, which is below the divisor."""
     return (rest + k * slots) % LEAST == 0 or (not shared and not rest and k * slots < LEAST)
 
 
 def uneven_widths(graph: ChannelGraph, keep: np.ndarray, divisors: Sequence[int]) -> list[str]:
-    """A sentence for each layer that loses channels and is left with a width that is no multiple.
+    """Returns a sentence for each layer that loses channels and whose new width is not a multiple.
 
     Args:
+        graph: the graph of the model before the cut.
         keep: (n_units,) bool, the units that remain.
-        divisors: for each group, the number that widths should be multiples of (1: any width is fine).
+        divisors: for each group, the number whose multiples widths should be; 1 allows any width.
     """
     sentences = []
     slot_stays = graph.keeps(keep)

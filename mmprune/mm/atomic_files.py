@@ -14,16 +14,20 @@ ATOMIC = dict(backend='mmprune_atomic')
 """``backend_args`` of mmengine's ``CheckpointHook`` that select :class:`AtomicBackend`."""
 
 _NAMES = 'ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO ENOTDIR ENAMETOOLONG'
+"""The names in :mod:`errno` of the numbers in ``DISK``."""
+
 DISK = {getattr(errno, name) for name in _NAMES.split()}
 """Error numbers of a disk that is full, failing or read-only."""
 
 _outdated: list[str] = []
+"""The files that are to be removed when the next file is written."""
 
 
 @register_backend(ATOMIC['backend'])
 class AtomicBackend(LocalBackend):
-    """Writes a new file beside the old one and renames it, so that a kill at any moment leaves either
-    the old content or the new. A file that is to be removed stays until the next one is written.
+    """A file backend of mmengine that writes a temporary file beside the final one and renames it. A
+    kill at any moment leaves either the old or the new content. ``remove`` only marks a file: it stays
+    until the next file is written.
 
     mmengine's ``CheckpointHook`` removes the oldest checkpoint *before* it writes the next one. With
     ``max_keep_ckpts=1`` a kill between the two would lose both.
@@ -50,16 +54,17 @@ def replace_file(path: str | Path, content: bytes | memoryview, sync: bool = Tru
     """Writes a file under another name, and renames it when it is complete. Makes missing folders.
 
     Args:
-        path: the file.
-        content: what to write.
-        sync: whether to wait for the disk, which may take a second, so that the file outlasts a loss of
-            power. A kill of the process loses nothing either way.
+        path: the final path of the file.
+        content: the new content of the file.
+        sync: whether to wait until the disk has the file, so that it survives a loss of power. This may
+            take a second. A file survives a kill of the process even without it.
 
     Returns:
         ``path``.
 
     Raises:
-        OSError: the file could not be written. The old one stays, and nothing of the new one.
+        OSError: the file could not be written. The old file is unchanged, and no temporary file is
+            left.
     """
     path, new = Path(path), Path(f'{path}.new')
     try:
@@ -80,7 +85,7 @@ def replace_file(path: str | Path, content: bytes | memoryview, sync: bool = Tru
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes a rename in ``folder`` outlast a loss of power, if the system can."""
+    """Makes a rename in ``folder`` survive a loss of power, on systems that support it."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:  # some systems do not open folders
@@ -95,37 +100,37 @@ def sync_folder(folder: Path) -> None:
 def latest_readable(
     work_dir: str | Path, read: Callable[[str], dict], warn: Callable[[str], None]
 ) -> str | None:
-    """The checkpoint to resume from: the one that ``last_checkpoint`` names. If that one is truncated
-    or gone, the newest file beside it that has the state of an optimizer.
+    """Finds the checkpoint to resume from: the file that ``last_checkpoint`` names. If this file is
+    damaged or missing, it is the newest readable file beside it that has the state of an optimizer.
 
     Args:
         work_dir: the folder in which the run wrote its files.
-        read: reads a file, and raises a PruneError if it cannot.
-        warn: called with a sentence about each file that was passed over.
+        read: reads a checkpoint, and raises a PruneError if it cannot.
+        warn: called with a sentence about the files that could not be read, if another one was found.
 
     Returns:
-        A path or an address; ``None`` if there is no checkpoint.
+        A path or a URL; ``None`` if there is no checkpoint.
 
     Raises:
-        PruneError: there are checkpoints, and none can be read.
+        PruneError: there are checkpoints, but none of them can be read.
     """
     work_dir = Path(work_dir)
     note = work_dir / 'last_checkpoint'
     named = note.read_text(errors='replace').strip() if note.is_file() else None
     if named and '://' in named:
         return named
-    # A note that is empty was truncated. Without a note, the run may have ended before it wrote one.
+    # An empty ``last_checkpoint`` was truncated. Without one, the run may have ended before it.
     folder = Path(named).parent if named and Path(named).parent.is_dir() else work_dir
-    others = sorted(folder.glob('*.pth'), key=lambda path: path.stat().st_mtime, reverse=True)
+    newest_first = sorted(folder.glob('*.pth'), key=lambda path: path.stat().st_mtime, reverse=True)
     troubles: list[str] = []
-    for path in dict.fromkeys([*([named] if named else []), *map(str, others)]):
+    for path in dict.fromkeys([*([named] if named else []), *map(str, newest_first)]):
         try:
             content = read(path)
         except PruneError as error:
             troubles.append(str(error))
             continue
         if path != named and 'optimizer' not in content:
-            continue  # such as the best checkpoint, or one that was published
+            continue  # e.g. the best checkpoint, or a published one, from which no run can be resumed
         if troubles:
             warn(f'Resuming from {path}, since: ' + '; '.join(troubles))
         return path

@@ -26,11 +26,11 @@ from mmprune.surgery.plan import Plan
 
 
 def read_checkpoint(path: str | Path, device: str = 'cpu') -> dict[str, Any]:
-    """The content of a checkpoint. No code in it is run, whatever mmengine's loaders would do.
+    """Reads the content of a checkpoint. Code in it is never run, not even by mmengine's loaders.
 
     Args:
-        path: a file, or an address that mmengine fetches (``https://...``).
-        device: where the tensors are put.
+        path: the path of a file, or a URL that mmengine fetches (``https://...``).
+        device: the device to which tensors are loaded.
 
     Raises:
         PruneError: see :func:`mmprune.surgery.meta.read_file`.
@@ -49,7 +49,8 @@ def read_checkpoint(path: str | Path, device: str = 'cpu') -> dict[str, Any]:
 
 @contextlib.contextmanager
 def weights_only_everywhere() -> Iterator[None]:
-    """Makes every ``torch.load`` refuse what could run code, even with ``weights_only=False``."""
+    """Makes each ``torch.load`` inside the block refuse objects that could run code, even with
+    ``weights_only=False``."""
     before = {name: os.environ.pop(name, None) for name in (FORCE, FORCE_NOT)}
     os.environ[FORCE] = '1'
     try:
@@ -60,15 +61,15 @@ def weights_only_everywhere() -> Iterator[None]:
 
 
 FORCE, FORCE_NOT = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
-"""Environment variables of torch. ``FORCE_NOT`` applies if a caller names no ``weights_only``, as
-mmengine does not."""
+"""Environment variables that set ``weights_only`` of ``torch.load``. ``FORCE_NOT`` applies to callers
+that do not pass ``weights_only``, such as mmengine, so it has to be unset."""
 
 
 def plan_from(path: str | Path) -> Plan:
-    """The plan in a checkpoint.
+    """Reads the plan in a checkpoint.
 
     Args:
-        path: a file, or an address that mmengine fetches.
+        path: the path of a file, or a URL that mmengine fetches.
 
     Raises:
         PruneError: the checkpoint has no plan, or can't be read.
@@ -89,17 +90,17 @@ def _plan_from_content(content: dict[str, Any], path: str | Path) -> Plan:
 def load_pruned(
     config: str | Path | Config, checkpoint: str | Path, device: str = 'cpu', fuse: bool = False
 ) -> nn.Module:
-    """The pruned model, ready for inference, from its *unpruned* config and its checkpoint.
+    """Builds a pruned model for inference from its *unpruned* config and its checkpoint.
 
-    It has the attributes ``cfg`` and ``dataset_meta`` that ``mmdet.apis.inference_detector`` and
+    The model has the attributes ``cfg`` and ``dataset_meta`` that ``mmdet.apis.inference_detector`` and
     mmpose's ``inference_topdown`` need.
 
     Args:
-        config: a file, or a ``Config`` of mmengine.
-        checkpoint: a file, or an address that mmengine fetches.
-        device: where the model is put.
-        fuse: whether to fold batch norms into convolutions (:func:`mmprune.fuse`). The model is faster
-            then, but its weights no longer fit a checkpoint.
+        config: the path of a config, or a ``Config`` of mmengine.
+        checkpoint: the path of a checkpoint, or a URL that mmengine fetches.
+        device: the device to which the model is moved.
+        fuse: whether to fold batch norms into convolutions (:func:`mmprune.fuse`). A fused model is
+            faster, but its weights no longer fit the checkpoint.
 
     Returns:
         The model in evaluation mode.
@@ -123,7 +124,8 @@ def load_pruned(
 
 
 def without_pretrained(model_cfg: Any) -> Any:
-    """A copy of a model's config that fetches no pretrained weights, for weights from elsewhere."""
+    """Copies a model's config without its pretrained weights, for a model that gets other weights.
+    Dicts and lists keep their types, such as mmengine's ``ConfigDict``."""
     if isinstance(model_cfg, dict):
         return type(model_cfg)(
             (key, None if _fetches(key, value) else without_pretrained(value))
@@ -135,12 +137,13 @@ def without_pretrained(model_cfg: Any) -> Any:
 
 
 def _fetches(key: str, value: Any) -> bool:
+    """Whether an entry of a config makes the model load pretrained weights."""
     pretrained = isinstance(value, dict) and value.get('type') == 'Pretrained'
     return (key == 'init_cfg' and pretrained) or (key == 'pretrained' and isinstance(value, str))
 
 
 def ensure_hook(cfg: Config) -> None:
-    """Adds a ``RebuildHook`` to a config without a ``PruneHook``, so that pruned checkpoints load."""
+    """Adds a ``RebuildHook`` to a config that has no hook that rebuilds pruned checkpoints."""
     hooks = list(cfg.get('custom_hooks') or [])
     if not any(hook.get('type') in ('PruneHook', 'RebuildHook') for hook in hooks):
         cfg.custom_hooks = [*hooks, dict(type='RebuildHook')]

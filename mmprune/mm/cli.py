@@ -1,6 +1,6 @@
-"""What the scripts in ``tools/`` share: common options, reading the config, and reporting errors.
+"""Common code of the scripts in ``tools/``: options, reading the config, and reporting errors.
 
-The options have the names that they have in the scripts of mmdet and mmpose.
+The options have the same names as in the scripts of mmdet and mmpose.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from mmprune.mm.wrappers import init_on_cpu, leave
 
 
 class _KeyValues(DictAction):
-    """mmengine's ``key=value`` options, with an argparse error for a word without ``=``."""
+    """mmengine's argparse action for ``key=value``, with an argparse error for a word without ``=``."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         for word in values:
@@ -30,7 +30,7 @@ class _KeyValues(DictAction):
 
 
 def existing_file(path: str) -> str:
-    """An argparse type: the path of an existing file."""
+    """Returns ``path`` if it is an existing file, as an argparse type."""
     if not Path(path).is_file():
         problem = 'is a folder, not a file' if Path(path).is_dir() else 'does not exist'
         raise argparse.ArgumentTypeError(f'{path} {problem}')
@@ -38,7 +38,7 @@ def existing_file(path: str) -> str:
 
 
 def checkpoint_file(path: str) -> str:
-    """An argparse type: the path of an existing file, or a URL for mmengine to fetch."""
+    """Returns ``path`` if it is an existing file or any URL, as an argparse type."""
     return path if '://' in path else existing_file(path)
 
 
@@ -55,7 +55,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 
 def config_parser(description: str) -> argparse.ArgumentParser:
-    """Makes the parser of a script that reads a config: its path, and values that replace others."""
+    """Makes the parser of a script that reads a config, with its path and ``--cfg-options``."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument('config', type=existing_file, help='config file of mmdet, mmpose or mmengine')
     parser.add_argument(
@@ -72,8 +72,8 @@ def load_config(args: argparse.Namespace) -> Config:
     """Reads the config and applies the common options of the command line.
 
     Raises:
-        PruneError: the config has no place for one of ``--cfg-options``, or the work directory can not
-            be made.
+        PruneError: an option of ``--cfg-options`` does not fit the config, or the work directory can
+            not be made.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = Config.fromfile(args.config)
@@ -97,7 +97,7 @@ def put_over(cfg: Config, options: Mapping[str, Any] | None) -> None:
     """Replaces values of a config by those of ``--cfg-options``.
 
     Raises:
-        PruneError: the config has no place for one of them.
+        PruneError: an option does not fit the config.
     """
     try:
         cfg.merge_from_dict(dict(options or {}))
@@ -106,12 +106,12 @@ def put_over(cfg: Config, options: Mapping[str, Any] | None) -> None:
 
 
 def _problem_of(options: Mapping[str, Any], cfg: Config, error: Exception) -> str:
-    """Says which option has no place in the config, and why."""
+    """Describes the first option that does not fit the config; without one, describes ``error``."""
     for key, value in options.items():
         node: Any = cfg
         names = key.split('.')
-        for number, name in enumerate(names):
-            parent = '.'.join(names[:number])
+        for depth, name in enumerate(names):
+            parent = '.'.join(names[:depth])
             if isinstance(node, list | tuple):
                 if not name.isdigit() or int(name) >= len(node):
                     valid = f'{parent}.0 to {parent}.{len(node) - 1}' if node else 'none'
@@ -128,13 +128,13 @@ def _problem_of(options: Mapping[str, Any], cfg: Config, error: Exception) -> st
 
 
 def check_folder(path: str) -> None:
-    """Checks that a work directory exists or could be made. It is not made.
+    """Checks that a work directory exists or could be made, but does not make it.
 
     Raises:
-        PruneError: a file has the name of the folder or of a parent, or the folder can not be written.
+        PruneError: the folder or one of its parents is a file, or the folder can not be written.
     """
     folder = Path(path).absolute()
-    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    existing = next(ancestor for ancestor in (folder, *folder.parents) if ancestor.exists())
     if not existing.is_dir():
         raise PruneError(f'--work-dir {path}: {existing} is a file, not a folder; give another folder')
     if not os.access(existing, os.W_OK | os.X_OK):
@@ -145,7 +145,7 @@ def check_folder(path: str) -> None:
 
 
 def build_runner(cfg: Config) -> Runner:
-    """Builds mmengine's Runner for the config, or the runner that its ``runner_type`` names."""
+    """Builds mmengine's Runner for a config, or the runner that ``runner_type`` in the config names."""
     init_on_cpu(cfg.get('launcher', 'none'))
     if 'runner_type' not in cfg:
         return Runner.from_cfg(cfg)
@@ -156,8 +156,8 @@ def build_runner(cfg: Config) -> Runner:
 def run(main: Callable[[], None]) -> None:
     """Runs a script's main function.
 
-    A ``PruneError``, or a disk that is full or not writable, ends the script with the message and exit
-    code 1, without a traceback.
+    A ``PruneError``, or an error of a disk that is full or not writable, ends the script with a message
+    and exit code 1, without a traceback.
     """
     script = Path(sys.argv[0]).name
     try:

@@ -19,10 +19,11 @@ _SCHEMAS = {
     'nms': 'nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor',
     'qnms': 'qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor',
 }
-"""The ops that torchvision registers kernels for at import. Without a schema its import fails."""
+"""The schemas of the ops for which torchvision registers kernels at import. Without them, the import of
+torchvision fails."""
 
 _library = None
-"""The library that declared the schemas. torch drops them when this object is collected."""
+"""The library that declared the schemas. torch drops the schemas when this object is deleted."""
 
 
 def declare_torchvision_schemas() -> bool:
@@ -52,7 +53,7 @@ def declare_torchvision_schemas() -> bool:
 
 
 def _torchvision_ops_load() -> bool:
-    """Whether torchvision needs no help: it is not installed, or its compiled ops load."""
+    """Whether no schemas are needed: torchvision is not installed, or its compiled ops load."""
     package = importlib.util.find_spec('torchvision')
     if package is None:
         return True
@@ -69,9 +70,9 @@ def _torchvision_ops_load() -> bool:
 def allow_mmengine_checkpoints() -> None:
     """Lets ``torch.load(..., weights_only=True)`` read the checkpoints that mmengine writes.
 
-    Beside tensors they hold logged values (``HistoryBuffer``, which is made of numpy arrays and four
-    statistics) and numpy scalars. This shim allows those types by name, numpy arrays only of numeric
-    types. torch still refuses every other global in a checkpoint.
+    Besides tensors they hold logged values (``HistoryBuffer``, which is made of numpy arrays and four
+    statistics) and numpy scalars. This shim allows these types by name, and numpy arrays of numeric
+    types only. torch still refuses every other global in a checkpoint.
 
     torch before 2.6 does not need this shim, because ``torch.load`` trusted all files by default. Later
     versions need it as long as mmengine puts such objects into its checkpoints.

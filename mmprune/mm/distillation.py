@@ -1,11 +1,15 @@
 """Distillation: the pruned network (student) imitates the features of the unpruned one (teacher).
 
-The problem: the student's features have fewer channels than the teacher's. Other methods train a layer
-that maps one to the other. The idea: the plan says which of the teacher's channels the student still
-has, so the two are compared channel by channel. Example: of a neck's 256 channels the student keeps
-``[0, 2, 5, ...]``; its second channel is compared with the teacher's channel 2.
+**Problem.** The student's features have fewer channels than the teacher's. Other methods train a layer
+that maps one to the other.
 
-Source of the loss: Cao et al., *PKD: General Distillation Framework for Object Detectors via Pearson
+**Idea.** The plan says which of the teacher's channels the student still has, so their features are
+compared channel by channel.
+
+**Example.** The student keeps the channels ``[0, 2, 5, ...]`` of a neck with 256 channels. Its second
+channel is compared with the teacher's channel 2.
+
+The loss is that of Cao et al., *PKD: General Distillation Framework for Object Detectors via Pearson
 Correlation Coefficient*, NeurIPS 2022.
 """
 
@@ -24,10 +28,10 @@ from mmprune.surgery.plan import plan_of
 
 
 def features_of(model: nn.Module) -> str:
-    """The name of the module whose outputs are compared: the neck, or the backbone without a neck.
+    """Returns the name of the module whose outputs are compared: the neck, or else the backbone.
 
     Raises:
-        PruneError: the model has neither of them, or no ``extract_feat``.
+        PruneError: the model has neither a neck nor a backbone, or no method ``extract_feat``.
     """
     modules = dict(model.named_modules())
     name = next((name for name in ('neck', 'backbone') if name in modules), None)
@@ -42,16 +46,20 @@ def features_of(model: nn.Module) -> str:
 class Distillation:
     """Adds the distillation loss to the losses that a student returns for ``mode='loss'``.
 
-    Only the first such run after ``armed`` is set gets the loss. All other runs, such as traces and
-    checks of a cut, are left alone.
+    Only the first run with ``mode='loss'`` after ``armed`` is set gets the loss. All other runs, such
+    as traces and checks of a cut, are not changed.
 
     Args:
         model: the student, pruned from the teacher.
         teacher: the unpruned network in evaluation mode.
-        images: (N, 3, H, W) preprocessed images of any number, for a trace of the teacher.
-        weight: the loss is this times the mean :func:`feature_loss` over all levels, times the absolute
-            value of the model's summed losses. The last factor passes no gradient. It adapts the loss
-            to the model: the losses of heatmaps are a thousand times smaller than those of boxes.
+        images: (N, 3, H, W) preprocessed images with which the teacher is traced, for any N.
+        weight: a factor of the loss. The loss is ``weight`` times the mean :func:`feature_loss` over
+            all levels, times the absolute value of the model's summed losses. The last factor passes no
+            gradient. It adapts the loss to the model: the losses of heatmaps are a thousand times
+            smaller than those of boxes.
+
+    Attributes:
+        armed: whether the next run with ``mode='loss'`` gets the loss. That run resets it.
     """
 
     def __init__(self, model: nn.Module, teacher: nn.Module, images: Any, weight: float) -> None:
@@ -59,13 +67,13 @@ class Distillation:
         sources = channel_sources(teacher, lambda m: m.extract_feat(images), [self.name])
         self._sources = sources[self.name]
         self.armed = False
-        features: list[torch.Tensor] | None = None  # of the student, in a run that gets the loss
+        features: list[torch.Tensor] | None = None  # the student's, in a run that gets the loss
 
         # The hooks are functions rather than bound methods, so that copies of the model share them
         # and do not copy the teacher.
         def begin(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             nonlocal features
-            features = None  # a run that failed may have left some
+            features = None  # a run that failed may have left features
             if self.armed and kwargs.get('mode') == 'loss':
                 self.armed, features = False, []
 
@@ -79,8 +87,9 @@ class Distillation:
                 return None
             students, features = features, None
             teachers = self._features_of_teacher(kwargs['inputs'] if 'inputs' in kwargs else args[0])
-            size = module.parse_losses(losses)[0].detach().abs()  # log likelihoods may be negative
-            loss = self.weight * size * self.loss(module, students, teachers)
+            # The absolute value, because losses that are log likelihoods may be negative.
+            summed_losses = module.parse_losses(losses)[0].detach().abs()
+            loss = self.weight * summed_losses * self.loss(module, students, teachers)
             return dict(losses) | {f'loss_distill_{self.name}': loss}
 
         self._handles = [
@@ -96,6 +105,7 @@ class Distillation:
 
     @torch.no_grad()
     def _features_of_teacher(self, images: Any) -> list[torch.Tensor]:
+        """Runs the teacher on preprocessed images and returns its features at each level."""
         with outputs_of(self.teacher.get_submodule(self.name)) as outputs:
             self.teacher.extract_feat(images)
         return outputs
@@ -103,11 +113,11 @@ class Distillation:
     def loss(
         self, model: nn.Module, students: list[torch.Tensor], teachers: list[torch.Tensor]
     ) -> torch.Tensor:
-        """The mean of :func:`feature_loss` over the levels, without any weight.
+        """Computes the mean of :func:`feature_loss` over the levels, without any weight.
 
         Args:
             model: the student, whose plan says which channels it still has.
-            students: its features at each level.
+            students: the student's features at each level.
             teachers: the teacher's features at each level.
         """
         plan = plan_of(model)
@@ -123,7 +133,7 @@ class Distillation:
 
 @contextmanager
 def outputs_of(module: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """A list of all tensors that ``module`` returns inside the block."""
+    """Yields a list to which all tensors are added that ``module`` returns inside the block."""
     outputs: list[torch.Tensor] = []
     handle = module.register_forward_hook(lambda module, args, out: outputs.extend(tensors_in(out)))
     try:
@@ -135,11 +145,12 @@ def outputs_of(module: nn.Module) -> Iterator[list[torch.Tensor]]:
 def feature_loss(
     student: torch.Tensor, teacher: torch.Tensor, dim: int, kept: torch.Tensor | None
 ) -> torch.Tensor:
-    """Mean over channels of 1 - r, where r is the Pearson correlation over images and positions.
+    """Computes the mean over channels of 1 - r, where r is the Pearson correlation of student and
+    teacher over images and positions.
 
     Args:
-        student: features with C' channels on dimension ``dim``, such as (N, C', H, W).
-        teacher: features of the unpruned network, such as (N, C, H, W).
+        student: the student's features with C' channels in dimension ``dim``, such as (N, C', H, W).
+        teacher: the teacher's features with C channels in dimension ``dim``, such as (N, C, H, W).
         dim: the dimension of the channels.
         kept: (C',) indices of the teacher's channels that the student still has; ``None``: all of them.
     """
@@ -149,4 +160,5 @@ def feature_loss(
         functional.layer_norm(flat, flat.shape[1:])
         for flat in (t.float().movedim(dim, 0).flatten(1) for t in (student, teacher))
     )
+    # For standardised values, the mean squared difference is 2 - 2 r.
     return 0.5 * functional.mse_loss(*standardised)

@@ -1,19 +1,21 @@
-"""Every load of a pruned checkpoint through mmengine rebuilds the pruned structure, or raises an error.
+"""Makes every load of a pruned checkpoint through mmengine rebuild the pruned structure, or raise.
 
-The problem: mmengine skips tensors whose shapes differ from the model's and prints ``size mismatch``,
-so these layers keep random weights. A pruned checkpoint in the model of its unpruned config is such a
-case, and ``init_detector``, ``init_model``, inferencers, ``Runner`` and
-``init_cfg=dict(type='Pretrained')`` all load in this way. The idea: :func:`install` wraps three
-functions of mmengine, through which all of them go.
+**Problem.** mmengine skips tensors whose shapes differ from the model's and prints ``size mismatch``,
+so these layers keep random weights. This happens if a pruned checkpoint is loaded into the model of its
+unpruned config, as ``init_detector``, ``init_model``, inferencers, ``Runner`` and
+``init_cfg=dict(type='Pretrained')`` do.
+
+**Idea.** :func:`install` wraps three functions of mmengine, which all of these callers use.
 
 - ``CheckpointLoader.load_checkpoint`` reads every file. Its wrapper remembers which tensors came from a
   pruned checkpoint. Names and dicts may change between reading and loading, but the tensors stay.
-- ``load_state_dict`` loads every model. Its wrapper rebuilds a model that gets such tensors.
-- ``Runner.call_hook``: its wrapper rebuilds the model of a Runner before hooks are given the
+- ``load_state_dict`` loads every model. Its wrapper rebuilds a model that gets tensors of a pruned
+  checkpoint.
+- ``Runner.call_hook`` calls all hooks. Its wrapper rebuilds the model of a Runner before hooks get the
   checkpoint, together with optimizer, EMA models and DistributedDataParallel. A model that
   :class:`mmprune.mm.hooks.RebuildHook` has already rebuilt stays as it is. The wrapper also puts the
-  plan into the checkpoints of a pruned model in every Runner, with mmprune's hooks or without, because
-  they could not be loaded again without it.
+  plan into the checkpoints of a pruned model, even in a Runner without mmprune's hooks, because they
+  could not be loaded without the plan.
 """
 
 import functools
@@ -36,13 +38,14 @@ from mmprune.surgery.meta import META, plan_in
 from mmprune.surgery.plan import Plan, plan_of
 
 _origins: Any = WeakTensorKeyDictionary()
-"""{tensor of a pruned checkpoint: (its plan, the file or address)}."""
+"""{tensor of a pruned checkpoint: (plan of the checkpoint, its path or URL)}."""
 
 _undo: list[Callable[[], None]] = []
+"""Functions that undo :func:`install`; empty if nothing is wrapped."""
 
 
 def install() -> None:
-    """Wraps the three functions. A second call changes nothing."""
+    """Wraps the three functions of mmengine. A second call changes nothing."""
     if _undo:
         return
     _wrap_attribute(CheckpointLoader, 'load_checkpoint', _remembering)
@@ -54,12 +57,13 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Puts mmengine's functions back."""
+    """Restores the three functions of mmengine."""
     while _undo:
         _undo.pop()()
 
 
 def _wrap_attribute(owner: type, name: str, wrap: Callable[[Callable], Any]) -> None:
+    """Replaces a method of a class by ``wrap`` of it, until :func:`uninstall`."""
     original = vars(owner)[name]
     setattr(owner, name, wrap(original))
     _undo.append(lambda: setattr(owner, name, original))
@@ -77,6 +81,8 @@ def _replace_everywhere(old: Callable, new: Callable) -> None:
 
 
 def _remembering(original: Any) -> classmethod:
+    """Wraps ``load_checkpoint``: records the tensors of pruned checkpoints in ``_origins``."""
+
     @functools.wraps(original.__func__)
     def load_checkpoint(cls: type, filename: str, *args: Any, **kwargs: Any) -> Any:
         content = original.__func__(cls, filename, *args, **kwargs)
@@ -92,6 +98,8 @@ def _remembering(original: Any) -> classmethod:
 
 
 def _rebuilding_first(original: Callable) -> Callable:
+    """Wraps ``call_hook``: rebuilds a Runner's model before a load, and saves its plan."""
+
     @functools.wraps(original)
     def call_hook(runner: Runner, fn_name: str, **kwargs: Any) -> None:
         if fn_name == 'after_load_checkpoint':
@@ -106,6 +114,8 @@ def _rebuilding_first(original: Callable) -> Callable:
 
 
 def _rebuilding(original: Callable) -> Callable:
+    """Wraps ``load_state_dict``: rebuilds a model that gets tensors in ``_origins``."""
+
     @functools.wraps(original)
     def load_state_dict(module: nn.Module, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
         tensors = [value for value in state_dict.values() if isinstance(value, Tensor)]
@@ -133,10 +143,10 @@ def rebuild_runner(runner: Runner, checkpoint: Any) -> None:
         return
     if not different_shapes(model, checkpoint.get('state_dict') or {}):
         return
-    optimizer = runner.optim_wrapper  # a dict of options until training builds it
-    built = isinstance(optimizer, OptimWrapper | OptimWrapperDict)
+    optimizer = runner.optim_wrapper  # before training, a dict of options from which it is built
+    is_built = isinstance(optimizer, OptimWrapper | OptimWrapperDict)
     ema_models = averaged_models(runner)
-    plan.apply(model, optimizer if built else None, [ema.module for ema in ema_models])
+    plan.apply(model, optimizer if is_built else None, [ema.module for ema in ema_models])
     for ema in ema_models:
         refresh(ema)
     rebuild_reducers(runner.model)
@@ -150,7 +160,7 @@ def rebuild(module: nn.Module, state: dict[str, Any], plan: Plan, path: str) -> 
         module: the model that is about to be loaded, or a part of it.
         state: the tensors to load, by their names in ``module``.
         plan: the plan of the checkpoint.
-        path: the file or address of the checkpoint, for messages.
+        path: the path or URL of the checkpoint, for messages.
 
     Raises:
         PruneError: the plan does not give ``module`` the shapes of the checkpoint.
@@ -179,7 +189,7 @@ def rebuild(module: nn.Module, state: dict[str, Any], plan: Plan, path: str) -> 
 
 
 def different_shapes(model: nn.Module, state: dict[str, Any]) -> list[str]:
-    """A clause with both shapes for each tensor that differs between a model and a state dict."""
+    """Returns a clause for each tensor of a model that has another shape in a state dict."""
     return [
         f'{name} is {tuple(state[name].shape)} in the checkpoint and {tuple(tensor.shape)} in the model'
         for name, tensor in model.state_dict().items()
@@ -188,7 +198,7 @@ def different_shapes(model: nn.Module, state: dict[str, Any]) -> list[str]:
 
 
 def inside_all_wrappers(model: nn.Module) -> nn.Module:
-    """The model inside all wrappers, such as a test-time augmentation in DistributedDataParallel."""
+    """Returns the model inside all wrappers, such as DDP around test-time augmentation."""
     while (inner := unwrapped(model)) is not model:
         model = inner
     return model

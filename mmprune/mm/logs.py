@@ -1,4 +1,4 @@
-"""Sends what the core logs to the log of mmengine."""
+"""Sends the log of mmprune's core to the log of mmengine."""
 
 import logging
 
@@ -13,7 +13,8 @@ class _MmengineHandler(logging.Handler):
 
 
 def send_to_mmengine() -> None:
-    """Sends the core's log, from level INFO on, to mmengine. A second call changes nothing."""
+    """Sends records of the core's log with level INFO or above to mmengine. A second call changes
+    nothing."""
     core = logging.getLogger('mmprune')
     if not any(isinstance(handler, _MmengineHandler) for handler in core.handlers):
         core.addHandler(_MmengineHandler())

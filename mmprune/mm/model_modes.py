@@ -1,4 +1,4 @@
-"""How a model of mmengine, mmdet or mmpose is run for a trace: its loss and its inference."""
+"""Runs a model of mmengine, mmdet or mmpose in its modes: its loss and its inference."""
 
 import copy
 from collections.abc import Iterator
@@ -17,20 +17,21 @@ from mmprune.errors import PruneError
 from mmprune.graph.coupling import ChannelGraph
 
 MODES = frozenset({'tensor', 'predict'})
-"""Modes of mmengine's ``forward`` that some models lack, or that fail on some training batches."""
+"""The modes of mmengine's ``forward``, besides the loss, that are traced. Some models lack them, and
+some training batches make them fail."""
 
 
 @dataclass(frozen=True)
 class Runs:
-    """How a model is run on one batch.
+    """Functions that run a model on one batch.
 
     Args:
         tensor: runs ``mode='tensor'`` in evaluation mode on one image.
         predict: runs ``mode='predict'`` in evaluation mode on one image.
         loss: runs ``mode='loss'`` as in training, on ``samples`` samples of the batch.
-        modes: the modes beside the loss that work.
-        image: describes the single image, such as ``"one image of 800 x 1333"``.
-        samples: number of samples that the loss runs on.
+        modes: the modes besides the loss that do not fail.
+        image: a description of the single image, such as ``'one image of 800 x 1333'``.
+        samples: the number of samples on which the loss is run.
     """
 
     tensor: Forward
@@ -42,19 +43,20 @@ class Runs:
 
     @property
     def ordered(self) -> tuple[Forward, ...]:
-        """The runs that work. The FLOPs of the first one count: ``mode='tensor'``, which is inference
-        without post-processing; if it fails, ``mode='predict'``, or else the loss."""
+        """The runs that do not fail. FLOPs are counted in the first one. That is ``mode='tensor'``,
+        inference without post-processing, or else ``mode='predict'``, or else the loss."""
         working = [getattr(self, mode) for mode in ('tensor', 'predict') if mode in self.modes]
         return *working, self.loss
 
     @property
     def checked(self) -> Forward:
-        """The run on which a cut is checked. ``predict`` covers what ``tensor`` runs."""
+        """The run on which a cut is checked. If both modes work, ``tensor`` is left out, because
+        ``predict`` runs the same layers."""
         return one_after_another(*(self.ordered[1:] if len(self.modes) == 2 else self.ordered))
 
     @property
     def counted_as(self) -> str:
-        """What the FLOPs are measured on, for messages."""
+        """A description of the input on which FLOPs are counted, for messages."""
         return self.image if self.modes else f"mode='loss' on {self.samples} samples of the batch"
 
 
@@ -65,15 +67,15 @@ def runs_of(
     count: int = 4,
     size: tuple[int, int] | None = None,
 ) -> Runs:
-    """How to run ``model`` on a batch of training data.
+    """Returns the functions that run a model on a batch of training data.
 
     Args:
         model: a ``BaseModel`` of mmengine.
-        batch: what the training's data loader returns.
-        modes: the modes beside the loss that work.
-        count: number of samples that the loss runs on. The other modes run on the first sample.
-        size: (height, width) to which the single image is resized, such as the config's test size
-            (:func:`mmprune.mm.configs.image_size`); ``None``: it keeps its size.
+        batch: a batch of the training's data loader.
+        modes: the modes besides the loss that do not fail.
+        count: the number of samples on which the loss is run. The other modes run on the first sample.
+        size: (height, width) in pixels to which the single image is resized, such as the config's test
+            size (:func:`mmprune.mm.configs.image_size`); ``None``: the image keeps its size.
 
     Raises:
         PruneError: the model is not a ``BaseModel``.
@@ -102,17 +104,18 @@ def runs_of(
 
 
 def first_trace(model: nn.Module, runs: Runs) -> tuple[ChannelGraph, Runs]:
-    """Traces all ``runs``. The loss has to work; modes that fail are logged and left out.
+    """Traces a model in all ``runs``. Modes that fail are logged and left out, but the loss must not
+    fail.
 
-    ``mode='tensor'`` is needed for the FLOPs, and ``mode='predict'`` for numbers of modules that only
+    ``mode='tensor'`` is traced for the FLOPs, and ``mode='predict'`` for tracked attributes that only
     post-processing reads.
 
     Returns:
         (the channel graph, the runs without the modes that failed)
     """
-    first, *others = runs.ordered
-    optional = [getattr(runs, mode) for mode in runs.modes]
-    graph = trace(model, first, also=tuple(others), may_fail=optional)
+    counted_run, *other_runs = runs.ordered
+    may_fail_runs = [getattr(runs, mode) for mode in runs.modes]
+    graph = trace(model, counted_run, also=tuple(other_runs), may_fail=may_fail_runs)
     errors = {mode: graph.failed.get(getattr(runs, mode)) for mode in sorted(runs.modes)}
     for mode, error in errors.items():
         if error is not None:
@@ -125,7 +128,8 @@ def first_trace(model: nn.Module, runs: Runs) -> tuple[ChannelGraph, Runs]:
 
 
 def first_samples(batch: Any, count: int) -> Any:
-    """The first ``count`` samples of a batch: of all lists, tuples and tensors in its dicts."""
+    """Returns the first ``count`` samples of a batch, by slicing all lists, tuples and tensors in its
+    dicts."""
     if isinstance(batch, dict):
         return {key: first_samples(value, count) for key, value in batch.items()}
     if isinstance(batch, list | tuple):
@@ -136,8 +140,8 @@ def first_samples(batch: Any, count: int) -> Any:
 
 
 def _preprocessed(model: nn.Module, batch: Any, count: int) -> Any:
-    """The first samples as the model gets them in training, but without augmentations of whole batches,
-    which draw a size or mix images."""
+    """Preprocesses the first ``count`` samples of a batch as in training, but without augmentations of
+    whole batches, which draw a size or mix images."""
     if not isinstance(model, BaseModel):
         raise PruneError(
             f'{type(model).__name__} is not an mmengine BaseModel: use mmprune.Pruner in your own loop'
@@ -155,23 +159,25 @@ def _preprocessed(model: nn.Module, batch: Any, count: int) -> Any:
 
 
 def _with_copied_samples(data: Any) -> Any:
-    """A preprocessed batch with copies of its data samples. The images are shared."""
+    """Returns a preprocessed batch with copies of its data samples and the same images. A batch without
+    data samples is copied whole."""
     if not isinstance(data, dict) or 'data_samples' not in data:
         return copy.deepcopy(data)
     return data | {'data_samples': copy.deepcopy(data['data_samples'])}
 
 
 def _images_in(data: Any) -> torch.Tensor | None:
-    """The images of a preprocessed batch, (N, C, H, W), if it holds them in one tensor."""
+    """Returns the images of a preprocessed batch if they are one tensor, (N, C, H, W)."""
     images = data.get('inputs') if isinstance(data, dict) else None
     return images if isinstance(images, torch.Tensor) and images.ndim == 4 else None
 
 
 def _resized(model: nn.Module, data: Any, size: tuple[int, int] | None) -> Any:
-    """The single sample of ``data`` resized to ``size``, and padded as the model's preprocessor does.
+    """Resizes the single sample of ``data`` to ``size``, rounded up to the multiple to which the
+    model's preprocessor pads.
 
-    The sample counts as its own original picture, so that predictions need no scaling: training batches
-    have no scale factor, or one that no longer fits.
+    The original size of the sample is set to its new size, so that predictions are not scaled. The
+    scale factor of a training batch is missing, or no longer fits.
     """
     images = _images_in(data)
     if images is None:
@@ -183,33 +189,34 @@ def _resized(model: nn.Module, data: Any, size: tuple[int, int] | None) -> Any:
         images = nn.functional.interpolate(images, size=padded, mode='bilinear', align_corners=False)
     samples = copy.deepcopy(data.get('data_samples'))
     for sample in samples if isinstance(samples, list) else ():
-        known = set(sample.metainfo_keys())
+        meta_keys = set(sample.metainfo_keys())
         if padded is not None:
             sizes = {'img_shape': size, 'pad_shape': padded, 'batch_input_shape': padded}
-            sample.set_metainfo({key: value for key, value in sizes.items() if key in known})
-        if 'img_shape' in known and (padded is not None or 'scale_factor' not in known):
+            sample.set_metainfo({key: value for key, value in sizes.items() if key in meta_keys})
+        if 'img_shape' in meta_keys and (padded is not None or 'scale_factor' not in meta_keys):
             sample.set_metainfo({'ori_shape': sample.metainfo['img_shape'], 'scale_factor': (1.0, 1.0)})
     return data | {'inputs': images} | ({'data_samples': samples} if samples is not None else {})
 
 
 def loss_of(model: nn.Module, batch: Any) -> Any:
-    """The losses of one batch of training data, as in a step of training."""
+    """Computes the losses of one batch of training data, as in a training step."""
     return _run(model, model.data_preprocessor(batch, True), 'loss')
 
 
 def total_loss(model: BaseModel, losses: Any) -> float:
-    """The number that training minimises, from the losses that ``mode='loss'`` returned."""
+    """Returns the number that training minimises, from the losses that ``mode='loss'`` returned."""
     return float(model.parse_losses(losses)[0])
 
 
 def run_apart(model: nn.Module, forward: Forward) -> Any:
-    """Runs ``forward`` without gradients, and leaves the model and the random states as they were. Two
+    """Runs ``forward`` without gradients, and restores the model's state and the random states. Two
     such runs in a row draw the same random numbers."""
     with unchanged(model), torch.no_grad():
         return forward(model)
 
 
 def _run(model: nn.Module, data: Any, mode: str) -> Any:
+    """Runs a model on preprocessed data in one of mmengine's modes."""
     if isinstance(data, dict):
         return model(**data, mode=mode)
     return model(*data, mode=mode)
@@ -217,7 +224,7 @@ def _run(model: nn.Module, data: Any, mode: str) -> Any:
 
 @contextmanager
 def in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block. Afterwards each module has its former mode."""
+    """Sets evaluation mode inside the block, and restores the mode of each module afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Steps that a training does not need: if one fails, it is reported once and left out."""
+"""Optional steps of a training, such as reports: a failure is logged once and does not end it."""
 
 import logging
 from collections.abc import Iterator
@@ -6,12 +6,12 @@ from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 _reported: WeakKeyDictionary[logging.Logger, set[str]] = WeakKeyDictionary()
-"""The failures that each run's logger has reported."""
+"""{logger of a run: the failures that it has reported as warnings}."""
 
 
 @contextmanager
 def optional(logger: logging.Logger, what: str, remedy: str = '') -> Iterator[None]:
-    """Leaves out the rest of a block that fails, so that the training goes on.
+    """Catches an exception inside the block, and logs it, so that the training continues.
 
     The first failure of ``what`` is logged as a warning with the exception's text. Its traceback, and
     every later failure of the same step, are logged at level DEBUG.
@@ -20,7 +20,7 @@ def optional(logger: logging.Logger, what: str, remedy: str = '') -> Iterator[No
         logger: the logger of the run.
         what: the failure as a sentence without its full stop, such as ``'The report page could not be
             made'``. It identifies the step.
-        remedy: a sentence about what the user can do; empty if there is nothing.
+        remedy: a sentence about what the user can do; empty if nothing can be done.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Figures of a pruning run before and after, in the log, in the terminal and as JSON."""
+"""Reports the figures of a pruning run before and after, in the log, in the terminal and as JSON."""
 
 import io
 import json
@@ -20,18 +20,19 @@ from mmprune.session import CutResult
 from mmprune.surgery.plan import Plan
 
 REPORT_FILE = 'prune_report.json'
+"""The name of the report in the work directory."""
 
 Axes = dict[str, list[list[Any]]]
 """The output channels of all layers with weights, by part: {part: [[tensor, dimension, size]]}."""
 
 
 def before(graph: ChannelGraph) -> dict[str, Any]:
-    """Notes the model as it is at the first trace of a run.
+    """Records the model at the first trace of a run, for the report.
 
     Returns:
-        Plain data: ``axes`` (:data:`Axes`), from which a plan alone gives the widths later; ``locked``,
-        a dict of name, dim, units and reasons for each locked tensor; ``merged``, a sentence for each
-        merged group; and ``failed``, which is empty until a group fails the check.
+        Plain data: ``axes`` (:data:`Axes`), with which :func:`width` finds all widths after a cut from
+        its plan; ``locked``, a dict of name, dim, units and reasons for each locked tensor; ``merged``,
+        a sentence for each merged group; and ``failed``, which is empty until a group fails the check.
     """
     notes: dict[str, Any] = {'axes': {}, 'locked': [], 'merged': [], 'failed': {}}
     with optional(MMLogger.get_current_instance(), 'The layers and locks could not be noted'):
@@ -52,13 +53,13 @@ def before(graph: ChannelGraph) -> dict[str, Any]:
 
 
 def width(plan: Plan | None, name: str, dim: int, size: int) -> tuple[int, int]:
-    """(unpruned size, current size) of a dimension of a tensor.
+    """Returns (unpruned size, current size) of a dimension of a tensor.
 
     Args:
-        plan: all cuts so far; ``None`` before the first one.
+        plan: the plan of all cuts so far; ``None`` before the first cut.
         name: the name of the tensor.
         dim: the dimension.
-        size: the size at the start of this run, which counts if the plan does not know the tensor.
+        size: the size at the start of this run. It is both results if ``plan`` has no such tensor.
     """
     if plan is None or name not in plan.fingerprint:
         return size, size
@@ -67,26 +68,26 @@ def width(plan: Plan | None, name: str, dim: int, size: int) -> tuple[int, int]:
 
 
 def figures(plan: Plan, axes: Axes) -> dict[str, Any]:
-    """FLOPs, parameters and channels before and after a plan, and the history of its cuts: plain data.
-
-    ``channels`` also has the numbers at the start of this run, since an earlier run may have pruned.
+    """Returns FLOPs, parameters and channels before and after a plan, and the history of its cuts, as
+    plain data. ``channels`` includes the numbers at the start of this run, because an earlier run may
+    have pruned the model.
     """
     channels = {}
     for part, entries in axes.items():
         unpruned, current = zip(*(width(plan, *entry) for entry in entries), strict=True)
         at_start = sum(size for _, _, size in entries)
         channels[part] = {'before': sum(unpruned), 'start': at_start, 'after': sum(current)}
-    last = plan.history[-1]
+    last_cut = plan.history[-1]
     return {
-        'flops': {'before': last['flops_before'], 'after': last['flops']},
-        'params': {'before': last['params_before'], 'after': last['params']},
+        'flops': {'before': last_cut['flops_before'], 'after': last_cut['flops']},
+        'params': {'before': last_cut['params_before'], 'after': last_cut['params']},
         'channels': channels,
         'history': plan.history,
     }
 
 
 def units_removed(history: list[dict[str, Any]]) -> int:
-    """The number of units that all cuts of a history removed."""
+    """Returns the number of units that all cuts of a history removed."""
     return sum(entry.get('units_removed') or 0 for entry in history)
 
 
@@ -94,11 +95,11 @@ def units_removed(history: list[dict[str, Any]]) -> int:
 
 
 def log_trace(logger: logging.Logger, graph: ChannelGraph, counted_as: str) -> None:
-    """Logs what can be cut as a table. Locks are logged at level DEBUG; the report has them too.
+    """Logs the prunable channels as a table. Locks are logged at level DEBUG, and are in the report.
 
     Args:
         logger: the logger of the run.
-        graph: the traced model.
+        graph: the channel graph of the model.
         counted_as: the input that FLOPs are counted for, such as ``'one image of 800 x 1333'``.
     """
     for name, modules in graph.unknown_ops.items():
@@ -116,7 +117,8 @@ def log_trace(logger: logging.Logger, graph: ChannelGraph, counted_as: str) -> N
 
 
 def trace_table(graph: ChannelGraph) -> Table:
-    """Output channels, FLOPs and parameters of each part, and how many of the channels can be cut."""
+    """Makes a table of the output channels of each part, how many of them may be removed, FLOPs and
+    parameters."""
     axes = cost.output_axes(graph)
     everything = np.ones(graph.n_units, dtype=bool)
     rows: dict[str, tuple[int, ...]] = {}
@@ -128,20 +130,22 @@ def trace_table(graph: ChannelGraph) -> Table:
             round(cost.flops(graph, part)(everything)),
             round(cost.params(graph, part)(everything)),
         )
-    channels, free = (sum(row[column] for row in rows.values()) for column in (0, 1))
-    out = Table()
-    out.add_column('part')
+    channels, removable = (sum(row[column] for row in rows.values()) for column in (0, 1))
+    table = Table()
+    table.add_column('part')
     for name in ('channels', 'may go', 'FLOPs', 'parameters'):
-        out.add_column(name, justify='right')
-    for part, numbers in rows.items():
-        out.add_row(part, *(f'{number:,}' for number in numbers))
-    out.add_section()
-    out.add_row('all', *(f'{number:,}' for number in (channels, free, graph.flops, graph.params)))
-    return out
+        table.add_column(name, justify='right')
+    for part, cells in rows.items():
+        table.add_row(part, *(f'{number:,}' for number in cells))
+    table.add_section()
+    table.add_row(
+        'all', *(f'{number:,}' for number in (channels, removable, graph.flops, graph.params))
+    )
+    return table
 
 
 def as_text(table: Table) -> str:
-    """A table as plain text for a log file."""
+    """Converts a table to plain text for a log file."""
     console = Console(width=120, color_system=None, force_terminal=False, file=io.StringIO())
     console.print(table)
     return console.file.getvalue().rstrip()
@@ -164,7 +168,7 @@ def log_cut(logger: logging.Logger, number: int, entry: dict[str, Any], steps: i
         logger: the logger of the run.
         number: the number of the cut, from 1.
         entry: the last entry of the plan's history.
-        steps: the number of cuts in the schedule. Later ones follow if the budget was not reached.
+        steps: the number of cuts in the schedule. More cuts are made if the budget was not met.
     """
     extra = f' (after the {steps} of the schedule, since the budget was not met)' * (number > steps)
     logger.info(
@@ -175,7 +179,7 @@ def log_cut(logger: logging.Logger, number: int, entry: dict[str, Any], steps: i
 
 
 JUMP = 0.5
-"""A cut that raises the loss of one batch by more than this fraction gets a warning."""
+"""If a cut raises the loss of one batch by more than this fraction, a warning is logged."""
 
 
 def has_jumped(before_cut: float, after_cut: float) -> bool:
@@ -189,20 +193,22 @@ def loss_change(
     """Logs how a cut changed the loss of one batch, and how many layers were compensated.
 
     Args:
-        runner: the run.
+        runner: the runner.
         number: the number of the cut, from 1.
-        losses: the losses of the same samples before and after the cut.
+        losses: (loss before the cut, loss after the cut) of the same samples.
         narrowed: the names of the groups that lost the largest share of their units.
         result: the result of the cut.
 
     Returns:
-        The same as plain data, for the page of the run.
+        The logged numbers and names as plain data, for the page of the run.
     """
     before_cut, after_cut = losses
-    done, refused = len(result.compensated), len(result.refused)
-    if done or refused:
-        why = f', {refused} refused: no better output, or no inputs seen' if refused else ''
-        runner.logger.info(f'Cut {number}: {done} layers compensated{why}')
+    n_compensated, n_refused = len(result.compensated), len(result.refused)
+    if n_compensated or n_refused:
+        refused_text = (
+            f', {n_refused} refused: no better output, or no inputs seen' if n_refused else ''
+        )
+        runner.logger.info(f'Cut {number}: {n_compensated} layers compensated{refused_text}')
         runner.logger.debug(f'Refused: {", ".join(result.refused)}')
     if has_jumped(before_cut, after_cut):
         runner.logger.warning(
@@ -217,8 +223,8 @@ def loss_change(
         'before': before_cut,
         'after': after_cut,
         'groups': narrowed,
-        'compensated': done,
-        'refused': refused,
+        'compensated': n_compensated,
+        'refused': n_refused,
     }
 
 
@@ -235,11 +241,11 @@ def finish(
     """Writes ``prune_report.json`` into the work directory and prints the result as a table.
 
     Args:
-        runner: the run.
-        notes: the result of :func:`before`, with ``failed`` and ``latency`` where the run added them.
-        plan: all cuts so far, from the unpruned model on.
-        metrics: as in :class:`mmprune.mm.hooks.prune_state.PruneState`.
-        start: as in :class:`mmprune.mm.hooks.prune_state.PruneState`.
+        runner: the runner.
+        notes: the result of :func:`before`, to which cuts may have added ``failed`` and ``latency``.
+        plan: the plan of all cuts so far, from the unpruned model.
+        metrics: the metrics in a :class:`mmprune.mm.hooks.prune_state.PruneState`.
+        start: the fractions in a :class:`mmprune.mm.hooks.prune_state.PruneState`.
     """
     content = figures(plan, notes['axes']) | {
         'metrics': metrics,
@@ -257,55 +263,56 @@ def finish(
     runner.logger.info(f'Wrote {path}\n{as_text(result)}')
     screens = [handler for handler in runner.logger.handlers if type(handler) is logging.StreamHandler]
     if not any(handler.level <= logging.INFO for handler in screens):
-        Console().print(result)  # at every log level, since people wait for it
+        Console().print(result)  # at every log level, because users wait for this result
 
 
 def result_table(content: dict[str, Any]) -> Table:
-    """The content of ``prune_report.json`` as a table. A column shows the start of this run if an
-    earlier run had pruned the model."""
+    """Makes a table of the content of ``prune_report.json``. If an earlier run pruned the model, a
+    column shows the start of this run."""
     start, metrics = content.get('start', {}), content['metrics']
     was_pruned = 'start' in metrics or any(fraction < 1 for fraction in start.values())
-    out = Table(title='Pruned', title_justify='left')
-    out.add_column('')
+    table = Table(title='Pruned', title_justify='left')
+    table.add_column('')
     for name in ('unpruned', *['at the start of this run'] * was_pruned, 'pruned', 'left'):
-        out.add_column(name, justify='right')
+        table.add_column(name, justify='right')
 
     def add(label: str, unpruned: str, at_start: str, pruned: str, left: str) -> None:
-        out.add_row(label, unpruned, *[at_start] * was_pruned, pruned, left)
+        table.add_row(label, unpruned, *[at_start] * was_pruned, pruned, left)
 
     for label, key in (('FLOPs', 'flops'), ('parameters', 'params')):
         old, new = content[key]['before'], content[key]['after']
         add(label, f'{old:,}', f'{round(old * start.get(key, 1)):,}', f'{new:,}', f'{new / old:.1%}')
-    out.add_section()
+    table.add_section()
     for part, channels in content['channels'].items():
         old, new = channels['before'], channels['after']
         at_start = f'{channels.get("start", old):,}'
         add(f'channels: {part}', f'{old:,}', at_start, f'{new:,}', f'{new / old:.1%}')
     if content.get('latency') is not None:
-        out.add_section()
+        table.add_section()
         add(f'time ({content.get("backend", "eager")})', '', '', '', f'{content["latency"]:.1%}')
     columns = [metrics.get(phase, {}) for phase in ('unpruned', 'start', 'pruned')]
-    out.add_section()
+    table.add_section()
     for name in dict.fromkeys(name for values in columns for name in values if is_headline(name)):
         add(name, *(_number(values.get(name)) for values in columns), '')
-    return out
+    return table
 
 
 def _number(value: float | None) -> str:
+    """Formats a metric; empty for ``None``, NaN and infinity."""
     if value is None or not np.isfinite(value):
         return ''
     return f'{value:,}' if isinstance(value, int) else f'{value:.3f}'
 
 
 def is_headline(name: str) -> bool:
-    """Whether a metric belongs into tables. Times and metrics by object size are in the JSON alone."""
+    """Whether tables show a metric. Times and metrics by object size are only in the JSON file."""
     return not name.endswith(('_s', '_m', '_l', '(M)', '(L)', 'time'))
 
 
 LOWER_IS_BETTER = ('loss', 'err', 'nme', 'epe', 'mpjpe', 'mae', 'mse', 'fid', 'dist', 'miss')
-"""Parts of the names of errors."""
+"""Parts of the names of metrics that are better if they are lower."""
 
 
 def higher_is_better(metric: str) -> bool:
-    """Whether a metric is better where it is higher, judged by its name."""
+    """Whether a metric is better if it is higher, judged by its name."""
     return not any(word in metric.rpartition('/')[2].lower() for word in LOWER_IS_BETTER)

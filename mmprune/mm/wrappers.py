@@ -1,5 +1,7 @@
-"""Wrappers for mmengine that differ from its own: DistributedDataParallel that survives a cut, and
-mixed precision on a CPU. Also the start and the end of the processes of a distributed training."""
+"""Wrappers for mmengine: DistributedDataParallel that survives a cut, and mixed precision on a CPU.
+
+This module also starts and ends the processes of a distributed training.
+"""
 
 import atexit
 import gc
@@ -20,9 +22,9 @@ from torch import nn
 
 @MODEL_WRAPPERS.register_module()
 class PrunableDistributedDataParallel(MMDistributedDataParallel):
-    """mmengine's wrapper with two changes. It runs on a CPU, where mmengine would still name a GPU; and
-    it remembers a built-in communication hook, which torch does not, so that the hook is restored when
-    the reducer is rebuilt after a cut."""
+    """mmengine's wrapper with two changes. It runs on a CPU, where mmengine would still pass the index
+    of a GPU. It also remembers a built-in communication hook, which torch does not, so that the hook
+    can be restored when the reducer is rebuilt after a cut."""
 
     def __init__(self, module: nn.Module, device_ids: list[int] | None = None, **kwargs: Any) -> None:
         on_cpu = all(p.device.type == 'cpu' for p in module.parameters())
@@ -35,8 +37,9 @@ class PrunableDistributedDataParallel(MMDistributedDataParallel):
 
 @OPTIM_WRAPPERS.register_module()
 class CPUAmpOptimWrapper(OptimWrapper):
-    """Runs forwards under ``torch.autocast`` in bfloat16 on the CPU, where mmengine's
-    ``AmpOptimWrapper`` refuses to. bfloat16 has the range of float32, so no loss is scaled."""
+    """Runs the model under ``torch.autocast`` in bfloat16 on a CPU, which mmengine's
+    ``AmpOptimWrapper`` does not support. bfloat16 has the range of float32, so losses are not
+    scaled."""
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
@@ -45,18 +48,23 @@ class CPUAmpOptimWrapper(OptimWrapper):
 
 
 def init_on_cpu(launcher: str) -> None:
-    """Joins the processes of ``torchrun`` over gloo on a machine without an accelerator, where mmengine
-    would ask for a GPU. Otherwise, mmengine joins them."""
+    """Joins the processes of ``torchrun`` by gloo on a machine without an accelerator, where mmengine
+    would ask for a GPU. In all other cases this does nothing, and mmengine joins the processes.
+
+    Args:
+        launcher: the option ``--launcher`` of a script; only ``'pytorch'`` has an effect.
+    """
     if launcher == 'pytorch' and not dist.is_initialized() and get_device() == 'cpu':
         dist.init_process_group('gloo')
 
 
 def leave() -> None:
-    """Ends a process of a group when all of them have arrived here. A process without a group goes on.
+    """Ends a process of a distributed training when all of its processes have called this function. In
+    a training with a single process this does nothing.
 
-    If a reference cycle holds a reducer, threads of the group outlive it, and sometimes abort the
-    interpreter while it shuts down. The launcher would then report a finished training as failed. So
-    this runs all exit functions itself, and leaves without the rest of the shutdown.
+    If a reference cycle holds a reducer, threads of the process group outlive the group, and sometimes
+    abort the interpreter while it shuts down. The launcher would then report a finished training as
+    failed. So this function runs all exit functions itself, and skips the rest of the shutdown.
     """
     if dist.is_available() and dist.is_initialized():
         dist.barrier()

@@ -2,8 +2,8 @@
 
 A *criterion* is one registered function of :class:`Units` (:mod:`mmprune.score.table`). A
 :class:`~mmprune.score.collector.Collector` calls it in every training iteration, or once for a cut if
-it looks at weights alone. :class:`Score` names the criterion and the cost that its numbers are set
-against. See ``docs/criteria.md``.
+it looks at weights only. :class:`Score` names the criterion and the cost by which its numbers are
+divided. See ``docs/criteria.md``.
 """
 
 from mmprune.score import activations, taylor, weights  # noqa: F401  (they fill the table)

@@ -4,9 +4,9 @@
 nothing about the sum of squares.
 
 **Idea.** Watch the inputs of the layers that read units. If ``z`` is the input of a layer, the
-derivative of the loss by a gate on a channel of ``z`` is ``sum over positions of z * dL/dz``, and dL/dz
-has a row for each example. Several layers may read the same tensor, and dL/dz would then be the sum
-over all of them. So each layer is given its own view of the tensor, whose gradient is the part that
+derivative of the loss by a gate (a factor of 1) on a channel of ``z`` is ``sum over positions of
+z * dL/dz``, and dL/dz has a row for each example. If several layers read the same tensor, dL/dz is the
+sum over all of them. So each layer is given its own view of the tensor, whose gradient is the part that
 comes through this layer.
 
 **Example.** ``z`` of shape (2, 8, 7, 7) feeds two convolutions. Each of them gives (2, 8) numbers, the
@@ -25,43 +25,44 @@ from mmprune.score.units import Units, WeightAxis
 
 @criterion('taylor_activation', needs='examples', normalize='group')
 def taylor_activation(units: Units) -> torch.Tensor:
-    """``mean over examples of |mean over positions of z * dL/dz|``, l2-normalised in each group
-    (Molchanov et al., "Pruning Convolutional Neural Networks for Resource Efficient Inference",
+    """Computes ``mean over examples of |mean over positions of z * dL/dz|``, l2-normalised in each
+    group (Molchanov et al., "Pruning Convolutional Neural Networks for Resource Efficient Inference",
     ICLR 2017, eq. 8 and 10; without its ``- lambda * FLOPs``, which ``per`` replaces)."""
     return examples_of(units).abs().mean(0) / positions(units)
 
 
 @criterion('fisher', needs='examples')
 def fisher(units: Units) -> torch.Tensor:
-    """``mean over examples of (dL/dgate) ** 2 / 2``, the gate's derivative summed over everything
-    that reads the unit before it is squared (Liu et al., "Group Fisher Pruning for Practical
+    """Computes ``mean over examples of (dL/dgate) ** 2 / 2``. The gate's derivative is summed over all
+    layers that read the unit before it is squared (Liu et al., "Group Fisher Pruning for Practical
     Network Compression", ICML 2021, eq. 6 and 7)."""
     return examples_of(units).square().mean(0) / 2
 
 
 @criterion('taylor2', needs='examples')
 def taylor2(units: Units) -> torch.Tensor:
-    """``|dL/dgate| + h / 2``: how much the loss may change to second order when the gate closes. The
+    """Computes ``|dL/dgate| + h / 2``: the change of the loss to second order when the gate closes. The
     curvature ``h`` is the mean over N examples of the squared derivative of each example's own loss,
     which is N times its part of a mean (Theis et al., "Faster gaze prediction with dense networks and
     Fisher pruning", 2018, eq. 7, with the first-order term, which is zero only at a minimum).
 
-    The first order alone was far too low for a channel that many layers read, such as that of a
-    residual stream (docs/results.md). Scaled losses (AMP, accumulated gradients) shift the weight
-    between the two terms."""
+    The first-order term without the second is far too low for a channel that many layers read, such
+    as one of a residual stream (docs/results.md). Scaled losses (AMP, accumulated gradients) shift the
+    weight between the two terms."""
     examples = examples_of(units)
     per_loss = examples.shape[0] * examples
     return examples.sum(0).abs() + per_loss.square().mean(0) / 2
 
 
 def examples_of(units: Units) -> torch.Tensor:
-    """``units.examples``, which the collector sets for a criterion that needs them."""
+    """Returns ``units.examples``, which the collector sets for criteria with ``needs='examples'``."""
     assert units.examples is not None
     return units.examples
 
 
 def positions(units: Units) -> torch.Tensor:
-    """(n,) the positions of the largest feature map that has the unit, over the traced batch."""
+    """Counts for each unit the positions of the largest feature map that holds it, over all images of
+    the traced batch, (n,)."""
     largest = np.ones(units.n + 1)
     for term in units.graph.profile.activations:
         for ids in term.axes:
@@ -70,17 +71,17 @@ def positions(units: Units) -> torch.Tensor:
 
 
 class PerSampleGates:
-    """The gates' gradients of every example, by hooks on the inputs of all layers that read units.
+    """Collects the gates' gradients of each example, by hooks on the inputs of layers that read units.
 
-    The first layer that is called says how many examples there are. If a layer has another number of
-    rows (RoIs, windows), each example has an equal share of them, in their order.
+    The number of examples is the number of rows of the first layer that is called. If a layer has
+    another number of rows (RoIs, windows), they are shared equally among the examples, in their order.
 
     Args:
         model: the model that the hooks are put on.
         units: the units whose gates are watched.
 
     Attributes:
-        seen: the first slot of each weight axis whose input had a gradient.
+        seen: for each weight axis whose input had a gradient, its first slot.
     """
 
     def __init__(self, model: nn.Module, units: Units) -> None:
@@ -92,8 +93,8 @@ class PerSampleGates:
         entries: dict[int, list[WeightAxis]] = {}
         for entry in units.consumers:
             entries.setdefault(id(entry.weight), []).append(entry)
-        # A copy of the model would copy bound methods with everything that they hold, so hooks are
-        # lambdas.
+        # The hooks are functions rather than bound methods, so that copies of the model share them
+        # and do not copy this object.
         self._handles = [
             module.register_forward_pre_hook(lambda module, args: self._open(args))
             for module in model.modules()
@@ -115,10 +116,10 @@ class PerSampleGates:
             handle.remove()
 
     def take(self) -> list[torch.Tensor]:
-        """(N, n) gradients for each backward pass since the last call."""
+        """Returns (N, n) gradients for each backward pass since the last call."""
         self._finish()
-        done, self._done = self._done, []
-        return done
+        gradients, self._done = self._done, []
+        return gradients
 
     def _finish(self) -> None:
         if self._sums is not None:
@@ -126,10 +127,10 @@ class PerSampleGates:
         self._sums, self._count = None, 0
 
     def _open(self, args: tuple) -> None:
-        """Before every layer: if a pass begins, notes how many examples its first layer has."""
+        """Runs before each layer. At the first layer of a pass, sets the number of examples."""
         if not torch.is_grad_enabled() or not args or not isinstance(args[0], torch.Tensor):
             return
-        # Gradient checkpointing runs a forward again inside the backward pass, which is no new pass.
+        # Inside a backward pass, gradient checkpointing runs layers again, which starts no new pass.
         if torch._C._current_graph_task_id() == -1:
             if self._sums is not None:
                 self._finish()
@@ -141,8 +142,8 @@ class PerSampleGates:
         x = args[0]
         if not x.is_floating_point() or not x.numel() or not _has_channels(module, entry, x):
             return None
-        # The view's gradient is the one through this layer alone. The hook holds the values without
-        # their graph; otherwise neither would ever be freed.
+        # The gradient of the view only comes through this layer. The hook holds detached values,
+        # because values with a graph would keep the hook alive, and neither would ever be freed.
         view = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
         values = x.detach()
         view.register_hook(lambda gradient: self._add(entry, values, gradient))
@@ -167,8 +168,8 @@ def _is_layer(module: nn.Module) -> bool:
 
 
 def _has_channels(module: nn.Module, entry: WeightAxis, x: torch.Tensor) -> bool:
-    """Whether the module's input has the channels that its weight reads. The input of a layer has; that
-    of a module which uses its weight somewhere else need not."""
+    """Whether ``x``, the input of ``module``, has the channels that the weight reads. A module that is
+    not a layer may use its weight on another tensor."""
     if not _is_layer(module):
         return False
     dim = x.ndim - 1 if entry.weight.ndim == 2 else 1
@@ -176,8 +177,15 @@ def _has_channels(module: nn.Module, entry: WeightAxis, x: torch.Tensor) -> bool
 
 
 def _by_channel(entry: WeightAxis, product: torch.Tensor) -> torch.Tensor:
-    """(rows, positions of the weight's axis) the sums of a product, (N, C, ...) for a convolution or
-    (N, ..., C) for a linear layer."""
+    """Sums a product by the positions of the weight's axis.
+
+    Args:
+        entry: the axis of the weight that reads the channels.
+        product: (N, C, ...) for a convolution, (N, ..., C) for a linear layer.
+
+    Returns:
+        (N, positions of the axis) sums.
+    """
     if entry.weight.ndim == 2:
         sums = product.flatten(1, -2).sum(1) if product.ndim > 2 else product
     else:

@@ -1,4 +1,4 @@
-"""Adds up scores over the iterations of a training loop, between backward pass and optimizer step."""
+"""Sums scores over the iterations of a training loop, between backward pass and optimizer step."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,19 +17,19 @@ from mmprune.surgery.optim import leaves_steps_to_another, parameters_of, steppi
 
 
 class RunningScore:
-    """Running sums of one criterion over the steps of one optimizer. They stay on the device, where it
-    is also decided whether numbers are finite, so that no iteration waits for the device.
+    """Running sums of one criterion over the steps of one optimizer. They stay on the device, which
+    also decides whether numbers are finite, so that no iteration waits for the device.
 
     Args:
         units: the units that are scored.
-        score: how they are scored.
+        score: the criterion and its options.
 
     Attributes:
-        total: (n,) the sum of all scores.
-        scored: how many iterations were added.
-        nonfinite: how many were left out because a number was not finite.
-        missing: how many were left out because no weight had a gradient.
-        seen: the first slot of each weight axis that had a gradient.
+        total: (n,) the sum of the scores of all iterations.
+        scored: the number of iterations that were added.
+        nonfinite: the number of iterations that were left out because a score was not finite.
+        missing: the number of iterations that were left out because no weight had a gradient.
+        seen: for each weight axis that had a gradient, its first slot.
     """
 
     def __init__(self, units: Units, score: Score) -> None:
@@ -42,7 +42,7 @@ class RunningScore:
         self.seen: set[int] = set()
 
     def add(self) -> None:
-        """Adds the scores of one iteration, or counts it as not finite."""
+        """Adds the scores of one iteration. If one of them is not finite, only counts the iteration."""
         values = self.score.criterion.function(self.units).detach().float()
         if values.shape != self.total.shape:
             raise PruneError(
@@ -67,15 +67,16 @@ class RunningScore:
         """Takes over the sums of :meth:`state_dict`.
 
         Raises:
-            PruneError: they are of another model, or an earlier version made them with ``momentum``.
+            PruneError: the sums are of another model, or an earlier version made them with
+                ``momentum``.
         """
         if state['total'].shape != self.total.shape:
             raise PruneError(
                 f'the scores in the checkpoint are of {state["total"].numel()} units, the traced model '
                 f'has {self.total.numel()}: it is another model, or was traced another way'
             )
-        # Earlier versions also wrote the weight of the sum. Without momentum it is the number of
-        # iterations.
+        # Earlier versions also wrote the weight of the sum. Without momentum this weight is equal to
+        # the number of iterations.
         if float(state.get('weight', state['scored'])) != float(state['scored']):
             raise PruneError(
                 'the scores in the checkpoint are a moving average (momentum), which was removed: '
@@ -90,21 +91,21 @@ class Collector:
     """Scores the units of a model in every step of its optimizer, until it is closed.
 
     It reads gradients between backward pass and optimizer step, where they are complete: accumulated,
-    averaged by DDP, and without AMP's scale. With several optimizers each has a mean over its steps,
-    and a unit's score is the sum of these means. The graph belongs to the model as it was traced: after
+    averaged by DDP, and without AMP's scale. With several optimizers, the score of a unit is the sum of
+    the mean over the steps of each optimizer. The graph belongs to the model as it was traced: after
     a cut, close the collector and start another with a new graph.
 
     Args:
         graph: the graph of the model.
         score: the name of a criterion, a :class:`Score`, or a dict of its options.
-        optimizer: what :func:`mmprune.surgery.apply.cut` takes; ``None``: every optimizer that steps
-            any of the traced weights; ``'none'``: no optimizer, and :meth:`look` is called in place of
-            a step.
-        model: the model, which only criteria that need examples use, for their hooks.
-        distributed: whether the sums of all processes of the default group are added.
+        optimizer: an optimizer, or a wrapper or collection of them, as for
+            :func:`mmprune.surgery.apply.cut`; ``None``: every optimizer that steps any of the traced
+            weights; ``'none'``: no optimizer, and the caller calls :meth:`look` in place of a step.
+        model: the traced model. Only criteria with ``needs='examples'`` need it, for their hooks.
+        distributed: whether scores are means over all processes of the default group.
 
     Raises:
-        PruneError: the criterion needs the model, or the optimizer holds none of its weights.
+        PruneError: the criterion needs ``model``, or ``optimizer`` holds no weight that reads units.
     """
 
     def __init__(
@@ -120,8 +121,8 @@ class Collector:
         self.distributed = distributed
         self.running: list[RunningScore] = []
         self._running_of: dict[int, RunningScore | None] = {}  # by the id of an optimizer
-        # Optimizers and parameters are known by their ids, so they are held here: the id of an object
-        # that is gone may be given again.
+        # Optimizers and parameters are identified by their ids. References to them are kept here,
+        # because Python may give the id of a deleted object to another one.
         self._held: dict[int, Any] = {}
         self._handles: list[Any] = []
         self._gates: PerSampleGates | None = None
@@ -150,7 +151,7 @@ class Collector:
             )
 
     def close(self) -> None:
-        """Removes all hooks. The scores so far stay."""
+        """Removes all hooks. The scores stay available."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -158,22 +159,30 @@ class Collector:
             self._gates.close()
 
     def _running_score(self, holder: Any, parameters: list[torch.Tensor]) -> RunningScore | None:
-        """The running sums of ``holder``, an optimizer, for the ``parameters`` that it steps; ``None``
-        if none of these is a weight of the graph."""
+        """Returns the running sums of an optimizer, and creates them at its first call.
+
+        Args:
+            holder: an optimizer, or the graph if there is none.
+            parameters: the parameters that it steps.
+
+        Returns:
+            ``None`` if no parameter is a weight that is scored, or if the criterion needs examples and
+            another optimizer has running sums: examples are counted once, with the first one.
+        """
         if id(holder) not in self._running_of:
-            units = Units(self.graph, only={id(p) for p in parameters})
+            units = Units(self.graph, only={id(parameter) for parameter in parameters})
             is_useful = bool(units.consumers or units.unread_producers)
             if is_useful and self._gates is not None and self.running:
-                is_useful = False  # the examples of all layers count with the first optimizer's steps
+                is_useful = False
             running = RunningScore(units, self.score) if is_useful else None
             self._running_of[id(holder)] = running
-            self._held |= {id(held): held for held in (holder, *parameters)}
+            self._held |= {id(kept_object): kept_object for kept_object in (holder, *parameters)}
             if running is not None:
                 self.running.append(running)
         return self._running_of[id(holder)]
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if leaves_steps_to_another(optimizer):  # the hook sees that optimizer as well
+        if leaves_steps_to_another(optimizer):  # the inner optimizer's step calls this hook as well
             return
         running = self._running_score(optimizer, parameters_of(optimizer))
         if running is not None:
@@ -181,10 +190,10 @@ class Collector:
             self._add(running, getattr(optimizer, 'grad_scale', None))
 
     def look(self) -> None:
-        """Scores one iteration by the gradients that all weights have now, and changes none of them.
+        """Scores one iteration by the present gradients of all weights, which it does not change.
 
         Raises:
-            PruneError: no weight that reads units is trained.
+            PruneError: no weight that reads units requires a gradient.
         """
         trained = [t for t in self.graph.slots.tensors.values() if t.requires_grad]
         running = self._running_score(self.graph, trained)
@@ -223,30 +232,31 @@ class Collector:
 
     @property
     def iterations(self) -> int:
-        """How many iterations were scored; with several optimizers, the fewest of any of them."""
+        """The number of scored iterations; with several optimizers, the smallest of their numbers."""
         return min((int(running.scored) for running in self.running), default=0)
 
     @property
     def skipped(self) -> dict[str, int]:
-        """How many iterations were left out because no weight had a gradient (``missing``), and because
-        a number was not finite (``nonfinite``)."""
+        """The numbers of iterations that were left out because no weight had a gradient (``missing``),
+        and because a score was not finite (``nonfinite``)."""
         return {
             'missing': sum(running.missing for running in self.running),
             'nonfinite': sum(int(running.nonfinite) for running in self.running),
         }
 
     def scores(self) -> np.ndarray:
-        """(n_units,) float64 scores; the lowest go first. A unit that could not be scored is NaN and
-        stays (:meth:`unscored` gives the reasons).
+        """Returns (n_units,) float64 scores. Units with the lowest scores are removed first. A unit
+        that could not be scored has NaN and stays (:meth:`unscored` gives the reasons).
 
         Raises:
-            PruneError: no iteration could be scored, or numbers from weights are not finite.
+            PruneError: no iteration could be scored, or a criterion that looks at weights only gives
+                numbers that are not finite.
         """
         if self.score.criterion.needs == 'weights':
             values = weight_scores(self.graph, self.score)
         else:
             sums = [self._reduced(running) for running in self.running]
-            means = [total / count for total, count in sums if count > 0]
+            means = [score_sum / n_iterations for score_sum, n_iterations in sums if n_iterations > 0]
             if not means:
                 skipped = self.skipped
                 raise PruneError(
@@ -262,43 +272,42 @@ class Collector:
         return normalized(self.graph, values) if is_normalized else values
 
     def _reduced(self, running: RunningScore) -> tuple[np.ndarray, float]:
-        """The sum of scores and the number of iterations, over all processes."""
-        both = torch.cat([running.total.double(), running.scored.double().reshape(1)])
+        """Returns (the sum of scores, the number of iterations), added over all processes."""
+        sums_and_count = torch.cat([running.total.double(), running.scored.double().reshape(1)])
         if self.distributed:
-            torch.distributed.all_reduce(both)
-        both = both.cpu().numpy()
-        return both[:-1], float(both[-1])
+            torch.distributed.all_reduce(sums_and_count)
+        sums_and_count = sums_and_count.cpu().numpy()
+        return sums_and_count[:-1], float(sums_and_count[-1])
 
     def unscored(self) -> dict[str, int]:
-        """{why units could not be scored: how many}; a reason begins with the name of a weight that
-        reads them."""
-        return {f'{name} {why}': units.size for (name, why), units in self.held_units().items()}
+        """Returns {why units could not be scored: number of units}. A reason begins with the name of
+        the weight that reads the units."""
+        return {f'{name} {reason}': units.size for (name, reason), units in self.held_units().items()}
 
     def held_units(self) -> dict[tuple[str, str], np.ndarray]:
-        """{(name of a weight, why it gives no score): the units that stay because of it}. A weight that
-        is trained, and had no gradient so far, is not among them."""
-        held: dict[tuple[str, str], np.ndarray] = {}
+        """Returns {(name of a weight, why it gives no score): the units that stay because of it}.
+        Weights that are trained but had no gradient so far are not among them."""
+        units_held_by: dict[tuple[str, str], np.ndarray] = {}
         if self.score.criterion.needs != 'weights':
             is_unscored = self._unscored_units()
-            for entry, why in self._unscored_consumers(Units(self.graph)):
+            for entry, reason in self._unscored_consumers(Units(self.graph)):
                 units = np.unique(self.graph.unit_of[entry.axis.ids])
                 units = units[units >= 0]
                 units = units[is_unscored[units]]
                 if units.size:
-                    held[entry.axis.name, why] = units
-        return held
+                    units_held_by[entry.axis.name, reason] = units
+        return units_held_by
 
     def _seen(self) -> set[int]:
-        """The first slot of each weight axis that gave a score."""
+        """Returns the first slot of each weight axis that gave a score."""
         with_gradient = set().union(*(running.seen for running in self.running))
         if self._gates is not None and any(running.scored > 0 for running in self.running):
             return self._gates.seen or with_gradient
         return with_gradient
 
     def _unscored_consumers(self, units: Units) -> list[tuple[WeightAxis, str]]:
-        """The weights whose part in a unit's score is unknown, and why. A weight that is trained and
-        had
-        no gradient took no part in the loss: its part is zero, and known."""
+        """Returns the weights whose contribution to scores is unknown, each with the reason. A trained
+        weight without a gradient took no part in the loss, so its contribution is known to be zero."""
         seen = self._seen()
         with_gradient = set().union(*(running.seen for running in self.running))
         unscored = []
@@ -317,8 +326,8 @@ class Collector:
         return unscored
 
     def _unscored_units(self) -> np.ndarray:
-        """(n_units,) bool, the units without a score: a weight that reads them is unknown, or none that
-        reads them is known."""
+        """Returns (n_units,) bool, the units without a score. Among the weights that read such a unit,
+        the contribution of at least one is unknown, or no contribution is known."""
         units = Units(self.graph)
         any_unknown = np.zeros(units.n + 1, dtype=bool)  # the last entry is of locked positions
         any_known = np.zeros(units.n + 1, dtype=bool)
@@ -333,7 +342,7 @@ class Collector:
     # -- resume -----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums so far, as tensors and integers, for a checkpoint."""
+        """Returns the sums so far as tensors and integers, for a checkpoint."""
         seen = sorted(self._gates.seen) if self._gates is not None else []
         return {
             'score': self.score.name,
@@ -343,7 +352,7 @@ class Collector:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from :meth:`state_dict` of a collector of the same graph and score.
+        """Continues from the :meth:`state_dict` of a collector with the same graph and score.
 
         Raises:
             PruneError: the state is of another criterion, model or number of optimizers.
@@ -365,10 +374,10 @@ class Collector:
 
 
 def scores_now(graph: ChannelGraph, score: str | Mapping[str, Any] | Score) -> np.ndarray:
-    """(n_units,) scores from the weights, and the gradients, that the model has now.
+    """Computes (n_units,) scores from the present weights and gradients of a model.
 
     Raises:
-        PruneError: the criterion needs gradients and there are none, or it needs examples.
+        PruneError: the criterion needs gradients and no weight has one, or it needs examples.
     """
     score = make_score(score)
     needs = score.criterion.needs
@@ -391,8 +400,8 @@ def scores_now(graph: ChannelGraph, score: str | Mapping[str, Any] | Score) -> n
 
 
 def weight_scores(graph: ChannelGraph, score: Score) -> np.ndarray:
-    """(n_units,) numbers of a criterion that looks at weights alone. NaN means that a unit has no
-    score.
+    """Computes (n_units,) numbers by a criterion that looks at weights only. NaN means that a unit has
+    no score.
 
     Raises:
         PruneError: a number is infinite, or all are NaN.

@@ -1,4 +1,4 @@
-"""Groups of channels that the data hardly uses, by their scores."""
+"""Finds groups of channels that the data hardly uses, by their scores."""
 
 from typing import Any
 
@@ -8,18 +8,19 @@ from mmprune.graph.coupling import ChannelGraph
 from mmprune.score.table import Score
 
 IDLE = 0.01
-"""A group is idle if the mean score of its units is below this fraction of the median group's mean."""
+"""A group is idle if the mean score of its units is below this fraction of the median of all groups."""
 
 
 def idle_groups(graph: ChannelGraph, scores: np.ndarray, score: Score) -> list[dict[str, Any]]:
-    """The groups whose scores are near zero everywhere, such as those of a pyramid level for object
-    sizes that the data does not have. Which of their channels stay is nearly arbitrary.
+    """Lists the groups whose units all have scores near zero, such as those of a pyramid level for
+    object sizes that the data does not contain. It is nearly arbitrary which of their channels are
+    removed.
 
     Args:
         graph: the graph of the model.
         scores: (n_units,) the scores; NaN if a unit has none.
-        score: how the scores were made. Scores of weights say nothing about data, and normalised ones
-            cannot be compared between groups, so neither gives an idle group.
+        score: the criterion that gave the scores. If it looks at weights only, scores say nothing about
+            data; if it normalises them, groups cannot be compared. In both cases no group is listed.
 
     Returns:
         For each idle group its name (``group``), its number of units (``units``) and its mean score as
@@ -27,24 +28,24 @@ def idle_groups(graph: ChannelGraph, scores: np.ndarray, score: Score) -> list[d
     """
     if score.criterion.needs == 'weights' or score.criterion.normalize == 'group':
         return []
-    means = {}
+    mean_and_units = {}
     for group in graph.groups:
         values = scores[group.units]
         if np.isfinite(values).any():
-            means[group.name] = float(np.nanmean(values)), len(group)
-    median = float(np.median([mean for mean, _ in means.values()])) if means else 0.0
+            mean_and_units[group.name] = float(np.nanmean(values)), len(group)
+    median = float(np.median([mean for mean, _ in mean_and_units.values()])) if mean_and_units else 0.0
     if not median > 0:
         return []
     idle = [
         {'group': name, 'units': units, 'share': mean / median}
-        for name, (mean, units) in means.items()
+        for name, (mean, units) in mean_and_units.items()
         if mean < IDLE * median
     ]
     return sorted(idle, key=lambda entry: entry['share'])
 
 
 def idle_text(groups: list[dict[str, Any]]) -> str:
-    """A sentence about :func:`idle_groups` for a log or a page; empty if no group is idle."""
+    """Describes :func:`idle_groups` in a sentence for a log or a page; empty if no group is idle."""
     if not groups:
         return ''
     names = ', '.join(f'{entry["group"]} ({entry["share"]:.1e})' for entry in groups)

@@ -1,4 +1,4 @@
-"""The table of criteria, and what a user says about scores: a criterion and a cost."""
+"""The table of registered criteria, and the options of a score: a criterion and a cost."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -13,14 +13,14 @@ from mmprune.graph.coupling import ChannelGraph
 from mmprune.score.units import Units
 
 NEEDS = ('weights', 'gradients', 'examples')
-"""What a criterion can look at: see :func:`criterion`."""
+"""The inputs that a criterion can need: see :func:`criterion`."""
 
 NORMALIZE = ('none', 'group')
-"""What can be done with a criterion's numbers: nothing, or a division by the l2 norm of the group's."""
+"""The ways to normalise a criterion's numbers: not at all, or by their l2 norm in each group."""
 
 IN_TRAINING = 'taylor_gate'
-"""The default criterion where a training gives gradients. Faster R-CNN lost least by it after training;
-YOLOX-Nano did not (docs/results.md)."""
+"""The default criterion of a training, which has gradients. Of all criteria it cost Faster R-CNN the
+least accuracy after training, but not YOLOX-Nano (docs/results.md)."""
 
 REMOVED_DEFAULTS = {'normalize': None, 'penalty': 0.0, 'momentum': None, 'frozen': 'stay'}
 """Options that earlier versions had. At these values they changed nothing, so they are ignored; at any
@@ -32,10 +32,10 @@ class Criterion:
     """A way to score units.
 
     Args:
-        name: the name by which it is chosen.
+        name: the name by which a user chooses the criterion.
         function: takes :class:`~mmprune.score.units.Units` and returns (n_units,) numbers.
-        needs: one of ``NEEDS``.
-        normalize: one of ``NORMALIZE``.
+        needs: the inputs of the function, one of ``NEEDS``.
+        normalize: the normalisation of its numbers, one of ``NORMALIZE``.
     """
 
     name: str
@@ -50,6 +50,7 @@ class Criterion:
 
 
 CRITERIA: dict[str, Criterion] = {}
+"""{name: registered criterion}."""
 
 
 def criterion(
@@ -59,11 +60,11 @@ def criterion(
 
     Args:
         name: the name of the criterion.
-        needs: what the function looks at. ``'weights'``: it is called once for a cut. ``'gradients'``:
+        needs: the inputs of the function. ``'weights'``: it is called once for a cut. ``'gradients'``:
             it is called between backward pass and optimizer step of each iteration. ``'examples'``: it
-            is called after each backward pass, and ``units.examples`` holds the gates' gradients of
-            every example, (N, n_units), which takes hooks at the layers that read units.
-        normalize: ``'group'`` divides the numbers by the l2 norm of their group's; ``'none'`` does not.
+            is called for each backward pass, and ``units.examples`` holds the gates' gradients of every
+            example, (N, n_units), which needs hooks at the layers that read units.
+        normalize: ``'group'`` divides the numbers of each group by their l2 norm; ``'none'`` does not.
 
     Returns:
         A decorator of a function of :class:`~mmprune.score.Units`, which returns (n_units,) numbers:
@@ -105,14 +106,14 @@ def criterion(
 
 
 def get_criterion(name: str) -> Criterion:
-    """The criterion of a name. Raises a PruneError for an unknown name."""
+    """Returns the criterion of a name. Raises a PruneError for an unknown name."""
     if name not in CRITERIA:
         raise PruneError(f'unknown score {name!r}: expected one of {", ".join(sorted(CRITERIA))}')
     return CRITERIA[name]
 
 
 def normalized(graph: ChannelGraph, values: np.ndarray) -> np.ndarray:
-    """(n_units,) numbers divided by the l2 norm of their group's (Molchanov et al., "Pruning
+    """Divides the numbers of each group by their l2 norm, (n_units,) (Molchanov et al., "Pruning
     Convolutional Neural Networks for Resource Efficient Inference", ICLR 2017, eq. 10). NaN stays."""
     values = np.array(values, dtype=np.float64)
     for group in graph.groups:
@@ -124,15 +125,15 @@ def normalized(graph: ChannelGraph, values: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Score:
-    """How units are scored, and what the scores are set against when a cut is chosen.
+    """The criterion that scores units, and the cost by which scores are divided when a cut is chosen.
 
     Args:
         name: the name of a registered criterion (``'taylor'``, ``'l2'`` ...; see ``docs/criteria.md``).
-        per: the cost by which a score is divided, so that units of several layers can be compared:
-            ``'flops'``, ``'memory'`` (elements of activations), ``'work'`` (both, as time depends on
-            them) or ``'params'``. ``'budget'`` is the cost that the budget counts; ``'auto'`` is that
-            too, but work if the budget counts FLOPs or time. With ``'none'`` the lowest scores go
-            first, whatever they cost.
+        per: the cost by which scores are divided, so that units of several layers can be compared:
+            ``'flops'``, ``'memory'`` (elements of activations), ``'work'`` (both, weighted by their
+            influence on time) or ``'params'``. ``'budget'`` is the cost that the budget counts;
+            ``'auto'`` is the same, but work if the budget counts FLOPs or time. With ``'none'`` the
+            units with the lowest scores are removed first, whatever they cost.
 
     Raises:
         PruneError: the criterion or the cost is unknown.
@@ -156,15 +157,16 @@ class Score:
 
     @property
     def criterion(self) -> Criterion:
+        """The registered criterion with this name."""
         return get_criterion(self.name)
 
 
 def make_score(value: str | Mapping[str, Any] | Score) -> Score:
-    """A :class:`Score` from the name of a criterion or a dict of its options.
+    """Makes a :class:`Score` from the name of a criterion or a dict of options of :class:`Score`.
 
     Raises:
-        PruneError: ``value`` is of another type; an option is unknown (the known ones are listed) or
-            was removed; a value is unknown.
+        PruneError: ``value`` has another type; an option is unknown (the message lists the known ones)
+            or was removed; the value of an option is unknown.
     """
     if isinstance(value, Score):
         return value
@@ -176,14 +178,14 @@ def make_score(value: str | Mapping[str, Any] | Score) -> Score:
             "dict(name='taylor', per='memory')"
         )
     options = {
-        option: given
-        for option, given in value.items()
-        if option not in REMOVED_DEFAULTS or given != REMOVED_DEFAULTS[option]
+        option: setting
+        for option, setting in value.items()
+        if option not in REMOVED_DEFAULTS or setting != REMOVED_DEFAULTS[option]
     }
-    known = [f.name for f in fields(Score)]
-    unknown = next((option for option in options if option not in known), None)
+    option_names = [option_field.name for option_field in fields(Score)]
+    unknown = next((option for option in options if option not in option_names), None)
     if unknown is not None:
-        raise PruneError(f'score: unknown option {unknown!r}: {did_you_mean(unknown, known)}')
+        raise PruneError(f'score: unknown option {unknown!r}: {did_you_mean(unknown, option_names)}')
     if 'name' not in options:
         raise PruneError(f"score={value!r} has no name: add name='taylor', say")
     return Score(**options)

@@ -1,9 +1,9 @@
-"""First-order criteria from weights and their gradients alone.
+"""First-order criteria, which only need weights and their gradients.
 
 A *gate* is a factor of 1 on a unit's channel, wherever the channel is read. Removing the unit closes
 the gate. A consumer is linear in channel times weight, so the derivative of the loss by the gate is
-exactly the sum of ``w * dL/dw`` over the weights that read the channel: it needs no hooks, and is right
-for layers that run several times.
+exactly the sum of ``w * dL/dw`` over the weights that read the channel. This needs no hooks, and is
+correct for layers that run several times.
 """
 
 import torch
@@ -12,29 +12,30 @@ from mmprune.score.table import criterion
 from mmprune.score.units import Units, WeightAxis, sum_but
 
 CACHED = 1 << 18
-"""The number of elements of a product that stay in a processor's cache, where summing is two to six
-times as fast."""
+"""A product with at most this number of elements stays in a processor's cache, where it is summed two
+to six times as fast."""
 
 
 @criterion('taylor', needs='gradients')
 def taylor(units: Units) -> torch.Tensor:
-    """``|sum over the consumers' slots of w * dL/dw|``: the first-order change of the loss when the
-    unit's channel is zero at everything that reads it."""
+    """Computes ``|sum over the consumers' slots of w * dL/dw|``: the first-order change of the loss
+    when all consumers read the unit's channel as zero."""
     return gate_gradient(units).abs()
 
 
 @criterion('taylor_gate', needs='gradients')
 def taylor_gate(units: Units) -> torch.Tensor:
-    """The square of the gate's gradient, for each batch (Molchanov et al., "Importance Estimation
-    for Neural Network Pruning", CVPR 2019, eq. 8, with the gate where the channel is read)."""
+    """Computes the square of the gate's gradient for each batch (Molchanov et al., "Importance
+    Estimation for Neural Network Pruning", CVPR 2019, eq. 8, with the gate at the layers that read the
+    channel)."""
     return gate_gradient(units) ** 2
 
 
 def gate_gradient(units: Units) -> torch.Tensor:
-    """(n,) the derivative of the loss by each unit's gate.
+    """Computes the derivative of the loss by each unit's gate, (n,).
 
-    If only products of activations read a unit (the width of attention heads), the gate is at the
-    weights that make it.
+    If no weight reads a unit, but only products of activations do (such as the width of attention
+    heads), the gate is at the weights that make the unit.
     """
     by_consumers = _products(units, units.consumers)
     if not units.unread_producers:
@@ -43,16 +44,18 @@ def gate_gradient(units: Units) -> torch.Tensor:
 
 
 def _products(units: Units, entries: list[WeightAxis]) -> torch.Tensor:
+    """Sums ``w * dL/dw`` over the slots of each unit, (n,). Weights without a gradient add zero."""
     trained = [entry for entry in entries if entry.weight.grad is not None]
     sums = [
-        dot_along(e.weight.detach().float(), units.gradient(e.weight).float(), e.axis.dim)
-        for e in trained
+        dot_along(entry.weight.detach().float(), units.gradient(entry.weight).float(), entry.axis.dim)
+        for entry in trained
     ]
     return units.gather(trained, sums)
 
 
 def dot_along(a: torch.Tensor, b: torch.Tensor, dim: int) -> torch.Tensor:
-    """(size of ``dim``,) the sums of ``a * b`` over all other dimensions."""
+    """Sums ``a * b`` over all dimensions but ``dim``, (size of ``dim``,). On a CPU large products are
+    computed in pieces that fit into the cache."""
     if a.numel() <= CACHED or a.ndim == 1 or a.device.type != 'cpu':
         return sum_but(a * b, dim)
     rows = max(1, CACHED * a.shape[0] // a.numel())

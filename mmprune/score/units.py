@@ -1,4 +1,4 @@
-"""The weights of a traced model, unit by unit: what a criterion looks at."""
+"""The weights of a traced model by units: the input of a criterion."""
 
 from collections.abc import Callable, Container
 from functools import cached_property
@@ -14,11 +14,11 @@ from mmprune.graph.slots import Axis
 
 
 class WeightAxis(NamedTuple):
-    """One axis of a weight.
+    """One axis of a weight, with the unit at each of its positions.
 
     Args:
-        axis: the axis.
-        weight: the parameter.
+        axis: the name of the weight, the dimension and its slots.
+        weight: the parameter with that name.
         index: (positions of the axis,) the unit at each position; ``Units.n`` for a locked position.
     """
 
@@ -28,20 +28,20 @@ class WeightAxis(NamedTuple):
 
 
 class Units:
-    """What a criterion is called with.
+    """The units of a traced model and their weights: the argument of a criterion.
 
     Args:
         graph: the graph of the model.
-        only: the ``id`` of each parameter that is looked at; ``None``: all parameters.
+        only: the ``id`` of each parameter that counts; ``None``: all parameters count.
 
     Attributes:
         n: the number of units.
         consumers: the axes of weights that read units' channels, as a list of :class:`WeightAxis`.
         producers: the axes of weights that make units' channels, biases and norms included.
-        examples: (N, n) the derivative of the loss by a gate on each unit at everything that reads it,
-            for each of N examples; ``None`` unless the criterion needs it.
-        scale: the factor by which gradients are multiplied when a fused optimizer removes AMP's scale
-            inside its step; ``None``: they have no scale.
+        examples: (N, n) for each of N examples, the derivative of the loss by a gate on each unit, at
+            all layers that read the unit; ``None`` unless the criterion needs it.
+        scale: AMP's factor that gradients are still multiplied by, because a fused optimizer removes it
+            inside its step; ``None``: gradients have no scale.
     """
 
     def __init__(self, graph: ChannelGraph, only: Container[int] | None = None) -> None:
@@ -72,26 +72,27 @@ class Units:
 
     @cached_property
     def read(self) -> torch.Tensor:
-        """(n,) bool, the units that a weight reads. Only products of activations read the others."""
-        read = np.zeros(self.n + 1, dtype=bool)
+        """(n,) bool, the units that a weight reads. Only products of activations read the other
+        units."""
+        is_read = np.zeros(self.n + 1, dtype=bool)
         for axis in self.graph.consumers:
-            read[self.graph.unit_of[axis.ids]] = True  # -1, a locked position, is the last entry
-        return torch.from_numpy(read[: self.n]).to(self.device)
+            is_read[self.graph.unit_of[axis.ids]] = True  # -1, a locked position, is the last entry
+        return torch.from_numpy(is_read[: self.n]).to(self.device)
 
     @cached_property
     def scales(self) -> list[WeightAxis]:
-        """The gammas of batch norms among the producers."""
+        """The scale vectors (gamma) of batch norms among the producers."""
         firsts = {int(ids[0]) for ids in self.graph.scales if ids.size}
         return [entry for entry in self.producers if entry.axis.first in firsts]
 
     @cached_property
     def unread_producers(self) -> list[WeightAxis]:
-        """The producers that make a unit which no weight reads."""
+        """The producers that make at least one unit that no weight reads."""
         unread = torch.cat([~self.read, self.read.new_zeros(1)]).cpu()
         return [entry for entry in self.producers if bool(unread[entry.index.cpu()].any())]
 
     def gradient(self, weight: torch.Tensor) -> torch.Tensor:
-        """The gradient of the loss by a weight, without AMP's scale.
+        """Returns the gradient of the loss by a weight, without AMP's scale.
 
         Raises:
             PruneError: the weight has no gradient. A criterion checks ``weight.grad`` first.
@@ -106,25 +107,30 @@ class Units:
     def sums(
         self, entries: list[WeightAxis], value: Callable[[torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
-        """(n,) sums of ``value(weight)``, which has the weight's shape, over all slots of each unit."""
+        """Sums a function of weights over all slots of each unit, (n,).
+
+        Args:
+            entries: the axes whose slots are summed.
+            value: computes a tensor of the weight's shape from a weight.
+        """
         parts = [sum_but(value(entry.weight), entry.axis.dim) for entry in entries]
         return self.gather(entries, parts)
 
     def gather(self, entries: list[WeightAxis], parts: list[torch.Tensor]) -> torch.Tensor:
-        """(n,) sums over the positions of each unit.
+        """Sums numbers over the positions of each unit, (n,).
 
         Args:
-            entries: the axes that are summed over.
-            parts: for each of ``entries``, (positions of the axis,) numbers.
+            entries: the axes whose positions are summed.
+            parts: for each of ``entries``, one number for each position of the axis.
         """
-        total = torch.zeros(self.n + 1, device=self.device)
+        sums = torch.zeros(self.n + 1, device=self.device)
         if not entries:
-            return total[: self.n]
+            return sums[: self.n]
         key = tuple(entry.axis.first for entry in entries)
         if key not in self._indices:
-            self._indices[key] = torch.cat([e.index.to(self.device) for e in entries])
-        values = torch.cat([part.to(self.device, total.dtype) for part in parts])
-        return total.index_add_(0, self._indices[key], values)[: self.n]
+            self._indices[key] = torch.cat([entry.index.to(self.device) for entry in entries])
+        values = torch.cat([part.to(self.device, sums.dtype) for part in parts])
+        return sums.index_add_(0, self._indices[key], values)[: self.n]
 
     def check_shapes(self) -> None:
         """Raises a PruneError if the model was cut after the trace."""
@@ -138,7 +144,7 @@ class Units:
 
 
 def sum_but(tensor: torch.Tensor, dim: int) -> torch.Tensor:
-    """(size of ``dim``,) sums over all other dimensions."""
+    """Sums a tensor over all dimensions but ``dim``, (size of ``dim``,)."""
     if tensor.ndim == 1:
         return tensor
     if dim == 1 and tensor.ndim > 2:

@@ -1,4 +1,4 @@
-"""mmengine hooks that prune while training goes on."""
+"""The mmengine hooks that prune a model while it is trained."""
 
 from mmprune.mm.hooks.checkpoint_hooks import AtomicCheckpointHook, RebuildHook
 from mmprune.mm.hooks.distill_hook import DistillHook

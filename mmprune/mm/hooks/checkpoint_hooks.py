@@ -1,4 +1,4 @@
-"""The mmengine hooks for checkpoints: the structure of pruned models, and files that are never half."""
+"""The mmengine hooks for checkpoints: they rebuild pruned models, and write files that are complete."""
 
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import HOOKS
@@ -15,9 +15,9 @@ from mmprune.surgery.plan import plan_of
 
 @HOOKS.register_module()
 class AtomicCheckpointHook(Hook):
-    """Makes every ``CheckpointHook`` that writes to a local disk write beside the file's name and
-    rename, and remove old files only after that. A ``CheckpointHook`` with ``backend_args`` is left
-    alone."""
+    """Makes every ``CheckpointHook`` write to a temporary file, rename it, and only then remove old
+    files. A ``CheckpointHook`` that has ``backend_args`` or writes to a remote folder is not
+    changed."""
 
     def before_train(self, runner: Runner) -> None:
         write_atomically(runner)
@@ -28,19 +28,19 @@ class RebuildHook(Hook):
     """Makes testing, ``resume`` and ``load_from`` work with pruned checkpoints.
 
     The plan of a checkpoint is applied to the model of the unpruned config before the weights are
-    loaded. Checkpoints that are written have the plan in their meta, and their files are written as by
+    loaded. The plan is saved in the meta of each checkpoint, and checkpoint files are written as with
     :class:`AtomicCheckpointHook`.
     """
 
-    # Before EMAHook copies the model.
+    # Runs before EMAHook, which copies the model.
     priority = 'ABOVE_NORMAL'
 
     def before_run(self, runner: Runner) -> None:
-        """Gives the fresh model the structure of the checkpoint that will be loaded."""
+        """Gives the new model the structure of the checkpoint that will be loaded."""
         if runner._resume and runner._load_from is None:
             with raise_together('looking for a checkpoint'):
                 latest = latest_readable(runner.work_dir, read_checkpoint, runner.logger.warning)
-            runner._load_from = broadcast(latest)  # mmengine would take a truncated one as well
+            runner._load_from = broadcast(latest)  # mmengine would also take a truncated file
         path = runner._load_from
         if path is None:
             return
@@ -51,7 +51,8 @@ class RebuildHook(Hook):
         elif plan_of(model) is None:
             plan.apply(model)
             rebuild_reducers(runner.model)
-            # The weights come from the checkpoint; initial ones may not even fit the model any more.
+            # The weights come from the checkpoint, so none are initialised: pretrained weights may no
+            # longer fit the model.
             model._is_init = True
             runner.logger.info(f'Rebuilt the pruned structure of {path}: {plan}')
 
@@ -82,7 +83,7 @@ class RebuildHook(Hook):
 
 
 def write_atomically(runner: Runner) -> None:
-    """See :class:`AtomicCheckpointHook`."""
+    """Makes the ``CheckpointHook``s of a runner write as :class:`AtomicCheckpointHook` describes."""
     for hook in runner.hooks:
         if not isinstance(hook, CheckpointHook) or hook.backend_args or hook.file_client_args:
             continue

@@ -1,7 +1,7 @@
 """Checks of a run before its first cut, when a mistake costs little: options, times, weights, floor.
 
-Each function raises a :class:`PruneError`, or returns warnings that the run should log;
-``PreflightHook`` calls those that need a running training.
+Functions named ``check_*`` raise a :class:`PruneError`. Most others return text for the log.
+``PruneHook`` checks options and times, and ``PreflightHook`` checks weights and the floor.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,13 +24,13 @@ from mmprune.score.collector import Collector
 from mmprune.surgery.build import Baseline, baseline_of
 
 EARLY = 0.1
-"""A model without loaded weights that is pruned before this fraction of its training is untrained."""
+"""A model without loaded weights counts as untrained before this fraction of the training."""
 
 NEAR_ZERO = 0.01
-"""A model whose metric is below this value has not learned its task."""
+"""A model whose best metric is below this value counts as not having learned its task."""
 
 SHOWN = 3
-"""How many names a message lists."""
+"""The most names that a message lists."""
 
 
 # -- options -----------------------------------------------------------------------------------------
@@ -44,20 +44,25 @@ def check_options(options: Iterable[str], known: Sequence[str]) -> None:
 
 
 def check_hooks(runner: Runner, hook: Any, distill: Hook | None) -> None:
-    """Raises an error if a run has two ``PruneHook``s, or a hook beside the one that ``distill`` makes.
+    """Raises an error if a run has two ``PruneHook``s, or a ``DistillHook`` besides the option
+    ``distill``.
 
     Args:
         runner: the runner with its hooks.
         hook: one ``PruneHook`` of the run.
-        distill: the ``DistillHook`` that the option ``distill`` makes; ``None`` if it is off.
+        distill: the ``DistillHook`` that the option ``distill`` makes; ``None`` without this option.
     """
-    pruning = [other for other in runner.hooks if isinstance(other, type(hook))]
-    if len(pruning) > 1:
+    prune_hooks = [runner_hook for runner_hook in runner.hooks if isinstance(runner_hook, type(hook))]
+    if len(prune_hooks) > 1:
         raise PruneError(
-            f'custom_hooks has {len(pruning)} PruneHooks: {" and ".join(map(_described, pruning))}; '
+            f'custom_hooks has {len(prune_hooks)} PruneHooks: '
+            f'{" and ".join(map(_described, prune_hooks))}; '
             'keep one. Several targets, and targets of parts (parts=dict(...)), go into one hook'
         )
-    if any(type(other) is type(distill) and other is not distill for other in runner.hooks):
+    if any(
+        type(runner_hook) is type(distill) and runner_hook is not distill
+        for runner_hook in runner.hooks
+    ):
         raise PruneError(
             f'{type(distill).__name__} is in custom_hooks, and {_described(hook)} has distill: keep '
             'one of the two'
@@ -65,6 +70,7 @@ def check_hooks(runner: Runner, hook: Any, distill: Hook | None) -> None:
 
 
 def _described(hook: Any) -> str:
+    """Names a ``PruneHook`` by its targets, for a message."""
     targets = dict(hook.budget.targets) or {'parts': dict(hook.budget.parts)}
     return f'PruneHook({", ".join(f"{name}={value!r}" for name, value in targets.items())})'
 
@@ -77,8 +83,9 @@ def check_first_cut(times: CutTimes, max_iters: int, resumed_at: int = 0) -> Non
 
     Args:
         times: the iterations of the cuts.
-        max_iters: iterations of the whole training.
-        resumed_at: iterations that a resumed training ran without pruning; 0 if it starts anew.
+        max_iters: the number of iterations of the whole training.
+        resumed_at: the number of iterations that a resumed training ran without pruning; 0 if the
+            training starts anew.
     """
     if resumed_at >= max_iters > 0:
         raise PruneError(
@@ -100,13 +107,13 @@ def check_first_cut(times: CutTimes, max_iters: int, resumed_at: int = 0) -> Non
 
 
 def plan_of_cuts(times: CutTimes, max_iters: int, cuts: int, now: int) -> str:
-    """Says in a sentence when cuts come.
+    """Returns a sentence about the iterations of the cuts.
 
     Args:
         times: the iterations of the cuts.
-        max_iters: iterations of the whole training.
-        cuts: number of cuts that a resumed run has made.
-        now: number of iterations that are done.
+        max_iters: the number of iterations of the whole training.
+        cuts: the number of cuts that a resumed run has made already.
+        now: the number of finished iterations.
     """
     text = (
         f'PruneHook: {_number_of_cuts(times)}, one every {times.interval} iterations from '
@@ -129,15 +136,16 @@ def warnings_of_times(
     scored: int = SCORED,
     resumed_at: int = 0,
 ) -> list[str]:
-    """Warns of times at which cuts are few, noisy or too late.
+    """Returns warnings of schedules with few, noisy or late cuts.
 
     Args:
         times: the iterations of the cuts.
         requested: ``begin``, ``end``, ``interval``, ``steps`` and ``by_epoch`` as the user gave them.
-        max_iters: iterations of the whole training.
-        accumulated: iterations of one step of the optimizer.
-        scored: optimizer steps over which each cut should be scored.
-        resumed_at: iterations that a resumed training ran without pruning; 0 if it starts anew.
+        max_iters: the number of iterations of the whole training.
+        accumulated: the number of iterations of one optimizer step.
+        scored: the fewest optimizer steps over which each cut should be scored.
+        resumed_at: the number of iterations that a resumed training ran without pruning; 0 if the
+            training starts anew.
     """
     _, _, interval, steps, _ = requested
     cuts, optimizer_steps = _number_of_cuts(times), times.interval // accumulated
@@ -182,8 +190,15 @@ def _number_of_cuts(times: CutTimes) -> str:
 
 
 def not_loaded(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """{name of a parameter that the state dict of a checkpoint does not set: why}. Names in ``state``
-    may begin with ``module.``."""
+    """Finds the parameters that the state dict of a checkpoint does not set.
+
+    Args:
+        model: the model that is loaded.
+        state: the state dict. Names may begin with ``module.``.
+
+    Returns:
+        {name of a parameter: why it is not set}.
+    """
     shapes = {name.removeprefix('module.'): tuple(tensor.shape) for name, tensor in state.items()}
     missing = {}
     for name, parameter in model.named_parameters():
@@ -195,12 +210,12 @@ def not_loaded(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str,
 
 
 def warning_of_loading(model: nn.Module, missing: Mapping[str, str], path: Any) -> str:
-    """Warns of parameters that the checkpoint at ``path`` did not set.
+    """Returns a warning of parameters that the checkpoint at ``path`` did not set.
 
     Args:
         model: the model that was loaded.
         missing: the result of :func:`not_loaded`, with at least one entry.
-        path: the file of the checkpoint.
+        path: the path or URL of the checkpoint.
     """
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     share = sum(sizes[name] for name in missing) / max(1, sum(sizes.values()))
@@ -216,8 +231,8 @@ def warning_of_loading(model: nn.Module, missing: Mapping[str, str], path: Any) 
 
 
 def warning_of_random_weights(model: nn.Module, times: CutTimes, max_iters: int) -> str:
-    """Warns of a model for which no checkpoint was loaded; empty if it is trained before it is scored,
-    or if its config loads weights."""
+    """Returns a warning of random weights for a model without a checkpoint. The warning is empty if the
+    model is trained before it is scored, or if its config loads pretrained weights."""
     if times.begin >= EARLY * max_iters or _is_pretrained(model):
         return ''
     parts = [name for name, child in model.named_children() if _is_pretrained(child)]
@@ -230,14 +245,19 @@ def warning_of_random_weights(model: nn.Module, times: CutTimes, max_iters: int)
 
 
 def _is_pretrained(module: nn.Module) -> bool:
+    """Whether the config of a module (``init_cfg``) loads pretrained weights."""
     configs = getattr(module, 'init_cfg', None)
     configs = configs if isinstance(configs, list | tuple) else [configs]
     return any(isinstance(cfg, Mapping) and cfg.get('type') == 'Pretrained' for cfg in configs)
 
 
 def warning_of_metrics(metrics: Mapping[str, float]) -> str:
-    """Warns if the validation before the first cut shows that the model has learned nothing; empty if
-    it has. ``metrics`` may have the iteration of the validation among its values."""
+    """Returns a warning if the validation before the first cut shows that the model has learned
+    nothing, and otherwise an empty text.
+
+    Args:
+        metrics: {name: value}; the entry ``iteration`` is ignored.
+    """
     values = {
         name: value
         for name, value in metrics.items()
@@ -258,14 +278,15 @@ def warning_of_metrics(metrics: Mapping[str, float]) -> str:
 def check_floor(
     graph: ChannelGraph, budget: Budget, original: Baseline, unscored: np.ndarray | None = None
 ) -> None:
-    """Raises an error if the budget of the last cut cannot be reached. A budget of measured time is
-    left out, because nothing is measured yet.
+    """Raises an error if the budget of the last cut cannot be reached. With ``latency``, only the
+    targets of parts are checked, because no time is measured yet.
 
     Args:
         graph: the graph of the model as it is.
         budget: the budget of the last cut.
-        original: the unpruned model.
-        unscored: (n_units,) bool, whether a unit has no score and therefore stays; ``None``: no unit.
+        original: the FLOPs, parameters and units of the unpruned model.
+        unscored: (n_units,) bool, the units that have no score and therefore stay; ``None``: all units
+            have a score.
     """
     scores = np.zeros(graph.n_units)
     if unscored is not None:
@@ -279,15 +300,15 @@ def check_floor(
 def warning_of_unscored(
     graph: ChannelGraph, collector: Collector, budget: Budget, model: nn.Module
 ) -> str:
-    """Warns of units that stay because the weights that read them are not trained; empty if the budget
-    could take none of them."""
-    stays = np.zeros(graph.n_units, dtype=bool)
+    """Returns a warning of units that stay because the weights that read them are not trained. The
+    warning is empty if the budget could not remove any of these units anyway."""
+    kept_by_budget = np.zeros(graph.n_units, dtype=bool)
     limits = limits_of(graph, budget)[1]
-    for number, group in enumerate(graph.groups):
-        has_target = bool(budget.targets) or bool(limits[number].targets)
+    for index, group in enumerate(graph.groups):
+        has_target = bool(budget.targets) or bool(limits[index].targets)
         if not has_target or any(budget.locks(axis.name) for axis in group.axes):
-            stays[group.units] = True  # by the budget, whatever their score
-    held = {reader: units[~stays[units]] for reader, units in collector.held_units().items()}
+            kept_by_budget[group.units] = True  # the budget keeps these units whatever their score
+    held = {reader: units[~kept_by_budget[units]] for reader, units in collector.held_units().items()}
     held = {reader: units for reader, units in held.items() if units.size}
     if not held:
         return ''
@@ -295,22 +316,24 @@ def warning_of_unscored(
     original = baseline_of(model, graph)
     flops = cost.flops(graph)
     share = 1 - flops(_kept_without(graph, units)) / (graph.flops or 1)
-    least = lowest(graph, budget, original)
-    low = flops(least)
-    least[units] = True
-    low, high = (value / (original.flops or graph.flops or 1) for value in (low, flops(least)))
+    lowest_keep = lowest(graph, budget, original)
+    lowest_flops = flops(lowest_keep)
+    lowest_keep[units] = True
+    floor_without, floor = (
+        value / (original.flops or graph.flops or 1) for value in (lowest_flops, flops(lowest_keep))
+    )
     names = [f'{name} {why}' for name, why in held]
     more = f' and {len(names) - SHOWN} more' if len(names) > SHOWN else ''
     return (
         f'PruneHook: {units.size} units stay because the weights that read them are not trained '
         f'({"; ".join(names[:SHOWN])}{more}). {share:.0%} of the FLOPs depend on these units: the '
-        f'lowest keep_flops is {high:.2f}, and would be {low:.2f} without them. '
+        f'lowest keep_flops is {floor:.2f}, and would be {floor_without:.2f} without them. '
         + remedy_of_frozen(model)
     )
 
 
 def _kept_without(graph: ChannelGraph, units: np.ndarray) -> np.ndarray:
-    """(n_units,) bool: all but ``units``, and one unit of each group."""
+    """Returns (n_units,) bool: all units but ``units``, and at least one unit of each group."""
     keep = np.ones(graph.n_units, dtype=bool)
     keep[units] = False
     for group in graph.groups:
@@ -320,7 +343,7 @@ def _kept_without(graph: ChannelGraph, units: np.ndarray) -> np.ndarray:
 
 
 def remedy_of_frozen(model: nn.Module) -> str:
-    """Says how frozen weights can be trained, so that their inputs can be pruned."""
+    """Returns a sentence about how to train frozen weights, so that their inputs can be pruned."""
     frozen = {name: getattr(module, 'frozen_stages', None) for name, module in model.named_modules()}
     options = [
         f'model.{name}.frozen_stages=-1 (now {value})'

@@ -1,4 +1,4 @@
-"""The mmengine hook that warns, before the first cut, of what would make pruning pointless."""
+"""The mmengine hook that warns, before the first cut, of mistakes that make pruning pointless."""
 
 from typing import Any
 
@@ -18,9 +18,9 @@ from mmprune.surgery.meta import plan_in, weights_in
 
 
 class PreflightHook(Hook):
-    """Warns of weights that were not loaded, of a validation near zero, and of units that stay because
-    frozen layers read them. If these units put the budget out of reach, it raises an error before the
-    first cut. ``PruneHook`` registers it."""
+    """Warns of weights that were not loaded, of validation metrics near zero, and of units that stay
+    because frozen layers read them. If the budget cannot be reached because of these units, raises an
+    error before the first cut. ``PruneHook`` registers this hook."""
 
     priority = 'ABOVE_NORMAL'
 
@@ -50,7 +50,7 @@ class PreflightHook(Hook):
             self._warn_of_unscored(runner)
 
     def before_cut(self, runner: Runner) -> None:
-        """Checks the floor before the first cut of this process: later cuts follow one that worked."""
+        """Checks that the budget can be reached, once in this process, before its first cut."""
         if self._has_cut:
             return
         self._has_cut = True
@@ -77,5 +77,6 @@ class PreflightHook(Hook):
 
 
 def _warn(runner: Runner, text: str) -> None:
+    """Logs a warning unless ``text`` is empty."""
     if text:
         runner.logger.warning(text)

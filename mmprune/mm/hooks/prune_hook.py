@@ -1,4 +1,4 @@
-"""The mmengine hook that prunes: it says when the model is traced, scored and cut."""
+"""The mmengine hook that prunes: it decides when the model is traced, scored and cut."""
 
 import inspect
 from dataclasses import fields
@@ -34,40 +34,42 @@ from mmprune.session import CutContext, CutResult, budget_of_step, cut_once, mos
 
 @HOOKS.register_module()
 class PruneHook(Hook):
-    """Prunes the model while it is trained: traces it once, scores it in each iteration, cuts it in
-    steps.
+    """Prunes a model while it is trained: traces it once, scores its units in each iteration, and cuts
+    it in steps.
 
-    ``PruneHook`` registers the hooks that it needs. Other hooks may have the methods
-    ``before_scoring(runner)``, ``before_cut(runner)`` and ``after_cut(runner)``. In several processes
-    the first one chooses, by the scores of all.
+    ``PruneHook`` registers the hooks that it needs. It calls the methods ``before_scoring(runner)``,
+    ``before_cut(runner)`` and ``after_cut(runner)`` of all hooks that have them. In distributed
+    training, the first process chooses the units by the scores of all processes.
 
     Args:
         score: a criterion's name, a :class:`mmprune.Score`, or a dict of its options.
-        begin: when scoring begins: an integer is an iteration of the loop (mmengine's count), a float
-            in [0, 1] a fraction of the training; ``None``: with the training.
-        end: when the last cut comes at the latest, as ``begin``; ``None``: a fifth of the training
-            after ``begin``.
-        interval: time between two cuts, as ``begin``; ``None``: it follows from ``begin``, ``end`` and
-            ``steps``.
-        steps: number of cuts in which the budget is reached; ``None``: 10 with ``interval``, otherwise
-            30, or fewer in a short training, so that each cut is scored over three optimizer steps.
+        begin: when scoring begins. An integer is an iteration of the loop (mmengine's count), a float
+            in [0, 1] is a fraction of the training; ``None``: at the start of the training.
+        end: the latest time of the last cut, in the same units as ``begin``; ``None``: a fifth of the
+            training after ``begin``.
+        interval: the time between two cuts, in the same units as ``begin``; ``None``: it follows from
+            ``begin``, ``end`` and ``steps``.
+        steps: the number of cuts in which the budget is reached; ``None``: 10 with ``interval``,
+            otherwise 30, or fewer in a short training, so that each cut is scored over three optimizer
+            steps.
         by_epoch: whether integers in ``begin``, ``end`` and ``interval`` are epochs.
-        samples: number of images of the batch on which the loss is traced, checked and compensated.
-        check: compare each cut with the masked model before it is kept.
-        strict: end the training if a cut fails the check. Otherwise the groups of channels that are to
-            blame are locked, with a warning, and the others are cut.
-        compensate: change the kept weights so that they compensate for the removed channels, by least
-            squares over the training steps before the cut (:mod:`mmprune.compensation`).
-        distill: let the unpruned network teach the pruned one: ``True``, or a dict of the options of
-            :class:`mmprune.mm.hooks.DistillHook`.
-        validate_first: validate right before the first cut, unless there was a validation within the
-            last ``interval``.
-        budget: when to stop, as a :class:`mmprune.Budget` or a dict of its options, in place of
+        samples: the number of images of a batch on which the loss is traced, cuts are checked and
+            compensation is tested.
+        check: whether to compare each cut with the masked model before the cut is kept.
+        strict: whether to end the training if a cut fails the check. Otherwise the groups that fail are
+            locked, with a warning, and the others are cut.
+        compensate: whether to change the kept weights so that they compensate for the removed channels,
+            by least squares over the training steps before the cut (:mod:`mmprune.compensation`).
+        distill: whether the unpruned network teaches the pruned one: ``True``, ``False``, or a dict of
+            the options of :class:`mmprune.mm.hooks.DistillHook`.
+        validate_first: whether to validate right before the first cut, unless there was a validation
+            within the last ``interval``.
+        budget: the budget, as a :class:`mmprune.Budget` or a dict of its options, in place of
             ``options``.
         options: the options of :class:`mmprune.Budget`, such as ``keep_flops``.
     """
 
-    # Before EMAHook averages what was just cut.
+    # Runs before EMAHook, so that EMAHook averages the weights after the cut.
     priority = 'ABOVE_NORMAL'
 
     def __init__(
@@ -110,7 +112,7 @@ class PruneHook(Hook):
 
     @property
     def cuts(self) -> int:
-        """Number of cuts that were made."""
+        """The number of cuts that were made."""
         return self.state.cuts
 
     # -- before training ---------------------------------------------------------------------------
@@ -135,24 +137,24 @@ class PruneHook(Hook):
         self.scoring.gather_every = steps_between(self.state.times.interval)
 
     def _times(self, runner: Runner) -> CutTimes:
-        """The iterations of the cuts. A resumed run keeps its times if the options are still the same,
-        so that a training that was made longer does not move its cuts."""
-        state, requested, total = self.state, self.requested_times, runner.max_iters
-        count, times = running.accumulation(runner), state.times
+        """Resolves the iterations of the cuts, checks and logs them. A resumed run keeps its iterations
+        unless the options differ, so cuts do not move if the training is made longer."""
+        state, requested, max_iters = self.state, self.requested_times, runner.max_iters
+        accumulated, times = running.accumulation(runner), state.times
         scored = SCORED if self.score.criterion.gradients else 1
         done = 0 if state.resumed else runner.iter
-        if done >= total > 0:
-            preflight.check_first_cut(CutTimes(done, 1, 1), total, done)
+        if done >= max_iters > 0:
+            preflight.check_first_cut(CutTimes(done, 1, 1), max_iters, done)
         if times is None or state.requested_times != requested:
             length = running.epoch_length(runner)
-            times = resolve(*requested, total, length, count, scored=scored, done=done)
-        running.check_accumulation(count, begin=times.begin, interval=times.interval)
+            times = resolve(*requested, max_iters, length, accumulated, scored=scored, done=done)
+        running.check_accumulation(accumulated, begin=times.begin, interval=times.interval)
         state.requested_times = list(requested)
         if not state.resumed:
-            preflight.check_first_cut(times, total, done)
-        runner.logger.info(preflight.plan_of_cuts(times, total, state.cuts, runner.iter))
+            preflight.check_first_cut(times, max_iters, done)
+        runner.logger.info(preflight.plan_of_cuts(times, max_iters, state.cuts, runner.iter))
         for text in preflight.warnings_of_times(
-            times, requested, total, accumulated=count, scored=scored, resumed_at=done
+            times, requested, max_iters, accumulated=accumulated, scored=scored, resumed_at=done
         ):
             runner.logger.warning(text)
         return times
@@ -180,8 +182,11 @@ class PruneHook(Hook):
         if self.scoring.graph is None or not self._is_due(runner):
             return
         phase = self.state.phase(unwrapped(runner.model))
-        last = self.state.metrics.get(phase, {}).get('iteration')
-        is_recent = last is not None and runner.iter + 1 - last <= self.state.times.interval
+        last_validation = self.state.metrics.get(phase, {}).get('iteration')
+        is_recent = (
+            last_validation is not None
+            and runner.iter + 1 - last_validation <= self.state.times.interval
+        )
         is_wanted = self.validate_first and runner.val_loop is not None
         if phase != 'pruned' and is_wanted and not is_recent:
             runner.logger.info('Validating the model before the first cut')
@@ -189,9 +194,10 @@ class PruneHook(Hook):
         self.cut(runner, data_batch)
 
     def cut(self, runner: Runner, batch: Any) -> None:
-        """Makes one cut towards the budget, by the scores so far; then scoring starts again."""
+        """Makes one cut towards the budget by the scores so far. Scoring starts again, unless all cuts
+        are made and the budget is met."""
         model, scoring, state = unwrapped(runner.model), self.scoring, self.state
-        number, averaged = state.cuts + 1, running.averaged_models(runner)
+        cut_number, averaged = state.cuts + 1, running.averaged_models(runner)
         with raise_together('scoring'):
             runs = scoring.runs(runner, batch, state.modes)
             scores = scoring.collector.scores()
@@ -216,17 +222,17 @@ class PruneHook(Hook):
             scores,
             self.budget,
             runs.ordered[0],
-            target=budget_of_step(self.budget, number, state.times.steps, state.start),
+            target=budget_of_step(self.budget, cut_number, state.times.steps, state.start),
             check=runs.checked if self.check else None,
             compensate=runs.loss if self.compensate else None,
             moments=scoring.moments,
             iteration=runner.iter + 1,
         )
         scoring.close()
-        state.cuts = number
+        state.cuts = cut_number
         self._note(runner, result, idle)
         if result.plan is None:
-            runner.logger.info(f'Cut {number} removes nothing: its target is met already')
+            runner.logger.info(f'Cut {cut_number} removes nothing: its target is met already')
         else:
             for ema in averaged:
                 running.refresh(ema)
@@ -234,7 +240,7 @@ class PruneHook(Hook):
             runner.call_hook('after_cut')
             losses = loss_before, total_loss(model, run_apart(model, runs.loss))
             narrowed = most_narrowed(result.graph_before, result.keep)
-            change = report.loss_change(runner, number, losses, narrowed, result)
+            change = report.loss_change(runner, cut_number, losses, narrowed, result)
             state.report.setdefault('jumps', []).append(change)
         if state.is_done(model, self.budget):
             scoring.finish()
@@ -242,17 +248,23 @@ class PruneHook(Hook):
             scoring.watch(runner, result.graph)
 
     def _note(self, runner: Runner, result: CutResult, idle: list[dict[str, Any]]) -> None:
-        """Notes a cut for the report; ``idle`` is the result of :func:`idle_groups` before it."""
-        noted = self.state.report
+        """Records a cut for the report.
+
+        Args:
+            runner: the runner.
+            result: the result of the cut.
+            idle: the result of :func:`idle_groups` before the cut.
+        """
+        report_notes = self.state.report
         if result.stale:
             runner.logger.info(result.stale)
-        if 'idle' not in noted:  # those of the whole network, before its first cut
-            noted['idle'] = idle
+        if 'idle' not in report_notes:  # only the idle groups before the first cut are recorded
+            report_notes['idle'] = idle
             if idle:
                 runner.logger.info(idle_text(idle))
         if result.notes.latency is not None:
-            noted['latency'] = result.notes.latency
-        noted.setdefault('failed', {}).update(result.failed)
+            report_notes['latency'] = result.notes.latency
+        report_notes.setdefault('failed', {}).update(result.failed)
         graph, scores, keep = result.graph_before, result.scores, result.keep
         self.recorder.note_scores(runner, graph, scores, keep, self.score, self.budget)
 
@@ -261,4 +273,4 @@ OPTIONS = (
     *list(inspect.signature(PruneHook.__init__).parameters)[1:-1],
     *(field.name for field in fields(Budget)),
 )
-"""Names of all options of the hook, those of its budget included."""
+"""The names of all options of the hook, including those of its budget."""

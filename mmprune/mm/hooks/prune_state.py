@@ -1,4 +1,4 @@
-"""What a run of ``PruneHook`` knows beside the model and its plan."""
+"""The state of a ``PruneHook`` that checkpoints hold in addition to the model and its plan."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,25 +14,25 @@ from mmprune.surgery.build import remaining
 from mmprune.surgery.plan import plan_of
 
 KEY = 'mmprune_state'
-"""The key of this state in a checkpoint."""
+"""The key in a checkpoint under which the state of a ``PruneHook`` is saved."""
 
 
 @dataclass
 class PruneState:
-    """The state of a run, as plain data.
+    """The state of a ``PruneHook`` in a run, as plain data.
 
     Args:
-        cuts: number of cuts that were made.
+        cuts: the number of cuts that this run has made, before and after it was resumed.
         requested_times: ``begin``, ``end``, ``interval``, ``steps`` and ``by_epoch`` as the user gave
             them.
         times: the iterations of the cuts, resolved from ``requested_times``; ``None`` before training.
-        start: {``flops``, ``params``: the fraction of the original that the model had before the first
-            cut of this run}.
-        metrics: {a result of :meth:`phase`: the metrics of the last validation in it, and its
-            ``iteration``}.
-        report: the result of :func:`mmprune.mm.report.before`, and what cuts add to it.
-        record: what the page of the run shows besides (:mod:`mmprune.mm.recording`).
-        modes: the modes besides the loss in which the model runs
+        start: {``flops``, ``params``: the fraction of the unpruned model's number that remained before
+            the first cut of this run}.
+        metrics: for each result of :meth:`phase`, the metrics of the last validation in this phase, and
+            its ``iteration``.
+        report: the result of :func:`mmprune.mm.report.before`, and the notes that cuts add to it.
+        record: the data that only the page of the run shows (:mod:`mmprune.mm.recording`).
+        modes: the modes of the model, besides the loss, that do not fail
             (:class:`mmprune.mm.model_modes.Runs`).
         resumed: whether this state comes from a checkpoint.
     """
@@ -48,7 +48,8 @@ class PruneState:
     resumed: bool = False
 
     def to_checkpoint(self) -> dict[str, Any]:
-        """Numbers, strings, lists and dicts, which load under ``weights_only=True``."""
+        """Returns the state as numbers, strings, lists and dicts, which load under
+        ``weights_only=True``."""
         return {
             'cuts': self.cuts,
             'requested_times': list(self.requested_times),
@@ -62,8 +63,8 @@ class PruneState:
         }
 
     def load(self, content: Mapping[str, Any]) -> None:
-        """Takes over what :meth:`to_checkpoint` gave, in this or an earlier version. The channel
-        multiples that were measured for the device are known from then on."""
+        """Takes over the result of :meth:`to_checkpoint`, of this or an earlier version. The channel
+        multiples in it count as measured in this process, so ``divisor='auto'`` stays the same."""
         device.know_divisors(content.get('divisors', {}))
         times = content.get('times')  # version 0.1.0 saved no times and no modes
         self.cuts = content['cuts']
@@ -77,14 +78,15 @@ class PruneState:
         self.resumed = True
 
     def phase(self, model: nn.Module) -> str:
-        """``'unpruned'``; ``'start'`` if an earlier run pruned the model and this one has not cut yet;
-        ``'pruned'`` after a cut of this run."""
+        """Returns the phase of the run: ``'unpruned'``; ``'start'`` if an earlier run pruned the model
+        and this run has made no cut; ``'pruned'`` after a cut of this run."""
         if plan_of(model) is None:
             return 'unpruned'
         return 'pruned' if self.cuts else 'start'
 
     def is_done(self, model: nn.Module, budget: Budget) -> bool:
-        """Whether all cuts were made and no fraction is above its target."""
+        """Whether all cuts were made, and the remaining FLOPs and parameters are not above their
+        targets."""
         if self.times is None or self.cuts < self.times.steps:
             return False
         targets = {name.removeprefix('keep_'): value for name, value in budget.targets.items()}

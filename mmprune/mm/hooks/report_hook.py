@@ -1,4 +1,4 @@
-"""The mmengine hook that reports a pruned run: log, curves, JSON, a page."""
+"""The mmengine hook that reports a pruning run in the log, curves, a JSON file and a page."""
 
 import shlex
 from typing import Any
@@ -18,11 +18,10 @@ from mmprune.surgery.plan import plan_of
 
 
 class ReportHook(Hook):
-    """Keeps the metrics of the unpruned and the pruned model, and writes the report and its page when
-    the training ends. ``PruneHook`` registers it.
+    """Records the metrics of the unpruned and the pruned model, and writes the report and its page when
+    the training ends. ``PruneHook`` registers this hook.
 
-    A training that ends without a cut is an error. A report that fails is a warning, and never ends a
-    training.
+    Raises an error if the training ends without a cut. If a report fails, only logs a warning.
     """
 
     priority = 'ABOVE_NORMAL'
@@ -77,7 +76,7 @@ class ReportHook(Hook):
             )
         last_validation = state.metrics.get(state.phase(model), {}).get('iteration')
         if runner.val_loop is not None and last_validation != runner.iter:
-            validate_apart(runner)  # the run was interrupted in its last validation, and resumed
+            validate_apart(runner)  # a resumed run that was interrupted in its last validation
         if not is_main_process():
             return
         with optional(runner.logger, f'{report.REPORT_FILE} could not be written'):
@@ -85,7 +84,7 @@ class ReportHook(Hook):
         self.recorder.write(runner, plan, finished=True)
         again = f'Make it again: python tools/report.py {shlex.quote(str(runner.work_dir))}'
         with optional(runner.logger, 'The report page could not be made', again):
-            # Imported late, because only a page needs its texts and drawings.
+            # Imported late, because only the page needs this module's texts and drawings.
             from mmprune.mm.recording.run_page import write_page
 
             runner.logger.info(f'Wrote {write_page(runner.work_dir)}')

@@ -1,4 +1,4 @@
-"""What the hooks need of a Runner: its model, EMA models, units of time, an extra validation."""
+"""Functions on a Runner for the hooks: its model, EMA models, epoch length, an extra validation."""
 
 import math
 from collections.abc import Iterable
@@ -19,20 +19,24 @@ from mmprune.mm.configs import image_size
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside a wrapper (DDP, test-time augmentation), or ``model`` itself."""
+    """Returns the model inside a wrapper (DDP, test-time augmentation), or ``model`` itself."""
     is_wrapped = is_model_wrapper(model) or isinstance(model, BaseTTAModel)
     return model.module if is_wrapped else model
 
 
 def register(runner: Runner, hooks: Iterable[Hook], priority: Any) -> None:
-    """Registers hooks in ``before_run`` of another hook, except those whose class the runner has
-    already.
+    """Registers hooks while the runner calls ``before_run`` of its hooks. Hooks whose class the runner
+    already has are skipped.
 
-    The runner is iterating over its list of hooks, so it gets a new list, and the ``before_run`` of
-    each new hook is called here.
+    The runner is iterating over its list of hooks, so this sets a new list, and calls the
+    ``before_run`` of each new hook itself.
     """
     present = tuple(type(hook) for hook in runner.hooks)
-    missing = [hook for hook in hooks if not any(issubclass(kind, type(hook)) for kind in present)]
+    missing = [
+        hook
+        for hook in hooks
+        if not any(issubclass(present_class, type(hook)) for present_class in present)
+    ]
     runner._hooks = list(runner._hooks)
     for hook in missing:
         runner.register_hook(hook, priority)
@@ -41,21 +45,21 @@ def register(runner: Runner, hooks: Iterable[Hook], priority: Any) -> None:
 
 
 def averaged_models(runner: Runner) -> list[BaseAveragedModel]:
-    """The EMA models: copies that ``EMAHook`` and similar hooks keep."""
-    candidates = [getattr(hook, 'ema_model', None) for hook in runner.hooks]
-    return [model for model in candidates if isinstance(model, BaseAveragedModel)]
+    """Returns the EMA models, which ``EMAHook`` and similar hooks keep."""
+    values = [getattr(hook, 'ema_model', None) for hook in runner.hooks]
+    return [value for value in values if isinstance(value, BaseAveragedModel)]
 
 
 def refresh(ema_model: BaseAveragedModel) -> None:
-    """Makes an EMA model with ``update_buffers`` see that it was cut. It keeps a state dict, whose
-    tensors are other objects than its parameters and would still be wide."""
+    """Replaces the state dict that an EMA model with ``update_buffers`` keeps. After a cut, the old
+    state dict still holds the tensors of the wider model."""
     if ema_model.update_buffers:
         ema_model.avg_parameters = ema_model.module.state_dict()
 
 
 def epoch_length(runner: Runner) -> int | None:
-    """Iterations of an epoch, also if the loop counts only iterations; ``None`` if the data loader has
-    no length."""
+    """Returns the number of iterations of an epoch, also if the loop only counts iterations; ``None``
+    if the data loader has no length."""
     loader = runner.train_dataloader
     try:
         length = len(loader)
@@ -68,8 +72,8 @@ def epoch_length(runner: Runner) -> int | None:
 
 
 def accumulation(runner: Runner) -> int:
-    """Backward passes for one step of the optimizer; the least common multiple of several
-    optimizers."""
+    """Returns the number of backward passes for one step of the optimizer. For several optimizers, it
+    is the least common multiple of their numbers."""
     optim_wrapper = runner.optim_wrapper
     has_several = isinstance(optim_wrapper, OptimWrapperDict)
     wrappers = optim_wrapper.values() if has_several else [optim_wrapper]
@@ -77,12 +81,12 @@ def accumulation(runner: Runner) -> int:
 
 
 def check_accumulation(count: int, **iterations: int) -> None:
-    """Raises an error if a cut would fall between two backward passes of one step: it would lose the
-    gradients of the first one.
+    """Raises an error if a cut would come between two backward passes of one optimizer step. Such a cut
+    would lose the gradients of the first pass.
 
     Args:
-        count: backward passes for one step of the optimizer.
-        iterations: the options that must be multiples of ``count``.
+        count: the number of backward passes for one step of the optimizer.
+        iterations: {name of an option: its value}; the values must be multiples of ``count``.
     """
     for name, value in iterations.items():
         if value % count:
@@ -94,12 +98,12 @@ def check_accumulation(count: int, **iterations: int) -> None:
 
 
 def validate_apart(runner: Runner) -> None:
-    """Validates at a time at which the loop would not. Hooks that write checkpoints, stop early or
-    change schedules do not see it: a checkpoint inside an epoch would be resumed as if the epoch had
-    just begun."""
+    """Validates outside the schedule of the loop. Hooks that write checkpoints, stop early or change
+    schedules are not called: for example, a checkpoint from inside an epoch would be resumed as if the
+    epoch had just begun."""
     hooks = runner._hooks
-    blind = (CheckpointHook, EarlyStoppingHook, ParamSchedulerHook)
-    runner._hooks = [hook for hook in hooks if not isinstance(hook, blind)]
+    skipped_classes = (CheckpointHook, EarlyStoppingHook, ParamSchedulerHook)
+    runner._hooks = [hook for hook in hooks if not isinstance(hook, skipped_classes)]
     try:
         runner.val_loop.run()
     finally:
@@ -108,8 +112,8 @@ def validate_apart(runner: Runner) -> None:
 
 
 def forget_best(runner: Runner) -> None:
-    """Starts best checkpoints and early stopping anew after a cut. Otherwise the unpruned model, which
-    is another one, would stay the best."""
+    """Resets the best checkpoint and early stopping after a cut. Otherwise the best score of a larger
+    model would count, which the pruned one may never reach."""
     for key in [key for key in runner.message_hub.runtime_info if key.startswith('best_score')]:
         runner.message_hub.pop_info(key)
     for hook in runner.hooks:
@@ -119,11 +123,11 @@ def forget_best(runner: Runner) -> None:
 
 
 def prepare_for_timing(runner: Runner, budget: Budget) -> Prepare | None:
-    """A function that makes the model ready to be timed in the budget's runtime; ``None`` if that is
-    eager torch, or if the budget does not ask for a time.
+    """Returns a function that makes the model ready to be timed in the budget's runtime; ``None`` if
+    the runtime is eager torch or the budget has no ``latency``.
 
     Raises:
-        PruneError: the runtime is not installed, or the config names no size of test images.
+        PruneError: the runtime is not installed, or the config has no size of test images.
     """
     if budget.latency is None or budget.backend == 'eager':
         return None

@@ -1,4 +1,4 @@
-"""The mmengine hook that lets a run of ``PruneHook`` go on as if it had not been interrupted."""
+"""The mmengine hook that lets a resumed run of ``PruneHook`` continue as if it had not stopped."""
 
 from typing import Any
 
@@ -12,8 +12,8 @@ from mmprune.mm.hooks.scoring import Scoring
 
 
 class StateHook(Hook):
-    """Saves the state and the scoring of a ``PruneHook`` and the random states in checkpoints, and
-    takes them from the checkpoint that is resumed. ``PruneHook`` registers it."""
+    """Saves the state and the scores of a ``PruneHook`` and the random states in checkpoints, and
+    restores them from the checkpoint of a resumed run. ``PruneHook`` registers this hook."""
 
     priority = 'ABOVE_NORMAL'
 
@@ -35,12 +35,12 @@ class StateHook(Hook):
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         rng = dict(self._before_validation or random_state())
-        if 'cuda' in rng:  # of this process's GPU: a run may be resumed on another number of them
+        if 'cuda' in rng:  # only the GPU of this process: a resumed run may have another number of GPUs
             rng['cuda'] = rng['cuda'][torch.cuda.current_device()]
         checkpoint[KEY] = self.state.to_checkpoint() | self.scoring.to_checkpoint() | {'rng': rng}
 
-    # Validation draws random numbers (a seed for its loader's workers). Training goes on as if there
-    # had been no validation, so that a run that is resumed after one draws the same numbers.
+    # Validation draws random numbers (a seed for the workers of its data loader). The states from
+    # before it are restored, so that a run that is resumed after a validation draws the same numbers.
 
     def before_val(self, runner: Runner) -> None:
         self._before_validation = random_state()
