@@ -23,7 +23,7 @@ INTERPOLATION = {
 
 
 def load(path: str) -> tuple[onnxruntime.InferenceSession, dict[str, Any]]:
-    """The model, ready to run, and what ``tools/export.py`` wrote into it."""
+    """Opens a model file, and reads the metadata that ``tools/export.py`` wrote into it."""
     try:
         session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
     except Exception as error:  # no such file, no model: its exceptions have no common base
@@ -38,7 +38,8 @@ def load(path: str) -> tuple[onnxruntime.InferenceSession, dict[str, Any]]:
 
 
 def sizes(shape: tuple[int, int], about: dict[str, Any]) -> list[tuple[int, int]]:
-    """(height, width) of a resized picture, of it with the pipeline's padding, and of the file's input.
+    """Computes three sizes as (height, width): that of the resized picture, that of the picture with
+    the pipeline's padding, and that of the model's input.
 
     Args:
         shape: height and width of the picture.
@@ -74,7 +75,8 @@ def sizes(shape: tuple[int, int], about: dict[str, Any]) -> list[tuple[int, int]
 def prepare(
     picture: np.ndarray, about: dict[str, Any], size: tuple[int, int] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The model's input of a BGR picture (h, w, 3), and by what x and y were multiplied.
+    """Makes the model's input from a BGR picture, and returns it with the factors by which x and y were
+    multiplied.
 
     The picture is resized and padded as the test pipeline of the model's config does it, by what the
     model file says of it.
@@ -107,8 +109,8 @@ def prepare(
 
 
 def fitted(about: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
-    """The metadata for pictures that are fitted into ``size`` (height, width), rounded up to what the
-    model takes."""
+    """Returns the metadata for pictures that are fitted into ``size`` (height, width), rounded up to
+    multiples that the model takes."""
     fixed = about['input_size']
     if fixed and tuple(size) != tuple(fixed):
         sys.exit(f'--size {size[0]} {size[1]}: the model takes {fixed} alone')
@@ -129,8 +131,8 @@ def detect(
     least_score: float = 0.3,
     size: tuple[int, int] | None = None,
 ) -> dict[str, np.ndarray]:
-    """``boxes`` (n, 4) as x1, y1, x2, y2 in pixels of the picture, ``scores`` (n,), ``labels`` (n,),
-    and where the model has masks ``masks`` (n, height, width) bool."""
+    """Runs the model on a picture. Returns ``boxes`` (n, 4) as x1, y1, x2, y2 in pixels of the picture,
+    ``scores`` (n,), ``labels`` (n,), and ``masks`` (n, height, width) bool if the model has masks."""
     images, scale = prepare(picture, about, size)
     names = [output.name for output in session.get_outputs()]
     found = dict(zip(names, session.run(names, {session.get_inputs()[0].name: images}), strict=True))
@@ -148,7 +150,8 @@ def detect(
 
 
 def paste(mask: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(height, width) bool: a mask's probabilities (h, w), stretched over its box."""
+    """Stretches a mask's probabilities (h, w) over its box, and returns where they are at least 0.5, as
+    (height, width) bool."""
     x1, y1, x2, y2 = box
     step_x, step_y = (x2 - x1) / mask.shape[1], (y2 - y1) / mask.shape[0]
     if step_x <= 0 or step_y <= 0:
@@ -161,7 +164,7 @@ def paste(mask: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> np.ndarra
 
 
 def draw(picture: np.ndarray, found: dict[str, np.ndarray], classes: list[str]) -> np.ndarray:
-    """A copy of the picture with boxes, names and scores."""
+    """Returns a copy of the picture with boxes, names and scores."""
     drawn = picture.copy()
     for row, (box, score, label) in enumerate(
         zip(found['boxes'], found['scores'], found['labels'], strict=True)

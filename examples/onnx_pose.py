@@ -19,7 +19,7 @@ import onnxruntime
 
 
 def load(path: str) -> tuple[onnxruntime.InferenceSession, dict[str, Any]]:
-    """The model, ready to run, and what ``tools/export.py`` wrote into it."""
+    """Opens a model file, and reads the metadata that ``tools/export.py`` wrote into it."""
     try:
         session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
     except Exception as error:  # no such file, no model: its exceptions have no common base
@@ -40,8 +40,8 @@ def load(path: str) -> tuple[onnxruntime.InferenceSession, dict[str, Any]]:
 
 
 def region(box: np.ndarray, about: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Centre (x, y) and size (width, height) of the region that is cut out for a box (x1, y1, x2, y2),
-    in pixels of the picture: the box is enlarged, and gets the ratio of the model's input."""
+    """Computes centre (x, y) and size (width, height) of the region that is cut out for a box (x1, y1,
+    x2, y2), in pixels of the picture: the box is enlarged, and gets the ratio of the model's input."""
     x1, y1, x2, y2 = box
     height, width = about['input_size']
     size = np.array([x2 - x1, y2 - y1], np.float32) * about['crop']['padding']
@@ -50,7 +50,7 @@ def region(box: np.ndarray, about: dict[str, Any]) -> tuple[np.ndarray, np.ndarr
 
 
 def prepare(picture: np.ndarray, box: np.ndarray, about: dict[str, Any]) -> np.ndarray:
-    """The model's input (1, 3, H, W) for one box (x1, y1, x2, y2) of a BGR picture (h, w, 3)."""
+    """Makes the model's input (1, 3, H, W) from one box (x1, y1, x2, y2) of a BGR picture (h, w, 3)."""
     height, width = about['input_size']
     centre, size = region(box, about)
     target = np.array([width, height], np.float32)
@@ -74,8 +74,8 @@ def prepare(picture: np.ndarray, box: np.ndarray, about: dict[str, Any]) -> np.n
 
 
 def decoder_of(codec: dict[str, Any]) -> Any:
-    """The function that decodes the outputs of one box: {name: (K, ...)} to points (K, 2) in fractions
-    of the model's input, and scores (K,)."""
+    """Returns the function that decodes the outputs of one box. It turns {name: (K, ...)} into points
+    (K, 2) as fractions of the model's input, and scores (K,)."""
     kind = codec['type']
     if kind == 'SimCCLabel' and not codec.get('use_dark'):
         return from_simcc
@@ -98,7 +98,8 @@ def from_simcc(found: dict[str, np.ndarray], about: dict[str, Any]) -> tuple[np.
 
 
 def best_places(heatmaps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The places (K, 2) of the maxima of heatmaps (K, h, w), as x and y, and the maxima (K,)."""
+    """Returns the positions (K, 2) of the maxima of heatmaps (K, h, w), as x and y, and the maxima
+    (K,). A keypoint without a positive value gets the position -1, -1."""
     flat = heatmaps.reshape(len(heatmaps), -1)
     rows, columns = np.unravel_index(flat.argmax(1), heatmaps.shape[1:])
     scores = flat.max(1)
@@ -108,7 +109,8 @@ def best_places(heatmaps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def from_heatmaps(found: dict[str, np.ndarray], about: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """The place of the maximum, moved by a quarter of a pixel towards the higher of its neighbours."""
+    """Decodes heatmaps: each maximum is moved by a quarter of a pixel towards the higher of its
+    neighbours."""
     heatmaps = found['heatmaps']
     height, width = heatmaps.shape[1:]
     points, scores = best_places(heatmaps)
@@ -124,7 +126,8 @@ def from_heatmaps(found: dict[str, np.ndarray], about: dict[str, Any]) -> tuple[
 def from_udp_heatmaps(
     found: dict[str, np.ndarray], about: dict[str, Any]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The maximum of a parabola through the logarithm of the blurred heatmap (UDP, CVPR 2020)."""
+    """Decodes heatmaps by the maximum of a parabola through the logarithm of the blurred heatmap (UDP,
+    CVPR 2020)."""
     heatmaps, kernel = found['heatmaps'], about['codec']['blur_kernel_size']
     height, width = heatmaps.shape[1:]
     points, scores = best_places(heatmaps)
@@ -152,8 +155,8 @@ def from_udp_heatmaps(
 def detect(
     session: onnxruntime.InferenceSession, about: dict[str, Any], picture: np.ndarray, box: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The keypoints of the person in a box (x1, y1, x2, y2): points (K, 2) as x and y in pixels of the
-    picture, and scores (K,)."""
+    """Finds the keypoints of the person in a box (x1, y1, x2, y2). Returns points (K, 2) as x and y in
+    pixels of the picture, and scores (K,)."""
     names = [output.name for output in session.get_outputs()]
     values = session.run(names, {session.get_inputs()[0].name: prepare(picture, box, about)})
     found = {name: value[0] for name, value in zip(names, values, strict=True)}
@@ -166,7 +169,7 @@ def detect(
 
 
 def draw(picture: np.ndarray, points: np.ndarray, scores: np.ndarray, least: float) -> np.ndarray:
-    """A copy of the picture with a dot for each keypoint whose score is at least ``least``."""
+    """Returns a copy of the picture with a dot for each keypoint whose score is at least ``least``."""
     drawn = picture.copy()
     for index, (x, y) in enumerate(points):
         if scores[index] >= least:

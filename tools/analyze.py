@@ -46,14 +46,14 @@ def parse_args() -> argparse.Namespace:
 
 
 def positive(text: str) -> int:
-    """An argparse type: an integer of at least 1."""
+    """Parses an integer of at least 1, as an argparse type."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f'{text} must be an integer >= 1')
     return int(text)
 
 
 def fraction(text: str) -> float:
-    """An argparse type: a fraction between 0 and 1."""
+    """Parses a fraction between 0 and 1, as an argparse type."""
     try:
         value = float(text)
     except ValueError:
@@ -64,7 +64,8 @@ def fraction(text: str) -> float:
 
 
 def removed(text: str) -> None:
-    """An argparse type: an option that was for the suggestion of a budget."""
+    """Refuses ``--tolerance``, as an argparse type. The option belonged to the suggestion of a
+    budget."""
     raise argparse.ArgumentTypeError(
         'the option was removed, since no budget is suggested any more: choose keep_flops by the '
         'sensitivities'

@@ -86,7 +86,7 @@ class Job:
 
 
 def load(job: Job) -> nn.Module:
-    """The model of the job's checkpoint, pruned or as wide as it was before."""
+    """Loads the model of the job's checkpoint, pruned or with its unpruned widths."""
     pruned = load_pruned(job.config, job.checkpoint)
     if job.version == 'pruned':
         return pruned
@@ -112,12 +112,14 @@ def widen(original: nn.Module, pruned: nn.Module, plan: Plan) -> None:
 
 
 def timed_network(model: nn.Module, raw: bool) -> nn.Module:
-    """The network that an exported file has in it."""
+    """Returns the network that an exported file contains, with post-processing unless ``raw`` is
+    set."""
     return (RawNetwork(model) if raw else network_of(model)).eval()
 
 
 def folded(model: nn.Module) -> nn.Module:
-    """The model, changed in place: batch norms are folded into convolutions, as every runtime does."""
+    """Folds batch norms into convolutions, as every runtime does, and returns the model, which is
+    changed in place."""
     with contextlib.suppress(PruneError):  # there may be none
         fuse(model)
     return model
@@ -127,8 +129,8 @@ def folded(model: nn.Module) -> nn.Module:
 
 
 def ready(job: Job, model: nn.Module | None = None) -> Callable[[], Any]:
-    """A function that runs the job's batch once, and returns when the run is done. ``model`` is the
-    job's model if it is loaded already."""
+    """Returns a function that runs the job's batch once, and that returns when the run is done.
+    ``model`` is the job's model, or ``None`` to load it. A given model is copied."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(job.batch, 3, *job.size, generator=generator)
     if job.mode in BACKENDS:
@@ -155,7 +157,8 @@ def _run(network: nn.Module, images: Tensor) -> Any:
 
 
 def in_turns(runs: Sequence[Callable[[], Any]], rounds: int) -> np.ndarray:
-    """Milliseconds of each run, (rounds, number of runs). Every second round has the reverse order."""
+    """Times runs in turns. Returns milliseconds (rounds, number of runs). Every second round has the
+    reverse order."""
     for run in list(runs) * WARM_UP:
         run()
     times = np.empty((rounds, len(runs)))
@@ -169,9 +172,9 @@ def in_turns(runs: Sequence[Callable[[], Any]], rounds: int) -> np.ndarray:
 
 
 def peak_memory(job: Job) -> int | None:
-    """The bytes that weights and runs add at their peak to a process that does nothing else; for CUDA
-    to the device. ``None`` if they cannot be measured: outside Linux, and for compiled networks, whose
-    compiler takes more memory than they do."""
+    """Measures how many bytes weights and runs add at their peak to a process that does nothing else;
+    for CUDA, to the device. Returns ``None`` if that cannot be measured: outside Linux, and for
+    compiled networks, whose compiler takes more memory than they do."""
     if 'compile' in job.mode or not Path('/proc/self/clear_refs').exists():
         return None
     # A server process has all imports and never had a model, so that its children start alike.
@@ -199,15 +202,15 @@ def _peak_memory(job: Job) -> int:
 
 
 def _memory(name: str) -> int:
-    """A line of this process's status in bytes."""
+    """Reads a line of this process's status, such as ``VmRSS``, in bytes."""
     lines = Path('/proc/self/status').read_text().splitlines()
     return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
 
 
 def measure(job: Job, models: dict[str, nn.Module], rounds: int, flops_ratio: float) -> dict[str, Any]:
-    """The row of one mode and batch: times in ms, peaks in bytes, how many times faster the pruned
-    network is, and that as a share of the factor by which its FLOPs are fewer. If ``torch.compile``
-    fails, the row has ``failure`` instead."""
+    """Measures one mode and batch. The row has times in ms, peaks in bytes, how many times faster the
+    pruned network is, and this factor divided by the factor by which its FLOPs are fewer. If
+    ``torch.compile`` fails, the row has ``failure`` instead."""
     jobs = [replace(job, version=version) for version in VERSIONS]
     row: dict[str, Any] = {'mode': job.mode, 'batch': job.batch}
     try:
@@ -256,7 +259,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def positive(text: str) -> int:
-    """An argparse type: an integer of at least 1."""
+    """Parses an integer of at least 1, as an argparse type."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f'{text} must be an integer >= 1')
     return int(text)
@@ -303,7 +306,7 @@ def show(text: str) -> None:
 
 
 def outcome(row: dict[str, Any]) -> str:
-    """A row as a line of progress."""
+    """Formats a row as a line of progress."""
     if 'failure' in row:
         return f'fails: {row["failure"]}'
     medians = ' to '.join(f'{row[version]["median_ms"]:.1f}' for version in VERSIONS)
@@ -311,7 +314,7 @@ def outcome(row: dict[str, Any]) -> str:
 
 
 def size_of(args: argparse.Namespace, cfg: Config, model: nn.Module) -> tuple[int, int]:
-    """(height, width) of the images: ``--size``, or the size of the files, or that of the test
+    """Returns (height, width) of the images: ``--size``, or the size of the files, or that of the test
     pipeline. Sides are rounded up to what the model takes.
 
     Raises:
@@ -338,14 +341,14 @@ def size_of(args: argparse.Namespace, cfg: Config, model: nn.Module) -> tuple[in
 
 
 def rounded(size: Sequence[int], divisor: int) -> tuple[int, ...]:
-    """The sides, rounded up to multiples of ``divisor``."""
+    """Rounds the sides up to multiples of ``divisor``."""
     return tuple(-(-side // divisor) * divisor for side in size)
 
 
 def exported(
     args: argparse.Namespace, models: dict[str, nn.Module], job: Job, folder: Path
 ) -> dict[str, Path]:
-    """The files of both networks: those of ``--onnx``, or new ones."""
+    """Returns the files of both networks: those of ``--onnx``, or new ones."""
     if args.onnx:
         return dict(zip(VERSIONS, map(Path, args.onnx), strict=True))
     files = {}
@@ -356,7 +359,7 @@ def exported(
 
 
 def header(args: argparse.Namespace, job: Job, models: dict[str, nn.Module]) -> dict[str, Any]:
-    """The report without its rows: what is measured, and where."""
+    """Makes the report without its rows: what is measured, and where."""
     flops = {name: flops_of(timed_network(models[name], job.raw), job.size) for name in VERSIONS}
     return {
         'config': args.config,
@@ -377,7 +380,7 @@ def header(args: argparse.Namespace, job: Job, models: dict[str, nn.Module]) -> 
 
 
 def processor() -> str:
-    """The name of the processor."""
+    """Returns the name of the processor."""
     path = Path('/proc/cpuinfo')
     lines = path.read_text().splitlines() if path.exists() else []
     names = [line.split(':', 1)[1].strip() for line in lines if line.startswith('model name')]
@@ -385,7 +388,7 @@ def processor() -> str:
 
 
 def table(report: dict[str, Any]) -> Table:
-    """The report as a table for the terminal."""
+    """Makes a table of the report for the terminal."""
     height, width = report['size']
     flops = report['flops']
     title = f'{height} x {width}, float32, threads: {report["threads"]}, {report["processor"]}'

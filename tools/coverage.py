@@ -128,7 +128,8 @@ def in_mode(model, mode: str, forward):
 
 
 def checked(row: dict, model, pruned, plan, forward) -> float:
-    """The relative error of the pruned model, in single precision if it is below ``TOLERANCE`` there.
+    """Returns the relative error of the pruned model, in single precision if it is below ``TOLERANCE``
+    there.
 
     Otherwise rounding may be the cause, so the models are compared in double precision, and ``row``
     gets the error in single precision.
@@ -153,14 +154,15 @@ def checked(row: dict, model, pruned, plan, forward) -> float:
 
 
 def timed(function):
-    """The result of a function, and the processor time that it took, in seconds."""
+    """Returns the result of a function, and the processor time that it took, in seconds."""
     start = time.process_time()
     result = function()
     return result, time.process_time() - start
 
 
 def shares(graph) -> dict[str, float]:
-    """The fraction of parameters that belong to removable channels, for backbone, neck and heads."""
+    """Computes the fraction of parameters that belong to removable channels, for backbone, neck and
+    heads."""
     import numpy as np
 
     from mmprune.graph import cost
@@ -177,7 +179,8 @@ def shares(graph) -> dict[str, float]:
 
 
 def lock_reasons(graph) -> list[str]:
-    """The four most frequent reasons of locks, except outputs, with the number of locked units."""
+    """Returns the four most frequent reasons of locks, except outputs, with the number of locked
+    units."""
     from mmprune.graph.locks import LockKind
 
     counts: Counter = Counter()
@@ -189,7 +192,7 @@ def lock_reasons(graph) -> list[str]:
 
 
 def rebuilds(config: str, trained, forward) -> bool:
-    """Whether a fresh model has the same outputs after the checkpoint of ``trained`` is loaded.
+    """Returns whether a fresh model has the same outputs after the checkpoint of ``trained`` is loaded.
 
     The weights are equal bit for bit. The outputs may differ in the last bits, because some kernels sum
     in an order that depends on memory addresses.
@@ -280,7 +283,7 @@ def child(pipe, config: str, arguments: dict, examine: Callable) -> None:
 
 
 def verdict(row: dict) -> str:
-    """The result of a family in a few words."""
+    """Returns the result of a family in a few words."""
     if 'failure' in row:
         return 'does not build' if row['stage'] in ('import', 'build') else f'fails: {row["stage"]}'
     if row['rebuilds'] is False or not row['steps']:
@@ -359,7 +362,7 @@ def write_page(rows: list[dict], path: Path) -> None:
 
 
 def cells(row: dict) -> list[str]:
-    """The cells of a row of the table."""
+    """Returns the cells of a row of the table."""
     free = row.get('free', {})
     error = max(row.get('error', 0), row.get('error_predict', 0))
     remarks = [row['failure']] if 'failure' in row else list(row.get('locks', []))
@@ -382,7 +385,7 @@ def cells(row: dict) -> list[str]:
 
 
 def training_cell(result: dict | None) -> str:
-    """The result of ``tools/coverage_train.py`` for a family, as a cell of the table."""
+    """Returns the result of ``tools/coverage_train.py`` for a family, as a cell of the table."""
     if not result:
         return ''
     if 'failure' not in result:

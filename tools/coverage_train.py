@@ -78,7 +78,8 @@ def examine(config: str, arguments: dict, row: dict, done: Callable[[], None]) -
 
 
 def last_place(error: BaseException) -> str:
-    """The last line of the package that an exception passed through, as ``FILE:LINE``."""
+    """Returns the innermost line of mmprune that an exception passed through, as ``FILE:LINE``; empty
+    if it passed through none."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if '/mmprune/' in frame.filename:
             return f'{frame.filename.rsplit("/mmprune/", 1)[1]}:{frame.lineno}'
@@ -272,7 +273,7 @@ def train(name: str, config: str, arguments: dict, limit: int, row: dict) -> dic
 
 
 def budget_of(row: dict) -> float:
-    """The fraction of FLOPs that a training of the family keeps.
+    """Returns the fraction of FLOPs that a training of the family keeps.
 
     It is one half, if that can be reached for sure. Otherwise it is a little more than the fraction
     that remained when 30 % of the channels were cut.

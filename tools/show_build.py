@@ -60,7 +60,8 @@ def progress(lines):
 
 
 def failure(log: Path):
-    """The lines to show for a build that failed: its first errors, its last lines, and the log file."""
+    """Returns the lines to show for a build that failed: its first errors, its last lines, and the log
+    file."""
     errors, last = [], deque(maxlen=20)
     with open(log, errors='replace') as file:
         for line in map(str.rstrip, file):

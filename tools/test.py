@@ -46,7 +46,7 @@ def parse_args():
 
 
 def pickle_name(path: str) -> str:
-    """An argparse type: the name of a pickle file."""
+    """Checks that a name is that of a pickle file, as an argparse type."""
     if not path.endswith(('.pkl', '.pickle')):
         raise argparse.ArgumentTypeError(f'{path} must end in .pkl or .pickle')
     return path
@@ -122,7 +122,8 @@ def augment(cfg: Config) -> None:
 
 
 def merged_detections() -> dict:
-    """mmdet's model for test-time augmentation, which applies NMS to the boxes of all copies."""
+    """Returns mmdet's model for test-time augmentation, which applies NMS to the boxes of all
+    copies."""
     return dict(
         type='DetTTAModel',
         tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100),
@@ -130,7 +131,7 @@ def merged_detections() -> dict:
 
 
 def flipped(pipeline: list) -> list:
-    """A test pipeline of mmdet that ends in two copies of the image, one of them flipped."""
+    """Returns a test pipeline of mmdet that ends in two copies of the image, one of them flipped."""
     *load, pack = pipeline
     flips = [dict(type='RandomFlip', prob=prob) for prob in (1.0, 0.0)]
     # The model needs to know which copy was flipped when it merges the boxes.

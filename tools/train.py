@@ -30,7 +30,7 @@ def parse_args():
 
 
 def checkpoint_or_auto(path: str) -> str:
-    """An argparse type: ``auto``, or a checkpoint."""
+    """Accepts ``auto`` or a checkpoint, as an argparse type."""
     return path if path == 'auto' else cli.checkpoint_file(path)
 
 

@@ -129,7 +129,8 @@ def build_model(config: Config, seed: int = 0) -> nn.Module:
 
 
 def _small_and_offline(value: Any) -> Any:
-    """A copy of a model's config without downloads and batch augmentation, and with few proposals."""
+    """Returns a copy of a model's config without downloads and batch augmentation, and with few
+    proposals."""
     if isinstance(value, list | tuple):
         return type(value)(_small_and_offline(item) for item in value)
     if not isinstance(value, dict):

@@ -18,7 +18,7 @@ def write(content: dict[str, Any], folder: Path) -> Path:
 
 
 def page_of(content: dict[str, Any]) -> Page:
-    """The page of an analysis."""
+    """Makes the page of an analysis from the content of ``analysis.json``."""
     versions = ', '.join(f'{package} {version}' for package, version in content['versions'].items())
     sections = [
         Section('costs', 'Costs', _costs(content)),
@@ -169,7 +169,7 @@ def _locks(content: dict[str, Any]) -> list[Block]:
 
 
 def _listed(names: list[str], shown: int, separator: str, code: bool = False) -> str:
-    """The first names, and how many more there are."""
+    """Joins the first ``shown`` names to a text, and appends how many more there are."""
     first = separator.join(f'`{name}`' if code else name for name in names[:shown])
     return first + (f'{separator}and {len(names) - shown} more' if len(names) > shown else '')
 
@@ -221,5 +221,5 @@ def _sensitivity(content: dict[str, Any]) -> list[Block]:
 
 
 def _worse(change: float | None) -> str:
-    """``+12.3%``; a dash if nothing was masked."""
+    """Formats a relative change, such as ``+12.3%``; a dash if nothing was masked."""
     return '–' if change is None else f'{change:+.1%}'

@@ -68,7 +68,7 @@ def model_of(cfg: Config, checkpoint: str | None) -> nn.Module:
 
 
 def training_batches(cfg: Config, count: int) -> list[Any]:
-    """The first ``count`` batches of the training data.
+    """Loads the first ``count`` batches of the training data.
 
     Raises:
         PruneError: there is no data.
@@ -77,7 +77,7 @@ def training_batches(cfg: Config, count: int) -> list[Any]:
 
 
 def random_batch(cfg: Config) -> Any:
-    """A batch of random pictures with random boxes or keypoints.
+    """Makes a batch of random pictures with random boxes or keypoints.
 
     Raises:
         PruneError: no random batch can be made for this kind of model.
@@ -100,7 +100,7 @@ def random_batch(cfg: Config) -> Any:
 
 
 def validation_loader(cfg: Config) -> DataLoader:
-    """The loader of the validation data as the config evaluates it.
+    """Builds the loader of the validation data as the config evaluates it.
 
     Raises:
         PruneError: there is no data.
@@ -109,7 +109,7 @@ def validation_loader(cfg: Config) -> DataLoader:
 
 
 def labelled_batches(cfg: Config, count: int) -> list[Any]:
-    """The first ``count`` batches of the validation data with all that a loss needs.
+    """Loads the first ``count`` batches of the validation data with everything that a loss needs.
 
     A validation pipeline may load annotations after it resizes the picture, or not at all, and makes no
     targets. Here annotations are loaded first, so they are resized too, and mmpose's targets are made
@@ -134,7 +134,8 @@ def labelled_batches(cfg: Config, count: int) -> list[Any]:
 
 
 def _with_labels(steps: list[Any], train_steps: list[Any]) -> list[Any]:
-    """The transforms of a validation pipeline, with those of the training pipeline that make labels."""
+    """Returns the transforms of a validation pipeline, with those of the training pipeline that make
+    labels."""
     names = [type_name(step) for step in steps]
     loads = [step for step in steps if type_name(step).startswith('Load')]
     others = [step for step in steps if not type_name(step).startswith('Load')]

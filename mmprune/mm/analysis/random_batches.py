@@ -77,7 +77,7 @@ def detection_batch(config: Config, size: int = 96) -> dict[str, Any]:
 
 
 def _numbers(config: Any, key: str) -> list[int]:
-    """All positive numbers that a nested config has under ``key``."""
+    """Collects all positive integers that a nested config has under ``key``."""
     if isinstance(config, list | tuple):
         return [number for item in config for number in _numbers(item, key)]
     if not isinstance(config, dict):
@@ -120,8 +120,8 @@ def pose_batch(config: Config, seed: int = 0, training: bool = True) -> dict[str
 
 
 def _pose_sample(dataset: Any, shape: tuple[int, int] = (240, 320)) -> dict[str, Any]:
-    """One random image (height, width) with one person, or with three for a bottom-up model, in the
-    form in which mmpose's data sets give their samples to the pipeline."""
+    """Makes one random image (height, width) with one person, or with three for a bottom-up model, in
+    the form in which mmpose's data sets give their samples to the pipeline."""
     from mmpose.datasets.datasets.utils import parse_pose_metainfo
     from mmpose.registry import DATASETS
 

@@ -204,8 +204,8 @@ def _sensitivities(
     say: Say,
     notes: list[str],
 ) -> dict[str, Any]:
-    """The ``sensitivity`` entry of the analysis: how much worse the model is with a part of one group
-    masked, for each group and fraction."""
+    """Makes the ``sensitivity`` entry of the analysis: how much worse the model becomes if a part of
+    one group is masked, for each group and fraction."""
     graph = analysis.graph
     say(f'Scoring by {score.name}, on {_counted(batches)} of training data')
     with bar('Scoring', len(batches)) as tell:
@@ -268,7 +268,8 @@ def _sensitivities(
 def _loss(
     cfg: Config, model: nn.Module, train_batches: list[Any], options: Options, notes: list[str]
 ) -> tuple[Evaluate, str]:
-    """The mean loss on validation data, or else on training data, as a function and in words."""
+    """Returns a function that computes the mean loss on validation data, or on training data if
+    validation data has no targets, and a description of this loss in words."""
     try:
         batches = inputs.labelled_batches(cfg, options.batches)
         seeded(model, mean_loss(batches[:1]))
@@ -292,7 +293,8 @@ FALLS = 0.9
 def falls_when_broken(
     model: nn.Module, graph: ChannelGraph, scores: np.ndarray, evaluate: Evaluate
 ) -> bool:
-    """Whether a loss falls when the network is destroyed, so that it cannot judge masked networks.
+    """Returns whether a loss falls when the network is destroyed, so that it cannot judge masked
+    networks.
 
     That happens if a network without detections has few positive examples, or if the loss is weighted
     by the quality of the detections (RTMDet). Two destroyed networks are tried: one keeps the least

@@ -67,7 +67,8 @@ def draw(rng: Generator, size: int) -> tuple[np.ndarray, list[Item]]:
 
 
 def box_of(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """The box (x1, y1, x2, y2) around the nonzero elements of (H, W); x2 and y2 are exclusive."""
+    """Returns the box (x1, y1, x2, y2) around the nonzero elements of (H, W); x2 and y2 are
+    exclusive."""
     columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
@@ -90,7 +91,7 @@ def _place(rng: Generator, image: np.ndarray, items: list[Item], kind: str) -> l
 
 
 def _hide(item: Item, mask: np.ndarray) -> Item:
-    """The object after another one with this mask was drawn in front of it."""
+    """Returns the object after another one, with the mask ``mask``, was drawn in front of it."""
     points = item.keypoints
     if points is not None:
         columns, rows = np.rint(points[:, :2]).astype(int).T
@@ -100,14 +101,16 @@ def _hide(item: Item, mask: np.ndarray) -> Item:
 
 
 def _is_inside(points: np.ndarray, mask: np.ndarray) -> bool:
-    """Whether the object and its keypoints are inside the picture and do not touch the border."""
+    """Returns whether the object and its keypoints are inside the picture and do not touch the
+    border."""
     x, y = points[:, 0], points[:, 1]
     edge = mask[0].any() or mask[-1].any() or mask[:, 0].any() or mask[:, -1].any()
     return not edge and min(x.min(), y.min()) >= 0 and max(x.max(), y.max()) <= len(mask) - 1
 
 
 def _shape(rng: Generator, size: int, kind: str) -> tuple[np.ndarray, None]:
-    """The opacity (size, size) of a shape with a random place, radius, rotation and aspect ratio."""
+    """Returns the opacity (size, size) of a shape with a random place, radius, rotation and aspect
+    ratio. ``None`` stands for its keypoints."""
     radius = size * np.exp(rng.uniform(np.log(0.09), np.log(0.2)))
     points = _outline(kind, radius) * (1, rng.uniform(0.75, 1))
     points = points @ _rotation(rng.uniform(0, 2 * np.pi))
@@ -115,7 +118,7 @@ def _shape(rng: Generator, size: int, kind: str) -> tuple[np.ndarray, None]:
 
 
 def _outline(kind: str, radius: float) -> np.ndarray:
-    """The corners (n, 2) of a shape around the origin, at most ``radius`` away from it."""
+    """Returns the corners (n, 2) of a shape around the origin, at most ``radius`` away from it."""
     corners = {'circle': 40, 'triangle': 3, 'square': 4, 'star': 10}
     if kind in corners:
         points = _ring(corners[kind], radius)
@@ -129,7 +132,7 @@ def _outline(kind: str, radius: float) -> np.ndarray:
 
 
 def _puppet(rng: Generator, size: int, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """The opacity (size, size) of a puppet, and its keypoints (6, 3)."""
+    """Returns the opacity (size, size) of a puppet, and its keypoints (6, 3)."""
     unit = size * rng.uniform(0.1, 0.18)
     thick = max(2, round(unit * 0.24))
     down = np.array([0.0, 1.0])
@@ -153,7 +156,8 @@ def _puppet(rng: Generator, size: int, kind: str) -> tuple[np.ndarray, np.ndarra
 
 
 def _distractor(rng: Generator, size: int) -> np.ndarray:
-    """The opacity (size, size) of an object without annotation: a blob, a ring, a bar or two wires."""
+    """Returns the opacity (size, size) of an object without annotation: a blob, a ring, a bar or two
+    wires."""
     choice = rng.integers(4)
     centre = rng.uniform(0, size - 1, 2)
     radius = size * rng.uniform(0.06, 0.2)
@@ -176,7 +180,7 @@ def _distractor(rng: Generator, size: int) -> np.ndarray:
 
 
 def _wire(rng: Generator, size: int) -> np.ndarray:
-    """The opacity (size, size) of a thin line from border to border."""
+    """Returns the opacity (size, size) of a thin line from border to border."""
     alpha = np.zeros((size, size), np.uint8)
     ends = rng.uniform(0, size, (2, 2))
     ends[:, rng.integers(2)] = 0, size
@@ -185,7 +189,8 @@ def _wire(rng: Generator, size: int) -> np.ndarray:
 
 
 def _background(rng: Generator, size: int) -> np.ndarray:
-    """A float32 image (size, size, 3) of two pale colours, blended by smooth noise, with grain."""
+    """Returns a float32 image (size, size, 3) of two pale colours, blended by smooth noise, with
+    grain."""
     colours = (rng.uniform(50, 205, (2, 1)) + rng.uniform(-30, 30, (2, 3))).astype(np.float32)
     coarse = rng.random((rng.integers(2, 6), rng.integers(2, 6))).astype(np.float32)
     fine = rng.normal(0, rng.uniform(0, 15), (size // 4, size // 4, 3)).astype(np.float32)
@@ -194,7 +199,7 @@ def _background(rng: Generator, size: int) -> np.ndarray:
 
 
 def _colour(rng: Generator, image: np.ndarray, mask=..., kind: str | None = None) -> np.ndarray:
-    """A BGR colour that differs from the mean of the image under the mask.
+    """Returns a BGR colour that differs from the mean of the image under the mask.
 
     Three quarters of the objects of a class have the hue of the class. Detectors learn this cue early,
     but can not rely on it.
@@ -212,7 +217,8 @@ def _colour(rng: Generator, image: np.ndarray, mask=..., kind: str | None = None
 
 
 def _texture(rng: Generator, size: int) -> np.ndarray:
-    """What is added to the colour of an object, as float32 (size, size, 1): a gradient or stripes."""
+    """Returns values to add to the colour of an object, as float32 (size, size, 1): a gradient or
+    stripes."""
     angle = rng.uniform(0, 2 * np.pi)
     line = np.arange(size) / size
     along = np.cos(angle) * line + np.sin(angle) * line[:, None]
@@ -234,7 +240,7 @@ def _paint(image, alpha, colour, texture=None) -> None:
 
 
 def _fill(size: int, points: np.ndarray) -> np.ndarray:
-    """The opacity (size, size) of a polygon with the corners (n, 2)."""
+    """Returns the opacity (size, size) of a polygon with the corners (n, 2)."""
     alpha = np.zeros((size, size), np.uint8)
     cv2.fillPoly(alpha, [np.rint(points * 2**_SHIFT).astype(np.int32)], 255, cv2.LINE_AA, _SHIFT)
     return _opacity(alpha)
@@ -249,7 +255,7 @@ def _opacity(alpha: np.ndarray) -> np.ndarray:
 
 
 def _fixed(point: np.ndarray) -> tuple[int, ...]:
-    """A point in the fixed-point format that OpenCV reads with ``_SHIFT``."""
+    """Converts a point to the fixed-point format that OpenCV reads with ``_SHIFT``."""
     return tuple(int(v) for v in np.rint(point * 2**_SHIFT))
 
 
@@ -258,10 +264,10 @@ def _angles(count: int) -> np.ndarray:
 
 
 def _ring(count: int, radius: float) -> np.ndarray:
-    """Points (count, 2) on a circle around the origin."""
+    """Returns points (count, 2) at equal angles on a circle around the origin."""
     return radius * np.stack([np.cos(_angles(count)), np.sin(_angles(count))], 1)
 
 
 def _rotation(angle: float) -> np.ndarray:
-    """A matrix that rotates row vectors."""
+    """Returns a matrix that rotates row vectors: ``points @ matrix``."""
     return np.array([(np.cos(angle), np.sin(angle)), (-np.sin(angle), np.cos(angle))])

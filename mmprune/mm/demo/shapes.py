@@ -120,7 +120,7 @@ def generate(out: str | Path, **parameters: int) -> Path:
 
 
 def pose_metainfo() -> dict[str, Any]:
-    """mmpose's description of a puppet's keypoints, the ``metainfo`` of its data sets."""
+    """Returns mmpose's description of a puppet's keypoints, the ``metainfo`` of its data sets."""
     other_side = {'left': 'right', 'right': 'left'}
     colours = {'left': [0, 255, 0], 'right': [255, 128, 0]}
     keypoints = {}
@@ -157,7 +157,7 @@ def _checked(parameters: dict[str, int]) -> dict[str, int]:
 
 
 def _manifest(out: Path) -> dict[str, int] | None:
-    """The parameters of the data set in a folder, or ``None`` if the folder has no manifest."""
+    """Reads the parameters of the data set in a folder; ``None`` if the folder has no manifest."""
     path = out / 'manifest.json'
     if not path.is_file():
         return None
@@ -173,7 +173,7 @@ def _manifest(out: Path) -> dict[str, int] | None:
 
 
 def _is_complete(out: Path, manifest: Mapping[str, int]) -> bool:
-    """Whether a folder has all files of the data set."""
+    """Returns whether a folder has all files of the data set."""
     return all(
         (out / 'annotations' / f'instances_{split}.json').is_file()
         and (out / 'annotations' / f'keypoints_{split}.json').is_file()
@@ -241,7 +241,7 @@ def _keypoints(keypoints: np.ndarray) -> dict[str, Any]:
 
 
 def _polygons(mask: np.ndarray) -> list[list[float]]:
-    """The outlines of the parts of a mask (H, W), as flat lists x1, y1, x2, y2, ..."""
+    """Returns the outlines of the parts of a mask (H, W), as flat lists x1, y1, x2, y2, ..."""
     # OpenCV's outline runs through the centres of pixels. At twice the size it loses a quarter of a
     # pixel instead of half a pixel.
     large = cv2.resize(mask.astype(np.uint8), None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)

@@ -59,7 +59,7 @@ Found = dict[str, np.ndarray]
 
 
 def pictures_for(size: tuple[int, int] | None, divisor: int, number: int) -> list[np.ndarray]:
-    """Pictures to compare at.
+    """Draws the pictures with which a file is compared.
 
     Args:
         size: height and width of the file's input. If it is ``None``, the size is open, and there are
@@ -133,8 +133,8 @@ def check_file(
 
 
 def prepared(model: nn.Module, pictures: np.ndarray) -> tuple[Tensor, list[Any]]:
-    """The inputs (N, 3, H, W) and data samples that the model's ``data_preprocessor`` makes of pictures
-    (N, H, W, 3) BGR uint8."""
+    """Makes the inputs (N, 3, H, W) and data samples from pictures (N, H, W, 3) BGR uint8, by the
+    model's ``data_preprocessor``."""
     shape = pictures.shape[1:3]
     meta = dict(img_shape=shape, ori_shape=shape, pad_shape=shape, scale_factor=(1.0, 1.0))
     samples = [DetDataSample(metainfo=meta) for _ in pictures]
@@ -193,7 +193,8 @@ def check_outputs(
 
 
 def rounded_otherwise(network: nn.Module, inputs: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
-    """Copies of the network and its inputs that differ from them by about what rounding does."""
+    """Yields copies of the network and of its inputs, changed by about as much as rounding changes
+    results."""
     generator = torch.Generator(inputs.device).manual_seed(0)
 
     def changed(tensor: Tensor) -> Tensor:
@@ -211,8 +212,8 @@ def rounded_otherwise(network: nn.Module, inputs: Tensor) -> Iterator[tuple[nn.M
 
 
 def tensors_of(network: nn.Module, inputs: Tensor, samples: list[Any]) -> list[np.ndarray]:
-    """What the outputs should be: the scores that a classifier predicts, what a pose estimator decodes,
-    or a raw network's own outputs."""
+    """Computes the outputs that a file should have: the scores that a classifier predicts, the tensors
+    that a pose estimator decodes, or a raw network's own outputs."""
     if isinstance(network, ClassifierNetwork):
         samples = network.model(inputs, copy.deepcopy(samples), mode='predict')
         return [torch.stack([sample.pred_score for sample in samples]).cpu().numpy()]
@@ -223,8 +224,8 @@ def tensors_of(network: nn.Module, inputs: Tensor, samples: list[Any]) -> list[n
 def tensors_differ(
     wanted: list[np.ndarray], outputs: dict[str, np.ndarray], others: list[list[np.ndarray]]
 ) -> str:
-    """How outputs differ from the wanted ones; empty if they do not. ``others`` has the results of
-    PyTorch's runs with other rounding."""
+    """Describes how a file's outputs differ from the wanted ones; empty if they do not. ``others`` are
+    the results of PyTorch's runs with changed weights and pictures."""
     for number, ((name, ours), theirs) in enumerate(zip(outputs.items(), wanted, strict=True)):
         if ours.shape != theirs.shape:
             return f': {name} is {ours.shape}, and {theirs.shape} in PyTorch'
@@ -248,7 +249,7 @@ def tensors_differ(
 
 
 def detections_of(model: nn.Module, inputs: Tensor, samples: list[Any], most: int) -> list[Found]:
-    """The ``most`` first detections of each picture that the model's ``predict`` finds."""
+    """Returns the first ``most`` detections of each picture that the model's ``predict`` finds."""
     with predicting():
         predicted = model.predict(inputs, copy.deepcopy(samples), rescale=False)
     names = {'bboxes': 'boxes', 'scores': 'scores', 'labels': 'labels', 'masks': 'masks'}
@@ -263,7 +264,7 @@ def detections_of(model: nn.Module, inputs: Tensor, samples: list[Any], most: in
 
 
 def in_file(outputs: dict[str, np.ndarray]) -> list[Found]:
-    """The detections of each picture in a file's outputs."""
+    """Reads the detections of each picture from a file's outputs."""
     pictures = []
     for row, labels in enumerate(outputs['labels']):
         real = labels >= 0
@@ -278,7 +279,7 @@ def in_file(outputs: dict[str, np.ndarray]) -> list[Found]:
 def detections_differ(
     wanted: list[Found], got: list[Found], others: list[list[Found]], side: float
 ) -> str:
-    """How detections differ from the wanted ones; empty if they do not.
+    """Describes how a file's detections differ from the wanted ones; empty if they do not.
 
     Args:
         wanted: PyTorch's detections of each picture.
@@ -295,7 +296,7 @@ def detections_differ(
 
 
 def picture_differs(want: Found, ours: Found, others: list[Found], side: float) -> list[str]:
-    """A line for each difference of one picture's detections."""
+    """Returns a line of text for each difference of one picture's detections."""
     moved = [
         distance
         for other in others
@@ -346,14 +347,15 @@ def matched(want: Found, got: Found, side: float, tolerance: float) -> Pairs:
 
 
 def unpaired(got: Found, pairs: Pairs) -> list[int]:
-    """The rows of the second result that have no partner."""
+    """Returns the rows of the second result, ``got``, that have no partner in ``pairs``."""
     paired = {row for row, _ in pairs.values()}
     return [row for row in range(len(got['scores'])) if row not in paired]
 
 
 def distances(want: Found, row: int, got: Found, side: float) -> np.ndarray:
-    """(m,) relative differences of one detection from the m of another result: the larger one of the
-    coordinates' and the score's. Detections of other classes are infinitely far."""
+    """Computes (m,) relative differences of the wanted detection ``row`` from the m detections of
+    ``got``: the larger one of the coordinates' and the score's. Detections of other classes are
+    infinitely far."""
     box, score = want['boxes'][row], want['scores'][row]
     moved = np.abs(got['boxes'] - box).max(-1, initial=0.0) / max(side, np.abs(box).max())
     changed = np.abs(got['scores'] - score) / max(score, 1e-12)
@@ -361,12 +363,12 @@ def distances(want: Found, row: int, got: Found, side: float) -> np.ndarray:
 
 
 def rows_of(found: Found, rows: list[int]) -> Found:
-    """Some of the detections, without their masks."""
+    """Selects some of the detections, without their masks."""
     return {name: found[name][rows] for name in ('boxes', 'scores', 'labels')}
 
 
 def described(found: Found, row: int) -> str:
-    """One detection, for a message."""
+    """Describes one detection for a message."""
     box = ', '.join(f'{value:.3f}' for value in found['boxes'][row])
     return f'class {found["labels"][row]} at ({box}) with score {found["scores"][row]:.6f}'
 
@@ -374,7 +376,7 @@ def described(found: Found, row: int) -> str:
 def masks_differ(
     want: np.ndarray, ours: Found, pairs: Pairs, runs: list[tuple[np.ndarray, Pairs]]
 ) -> list[str]:
-    """A line for each detection whose mask differs.
+    """Returns a line of text for each detection whose mask differs.
 
     Args:
         want: (n, H, W) masks of PyTorch.

@@ -71,7 +71,7 @@ def use_file(cfg: Config, path: str | Path, backend: str = 'onnxruntime') -> lis
 
 
 def exported_model(path: str, backend: str, original: Any, data_preprocessor: Any = None) -> BaseModel:
-    """A model that predicts with the file. Its attribute ``file`` is the opened file.
+    """Makes a model that predicts with the file. Its attribute ``file`` is the opened file.
 
     Args:
         path: the file.
@@ -122,7 +122,8 @@ class ExportedDetector(BaseModel):
         self.mask_threshold = file.metadata.get('mask_threshold', 0.5)
 
     def forward(self, inputs: Tensor, data_samples: Sequence[Any], mode: str = 'predict') -> Any:
-        """Data samples with ``pred_instances`` in pixels of the picture before it was resized."""
+        """Predicts. Returns the data samples with ``pred_instances`` in pixels of the picture before it
+        was resized."""
         if mode != 'predict':
             raise PruneError(f'mode={mode!r}: an exported file can only predict')
         outputs = self.file(images_for(self.file, self.data_preprocessor, inputs))
@@ -132,7 +133,8 @@ class ExportedDetector(BaseModel):
         return data_samples
 
     def instances(self, values: dict[str, Tensor], meta: dict[str, Any]) -> InstanceData:
-        """One picture's detections from ``dets`` (K, 5), ``labels`` (K,) and perhaps ``masks``."""
+        """Makes one picture's detections from ``dets`` (K, 5), ``labels`` (K,) and perhaps
+        ``masks``."""
         boxes, scores = values['dets'].split((4, 1), dim=-1)
         real = values['labels'] >= 0
         if self.clips:  # the file clips to the padded image, since it does not know the picture's size
@@ -146,7 +148,8 @@ class ExportedDetector(BaseModel):
         return instances
 
     def pasted(self, masks: Tensor, boxes: Tensor, shape: Sequence[int]) -> Tensor:
-        """(K, H, W) bool: probabilities (K, h, w), pasted into their boxes (K, 4) on the picture."""
+        """Pastes masks of probabilities (K, h, w) into their boxes (K, 4) on the picture, and returns
+        where they reach the threshold, as (K, H, W) bool."""
         from mmdet.models.roi_heads.mask_heads.fcn_mask_head import _do_paste_mask
 
         pasted = torch.zeros(len(masks), *shape[:2], dtype=torch.bool)
@@ -157,7 +160,8 @@ class ExportedDetector(BaseModel):
 
 
 def _pose_estimator(file: OnnxFile, model: nn.Module) -> nn.Module:
-    """The config's pose estimator, in which the file takes the place of backbone and head."""
+    """Puts the file in the place of backbone and head of the config's pose estimator, and returns the
+    estimator."""
     head = getattr(model, 'head', None)
     kind = head_kind(head)
     names = tuple(port.name for port in file.outputs)
@@ -180,7 +184,8 @@ def _pose_estimator(file: OnnxFile, model: nn.Module) -> nn.Module:
 
 
 def _classifier(file: OnnxFile, model: nn.Module) -> nn.Module:
-    """The config's classifier, in which the file takes the place of the network."""
+    """Puts the file in the place of the network of the config's classifier, and returns the
+    classifier."""
     if not isinstance(model, ImageClassifier) or [port.name for port in file.outputs] != ['scores']:
         raise _other_model(file, model)
 
@@ -203,7 +208,7 @@ MAKERS: dict[str, Callable[[OnnxFile, nn.Module], nn.Module]] = {
 
 
 def images_for(file: OnnxFile, preprocessor: nn.Module, images: Tensor) -> np.ndarray:
-    """The input of a file for images that a ``data_preprocessor`` has prepared.
+    """Makes the input of a file from images that a ``data_preprocessor`` has prepared.
 
     The images are padded below and on the right to the file's size, or to the multiples that it takes.
     If the file normalises by itself, the normalisation is undone.

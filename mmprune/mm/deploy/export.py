@@ -158,7 +158,7 @@ def check_out(out: Path) -> None:
 
 
 def load(config: str | Path | Config, checkpoint: str | Path, device: str = 'cpu') -> nn.Module:
-    """The checkpoint's model, pruned if it has a plan, in evaluation mode."""
+    """Builds the checkpoint's model, pruned if the checkpoint has a plan, in evaluation mode."""
     cfg = config if isinstance(config, Config) else Config.fromfile(config)
     content = read_checkpoint(checkpoint)
     if plan_in(content) is not None:
@@ -212,7 +212,8 @@ def strip(config: str | Path | Config, checkpoint: str | Path, out: str | Path) 
 
 
 def network_of(model: nn.Module) -> nn.Module:
-    """The module that is exported in a model's place: images in, detections, keypoints or scores out.
+    """Returns the module that is exported in a model's place. It maps images to detections, keypoints
+    or scores.
 
     Raises:
         PruneError: there is none for the model's kind.
@@ -257,8 +258,9 @@ def trace(
     with_preprocess: bool,
     batch: int | None,
 ) -> tuple[Any, int | None]:
-    """The ONNX program of a network, and the number of images that it takes: ``batch``, or 1 if the
-    number cannot be left open. ``sides`` are the open sides, as :func:`to_onnx` takes them."""
+    """Traces a network to an ONNX program. Returns the program, and the number of images that it takes:
+    ``batch``, which may be ``None`` for any number, or 1 if the number cannot be left open. ``sides``
+    are the open sides, as :func:`to_onnx` takes them."""
     device = device_of(model)
     if isinstance(network, RawNetwork):
         shape = size or (STRIDE * 8, STRIDE * 10)
@@ -286,13 +288,13 @@ def trace(
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """The device of the model's parameters."""
+    """Returns the device of the model's parameters."""
     return next(model.parameters()).device
 
 
 def divisor_of(model: nn.Module, size: Sequence[int] | None) -> int:
-    """The number of which the sides of an input are multiples. Classifiers have no pyramid, and padding
-    would change what they see."""
+    """Returns the number of which the sides of an input are multiples. It is not raised to ``STRIDE``
+    for classifiers, which have no pyramid, and whose results padding would change."""
     divisor = getattr(model.data_preprocessor, 'pad_size_divisor', 1)
     return divisor if size or isinstance(model, ImageClassifier) else max(divisor, STRIDE)
 
@@ -300,7 +302,7 @@ def divisor_of(model: nn.Module, size: Sequence[int] | None) -> int:
 def size_for(
     model: nn.Module, network: nn.Module, size: Sequence[int] | None, dynamic: bool
 ) -> tuple[int, int] | None:
-    """(height, width) of the input; ``None`` for an open size.
+    """Returns (height, width) of the input; ``None`` for an open size.
 
     Raises:
         PruneError: the model cannot take the size that was asked for.
@@ -337,8 +339,8 @@ def metadata(
     with_preprocess: bool,
     counted_at: tuple[int, int],
 ) -> dict[str, Any]:
-    """What the file says about itself. FLOPs are counted for images of ``counted_at`` (height,
-    width)."""
+    """Makes the metadata of the file, which says how to use it. FLOPs are counted for images of
+    ``counted_at`` (height, width)."""
     names = getattr(model, 'dataset_meta', None) or {}
     about = {
         'version': mmprune.__version__,
@@ -362,7 +364,7 @@ def metadata(
 
 
 def costs(model: nn.Module, network: nn.Module, size: tuple[int, int]) -> dict[str, dict[str, int]]:
-    """FLOPs (multiply-adds) of one image and parameters, before and after pruning."""
+    """Counts FLOPs (multiply-adds) of one image and parameters, before and after pruning."""
     flops = flops_of(network, size)
     params = sum(parameter.numel() for parameter in model.parameters())
     plan = plan_of(model)
@@ -374,7 +376,7 @@ def costs(model: nn.Module, network: nn.Module, size: tuple[int, int]) -> dict[s
 
 
 def flops_of(network: nn.Module, size: tuple[int, int]) -> int:
-    """Multiply-adds of an exported network for one image of ``size`` (height, width)."""
+    """Counts the multiply-adds of an exported network for one image of ``size`` (height, width)."""
     # torch's counter fails on parameters with gradients if a module is called with them, as DETR's are
     # with its queries.
     network = copied(network).requires_grad_(False)

@@ -44,13 +44,13 @@ CODERS = (DeltaXYWHBBoxCoder, DistancePointBBoxCoder, TBLRBBoxCoder)
 
 
 def overrides(module: object, base: type, *methods: str) -> bool:
-    """Whether the class of ``module`` has another version of one of the methods than ``base``."""
+    """Returns whether the class of ``module`` overrides one of ``methods`` of ``base``."""
     return any(getattr(type(module), name, None) is not getattr(base, name) for name in methods)
 
 
 def one_stage_network(model: nn.Module) -> nn.Module | None:
-    """The network to export in the place of a one-stage detector; ``None`` for other models, and for
-    those that decode their boxes in another way."""
+    """Returns the network to export in the place of a one-stage detector; ``None`` for other models,
+    and for detectors that decode their boxes in another way."""
     head = getattr(model, 'bbox_head', None)
     if isinstance(model, DETR) and isinstance(head, DETRHead):
         own_way = overrides(model, DetectionTransformer, 'predict') or overrides(
@@ -104,8 +104,8 @@ def _decoding_of(head: nn.Module | None) -> Callable[..., Candidates] | None:
 
 
 def by_scores(head: nn.Module, outs: tuple, size: Size) -> Candidates:
-    """Candidates of heads with class scores and offsets to priors, and perhaps a factor for each prior:
-    RetinaNet, ATSS, FCOS, SSD, RTMDet and most others."""
+    """Makes candidates for heads with class scores and offsets to priors, and perhaps a factor for each
+    prior: RetinaNet, ATSS, FCOS, SSD, RTMDet and most others."""
     cls_scores, bbox_preds, *factors = outs
     levels = []
     for level, priors in enumerate(priors_of(head, cls_scores)):
@@ -119,7 +119,7 @@ def by_scores(head: nn.Module, outs: tuple, size: Size) -> Candidates:
 
 
 def by_distribution(head: nn.Module, outs: tuple, size: Size) -> Candidates:
-    """Candidates of heads with class scores and distributions over distances: GFL."""
+    """Makes candidates for heads with class scores and distributions over distances: GFL."""
     cls_scores, bbox_preds = outs
     levels = []
     for level, priors in enumerate(priors_of(head, cls_scores)):
@@ -134,8 +134,8 @@ def by_distribution(head: nn.Module, outs: tuple, size: Size) -> Candidates:
 
 
 def by_objectness(head: nn.Module, outs: tuple, size: Size) -> Candidates:
-    """Candidates of YOLOX: the best class of each prior, times the prior's objectness. All priors take
-    part in NMS."""
+    """Makes candidates for YOLOX: the best class of each prior, times the prior's objectness. All
+    priors take part in NMS."""
     cls_scores, bbox_preds, objectness = (
         torch.cat([flat(level, width) for level in levels], 1)
         for levels, width in zip(outs, (head.cls_out_channels, 4, 1), strict=True)
@@ -148,19 +148,19 @@ def by_objectness(head: nn.Module, outs: tuple, size: Size) -> Candidates:
 
 
 def flat(level: Tensor, width: int) -> Tensor:
-    """(N, A * width, H, W) to (N, H * W * A, width)."""
+    """Reorders a map (N, A * width, H, W) with A priors at each position to (N, H * W * A, width)."""
     return level.permute(0, 2, 3, 1).reshape(level.shape[0], -1, width)
 
 
 def priors_of(head: nn.Module, levels: list[Tensor], **options: bool) -> list[Tensor]:
-    """The priors of each level, for maps of the sizes of ``levels``."""
+    """Makes the priors of each level, for maps of the sizes of ``levels``."""
     sizes = [level.shape[-2:] for level in levels]
     kind = dict(dtype=levels[0].dtype, device=levels[0].device)
     return head.prior_generator.grid_priors(sizes, **kind, **options)
 
 
 def activated(head: nn.Module, logits: Tensor) -> Tensor:
-    """(..., channels) logits to (..., classes) scores, without the background."""
+    """Turns logits (..., channels) into scores (..., classes), without the background."""
     loss = getattr(head, 'loss_cls', None)
     if getattr(loss, 'custom_cls_channels', False):
         return loss.get_activation(logits)
@@ -168,7 +168,8 @@ def activated(head: nn.Module, logits: Tensor) -> Tensor:
 
 
 def best_of_level(head: nn.Module, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The ``nms_pre`` best of all scores of a level: (N, k) scores, classes, and rows of priors."""
+    """Selects the ``nms_pre`` best of all scores of a level. Returns (N, k) scores, classes, and rows
+    of priors."""
     scores = activated(head, flat(level, head.cls_out_channels))
     classes = scores.shape[-1]
     values, places = best(scores.flatten(1), head.test_cfg['nms_pre'])
@@ -183,7 +184,7 @@ def scaled(scores: Tensor, factors: Tensor, rows: Tensor) -> Tensor:
 
 
 def decoded(coder: object, priors: Tensor, offsets: Tensor, size: Size) -> Tensor:
-    """Boxes from priors and offsets.
+    """Computes boxes from priors and offsets.
 
     Args:
         coder: the head's box coder.
@@ -234,7 +235,7 @@ class DETRNetwork(nn.Module):
 
 
 def best_queries(head: nn.Module, logits: Tensor, boxes: Tensor, size: Size) -> Candidates:
-    """The ``max_per_img`` best queries.
+    """Selects the ``max_per_img`` best queries as detections.
 
     Args:
         head: DETR's head.
@@ -254,7 +255,7 @@ def best_queries(head: nn.Module, logits: Tensor, boxes: Tensor, size: Size) -> 
 
 
 def corners_of(boxes: Tensor, size: Size) -> Tensor:
-    """(..., 4) centre and sides, relative to the image, as corners in pixels."""
+    """Converts boxes (..., 4), as centre and sides relative to the image, to corners in pixels."""
     centre, sides = boxes.split(2, -1)
     x1, y1, x2, y2 = torch.cat([centre - 0.5 * sides, centre + 0.5 * sides], -1).unbind(-1)
     height, width = size

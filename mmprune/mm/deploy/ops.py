@@ -79,7 +79,7 @@ def _(features: Tensor, rois: Tensor, height: int, width: int, *options: object)
 
 
 def translations() -> dict[Callable, Callable]:
-    """The ``custom_translation_table`` of ``torch.onnx.export``, for opset 18 and later."""
+    """Returns the ``custom_translation_table`` of ``torch.onnx.export``, for opset 18 and later."""
     from onnxscript import opset18 as op
 
     def onnx_nms(boxes, scores, iou_threshold: float, k: int):

@@ -73,12 +73,12 @@ def traceable() -> Iterator[None]:
 
 
 def cpu_masked_convs() -> Any:
-    """A context in which masked convolutions (of guided anchoring) run on every device."""
+    """Returns a context in which masked convolutions (of guided anchoring) run on every device."""
     return mock.patch.object(MaskedConv2dFunction, 'forward', staticmethod(_masked_conv))
 
 
 def predicting() -> Any:
-    """A context in which every detector of mmdet can predict."""
+    """Returns a context in which every detector of mmdet can predict."""
     if hasattr(SSDHead, 'loss_cls'):
         return contextlib.nullcontext()
     return mock.patch.object(SSDHead, 'loss_cls', None, create=True)
@@ -156,7 +156,7 @@ def traceable_rois(head: nn.Module) -> Iterator[None]:
 
 
 def pooled(layer: RoIAlign, features: Tensor, rois: Tensor) -> Tensor:
-    """mmcv's ``RoIAlign`` as the custom operator."""
+    """Computes mmcv's ``RoIAlign`` by the custom operator."""
     out = torch.ops.mmprune.roi_align(
         features, rois, *layer.output_size, layer.spatial_scale, layer.sampling_ratio, layer.aligned
     )
@@ -173,7 +173,7 @@ def from_levels(
     rois: Tensor,
     roi_scale_factor: float | None = None,
 ) -> Tensor:
-    """mmdet's ``SingleRoIExtractor``, which pools each RoI on the level that suits its size.
+    """Computes mmdet's ``SingleRoIExtractor``, which pools each RoI on the level that suits its size.
 
     mmdet sorts the RoIs by level. Here each level pools all RoIs, and those of other levels are shrunk
     to nothing first, which costs no time if the number of samples follows the size.
@@ -205,12 +205,13 @@ def _refuse_fake_tensors(name: str, function: Callable, args: tuple, kwargs: dic
 
 
 def _deform_conv(ctx, x, offset, weight, stride=1, padding=0, dilation=1, groups=1, parts=1, *_):
-    """Deformable convolution (arXiv:1703.06211), with the arguments of mmcv's ``forward``."""
+    """Computes a deformable convolution (arXiv:1703.06211), with the arguments of mmcv's
+    ``forward``."""
     return _sampled_conv(x, offset, None, weight, None, (stride, padding, dilation, groups, parts))
 
 
 def _modulated_conv(ctx, x, offset, mask, weight, bias=None, stride=1, padding=0, *options):
-    """Deformable convolution with a factor for each sample (arXiv:1811.11168)."""
+    """Computes a deformable convolution with a factor for each sample (arXiv:1811.11168)."""
     dilation, groups, parts = options or (1, 1, 1)
     return _sampled_conv(x, offset, mask, weight, bias, (stride, padding, dilation, groups, parts))
 
@@ -258,13 +259,13 @@ def _sampled_conv(
 def _masked_conv(
     ctx: Any, x: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, padding: Any = 0, stride: Any = 1
 ) -> Tensor:
-    """A convolution of (N, C, H, W) with zeros wherever ``mask`` (1, H, W) is not positive. mmcv's
-    version skips the work at these places and takes one image a run."""
+    """Computes a convolution of (N, C, H, W) with zeros wherever ``mask`` (1, H, W) is not positive.
+    mmcv's version skips the work at these positions and takes one image a run."""
     return F.conv2d(x, weight, bias, stride, padding) * (mask > 0)[:, None].to(x.dtype)
 
 
 def _corner_pool(layer: CornerPool, x: Tensor) -> Tensor:
-    """The running maximum towards one border, in steps of 1, 2, 4 ... pixels."""
+    """Computes the running maximum towards one border, in steps of 1, 2, 4 ... pixels."""
     dim, flip = {'bottom': (2, False), 'top': (2, True), 'right': (3, False), 'left': (3, True)}[
         layer.mode
     ]

@@ -24,7 +24,7 @@ WITHOUT_EFFECT = ('LoadImage', 'Pack', 'Filter')
 
 
 def describe(cfg: Mapping[str, Any] | None, size: Sequence[int] | None) -> dict[str, Any]:
-    """The entries of the metadata that say how a picture is prepared.
+    """Returns the entries of the metadata that say how a picture is prepared.
 
     Args:
         cfg: a config with a test pipeline. ``None`` counts as a config without one.
@@ -65,8 +65,8 @@ def describe(cfg: Mapping[str, Any] | None, size: Sequence[int] | None) -> dict[
 
 
 def normalization_of(preprocessor: nn.Module) -> dict[str, Any]:
-    """The ``mean`` and ``std`` of a model's ``data_preprocessor`` (``None`` without normalization), and
-    whether it turns BGR into RGB (``bgr_to_rgb``)."""
+    """Returns the ``mean`` and ``std`` of a model's ``data_preprocessor`` (``None`` without
+    normalization), and whether it turns BGR into RGB (``bgr_to_rgb``)."""
     normalizes = getattr(preprocessor, '_enable_normalize', False)
     return {
         'mean': preprocessor.mean.flatten().tolist() if normalizes else None,
@@ -76,7 +76,7 @@ def normalization_of(preprocessor: nn.Module) -> dict[str, Any]:
 
 
 def _is_plain(step: Mapping[str, Any]) -> bool:
-    """Whether a transform has no other options than those that can be described."""
+    """Returns whether all options of a transform are among those that the metadata can describe."""
     return (
         step.get('backend', 'cv2') == 'cv2'
         and step.get('interpolation', 'bilinear') in INTERPOLATIONS

@@ -58,8 +58,8 @@ class PoseNetwork(nn.Module):
         return out if isinstance(out, torch.Tensor) else out[-1]
 
     def given_to_codec(self, images: torch.Tensor) -> Any:
-        """What the model's own ``predict`` decodes: heatmaps, or a pair of SimCC vectors. They show
-        whether ``forward`` is right."""
+        """Returns the tensors that the model's own ``predict`` decodes: heatmaps, or a pair of SimCC
+        vectors. The check compares the outputs of ``forward`` with them."""
         head = self.model.head
         with stopped_at([head], 'decode') as arguments:
             head.predict(self.model.extract_feat(images), [], test_cfg={})
@@ -67,13 +67,13 @@ class PoseNetwork(nn.Module):
 
 
 def classifier_network(model: nn.Module) -> nn.Module | None:
-    """The network to export in the place of a classifier; ``None`` for other models."""
+    """Returns the network to export in the place of a classifier; ``None`` for other models."""
     return ClassifierNetwork(model) if isinstance(model, ImageClassifier) else None
 
 
 def pose_network(model: nn.Module) -> PoseNetwork | None:
-    """The network to export in the place of a top-down pose estimator with a heatmap or SimCC head;
-    ``None`` for other models.
+    """Returns the network to export in the place of a top-down pose estimator with a heatmap or SimCC
+    head; ``None`` for other models.
 
     Raises:
         PruneError: the head has no decoder, so that its outputs have no meaning.
@@ -95,7 +95,7 @@ def pose_network(model: nn.Module) -> PoseNetwork | None:
 
 
 def head_kind(head: nn.Module | None) -> str | None:
-    """``'heatmap'``, ``'simcc'``, or ``None`` for a head that gives neither."""
+    """Returns ``'heatmap'`` or ``'simcc'``, or ``None`` for a head that gives neither."""
     from mmpose.models import heads
 
     if isinstance(head, heads.RTMCCHead | heads.SimCCHead | heads.RTMWHead):
@@ -107,15 +107,15 @@ def head_kind(head: nn.Module | None) -> str | None:
 
 
 def gives_stages(head: nn.Module) -> bool:
-    """Whether a heatmap head returns a list with a tensor for each stage."""
+    """Returns whether a heatmap head returns a list with a tensor for each stage."""
     from mmpose.models import heads
 
     return isinstance(head, heads.CPMHead | heads.MSPNHead)
 
 
 def codec_of(decoder: Any) -> dict[str, Any]:
-    """A codec as plain data: the name of its class as ``type``, and its settings. Sizes are (width,
-    height)."""
+    """Describes a codec as plain data: the name of its class as ``type``, and its settings. Sizes are
+    (width, height)."""
     settings = {'type': type(decoder).__name__}
     for name, value in vars(decoder).items():
         if isinstance(value, np.ndarray | np.generic):
@@ -128,6 +128,6 @@ def codec_of(decoder: Any) -> dict[str, Any]:
 
 
 def keypoint_names(dataset_meta: dict[str, Any]) -> list[str]:
-    """The names of the keypoints, in the order of the outputs' second dimension."""
+    """Returns the names of the keypoints, in the order of the outputs' second dimension."""
     names = dataset_meta.get('keypoint_id2name', {})
     return [names[index] for index in sorted(names)]

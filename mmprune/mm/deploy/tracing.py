@@ -55,7 +55,7 @@ def to_onnx(module: nn.Module, example: Tensor, free: dict[int, int], opset: int
 
 
 def traced(module: nn.Module, example: Tensor, free: dict[int, int]) -> torch.export.ExportedProgram:
-    """The module as ``torch.export`` sees it. The arguments are those of :func:`to_onnx`."""
+    """Traces the module with ``torch.export``. The arguments are those of :func:`to_onnx`."""
     dims: dict[int, Any] = {}
     for number, divisor in free.items():
         dim = torch.export.Dim(f'd{number}', min=1, max=1 << 16)
@@ -122,7 +122,7 @@ def running_modules(module: nn.Module, names: list[str]) -> Iterator[None]:
 
 
 def part_of(module: nn.Module, name: str) -> str:
-    """The name of a submodule in the user's model, with its class."""
+    """Returns the name of a submodule in the user's model, with its class."""
     return f'{_in_model(name)} ({type(module.get_submodule(name)).__name__})'
 
 
@@ -131,8 +131,8 @@ def _in_model(name: str) -> str:
 
 
 def untranslated(graph: torch.export.ExportedProgram, error: Exception) -> PruneError:
-    """The error for an operator that ONNX lacks. It names the module if the exporter's message leads
-    there."""
+    """Makes the error for an operator that ONNX lacks. It names the module if the exporter's message
+    contains the operator or its node."""
     causes: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in causes:

@@ -51,8 +51,8 @@ Features = tuple[Tensor, ...]
 
 
 def two_stage_network(model: nn.Module) -> nn.Module | None:
-    """The network to export in the place of a two-stage detector; ``None`` for other models, and for
-    those that decode their boxes in another way.
+    """Returns the network to export in the place of a two-stage detector; ``None`` for other models,
+    and for detectors that decode their boxes in another way.
 
     Raises:
         PruneError: the detector pools RoIs in a way that ONNX lacks.
@@ -76,7 +76,8 @@ def two_stage_network(model: nn.Module) -> nn.Module | None:
 
 
 def _is_standard(rpn: nn.Module | None, head: nn.Module | None) -> bool:
-    """Whether boxes and masks are decoded as by mmdet's RPN and its standard or cascade head."""
+    """Returns whether the detector decodes boxes and masks like mmdet's RPN and its standard or cascade
+    head."""
     if (
         not isinstance(rpn, RPNHead)
         or overrides(rpn, BaseDenseHead, 'predict_by_feat')
@@ -100,7 +101,7 @@ def _is_standard(rpn: nn.Module | None, head: nn.Module | None) -> bool:
 
 
 def _is_sparse(rpn: nn.Module | None, head: nn.Module | None) -> bool:
-    """Whether boxes and masks are decoded as by Sparse R-CNN."""
+    """Returns whether the detector decodes boxes and masks like Sparse R-CNN."""
     return (
         isinstance(rpn, EmbeddingRPNHead)
         and isinstance(head, SparseRoIHead)
@@ -125,12 +126,12 @@ def _has_known_masks(head: nn.Module) -> bool:
 
 
 def _stages(heads: nn.Module) -> list[nn.Module]:
-    """The heads of all stages; a standard RoI head has one of each kind."""
+    """Returns the heads of all stages; a standard RoI head has one of each kind."""
     return list(heads) if isinstance(heads, nn.ModuleList) else [heads]
 
 
 def _roi_layers(head: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The layers that pool RoIs, with their names."""
+    """Yields the layers that pool RoIs, with their names."""
     for name, extractor in head.named_modules():
         if isinstance(extractor, BaseRoIExtractor):
             for number, layer in enumerate(extractor.roi_layers):
@@ -175,8 +176,8 @@ class TwoStageNetwork(RoINetwork):
             return *outputs(detections), masks_of(head, features, detections)
 
     def raw_outputs(self, images: Tensor) -> tuple:
-        """The RPN's outputs, then the RoIs (N * k, 5) of its proposals, the logits of their classes,
-        and the offsets to them."""
+        """Computes the RPN's outputs, then the RoIs (N * k, 5) of its proposals, the logits of their
+        classes, and the offsets to the RoIs."""
         model, size = self.model, images.shape[-2:]
         features = model.extract_feat(images)
         outs = model.rpn_head(features)
@@ -189,7 +190,7 @@ class TwoStageNetwork(RoINetwork):
 def proposals(
     rpn: nn.Module, outs: tuple[list[Tensor], list[Tensor]], size: Size, nms: NMS
 ) -> Candidates:
-    """The ``max_per_img`` best boxes of an RPN.
+    """Computes the ``max_per_img`` best boxes of an RPN.
 
     Args:
         rpn: the RPN.
@@ -209,7 +210,7 @@ def proposals(
 
 
 def rois_of(boxes: Tensor) -> Tensor:
-    """(N, k, 4) boxes as RoIs (N * k, 5), which begin with the number of the image."""
+    """Converts boxes (N, k, 4) to RoIs (N * k, 5), which begin with the number of the image."""
     n, k = boxes.shape[:2]
     images = torch.arange(n, device=boxes.device, dtype=boxes.dtype)
     images = images[:, None, None].expand(n, k, 1)
@@ -252,7 +253,7 @@ def boxes_of(
     size: Size,
     cfg: dict,
 ) -> Candidates:
-    """A candidate for every RoI and class: (N, k * classes) of them.
+    """Makes a candidate for every RoI and class, so (N, k * classes) candidates.
 
     Args:
         head: the box head of the last stage.
@@ -281,7 +282,8 @@ def boxes_of(
 
 
 def masks_of(head: nn.Module, features: Features, detections: Candidates) -> Tensor:
-    """(N, K, h, w) probabilities: the mask of each detection's class, averaged over the stages."""
+    """Computes probabilities (N, K, h, w): the mask of each detection's class, averaged over the
+    stages."""
     n, k = detections.labels.shape
     rois, labels = rois_of(detections.boxes), detections.labels.clamp(min=0).reshape(-1)
     masks = []
@@ -322,8 +324,8 @@ class SparseNetwork(RoINetwork):
         return *outputs(detections), masks.gather(1, places).sigmoid()
 
     def raw_outputs(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The logits (N, P, classes) and boxes (N, P, 4) of each stage. Of a detector with masks also
-        the logits (N, P, classes, h, w) of the last stage's masks."""
+        """Computes the logits (N, P, classes) and boxes (N, P, 4) of each stage. For a detector with
+        masks, the logits (N, P, classes, h, w) of the last stage's masks follow."""
         rpn, head = self.model.rpn_head, self.model.roi_head
         features, size = self.model.extract_feat(images), images.shape[-2:]
         n, count = images.shape[0], rpn.num_proposals

@@ -45,12 +45,13 @@ class Bar:
 
 
 def key(lines: Sequence[Line]) -> list[tuple[str, str]]:
-    """The legend of some lines, for a :class:`~mmprune.mm.pages.Figure`."""
+    """Returns the legend of some lines, for a :class:`~mmprune.mm.pages.Figure`."""
     return [(line.name, line.style) for line in lines]
 
 
 def tag(name: str, content: str | Markup = '', **attributes: object) -> Markup:
-    """An element. ``class_`` becomes ``class``, and other underscores become hyphens."""
+    """Makes an element of HTML or SVG. ``class_`` becomes ``class``, and other underscores become
+    hyphens."""
     words = Markup('').join(
         Markup(' {}="{}"').format(
             key.rstrip('_').replace('_', '-'),
@@ -62,13 +63,13 @@ def tag(name: str, content: str | Markup = '', **attributes: object) -> Markup:
 
 
 def svg(width: int, height: float, parts: Sequence[Markup]) -> str:
-    """An image that screen readers skip: the page has its title and its table."""
+    """Makes an image that screen readers skip, since the page has its title and its table."""
     content, view, hidden = Markup('').join(parts), f'0 0 {width} {round(height)}', 'true'
     return str(tag('svg', content, viewBox=view, width=width, height=round(height), aria_hidden=hidden))
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About ``count`` round numbers in [low, high]."""
+    """Returns about ``count`` round numbers in [low, high]."""
     if not math.isfinite(low + high) or high <= low:
         return [low]
     rough = (high - low) / count
@@ -79,7 +80,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def tick_text(value: float) -> str:
-    """``1.5k``: a number for an axis."""
+    """Formats a number for an axis, such as ``1.5k``."""
     for size, letter in ((1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
         if abs(value) >= size:
             return f'{value / size:.4g}{letter}'
@@ -96,7 +97,7 @@ def curves(
     height: int = 240,
     from_zero: bool = False,
 ) -> Draw:
-    """Lines over one pair of axes.
+    """Draws lines over one pair of axes.
 
     Args:
         lines: the lines; points that are not finite are left out.
@@ -149,7 +150,7 @@ def curves(
 
 
 def _widened(low: float, high: float, share: float) -> Point:
-    """A range with a share of itself added at both ends, which are never equal."""
+    """Returns a range with a share of its length added at both ends, which are never equal."""
     margin = (high - low) * share if high > low else abs(low) * 0.1 or 1.0
     return low - margin, high + margin
 
@@ -172,7 +173,7 @@ def _drawn_line(line: Line, at: Callable[[float, float], Point]) -> list[Markup]
 
 
 def _mark(style: str, x: float, y: float, text: str) -> Markup:
-    """The shape of a style at a place in pixels, with a text that a mouse shows."""
+    """Draws the shape of a style at (x, y) in pixels, with a text that a mouse shows."""
     title = tag('title', text)
     if style == 's1':
         return tag('circle', title, cx=x, cy=y, r=4.5, class_='mark s1')
@@ -183,7 +184,8 @@ def _mark(style: str, x: float, y: float, text: str) -> Markup:
 
 
 def paired_bars(bars: Sequence[Bar], height: int = 110) -> Draw:
-    """Upright bars in order: a pale one for the width before, a filled one in it for the width after.
+    """Draws upright bars in order: a pale one for the width before, a filled one in it for the width
+    after.
 
     Args:
         bars: the bars from left to right.

@@ -15,7 +15,8 @@ WIDE, NARROW = 1000, 334
 
 
 def render(page: Page) -> str:
-    """The HTML of a page. It loads nothing from elsewhere, and its security policy forbids that."""
+    """Makes the HTML of a page. It loads nothing from elsewhere, and its security policy forbids
+    that."""
     folder = resources.files(__package__)
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True

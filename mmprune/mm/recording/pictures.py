@@ -56,7 +56,8 @@ def choose(dataset: Any, processes: int = 1) -> dict[str, Any]:
 
 
 def _annotated_boxes(info: Mapping[str, Any]) -> Instances | None:
-    """The boxes of a sample of mmdet's data sets without ignored regions; ``None`` if it has none."""
+    """Returns the boxes of a sample of mmdet's data sets without ignored regions; ``None`` if not every
+    instance of the sample has a box."""
     instances = info.get('instances')
     if not isinstance(instances, list) or not all('bbox' in instance for instance in instances):
         return None
@@ -68,14 +69,14 @@ def _annotated_boxes(info: Mapping[str, Any]) -> Instances | None:
 
 
 def drawing_meta(dataset_meta: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The entries of a data set's meta that drawing needs, as plain data."""
+    """Returns the entries of a data set's meta that drawing needs, as plain data."""
     names = 'classes', 'palette', 'keypoint_colors', 'skeleton_links', 'skeleton_link_colors'
     meta = dataset_meta or {}
     return {name: np.asarray(meta[name]).tolist() for name in names if meta.get(name) is not None}
 
 
 def annotated_keypoints(sample: Any) -> Instances | None:
-    """The annotated 2D keypoints of a data sample; ``None`` if it has none."""
+    """Returns the annotated 2D keypoints of a data sample; ``None`` if it has none."""
     instances = getattr(sample, 'gt_instances', None)
     if instances is None or not {'keypoints', 'keypoints_visible'} <= set(instances.keys()):
         return None
@@ -87,7 +88,7 @@ def annotated_keypoints(sample: Any) -> Instances | None:
 
 
 def predictions_of(sample: Any) -> Instances | None:
-    """The predicted boxes above the threshold, or the predicted 2D keypoints, of a data sample;
+    """Returns the predicted boxes above the threshold, or the predicted 2D keypoints, of a data sample;
     ``None`` for other kinds of predictions."""
     instances = getattr(sample, 'pred_instances', None)
     if instances is None:
@@ -116,12 +117,14 @@ def _array(value: Any) -> np.ndarray:
 
 
 def merged(first: Instances | None, second: Instances) -> Instances:
-    """The instances of two samples of one file: top-down networks see each person as a sample."""
+    """Joins the instances of two samples of one file, since top-down networks see each person as a
+    sample."""
     return second if first is None else {key: first[key] + second[key] for key in second}
 
 
 def small_copy(file: str) -> tuple[bytes, float] | None:
-    """A picture as a small JPEG, and its scale; ``None`` if the file cannot be read."""
+    """Makes a small JPEG of a picture, and returns it with its scale; ``None`` if the file cannot be
+    read."""
     image = cv2.imread(file, cv2.IMREAD_COLOR)
     if image is None:
         return None
@@ -169,7 +172,7 @@ def drawn(
 def side_by_side(
     notes: Mapping[str, Any], folder: Path
 ) -> tuple[list[tuple[str, list[Picture]]], list[str], list[str]]:
-    """The pictures of a run with the predictions of both networks.
+    """Makes the pictures of a run with the predictions of both networks.
 
     Args:
         notes: the result of :func:`choose`, with the ``scales`` and ``found`` of validations.
@@ -209,7 +212,7 @@ def side_by_side(
 
 
 def _in_words(predictions: Instances, meta: Mapping[str, Any]) -> tuple[str, str]:
-    """The number of predictions, and a list of them."""
+    """Returns the number of predictions in words, and a list of the predictions."""
     if 'keypoints' in predictions:
         count = sum(score > THRESHOLD for person in predictions['keypoint_scores'] for score in person)
         text = f'{len(predictions["keypoints"])} instances, {count} keypoints'

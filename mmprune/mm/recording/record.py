@@ -36,7 +36,7 @@ BENCHMARK_FILE = 'benchmark.json'
 
 
 def content_of(runner: Runner, state: PruneState, plan: Plan | None, finished: bool) -> dict[str, Any]:
-    """The record of a run, as plain data.
+    """Makes the record of a run, as plain data.
 
     Args:
         runner: the run.
@@ -79,7 +79,8 @@ def _plain(value: Any) -> Any:
 
 
 def _layers(axes: report.Axes, plan: Plan | None) -> list[list[Any]]:
-    """[[part, layer, unpruned output channels, current output channels]] in the order of the model."""
+    """Returns [[part, layer, unpruned output channels, current output channels]] in the order of the
+    model."""
     return [
         [part, name.removesuffix('.weight'), *report.width(plan, name, dim, size)]
         for part, entries in axes.items()
@@ -88,8 +89,8 @@ def _layers(axes: report.Axes, plan: Plan | None) -> list[list[Any]]:
 
 
 def _loss_curve(runner: Runner) -> list[list[float]]:
-    """[[iteration, mean loss since the last point]] from mmengine's message hub, which checkpoints
-    hold. It lacks the iterations before a run that was resumed without it."""
+    """Returns [[iteration, mean loss since the last point]] from mmengine's message hub, which
+    checkpoints hold. It lacks the iterations before a run that was resumed without the message hub."""
     buffer = runner.message_hub.log_scalars.get('train/loss')
     values = np.asarray(buffer.data[0] if buffer is not None else [], dtype=np.float64)
     if not values.size:
@@ -101,7 +102,7 @@ def _loss_curve(runner: Runner) -> list[list[float]]:
 
 
 def _versions() -> dict[str, str]:
-    """The versions of the packages that shape a run, as far as they are installed."""
+    """Returns the versions of the packages that influence a run, of those that are installed."""
     versions = {'mmprune': __version__, 'python': platform.python_version()}
     for name in ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmpose', 'numpy'):
         try:

@@ -44,7 +44,7 @@ class Recorder:
         self._scores: dict[str, Any] | None = None
 
     def watch_evaluation(self, runner: Runner) -> None:
-        """From now on, notes metrics by class whenever the evaluator of the run evaluates."""
+        """Wraps the evaluator of the run, so that each evaluation also notes metrics by class."""
         evaluator = getattr(runner.val_loop, 'evaluator', None)
         if evaluator is None:
             return
@@ -168,7 +168,8 @@ BINS = 30
 def summary_of_scores(
     graph: ChannelGraph, scores: np.ndarray, keep: np.ndarray, score: Score, budget: Budget
 ) -> dict[str, Any]:
-    """The scores of a cut as a histogram, for the arguments of :meth:`Recorder.note_scores`.
+    """Summarises the scores of a cut as a histogram; :meth:`Recorder.note_scores` describes the
+    arguments.
 
     Returns:
         Plain data. ``criterion``: its name; ``per``: the cost that scores are divided by, or
@@ -259,7 +260,8 @@ def watched_class_metrics(
 
 
 def _coco_metric(args: tuple, kwargs: dict, result: Any, meta: dict) -> ClassMetric | None:
-    """The AP of each class, over all IoU thresholds, for all sizes and the most detections."""
+    """Reads the AP of each class, over all IoU thresholds, for all sizes and the largest number of
+    detections; ``None`` if pycocotools did not evaluate boxes or masks by class."""
     evaluation = args[0]
     params = evaluation.params
     if not params.useCats or params.iouType not in ('bbox', 'segm'):

@@ -38,7 +38,7 @@ def write_page(folder: str | Path, out: str | Path | None = None) -> Path:
 
 
 def page_of(run: Run) -> pages.Page:
-    """The page of a run, which may not have ended, and may have no cut or no validation."""
+    """Makes the page of a run, which may not have ended, and may have no cut or no validation."""
     content = run.content
     warnings = []
     if not content.get('finished'):
@@ -77,7 +77,7 @@ def page_of(run: Run) -> pages.Page:
 
 
 def facts(run: Run) -> Blocks:
-    """The large figures at the top."""
+    """Makes the large figures at the top."""
     entries = []
     for label, key in (('FLOPs left', 'flops'), ('Parameters left', 'params')):
         pair = run.content.get(key)
@@ -135,7 +135,7 @@ def _integers(*values: float | None) -> list[str]:
 
 
 def times(run: Run) -> Blocks:
-    """The times of both networks, and how to measure them in the runtime of the budget."""
+    """Shows the times of both networks, and how to measure them in the runtime of the budget."""
     blocks: Blocks = []
     rows: list[Row] = []
     for timing in run.times:
@@ -324,7 +324,7 @@ def _sizes_after_cuts(cuts: Sequence[dict[str, Any]]) -> Block:
 
 
 def _loss_jumps(entries: Sequence[dict[str, Any]]) -> Blocks:
-    """The loss of one batch before and after each cut. Cuts at which it jumped get a warning."""
+    """Shows the loss of one batch before and after each cut. Cuts at which it jumped get a warning."""
     if not entries:
         return []
     blocks: Blocks = []
@@ -429,7 +429,7 @@ FALL = 0.02
 
 
 def class_metrics(run: Run) -> Blocks:
-    """For each metric by class a table that starts with the largest loss."""
+    """Makes a table for each metric by class. It starts with the class that lost most."""
     values: dict[str, dict[str, dict[str, float | None]]] = {}
     for phase, entries in (run.content.get('classes') or {}).items():
         for entry in entries:
