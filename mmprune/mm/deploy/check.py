@@ -1,20 +1,21 @@
 """Compares an exported file with PyTorch: the same pictures go through both.
 
-The reference is the model's own ``predict``, so that faults of the exported network's decoding show
-too. Results have to agree to ``TOLERANCE``. But a file rounds otherwise than PyTorch, and on a near
-tie the last bit decides which boxes are best, which box suppresses which, and what is above a
-threshold. For example, two boxes with scores 0.50001 and 0.50002 overlap: PyTorch keeps the one, the
-file the other, and neither is wrong.
+The reference is the model's own ``predict``, so the check also finds errors in the exported network's
+decoding. Results must agree to ``TOLERANCE``. However, a file rounds differently from PyTorch. If two
+values are almost equal, the last bit decides which boxes are best, which box suppresses which, and
+which scores are above a threshold. For example, two boxes with scores 0.50001 and 0.50002 overlap:
+PyTorch keeps one, the file keeps the other, and neither is wrong.
 
-So if results differ, PyTorch runs again, ``RUNS`` times, with weights and pictures that differ by
-``NOISE``, which is about what rounding does in a network. A difference is excused only if PyTorch
-shows it as well:
+So if results differ, PyTorch runs again, ``RUNS`` times, with weights and pictures that are changed by
+``NOISE``, about as much as rounding changes values in a network. A difference between file and PyTorch
+is excused only if these *changed runs* show it as well:
 
-- a detection that is missing in the file is missing in one of these runs, too;
-- a detection that only the file has is found in one of these runs;
-- numbers differ by at most ``SLACK`` times what they differ by between these runs.
+- a detection that is missing in the file is missing in one of the changed runs, too;
+- a detection that only the file has is found in one of the changed runs;
+- numbers differ by at most ``SLACK`` times the largest difference of the changed runs.
 
-If more than half of the results change between these runs, they prove nothing, and the check fails.
+If more than half of the results differ in the changed runs, the comparison proves nothing, and the
+check fails.
 """
 
 import copy
@@ -40,38 +41,46 @@ from mmprune.mm.deploy.raw import RawNetwork
 from mmprune.progress import bar
 
 TOLERANCE = 1e-4
-"""Relative: scores to themselves, coordinates to the picture's longer side (or to the box, if that is
-larger), other outputs to the largest value."""
+"""The largest relative difference that needs no excuse. Scores are compared relative to their values,
+coordinates relative to the picture's longer side (or to the largest coordinate of the box, if that is
+larger), other outputs relative to the largest value."""
 
 RUNS = 8
+"""The number of changed runs."""
+
 NOISE = 1e-6
-"""Relative standard deviation of the changes of weights and pictures."""
+"""The standard deviation of the changes of weights and pictures, relative to their values."""
 
 SLACK = 4
+"""The factor by which differences between file and PyTorch may exceed those of the changed runs."""
+
 MOST = 1e-2
 """The largest relative difference that rounding excuses."""
 
 MASK_PIXELS = 0.005
-"""The share of an object's mask that may fall on the other side of its threshold."""
+"""The number of pixels of a mask that may fall on the other side of the threshold, as a fraction of the
+mask's area."""
 
 Found = dict[str, np.ndarray]
-"""Detections of a picture: ``boxes`` (n, 4), ``scores`` (n,), ``labels`` (n,), perhaps ``masks``."""
+"""Detections of a picture: ``boxes`` (n, 4) as x1, y1, x2, y2 in pixels, ``scores`` (n,), ``labels``
+(n,), and perhaps ``masks``."""
 
 
 def pictures_for(size: tuple[int, int] | None, divisor: int, number: int) -> list[np.ndarray]:
     """Draws the pictures with which a file is compared.
 
     Args:
-        size: height and width of the file's input. If it is ``None``, the size is open, and there are
-            pictures of three sizes, whose sides are multiples of ``divisor``.
-        divisor: the number of which the sides are multiples.
+        size: height and width of the file's input. If it is ``None``, the size is open, and pictures of
+            three sizes are drawn.
+        divisor: the number of which the sides of pictures are multiples if the size is open.
         number: the number of pictures of each size.
 
     Returns:
-        (number, H, W, 3) BGR uint8 for each size: drawn shapes, and at last noise alone. There is no
-        picture of one colour. All places in it would have equal scores, and rounding would decide.
+        (number, H, W, 3) BGR uint8 for each size. They show drawn shapes; with more than one picture,
+        the last one of the first size shows noise. No picture has a single colour, because all its
+        positions would have equal scores, and rounding would decide between them.
     """
-    unit = divisor * max(1, round(32 / divisor))
+    unit = divisor * max(1, round(32 / divisor))  # a multiple of the divisor near 32 pixels
     sizes = [size] if size else [(8 * unit, 10 * unit), (10 * unit, 8 * unit), (6 * unit, 14 * unit)]
     rng = np.random.default_rng(0)
     batches = []
@@ -90,37 +99,38 @@ def check_file(
     with_preprocess: bool,
     backend: str = 'onnxruntime',
 ) -> None:
-    """Compares a file with the model that it was made of.
+    """Compares a file with the model that it was exported from.
 
     Args:
         path: the file.
         network: the exported network, around the model. Outputs of a ``RawNetwork`` are compared with
             the network itself, all others with the model's ``predict``.
         pictures: (N, H, W, 3) BGR uint8, for each size that is compared.
-        with_preprocess: the file takes these pictures as they are, and normalises them itself.
-        backend: what runs the file.
+        with_preprocess: whether the file takes pictures as they are, and normalises them itself.
+        backend: the runtime that runs the file: ``'onnxruntime'`` or ``'openvino'``.
 
     Raises:
-        PruneError: results differ, or the backend cannot run the file. The message says where.
+        PruneError: results differ, or the backend cannot run the file. The message names the
+            backend and the size of the pictures.
     """
     file = open_model(path, backend)
     is_detector = file.metadata['task'] == 'detection'
     compared = 0
     with bar(f'Checking the file in {backend}', len(pictures)) as show:
-        for number, batch in enumerate(pictures):
+        for count, batch in enumerate(pictures):
             inputs, samples = prepared(network.model, batch)
-            given = inputs.cpu().numpy()
+            images = inputs.cpu().numpy()
             if with_preprocess:
-                given = batch.transpose(0, 3, 1, 2).astype(np.float32)
+                images = batch.transpose(0, 3, 1, 2).astype(np.float32)
             where = f'{backend} at {batch.shape[1]} x {batch.shape[2]}'
             try:
-                outputs = file(given)
+                outputs = file(images)
             except PruneError:
                 raise
             except Exception as error:  # each backend has its own exceptions
                 raise PruneError(f'{where}: the file does not run: {error}') from error
             compared += check_outputs(outputs, network, inputs, samples, where)
-            show(number + 1)
+            show(count + 1)
     kind, total = 'detections' if is_detector else 'numbers', sum(map(len, pictures))
     print_log(f'{backend}: {compared} {kind} on {total} pictures are as in PyTorch', 'current')
     if not compared:
@@ -153,10 +163,10 @@ def check_outputs(
 
     Args:
         outputs: the outputs of the file, by name.
-        network: see :func:`check_file`.
-        inputs: (N, 3, H, W) what the outputs were computed of.
-        samples: the data samples of the inputs.
-        where: begins messages, e.g. ``'onnxruntime at 96 x 128'``.
+        network: the exported network, as :func:`check_file` takes it.
+        inputs: (N, 3, H, W), the prepared images from which the outputs were computed.
+        samples: the N data samples of the inputs.
+        where: the beginning of messages, e.g. ``'onnxruntime at 96 x 128'``.
 
     Returns:
         The number of detections or numbers that were compared.
@@ -179,7 +189,7 @@ def check_outputs(
 
     try:
         wanted = reference(network, inputs)
-    except (RuntimeError, AssertionError) as error:  # of mmdet's own code
+    except (RuntimeError, AssertionError) as error:  # mmdet's and mmpose's own code raises these
         raise PruneError(
             f"{where}: the model's own predict fails, so there is nothing to compare with ({error}); "
             'export it with --raw'
@@ -189,7 +199,7 @@ def check_outputs(
         if complaint:
             raise PruneError(f'{where}{complaint}; nothing was written')
         print_log(f'{where}: results differ from PyTorch by rounding alone', 'current')
-    return sum(len(found['scores']) if is_detector else found.size for found in wanted)
+    return sum(len(result['scores']) if is_detector else result.size for result in wanted)
 
 
 def rounded_otherwise(network: nn.Module, inputs: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
@@ -208,7 +218,7 @@ def rounded_otherwise(network: nn.Module, inputs: Tensor) -> Iterator[tuple[nn.M
         yield other, changed(inputs)
 
 
-# -- outputs that are no detections ---------------------------------------------------------------
+# -- outputs other than detections ----------------------------------------------------------------
 
 
 def tensors_of(network: nn.Module, inputs: Tensor, samples: list[Any]) -> list[np.ndarray]:
@@ -226,17 +236,18 @@ def tensors_differ(
 ) -> str:
     """Describes how a file's outputs differ from the wanted ones; empty if they do not. ``others`` are
     the results of PyTorch's runs with changed weights and pictures."""
-    for number, ((name, ours), theirs) in enumerate(zip(outputs.items(), wanted, strict=True)):
+    for index, ((name, ours), theirs) in enumerate(zip(outputs.items(), wanted, strict=True)):
         if ours.shape != theirs.shape:
             return f': {name} is {ours.shape}, and {theirs.shape} in PyTorch'
         largest = max(float(np.abs(theirs).max(initial=0.0)), 1e-12)
         error, spread = np.abs(ours - theirs), np.zeros(theirs.shape)
         for other in others:
-            spread = np.maximum(spread, np.abs(other[number] - theirs))
-        steady = spread <= MOST / SLACK * largest
-        if steady.size and steady.mean() < 0.5:
+            spread = np.maximum(spread, np.abs(other[index] - theirs))
+        is_steady = spread <= MOST / SLACK * largest
+        if is_steady.size and is_steady.mean() < 0.5:
             return f': rounding changes more than half of {name} in PyTorch itself'
-        wrong = steady & ~(error <= np.maximum(TOLERANCE * largest, SLACK * spread))  # also NaN
+        # ``~(a <= b)`` is not ``a > b``: NaN counts as wrong.
+        wrong = is_steady & ~(error <= np.maximum(TOLERANCE * largest, SLACK * spread))
         if wrong.any():
             return (
                 f': {name} differs from PyTorch by {error[wrong].max():.2e} where the largest value is '
@@ -266,13 +277,13 @@ def detections_of(model: nn.Module, inputs: Tensor, samples: list[Any], most: in
 def in_file(outputs: dict[str, np.ndarray]) -> list[Found]:
     """Reads the detections of each picture from a file's outputs."""
     pictures = []
-    for row, labels in enumerate(outputs['labels']):
-        real = labels >= 0
-        dets = outputs['dets'][row][real]
-        found = {'boxes': dets[:, :4], 'scores': dets[:, 4], 'labels': labels[real]}
+    for picture, labels in enumerate(outputs['labels']):
+        is_detection = labels >= 0
+        dets = outputs['dets'][picture][is_detection]
+        detections = {'boxes': dets[:, :4], 'scores': dets[:, 4], 'labels': labels[is_detection]}
         if 'masks' in outputs:
-            found['masks'] = outputs['masks'][row][real]
-        pictures.append(found)
+            detections['masks'] = outputs['masks'][picture][is_detection]
+        pictures.append(detections)
     return pictures
 
 
@@ -284,19 +295,24 @@ def detections_differ(
     Args:
         wanted: PyTorch's detections of each picture.
         got: the file's detections.
-        others: the detections of PyTorch's runs with other rounding.
+        others: the detections of each picture in each of the changed runs.
         side: the longer side of the pictures, in pixels.
     """
-    for number, (want, ours) in enumerate(zip(wanted, got, strict=True)):
-        lines = picture_differs(want, ours, [other[number] for other in others], side)
+    for picture, (want, ours) in enumerate(zip(wanted, got, strict=True)):
+        lines = picture_differs(want, ours, [other[picture] for other in others], side)
         if lines:
             more = f' (and {len(lines) - 3} more)' if len(lines) > 3 else ''
-            return f', picture {number}: the file differs from PyTorch: {"; ".join(lines[:3])}{more}'
+            return f', picture {picture}: the file differs from PyTorch: {"; ".join(lines[:3])}{more}'
     return ''
 
 
 def picture_differs(want: Found, ours: Found, others: list[Found], side: float) -> list[str]:
-    """Returns a line of text for each difference of one picture's detections."""
+    """Returns a line of text for each difference of one picture's detections that is not excused.
+
+    First, the distances in the changed runs determine the tolerance, and the wanted detections that a
+    changed run lacks are excused. Then, detections that only the file has are excused if they are among
+    those that only a changed run has.
+    """
     moved = [
         distance
         for other in others
@@ -304,14 +320,16 @@ def picture_differs(want: Found, ours: Found, others: list[Found], side: float) 
     ]
     tolerance = max(TOLERANCE, SLACK * float(np.quantile(moved or [0.0], 0.9)))
     pairs, rows = matched(want, ours, side, tolerance), range(len(want['scores']))
-    runs = [matched(want, other, side, tolerance) for other in others]
-    unsteady = {row for row in rows if any(row not in run for run in runs)}
+    pairs_of_runs = [matched(want, other, side, tolerance) for other in others]
+    unsteady = {row for row in rows if any(row not in pairs_of_run for pairs_of_run in pairs_of_runs)}
     if len(unsteady) > len(rows) / 2:
         return [f'rounding changes {len(unsteady)} of {len(rows)} detections in PyTorch itself']
-    extra = unpaired(ours, pairs)
-    for other, run in zip(others, runs, strict=True):
-        known = matched(rows_of(other, unpaired(other, run)), rows_of(ours, extra), side, tolerance)
-        extra = [extra[row] for row in unpaired(rows_of(ours, extra), known)]
+    only_in_file = unpaired(ours, pairs)
+    for other, pairs_of_run in zip(others, pairs_of_runs, strict=True):
+        in_run = matched(
+            rows_of(other, unpaired(other, pairs_of_run)), rows_of(ours, only_in_file), side, tolerance
+        )
+        only_in_file = [only_in_file[row] for row in unpaired(rows_of(ours, only_in_file), in_run)]
     lines = []
     for row in rows:
         if row not in pairs and row not in unsteady:
@@ -319,22 +337,22 @@ def picture_differs(want: Found, ours: Found, others: list[Found], side: float) 
             nearest = int(distance.argmin()) if np.isfinite(distance).any() else -1
             hint = f'; the nearest is {described(ours, nearest)}' if nearest >= 0 else ''
             lines.append(f'{described(want, row)} is missing{hint}')
-    lines += [f'{described(ours, row)} is not in PyTorch' for row in extra]
+    lines += [f'{described(ours, row)} is not in PyTorch' for row in only_in_file]
     if not lines and 'masks' in ours:
         masks = [other['masks'] for other in others]
-        lines = masks_differ(want['masks'], ours, pairs, list(zip(masks, runs, strict=True)))
+        lines = masks_differ(want['masks'], ours, pairs, list(zip(masks, pairs_of_runs, strict=True)))
     return lines
 
 
 Pairs = dict[int, tuple[int, float]]
-"""Which detections of two results are the same: row of the first one to (row of the second one,
-distance).
+"""{row of the first result: (row of the second result, distance)} for detections that two results have
+in common.
 """
 
 
 def matched(want: Found, got: Found, side: float, tolerance: float) -> Pairs:
-    """Pairs each wanted detection with the nearest one of the same class that has no partner yet, if
-    that is within the tolerance."""
+    """Pairs each wanted detection with the nearest detection in ``got`` of the same class that has no
+    partner yet, unless their distance exceeds the tolerance."""
     pairs: Pairs = {}
     free = np.ones(len(got['scores']), dtype=bool)
     for row in range(len(want['scores'])):
@@ -379,11 +397,12 @@ def masks_differ(
     """Returns a line of text for each detection whose mask differs.
 
     Args:
-        want: (n, H, W) masks of PyTorch.
-        ours: the file's detections, with probabilities (m, h, w). They are pasted as mmdet pastes them.
-        pairs: rows of ``want`` and of ``ours``.
-        runs: the masks of PyTorch's runs with other rounding, and their pairs with ``want``. Pixels
-            that change between these runs do not count.
+        want: (n, H, W) bool, the masks of PyTorch.
+        ours: the file's detections, whose masks are probabilities (m, h, w) inside the boxes. They are
+            pasted as mmdet pastes masks.
+        pairs: the pairs of rows of ``want`` and rows of ``ours``.
+        runs: the masks of each changed run, and the pairs of rows of ``want`` and rows of these masks.
+            Pixels that differ in a changed run are not compared.
     """
     from mmdet.models.roi_heads.mask_heads.fcn_mask_head import _do_paste_mask
 
@@ -392,11 +411,11 @@ def masks_differ(
     for row, (our_row, _) in pairs.items():
         mask, box = (torch.from_numpy(ours[name][our_row]).float() for name in ('masks', 'boxes'))
         pasted, _ = _do_paste_mask(mask[None, None], box[None], height, width, skip_empty=False)
-        wrong = (pasted[0].numpy() >= 0.5) != want[row]
+        differs = (pasted[0].numpy() >= 0.5) != want[row]
         for masks, partners in runs:
             if row in partners:
-                wrong &= masks[partners[row][0]] == want[row]
+                differs &= masks[partners[row][0]] == want[row]
         area = int(want[row].sum())
-        if wrong.sum() > max(2, MASK_PIXELS * area):
-            lines.append(f'the mask of detection {row}: {wrong.sum()} of {area} pixels differ')
+        if differs.sum() > max(2, MASK_PIXELS * area):
+            lines.append(f'the mask of detection {row}: {differs.sum()} of {area} pixels differ')
     return lines
