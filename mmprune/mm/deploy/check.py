@@ -235,7 +235,7 @@ def tensors_differ(
     wanted: list[np.ndarray], outputs: dict[str, np.ndarray], others: list[list[np.ndarray]]
 ) -> str:
     """Describes how a file's outputs differ from the wanted ones; empty if they do not. ``others`` are
-    the results of PyTorch's runs with changed weights and pictures."""
+    the results of the changed runs."""
     for index, ((name, ours), theirs) in enumerate(zip(outputs.items(), wanted, strict=True)):
         if ours.shape != theirs.shape:
             return f': {name} is {ours.shape}, and {theirs.shape} in PyTorch'
