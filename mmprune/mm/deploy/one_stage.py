@@ -1,7 +1,7 @@
 """One-stage detectors for export: dense heads, whose boxes belong to priors, and DETR.
 
-The class of a head does not decide how it is exported. What decides is the method of mmdet that it
-inherits for making its boxes. So a new head that inherits one of these methods is exported as it is.
+Not the class of a head decides how it is exported, but the method of mmdet by which it decodes its
+boxes. So a new head that inherits a known method can be exported without further code.
 """
 
 from collections.abc import Callable
@@ -53,10 +53,10 @@ def one_stage_network(model: nn.Module) -> nn.Module | None:
     and for detectors that decode their boxes in another way."""
     head = getattr(model, 'bbox_head', None)
     if isinstance(model, DETR) and isinstance(head, DETRHead):
-        own_way = overrides(model, DetectionTransformer, 'predict') or overrides(
+        is_changed = overrides(model, DetectionTransformer, 'predict') or overrides(
             head, DETRHead, 'predict', 'predict_by_feat', '_predict_by_feat_single'
         )
-        return None if own_way else DETRNetwork(model)
+        return None if is_changed else DETRNetwork(model)
     if isinstance(model, SingleStageDetector) and not overrides(model, SingleStageDetector, 'predict'):
         decode = _decoding_of(head)
         return None if decode is None else DenseNetwork(model, decode)
@@ -67,11 +67,12 @@ def one_stage_network(model: nn.Module) -> nn.Module | None:
 
 
 class DenseNetwork(nn.Module):
-    """Images (N, 3, H, W) to ``dets`` (N, K, 5) and ``labels`` (N, K).
+    """Maps images (N, 3, H, W) to ``dets`` (N, K, 5), boxes with scores, and ``labels`` (N, K).
 
     Args:
         model: the detector.
-        decode: makes candidates from the head, the head's outputs and the size of the images.
+        decode: the function that makes candidates from the head, the outputs of the head and the size
+            of the images.
     """
 
     output_names = ('dets', 'labels')
@@ -82,7 +83,7 @@ class DenseNetwork(nn.Module):
         cfg = model.bbox_head.test_cfg
         self.nms = nms_of(cfg, 'bbox_head')
         self.k = cfg.get('max_per_img', DEFAULT_MAX_PER_IMG)
-        if decode is by_objectness:  # YOLOX's head ignores the option
+        if decode is by_objectness:  # YOLOX's head ignores ``max_per_img``
             self.k = DEFAULT_MAX_PER_IMG
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,6 +93,8 @@ class DenseNetwork(nn.Module):
 
 
 def _decoding_of(head: nn.Module | None) -> Callable[..., Candidates] | None:
+    """Returns the function that makes candidates as the head's own method does; ``None`` if the head
+    decodes its boxes by a method that is not known."""
     if not isinstance(head, BaseDenseHead) or overrides(head, BaseDenseHead, 'predict'):
         return None
     if not overrides(head, YOLOXHead, 'predict_by_feat'):
@@ -155,8 +158,8 @@ def flat(level: Tensor, width: int) -> Tensor:
 def priors_of(head: nn.Module, levels: list[Tensor], **options: bool) -> list[Tensor]:
     """Makes the priors of each level, for maps of the sizes of ``levels``."""
     sizes = [level.shape[-2:] for level in levels]
-    kind = dict(dtype=levels[0].dtype, device=levels[0].device)
-    return head.prior_generator.grid_priors(sizes, **kind, **options)
+    tensor_options = dict(dtype=levels[0].dtype, device=levels[0].device)
+    return head.prior_generator.grid_priors(sizes, **tensor_options, **options)
 
 
 def activated(head: nn.Module, logits: Tensor) -> Tensor:
@@ -172,9 +175,9 @@ def best_of_level(head: nn.Module, level: Tensor) -> tuple[Tensor, Tensor, Tenso
     of priors."""
     scores = activated(head, flat(level, head.cls_out_channels))
     classes = scores.shape[-1]
-    values, places = best(scores.flatten(1), head.test_cfg['nms_pre'])
+    values, positions = best(scores.flatten(1), head.test_cfg['nms_pre'])
     values = torch.where(values > head.test_cfg.get('score_thr', 0), values, NOT_A_CANDIDATE)
-    return values, places % classes, places // classes
+    return values, positions % classes, positions // classes
 
 
 def scaled(scores: Tensor, factors: Tensor, rows: Tensor) -> Tensor:
@@ -188,15 +191,16 @@ def decoded(coder: object, priors: Tensor, offsets: Tensor, size: Size) -> Tenso
 
     Args:
         coder: the head's box coder.
-        priors: (N, k, 4) boxes or (N, k, 2) points.
-        offsets: (N, k, ...) as the coder takes them.
+        priors: (N, k, 4) boxes or (N, k, 2) points, in pixels.
+        offsets: (N, k, ...), the numbers that the head predicts for each prior, as the coder takes
+            them.
         size: height and width of the images, to which boxes are clipped if the coder clips.
 
     Returns:
-        (N, k, 4) corners.
+        (N, k, 4) corners x1, y1, x2, y2 in pixels.
 
     Raises:
-        PruneError: the coder is of another kind than ``CODERS``.
+        PruneError: the class of the coder is not among ``CODERS``.
     """
     if type(coder) not in CODERS:
         names = ', '.join(known.__name__ for known in CODERS)
@@ -213,7 +217,7 @@ def decoded(coder: object, priors: Tensor, offsets: Tensor, size: Size) -> Tenso
 
 
 class DETRNetwork(nn.Module):
-    """Images (N, 3, H, W) without padding to ``dets`` (N, K, 5) and ``labels`` (N, K).
+    """Maps images (N, 3, H, W) without padding to ``dets`` (N, K, 5) and ``labels`` (N, K).
 
     DETR has a fixed number of queries, the best of which are the detections. There is no NMS.
     """
@@ -239,14 +243,14 @@ def best_queries(head: nn.Module, logits: Tensor, boxes: Tensor, size: Size) -> 
 
     Args:
         head: DETR's head.
-        logits: (N, queries, classes, and perhaps the background).
-        boxes: (N, queries, 4) centre and sides, relative to the image.
+        logits: (N, queries, classes), or (N, queries, classes + 1) with the background last.
+        boxes: (N, queries, 4) centre and sides, as fractions of the image's sides.
         size: height and width of the images.
     """
     k = (head.test_cfg or {}).get('max_per_img', logits.shape[1])
     if head.loss_cls.use_sigmoid:
-        scores, places = ranked(sigmoid(logits).flatten(1), k)
-        labels, rows = places % head.num_classes, places // head.num_classes
+        scores, positions = ranked(sigmoid(logits).flatten(1), k)
+        labels, rows = positions % head.num_classes, positions // head.num_classes
     else:
         scores, labels = logits.softmax(-1)[..., :-1].max(-1)
         scores, rows = ranked(scores, k)

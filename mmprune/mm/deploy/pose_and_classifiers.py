@@ -1,7 +1,7 @@
 """Networks without boxes for export: top-down pose estimators and classifiers.
 
-Heatmaps and SimCC vectors are decoded outside the file (the maximum, its refinement, flips). That is a
-few lines of numpy, and runtimes such as rtmlib and mmdeploy's bring it.
+Heatmaps and SimCC vectors are decoded outside the file (the maximum, its refinement, flips). The
+decoding takes a few lines of numpy, and runtimes such as rtmlib and that of mmdeploy contain it.
 """
 
 import sys
@@ -16,11 +16,12 @@ from mmprune.mm.deploy.patches import stopped_at
 from mmprune.mm.models.classifier import ImageClassifier
 
 OUTPUTS = {'heatmap': ('heatmaps',), 'simcc': ('simcc_x', 'simcc_y')}
-"""Names of the outputs by the kind of head: (N, K, h, w), or (N, K, Wx) and (N, K, Wy)."""
+"""{kind of head: names of the outputs}. Heatmaps are (N, K, h, w); SimCC vectors are (N, K, Wx) and
+(N, K, Wy)."""
 
 
 class ClassifierNetwork(nn.Module):
-    """Images (N, 3, H, W) to ``scores`` (N, classes), which are probabilities."""
+    """Maps images (N, 3, H, W) to ``scores`` (N, classes), which are probabilities."""
 
     output_names = ('scores',)
 
@@ -34,12 +35,13 @@ class ClassifierNetwork(nn.Module):
 
 
 class PoseNetwork(nn.Module):
-    """Images (N, 3, H, W) to ``heatmaps`` (N, K, h, w), or to ``simcc_x`` (N, K, Wx) and ``simcc_y``
-    (N, K, Wy). Of a network with several stages, the last one counts.
+    """Maps images (N, 3, H, W) to ``heatmaps`` (N, K, h, w), or to ``simcc_x`` (N, K, Wx) and
+    ``simcc_y`` (N, K, Wy). If the network has several stages, the outputs are those of the last one.
 
     Args:
-        model: a top-down pose estimator. Its codec fixes ``input_size``, (height, width).
-        kind: the kind of its head, a key of ``OUTPUTS``.
+        model: a top-down pose estimator. Its codec determines the attribute ``input_size``, (height,
+            width).
+        kind: the kind of the model's head, a key of ``OUTPUTS``.
     """
 
     def __init__(self, model: nn.Module, kind: str) -> None:
@@ -76,9 +78,11 @@ def pose_network(model: nn.Module) -> PoseNetwork | None:
     head; ``None`` for other models.
 
     Raises:
-        PruneError: the head has no decoder, so that its outputs have no meaning.
+        PruneError: the head has no decoder, so nothing defines how its outputs become keypoints.
     """
-    if 'mmpose.models' not in sys.modules:  # then the model is none of mmpose's
+    if (
+        'mmpose.models' not in sys.modules
+    ):  # without an import of mmpose, the model cannot be one of its models
         return None
     from mmpose.models import TopdownPoseEstimator
 
@@ -100,7 +104,7 @@ def head_kind(head: nn.Module | None) -> str | None:
 
     if isinstance(head, heads.RTMCCHead | heads.SimCCHead | heads.RTMWHead):
         return 'simcc'
-    # Heatmaps of associative embedding are of no use without its second output, the tags.
+    # Heatmaps of associative embedding can only be used with its second output, the tags.
     if isinstance(head, heads.AssociativeEmbeddingHead):
         return None
     return 'heatmap' if isinstance(head, heads.HeatmapHead | heads.CPMHead | heads.MSPNHead) else None

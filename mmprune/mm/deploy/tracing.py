@@ -96,17 +96,13 @@ def promote(program: torch.export.ExportedProgram) -> None:
             continue
         dtype = node.meta['val'].dtype
         for operand in node.all_input_nodes:
-            example = operand.meta.get('val')
-            if (
-                dtype.is_floating_point
-                and isinstance(example, Tensor)
-                and not example.is_floating_point()
-            ):
+            value = operand.meta.get('val')
+            if dtype.is_floating_point and isinstance(value, Tensor) and not value.is_floating_point():
                 with program.graph.inserting_before(node):
                     cast = program.graph.call_function(
                         aten._to_copy.default, (operand,), {'dtype': dtype}
                     )
-                cast.meta['val'] = example.to(dtype)
+                cast.meta['val'] = value.to(dtype)
                 node.replace_input_with(operand, cast)
     program.graph_module.recompile()
 
@@ -116,12 +112,11 @@ def running_modules(module: nn.Module, names: list[str]) -> Iterator[None]:
     """Keeps the list ``names`` equal to the names of the modules that are running, the innermost last.
     After an exception, the last name is that of the module that raised it."""
     handles = []
-    for name, submodule in module.named_modules():
+    for name, child in module.named_modules():
         if name:
-            handles.append(
-                submodule.register_forward_pre_hook(lambda *_, name=name: names.append(name))
-            )
-            handles.append(submodule.register_forward_hook(lambda *_: names.pop() and None))
+            handles.append(child.register_forward_pre_hook(lambda *_, name=name: names.append(name)))
+            # A forward hook that returns a value replaces the output, so this one returns ``None``.
+            handles.append(child.register_forward_hook(lambda *_: names.pop() and None))
     try:
         yield
     finally:

@@ -1,6 +1,6 @@
-"""The record of a run, ``prune_record/record.json``: what the page of the run shows, as plain data.
+"""The record of a run, ``prune_record/record.json``: the content of its page as plain data.
 
-It is written after each validation and each cut, and read when the page is made.
+The record is written after each validation and each cut, and read when the page is made.
 """
 
 import json
@@ -25,6 +25,8 @@ from mmprune.surgery.plan import Plan
 RECORD_FOLDER = 'prune_record'
 RECORD_FILE = 'record.json'
 FORMAT = 1
+"""The version of the record's layout. Records of other versions cannot be read."""
+
 POINTS = 240
 """The largest number of points of the loss curve."""
 
@@ -39,9 +41,9 @@ def content_of(runner: Runner, state: PruneState, plan: Plan | None, finished: b
     """Makes the record of a run, as plain data.
 
     Args:
-        runner: the run.
-        state: the state of its ``PruneHook``.
-        plan: all cuts so far; ``None`` before the first one.
+        runner: the Runner of the run.
+        state: the state of the run's ``PruneHook``.
+        plan: the plan of all cuts so far; ``None`` before the first cut.
         finished: whether training has reached its end.
     """
     axes = state.report.get('axes', {})
@@ -75,6 +77,7 @@ def write(work_dir: str | Path, content: Mapping[str, Any]) -> Path:
 
 
 def _plain(value: Any) -> Any:
+    """Converts a value that JSON lacks: arrays to lists, and other objects to text."""
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
 
 
@@ -135,12 +138,12 @@ class Timing(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """A work directory.
+    """A run, as its work directory describes it.
 
     Args:
-        folder: its path.
-        content: the content of its record. Older records lack some entries.
-        benchmark: the rows of its ``benchmark.json``; empty if it has none.
+        folder: the path of the work directory.
+        content: the content of the record. Older records lack some entries.
+        benchmark: the rows of the file ``benchmark.json``; empty if there is no such file.
     """
 
     folder: Path
@@ -168,7 +171,8 @@ class Run:
 
     @property
     def runtime(self) -> str | None:
-        """The runtime that the budget names; ``None`` if it names neither a runtime nor a time."""
+        """The runtime in which the budget measures time, such as ``'eager'`` or ``'openvino'``;
+        ``None`` if the budget names neither a runtime nor a time."""
         budget = self.content.get('budget') or {}
         if budget.get('backend'):
             return str(budget['backend'])
@@ -176,8 +180,8 @@ class Run:
 
     @property
     def times(self) -> list[Timing]:
-        """All times of both networks. Those in the runtime of the budget come first."""
-        times = [
+        """All times of both networks. Times in the runtime of the budget come first."""
+        timings = [
             Timing(
                 row['mode'],
                 f'batch of {row["batch"]}, `tools/benchmark.py`',
@@ -191,18 +195,19 @@ class Run:
         fractions = [cut.get('latency') for cut in self.content.get('history', [])]
         measured = [fraction for fraction in fractions if fraction is not None]
         if measured:
-            times.append(Timing(self.runtime or 'eager', 'at the last cut', 1.0, measured[-1], ''))
-        return sorted(times, key=lambda timing: timing.runtime != (self.runtime or timing.runtime))
+            timings.append(Timing(self.runtime or 'eager', 'at the last cut', 1.0, measured[-1], ''))
+        return sorted(timings, key=lambda timing: timing.runtime != (self.runtime or timing.runtime))
 
     @property
     def main_time(self) -> Timing | None:
-        """The first time in the runtime of the budget, or the first of all if it names none."""
-        first = next(iter(self.times), None)
-        return first if first and self.runtime in (None, first.runtime) else None
+        """The first time in the runtime of the budget, or the first of all times if the budget names no
+        runtime; ``None`` if there is no such time."""
+        timing = next(iter(self.times), None)
+        return timing if timing and self.runtime in (None, timing.runtime) else None
 
 
 def read_run(folder: str | Path) -> Run:
-    """Reads what a run has left in its work directory.
+    """Reads the record and the benchmark of a run from its work directory.
 
     Raises:
         PruneError: there is no record, or a file cannot be used.
@@ -223,6 +228,7 @@ def read_run(folder: str | Path) -> Run:
 
 
 def _json_of(path: Path) -> dict[str, Any]:
+    """Reads a JSON object from a file, or raises a PruneError."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
