@@ -1,4 +1,4 @@
-"""The quality of a model as one number: its mean loss on some batches, or a metric of its config."""
+"""Measures the quality of a model as one number: a mean loss on batches, or a metric of the config."""
 
 import contextlib
 import io
@@ -38,7 +38,7 @@ def metric_of(cfg: Config, name: str) -> Evaluate:
     not compute this metric.
 
     Raises:
-        PruneError: there is no data, or no evaluator in the config.
+        PruneError: the config has no validation data or no evaluator, or they cannot be read.
     """
     if not cfg.get('val_evaluator'):
         raise PruneError(f'--metric {name}: the config has no val_evaluator')

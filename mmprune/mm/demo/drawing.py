@@ -12,7 +12,10 @@ import numpy as np
 from numpy.random import Generator
 
 SHAPES = ('circle', 'triangle', 'square', 'star', 'cross')
+"""The classes of objects without keypoints."""
+
 FIGURE = 'puppet'
+"""The class of objects with keypoints."""
 
 HUES = {kind: 60 * number for number, kind in enumerate((*SHAPES, FIGURE))}
 """The usual hue of each class, in degrees, as in OpenCV's HSV for float arrays."""
@@ -21,7 +24,8 @@ KEYPOINTS = ('head', 'hip', 'left_hand', 'right_hand', 'left_foot', 'right_foot'
 """Keypoints of a puppet. "Left" is the left of the picture when the puppet stands upright."""
 
 _SHIFT = 4
-"""The fractional bits of the positions that OpenCV gets: it draws at sixteenths of a pixel."""
+"""The number of fractional bits in the coordinates for OpenCV, which thus draws at sixteenths of a
+pixel."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +33,9 @@ class Item:
     """An annotated object.
 
     Args:
-        kind: its class.
-        whole: a mask (H, W) of the object, including hidden parts.
-        visible: a mask (H, W) of the parts that are not hidden.
+        kind: the class of the object, one of ``SHAPES`` or ``FIGURE``.
+        whole: a bool mask (H, W) of the object, including hidden parts.
+        visible: a bool mask (H, W) of the parts that are not hidden.
         keypoints: x, y and visibility of a puppet's keypoints (6, 3). As in COCO, 2 means visible and 1
             hidden. ``None`` for shapes.
     """
@@ -46,7 +50,7 @@ def draw(rng: Generator, size: int) -> tuple[np.ndarray, list[Item]]:
     """Draws a picture.
 
     Args:
-        rng: the source of all randomness.
+        rng: the generator of all random numbers.
         size: height and width in pixels.
 
     Returns:
@@ -78,7 +82,7 @@ def box_of(mask: np.ndarray) -> tuple[int, int, int, int]:
 
 def _place(rng: Generator, image: np.ndarray, items: list[Item], kind: str) -> list[Item]:
     """Adds an object to the picture and the list, at a place where it hides at most a quarter of each
-    earlier object. After ten failed attempts it is left out."""
+    earlier object. After ten failed attempts the object is left out."""
     for _ in range(10):
         alpha, points = (_puppet if kind == FIGURE else _shape)(rng, len(image), kind)
         mask = alpha > 0.5
@@ -125,16 +129,19 @@ def _outline(kind: str, radius: float) -> np.ndarray:
         if kind == 'star':
             points[1::2] *= 0.42
         return points
+    # The cross: three corners of one arm, turned by 0, 90, 180 and 270 degrees.
     long, short = 0.95 * radius, 0.31 * radius
     arm = np.array([(short, short), (short, long), (-short, long)])
     quarter_turn = np.array([(0, -1), (1, 0)])
-    return np.concatenate([arm @ np.linalg.matrix_power(quarter_turn, k).T for k in range(4)])
+    return np.concatenate([arm @ np.linalg.matrix_power(quarter_turn, turns).T for turns in range(4)])
 
 
 def _puppet(rng: Generator, size: int, kind: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns the opacity (size, size) of a puppet, and its keypoints (6, 3)."""
     unit = size * rng.uniform(0.1, 0.18)
     thick = max(2, round(unit * 0.24))
+    # The puppet is built upright around the origin with lengths in units, then scaled, rotated and
+    # moved.
     down = np.array([0.0, 1.0])
     hip, neck = 0.5 * down, -0.5 * down
     head = neck - 0.5 * down
@@ -152,7 +159,7 @@ def _puppet(rng: Generator, size: int, kind: str) -> tuple[np.ndarray, np.ndarra
     return _opacity(alpha), np.concatenate([points[:-1], np.full((len(KEYPOINTS), 1), 2.0)], 1)
 
 
-# -- everything else in the picture ---------------------------------------------------------------
+# -- background and objects without annotation -----------------------------------------------------
 
 
 def _distractor(rng: Generator, size: int) -> np.ndarray:
@@ -164,7 +171,8 @@ def _distractor(rng: Generator, size: int) -> np.ndarray:
     turn = _rotation(rng.uniform(0, 2 * np.pi))
     if choice == 0:
         waves = sum(
-            rng.normal(0, 0.25 / k) * np.cos(k * _angles(40) + rng.uniform(0, 6)) for k in (1, 2, 3)
+            rng.normal(0, 0.25 / frequency) * np.cos(frequency * _angles(40) + rng.uniform(0, 6))
+            for frequency in (1, 2, 3)
         )
         blob = _ring(40, radius) * (1 + np.clip(waves, -0.7, 0.7))[:, None]
         return _fill(size, blob * (1, 0.5) @ turn + centre)
@@ -183,7 +191,7 @@ def _wire(rng: Generator, size: int) -> np.ndarray:
     """Returns the opacity (size, size) of a thin line from border to border."""
     alpha = np.zeros((size, size), np.uint8)
     ends = rng.uniform(0, size, (2, 2))
-    ends[:, rng.integers(2)] = 0, size
+    ends[:, rng.integers(2)] = 0, size  # from the left to the right border, or from top to bottom
     _line(alpha, *ends, max(1, size // 100))
     return _opacity(alpha)
 
@@ -247,19 +255,22 @@ def _fill(size: int, points: np.ndarray) -> np.ndarray:
 
 
 def _line(alpha: np.ndarray, start: np.ndarray, end: np.ndarray, width: int) -> None:
+    """Draws a line into an opacity (H, W) of uint8, in place."""
     cv2.line(alpha, _fixed(start), _fixed(end), 255, width, cv2.LINE_AA, _SHIFT)
 
 
 def _opacity(alpha: np.ndarray) -> np.ndarray:
+    """Converts an opacity from uint8, 0 to 255, to float32, 0 to 1."""
     return alpha.astype(np.float32) / 255
 
 
 def _fixed(point: np.ndarray) -> tuple[int, ...]:
     """Converts a point to the fixed-point format that OpenCV reads with ``_SHIFT``."""
-    return tuple(int(v) for v in np.rint(point * 2**_SHIFT))
+    return tuple(int(value) for value in np.rint(point * 2**_SHIFT))
 
 
 def _angles(count: int) -> np.ndarray:
+    """Returns ``count`` equally spaced angles of a circle, in radians."""
     return np.arange(count) * (2 * np.pi / count)
 
 

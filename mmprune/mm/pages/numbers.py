@@ -1,4 +1,4 @@
-"""Numbers as a page shows them. All of these return an empty text if there is no number to show."""
+"""Formats numbers for a page. Each function returns an empty text if there is no number to show."""
 
 import math
 
