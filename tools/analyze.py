@@ -1,4 +1,5 @@
-"""Shows what the model of a config costs, what can be cut of it, how far, and what hurts.
+"""Shows the costs of a config's model, its locks, its lowest budgets, and the sensitivity of its
+groups.
 
     python tools/analyze.py CONFIG [CHECKPOINT] [--data train|random] [--out DIR]
         [--metric NAME] [--batches N] [--fractions F ...] [--static] [--no-times]
@@ -87,7 +88,7 @@ def main() -> None:
     )
     content = run.analyze_config(cfg, args.checkpoint, options, say=Console(stderr=True).print)
     console = Console()
-    console.width = max(console.width, 110)  # 80 if the output is no terminal
+    console.width = max(console.width, 110)  # rich assumes 80 if the output is not a terminal
     print_page(analysis_page.page_of(content), console)
     paths = run.write(content, folder), analysis_page.write(content, folder)
     console.print(f'Wrote {" and ".join(map(str, paths))}', soft_wrap=True, highlight=False)

@@ -1,14 +1,14 @@
-"""How much faster, and smaller in memory, a pruned model is than its unpruned one, on this machine.
+"""Measures the time and the memory of a pruned model and of its unpruned one on this machine.
 
     python tools/benchmark.py CONFIG CHECKPOINT [--size HEIGHT WIDTH] [--batch 1 8] [--threads 1]
         [--modes eager channels_last compile onnxruntime openvino] [--json FILE]
 
-Whole networks with post-processing run in single precision, both in turns: in PyTorch (eager,
-channels_last, compiled), and as exported files in ONNX Runtime and OpenVINO. If there is a CUDA
-device, they also run there.
+Whole networks with post-processing run in single precision. Both networks take turns: in PyTorch
+(eager, channels_last, compiled), and as exported files in ONNX Runtime and OpenVINO. If there is a CUDA
+device, they also run on that device.
 
-Both networks do the same work. The unpruned one has the pruned one's weights, with zeros in the place
-of the removed channels, so that both find the same and post-processing costs both the same.
+The unpruned network gets the weights of the pruned one, with zeros in place of the removed channels. So
+both networks find the same objects, and their post-processing takes the same time.
 """
 
 import argparse
@@ -50,25 +50,31 @@ from mmprune.surgery.fusion import fuse
 from mmprune.surgery.plan import Plan, plan_of
 
 MODES = ('eager', 'channels_last', 'compile', *BACKENDS)
+"""The ways to run a network on the CPU."""
+
 CUDA_MODES = ('cuda eager', 'cuda channels_last', 'cuda compile')
+"""The ways to run a network on a CUDA device."""
+
 VERSIONS = ('unpruned', 'pruned')
+
 WARM_UP = 3
+"""The number of runs of each network before its runs are measured."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One network that is run in one way.
+    """One network, and one way to run it.
 
     Args:
-        config: the unpruned config.
-        checkpoint: the pruned checkpoint.
+        config: the config of the unpruned model.
+        checkpoint: the path of the checkpoint of the pruned model.
         size: height and width of the images.
         batch: the number of images of one run.
         threads: the number of threads of one run.
-        raw: leave post-processing out.
+        raw: whether post-processing is left out.
         mode: one of ``MODES`` or ``CUDA_MODES``.
         version: ``'unpruned'`` or ``'pruned'``.
-        files: the exported file of each version, for the modes that run files.
+        files: {version: exported file}, for the modes that run files; ``None`` for other modes.
     """
 
     config: Config
@@ -102,11 +108,13 @@ def widen(original: nn.Module, pruned: nn.Module, plan: Plan) -> None:
     narrow = dict(named_state(pruned))
     with torch.no_grad():
         for name, tensor in named_state(original):
-            kept = plan.keep.get(name, {})
-            places = [torch.tensor(kept.get(d, range(size))) for d, size in enumerate(tensor.shape)]
+            kept_by_dim = plan.keep.get(name, {})
+            indices = [
+                torch.tensor(kept_by_dim.get(dim, range(size))) for dim, size in enumerate(tensor.shape)
+            ]
             tensor.zero_()
-            if places:
-                tensor[torch.meshgrid(*places, indexing='ij')] = narrow[name]
+            if indices:
+                tensor[torch.meshgrid(*indices, indexing='ij')] = narrow[name]
             else:
                 tensor.copy_(narrow[name])
 
@@ -120,12 +128,12 @@ def timed_network(model: nn.Module, raw: bool) -> nn.Module:
 def folded(model: nn.Module) -> nn.Module:
     """Folds batch norms into convolutions, as every runtime does, and returns the model, which is
     changed in place."""
-    with contextlib.suppress(PruneError):  # there may be none
+    with contextlib.suppress(PruneError):  # the model may have no batch norm to fold
         fuse(model)
     return model
 
 
-# -- one way of running it ------------------------------------------------------------------------
+# -- measuring one way to run a network -----------------------------------------------------------
 
 
 def ready(job: Job, model: nn.Module | None = None) -> Callable[[], Any]:
@@ -138,12 +146,14 @@ def ready(job: Job, model: nn.Module | None = None) -> Callable[[], Any]:
         return lambda: file(batch)
     torch.set_num_threads(job.threads)
     network = timed_network(folded(load(job) if model is None else copied(model)), job.raw)
-    device, kind = ('cuda', job.mode.removeprefix('cuda ')) if 'cuda' in job.mode else ('cpu', job.mode)
+    device, variant = (
+        ('cuda', job.mode.removeprefix('cuda ')) if 'cuda' in job.mode else ('cpu', job.mode)
+    )
     network, images = network.to(device), images.to(device)
-    if kind == 'channels_last':
+    if variant == 'channels_last':
         network = network.to(memory_format=torch.channels_last)
         images = images.contiguous(memory_format=torch.channels_last)
-    if kind == 'compile':
+    if variant == 'compile':
         network = torch.compile(network, dynamic=False)
     return lambda: _run(network, images)
 
@@ -162,12 +172,12 @@ def in_turns(runs: Sequence[Callable[[], Any]], rounds: int) -> np.ndarray:
     for run in list(runs) * WARM_UP:
         run()
     times = np.empty((rounds, len(runs)))
-    for number in range(rounds):
-        order = range(len(runs)) if number % 2 else reversed(range(len(runs)))
+    for round_index in range(rounds):
+        order = range(len(runs)) if round_index % 2 else reversed(range(len(runs)))
         for column in order:
             start = time.perf_counter()
             runs[column]()
-            times[number, column] = (time.perf_counter() - start) * 1000
+            times[round_index, column] = (time.perf_counter() - start) * 1000
     return times
 
 
@@ -177,7 +187,8 @@ def peak_memory(job: Job) -> int | None:
     compiled networks, whose compiler takes more memory than they do."""
     if 'compile' in job.mode or not Path('/proc/self/clear_refs').exists():
         return None
-    # A server process has all imports and never had a model, so that its children start alike.
+    # Each measurement runs in a child of a server process. The server has imported everything, but has
+    # never loaded a model, so the memory of all its children is the same at the start.
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['mmprune.mm.deploy.export'])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
@@ -193,9 +204,13 @@ def _peak_memory(job: Job) -> int:
     before = _memory('VmRSS')
     run = ready(job)
     gc.collect()
-    with contextlib.suppress(AttributeError):  # glibc keeps what loading took, and runs would use it
+    # glibc keeps memory that loading has freed. Runs would use it, and the peak would not show them.
+    # Other C libraries have no ``malloc_trim``.
+    with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
-    Path('/proc/self/clear_refs').write_text('5')  # resets the peak, which loading has raised
+    Path('/proc/self/clear_refs').write_text(
+        '5'
+    )  # resets ``VmHWM``, the peak, which loading has raised
     for _ in range(WARM_UP):
         run()
     return _memory('VmHWM') - before
@@ -230,7 +245,8 @@ def measure(job: Job, models: dict[str, nn.Module], rounds: int, flops_ratio: fl
             'p95_ms': float(np.percentile(times[:, column], 95)),
             'peak_bytes': peak_memory(job),
         }
-    # The median of the rounds' ratios: other work on the machine slows both runs of a round.
+    # The ratio is the median over rounds of the ratio in a round, since other work on the machine slows
+    # both runs of a round.
     row['time_ratio'] = float(np.median(times[:, 0] / times[:, 1]))
     row['of_flops_ratio'] = row['time_ratio'] / flops_ratio
     return row
@@ -291,7 +307,7 @@ def main() -> None:
             report['rows'].append(row)
             show(f'{step}: {outcome(row)}')
     console = Console()
-    console.width = max(console.width, 100)  # without a terminal it would be 80
+    console.width = max(console.width, 100)  # rich assumes 80 if the output is not a terminal
     console.print(table(report))
     for row in report['rows']:
         if 'failure' in row:
@@ -318,14 +334,15 @@ def size_of(args: argparse.Namespace, cfg: Config, model: nn.Module) -> tuple[in
     pipeline. Sides are rounded up to what the model takes.
 
     Raises:
-        PruneError: none of these names a size, or the files take another one.
+        PruneError: no size is known, or the files take images of another size.
     """
     pose = pose_network(model)
     size = args.size or (pose.input_size if pose else None)
     for path in args.onnx or ():
         written = open_model(path).metadata
         fixed, scale = written['input_size'], (written.get('resize') or {}).get('scale')
-        # The scale is (width, height).
+        # The first known size is used: the requested one, that of the file, or the scale (width,
+        # height) to which its pictures are resized.
         size = size or fixed or (scale and rounded(scale[::-1], written['pad_divisor']))
         if fixed and tuple(fixed) != tuple(size):
             raise PruneError(f'{path}: takes {fixed} alone, not {list(size)}; export it with --dynamic')

@@ -26,13 +26,24 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+"""The root of the repository."""
+
 sys.path.insert(0, str(ROOT))  # for tools.zoo
 
 FAMILIES = ROOT / 'tools' / 'coverage.txt'
+"""The file with the config of each family."""
+
 RESULTS = ROOT / 'docs' / 'coverage.json'
+"""The file with a row of results for each family."""
+
 PAGE = ROOT / 'docs' / 'coverage.md'
+"""The page that is made from ``RESULTS``."""
+
 TOLERANCE = 1e-5
+"""The largest relative error, in single precision, at which a pruned model counts as exact."""
+
 FORK = multiprocessing.get_context('fork')
+"""Starts processes as copies of this one, which has imported everything."""
 
 
 def families() -> dict[str, tuple[str, dict]]:
@@ -58,9 +69,10 @@ def examine(config: str, arguments: dict, row: dict, done: Callable[[], None]) -
 
     Args:
         config: the name of the config, as :func:`tools.zoo.build` takes it.
-        arguments: further arguments of ``build``.
-        row: the row, to which this function adds its results.
-        done: is called at the beginning of each stage, with the stage in ``row['stage']``.
+        arguments: further arguments of :func:`tools.zoo.build`.
+        row: the row of the family, to which this function adds its results.
+        done: a function that is called at the beginning of each stage, after the name of the stage was
+            written to ``row['stage']``.
     """
     import torch
 
@@ -82,7 +94,7 @@ def examine(config: str, arguments: dict, row: dict, done: Callable[[], None]) -
         with torch.no_grad():
             try:
                 runs[1](copy.deepcopy(model))
-            except Exception as error:  # the original may fail for any reason, which is not our fault
+            except Exception as error:  # the original model may fail for any reason
                 row['note'] = f'the original predicts nothing here: {error}'[:200]
                 runs.pop()
     with torch.no_grad():
@@ -120,7 +132,7 @@ def examine(config: str, arguments: dict, row: dict, done: Callable[[], None]) -
 
 
 def in_mode(model, mode: str, forward):
-    """Runs the model in evaluation mode."""
+    """Runs the model in evaluation mode, with ``mode`` as argument of ``forward``."""
     from mmprune.mm.model_modes import in_evaluation
 
     with in_evaluation(model):
@@ -131,8 +143,8 @@ def checked(row: dict, model, pruned, plan, forward) -> float:
     """Returns the relative error of the pruned model, in single precision if it is below ``TOLERANCE``
     there.
 
-    Otherwise rounding may be the cause, so the models are compared in double precision, and ``row``
-    gets the error in single precision.
+    If it is not below, rounding may be the cause. Then the models are compared in double precision, and
+    the error in single precision is recorded in ``row``.
 
     Raises:
         PruneError: the error is too large in double precision as well.
@@ -167,15 +179,19 @@ def shares(graph) -> dict[str, float]:
 
     from mmprune.graph import cost
 
-    total: Counter = Counter()
-    locked: Counter = Counter()
+    params_by_part: Counter = Counter()
+    locked_by_part: Counter = Counter()
     no_units = np.zeros(graph.n_units, dtype=bool)
     for part in {cost.part_of(name) for name in graph.slots.tensors}:
         column = 'backbone' if part.startswith('backbone') else 'neck' if 'neck' in part else 'heads'
         count = cost.params(graph, part)
-        total[column] += count(~no_units)
-        locked[column] += count(no_units)
-    return {column: 1 - locked[column] / total[column] for column in total if total[column]}
+        params_by_part[column] += count(~no_units)
+        locked_by_part[column] += count(no_units)
+    return {
+        column: 1 - locked_by_part[column] / params_by_part[column]
+        for column in params_by_part
+        if params_by_part[column]
+    }
 
 
 def lock_reasons(graph) -> list[str]:
@@ -226,7 +242,7 @@ def rebuilds(config: str, trained, forward) -> bool:
 
 
 def steps(pruned, forward) -> bool:
-    """Makes a step of SGD, and returns whether any weight has a gradient."""
+    """Makes a step of SGD, and returns whether any weight has a gradient other than zero."""
     import torch
 
     from mmprune.contexts import tensors_in
@@ -256,9 +272,9 @@ def run(name: str, config: str, arguments: dict, limit: int, examine: Callable =
     process.start()
     sender.close()
     row: dict = {'config': config, 'stage': 'import'}
-    end = time.monotonic() + limit
+    deadline = time.monotonic() + limit
     try:
-        while receiver.poll(max(0, end - time.monotonic())):
+        while receiver.poll(max(0, deadline - time.monotonic())):
             row = receiver.recv()
         row['failure'] = f'no end within {limit} s'
         process.kill()
@@ -270,10 +286,11 @@ def run(name: str, config: str, arguments: dict, limit: int, examine: Callable =
 
 
 def child(pipe, config: str, arguments: dict, examine: Callable) -> None:
-    """Sends the row after each stage, so that the results of earlier stages survive a crash."""
-    sink = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(sink, 1)
-    os.dup2(sink, 2)
+    """Examines a family, and sends the row after each stage, so that the results of earlier stages
+    survive a crash. The output of the process is discarded."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 1)
+    os.dup2(devnull, 2)
     row: dict = {'config': config}
     try:
         examine(config, arguments, row, lambda: pipe.send(row))
@@ -426,14 +443,14 @@ def main() -> None:
             if arguments.reasons:
                 print('\n'.join(locks))
             keep(row)
-    known = json.loads(RESULTS.read_text())
-    write_page(known, PAGE)
-    counts = Counter(verdict(row) for row in known)
+    rows = json.loads(RESULTS.read_text())
+    write_page(rows, PAGE)
+    counts = Counter(verdict(row) for row in rows)
     print('all families:', ', '.join(f'{count} {name}' for name, count in counts.most_common()))
 
 
 def warm_up() -> None:
-    """Imports what the processes of all families need, before they are forked."""
+    """Imports the packages that all families need before their processes are forked."""
     warnings.simplefilter('ignore')
     os.environ['OMP_NUM_THREADS'] = '1'
     import mmdet.utils
@@ -449,11 +466,11 @@ def warm_up() -> None:
 
 def keep(row: dict) -> None:
     """Writes one row to the JSON file, in the order of the families."""
-    known = {r['name']: r for r in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
+    earlier = {r['name']: r for r in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
     # The result of tools/coverage_train.py belongs to the same row.
-    training = known.get(row['name'], {}).get('training')
-    known[row['name']] = row | ({'training': training} if training else {})
-    rows = [known[name] for name in families() if name in known]
+    training = earlier.get(row['name'], {}).get('training')
+    earlier[row['name']] = row | ({'training': training} if training else {})
+    rows = [earlier[name] for name in families() if name in earlier]
     RESULTS.write_text(json.dumps(rows, indent=1) + '\n')
 
 

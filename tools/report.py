@@ -2,7 +2,7 @@
 
     python tools/report.py WORK_DIR [--out report.html]
 
-Training writes the same page at its end, as WORK_DIR/report.html.
+Training also writes this page at its end, as WORK_DIR/report.html.
 """
 
 import argparse
