@@ -1,11 +1,12 @@
-"""Draws the keypoints that an exported pose estimator finds, with numpy, OpenCV and ONNX Runtime alone.
+"""Draws the keypoints that an exported pose estimator finds, with numpy, OpenCV and ONNX Runtime only.
 
     python tools/export.py CONFIG CHECKPOINT --out model.onnx
     python examples/onnx_pose.py model.onnx picture.jpg --box 40 20 120 230 --out drawn.jpg
 
-Neither PyTorch nor mmprune is imported: copy this file to where the model is used. The model file says
-how a person is cut out of the picture, and how its outputs are decoded. The picture is not flipped: if
-the config has ``flip_test=True``, mmpose averages over a flipped copy too and differs slightly.
+Neither PyTorch nor mmprune is imported, so this file can be copied to where the model is used. The
+metadata of the model file describes how a person is cut out of the picture, and how the outputs are
+decoded. The picture is not flipped. If the config has ``flip_test=True``, mmpose averages over a
+flipped copy, too, so its results differ slightly.
 """
 
 import argparse
@@ -22,7 +23,7 @@ def load(path: str) -> tuple[onnxruntime.InferenceSession, dict[str, Any]]:
     """Opens a model file, and reads the metadata that ``tools/export.py`` wrote into it."""
     try:
         session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
-    except Exception as error:  # no such file, no model: its exceptions have no common base
+    except Exception as error:  # the exceptions of ONNX Runtime have no common base
         sys.exit(f'{path}: can not be loaded: {error}')
     metadata = session.get_modelmeta().custom_metadata_map
     if 'mmprune' not in metadata:
@@ -54,7 +55,7 @@ def prepare(picture: np.ndarray, box: np.ndarray, about: dict[str, Any]) -> np.n
     height, width = about['input_size']
     centre, size = region(box, about)
     target = np.array([width, height], np.float32)
-    if about['crop']['use_udp']:  # distances between centres of pixels, not between their borders
+    if about['crop']['use_udp']:  # UDP measures sizes between the centres of the outermost pixels
         factor, middle = (target - 1) / size, (target - 1) / 2
     else:
         factor, middle = target / size, target / 2
@@ -89,6 +90,7 @@ def decoder_of(codec: dict[str, Any]) -> Any:
 
 
 def from_simcc(found: dict[str, np.ndarray], about: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Decodes SimCC vectors: x and y of a keypoint are the positions of their maxima."""
     xs, ys = found['simcc_x'], found['simcc_y']
     scores = np.minimum(xs.max(1), ys.max(1))
     points = np.stack([xs.argmax(1), ys.argmax(1)], 1).astype(np.float32)
@@ -139,16 +141,17 @@ def from_udp_heatmaps(
         log = np.pad(np.log(np.clip(blurred, 1e-3, 50)), 1, mode='edge')
         x, y = point.astype(int) + 1
         near = log[max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2]
-        if near.shape != (3, 3):  # without a maximum above zero there is nothing to refine
+        if near.shape != (3, 3):  # a keypoint without a positive value lies outside of the map
             continue
-        slope = np.array([near[1, 2] - near[1, 0], near[2, 1] - near[0, 1]]) / 2
-        across = near[2, 2] - near[1, 2] - near[2, 1] + 2 * near[1, 1]
-        across = (across - near[1, 0] - near[0, 1] + near[0, 0]) / 2
-        curve = np.array([
-            [near[1, 2] - 2 * near[1, 1] + near[1, 0], across],
-            [across, near[2, 1] - 2 * near[1, 1] + near[0, 1]],
+        # A step of Newton's method from the maximum, with gradient and Hessian from differences.
+        gradient = np.array([near[1, 2] - near[1, 0], near[2, 1] - near[0, 1]]) / 2
+        mixed = near[2, 2] - near[1, 2] - near[2, 1] + 2 * near[1, 1]
+        mixed = (mixed - near[1, 0] - near[0, 1] + near[0, 0]) / 2
+        hessian = np.array([
+            [near[1, 2] - 2 * near[1, 1] + near[1, 0], mixed],
+            [mixed, near[2, 1] - 2 * near[1, 1] + near[0, 1]],
         ])  # fmt: skip
-        point -= np.linalg.inv(curve + np.finfo(np.float32).eps * np.eye(2)) @ slope
+        point -= np.linalg.inv(hessian + np.finfo(np.float32).eps * np.eye(2)) @ gradient
     return points / [width - 1, height - 1], scores
 
 

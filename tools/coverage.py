@@ -466,11 +466,11 @@ def warm_up() -> None:
 
 def keep(row: dict) -> None:
     """Writes one row to the JSON file, in the order of the families."""
-    earlier = {r['name']: r for r in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
+    by_name = {r['name']: r for r in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
     # The result of tools/coverage_train.py belongs to the same row.
-    training = earlier.get(row['name'], {}).get('training')
-    earlier[row['name']] = row | ({'training': training} if training else {})
-    rows = [earlier[name] for name in families() if name in earlier]
+    training = by_name.get(row['name'], {}).get('training')
+    by_name[row['name']] = row | ({'training': training} if training else {})
+    rows = [by_name[name] for name in families() if name in by_name]
     RESULTS.write_text(json.dumps(rows, indent=1) + '\n')
 
 
