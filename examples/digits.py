@@ -45,6 +45,7 @@ def to_loss_fn(model, batch):
 
 @torch.no_grad()
 def accuracy(model, data):
+    """The fraction of correctly classified images, in evaluation mode."""
     model.eval()
     share = (model(data[0]).argmax(1) == data[1]).float().mean().item()
     model.train()

@@ -20,6 +20,7 @@ INTERPOLATION = {
     'nearest': cv2.INTER_NEAREST, 'bilinear': cv2.INTER_LINEAR, 'bicubic': cv2.INTER_CUBIC,
     'area': cv2.INTER_AREA, 'lanczos': cv2.INTER_LANCZOS4,
 }  # fmt: skip
+"""{name of an interpolation in the metadata: flag of OpenCV}."""
 
 
 def load(path: str) -> tuple[onnxruntime.InferenceSession, dict[str, Any]]:
@@ -209,11 +210,13 @@ def main() -> None:
     if picture is None:
         sys.exit(f'{args.picture}: no such file, or no picture')
     session, about = load(args.model)
-    found = detect(session, about, picture, args.score, args.size)
-    for box, score, label in zip(found['boxes'], found['scores'], found['labels'], strict=True):
+    detections = detect(session, about, picture, args.score, args.size)
+    for box, score, label in zip(
+        detections['boxes'], detections['scores'], detections['labels'], strict=True
+    ):
         corners = ' '.join(f'{value:7.1f}' for value in box)
         print(f'{name_of(label, about["classes"]):16} {score:.3f}  {corners}')
-    if not cv2.imwrite(args.out, draw(picture, found, about['classes'])):
+    if not cv2.imwrite(args.out, draw(picture, detections, about['classes'])):
         sys.exit(f'{args.out}: could not be written')
 
 

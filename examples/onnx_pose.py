@@ -161,9 +161,9 @@ def detect(
     """Finds the keypoints of the person in a box (x1, y1, x2, y2). Returns points (K, 2) as x and y in
     pixels of the picture, and scores (K,)."""
     names = [output.name for output in session.get_outputs()]
-    values = session.run(names, {session.get_inputs()[0].name: prepare(picture, box, about)})
-    found = {name: value[0] for name, value in zip(names, values, strict=True)}
-    points, scores = decoder_of(about['codec'])(found, about)
+    batches = session.run(names, {session.get_inputs()[0].name: prepare(picture, box, about)})
+    outputs = {name: value[0] for name, value in zip(names, batches, strict=True)}
+    points, scores = decoder_of(about['codec'])(outputs, about)
     centre, size = region(box, about)
     return points * size + centre - size / 2, scores
 

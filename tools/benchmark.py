@@ -56,6 +56,7 @@ CUDA_MODES = ('cuda eager', 'cuda channels_last', 'cuda compile')
 """The ways to run a network on a CUDA device."""
 
 VERSIONS = ('unpruned', 'pruned')
+"""The two networks that are compared."""
 
 WARM_UP = 3
 """The number of runs of each network before its runs are measured."""
@@ -160,10 +161,11 @@ def ready(job: Job, model: nn.Module | None = None) -> Callable[[], Any]:
 
 @torch.inference_mode()
 def _run(network: nn.Module, images: Tensor) -> Any:
-    out = network(images)
+    """Runs the network, and waits until a CUDA device has finished."""
+    outputs = network(images)
     if images.is_cuda:
         torch.cuda.synchronize()
-    return out
+    return outputs
 
 
 def in_turns(runs: Sequence[Callable[[], Any]], rounds: int) -> np.ndarray:
@@ -196,6 +198,7 @@ def peak_memory(job: Job) -> int | None:
 
 
 def _peak_memory(job: Job) -> int:
+    """Measures the peak memory of a job in this process, which must not have loaded a model before."""
     if 'cuda' in job.mode:
         run = ready(job)
         torch.cuda.reset_peak_memory_stats()
@@ -391,7 +394,9 @@ def header(args: argparse.Namespace, job: Job, models: dict[str, nn.Module]) -> 
         'versions': {name: version(name) for name in ('torch', 'onnxruntime', 'openvino')},
         'flops': flops,
         'flops_ratio': flops['unpruned'] / flops['pruned'],
-        'params': {name: sum(p.numel() for p in models[name].parameters()) for name in VERSIONS},
+        'params': {
+            name: sum(parameter.numel() for parameter in models[name].parameters()) for name in VERSIONS
+        },
         'rows': [],
     }
 
@@ -414,19 +419,19 @@ def table(report: dict[str, Any]) -> Table:
         '"of the FLOPs" is the gain in time as a share of this factor. Times: median / 95th percentile '
         'in ms. Memory: the peak above that of the process without a model.'
     )
-    out = Table(title=title, caption=caption, title_justify='left', caption_justify='left')
+    rich_table = Table(title=title, caption=caption, title_justify='left', caption_justify='left')
     for name in ('batch', 'mode', *VERSIONS, 'faster', 'of the FLOPs', 'memory in MB'):
-        out.add_column(name, justify='left' if name == 'mode' else 'right', no_wrap=True)
+        rich_table.add_column(name, justify='left' if name == 'mode' else 'right', no_wrap=True)
     for row in report['rows']:
         if 'failure' in row:
-            out.add_row(str(row['batch']), row['mode'], 'fails')
+            rich_table.add_row(str(row['batch']), row['mode'], 'fails')
             continue
         times = (f'{row[name]["median_ms"]:.1f} / {row[name]["p95_ms"]:.1f}' for name in VERSIONS)
         peaks = [row[name]['peak_bytes'] for name in VERSIONS]
         memory = '' if None in peaks else ' to '.join(f'{peak / 1e6:.0f}' for peak in peaks)
         gain = (f'{row["time_ratio"]:.2f} x', f'{row["of_flops_ratio"]:.0%}')
-        out.add_row(str(row['batch']), row['mode'], *times, *gain, memory)
-    return out
+        rich_table.add_row(str(row['batch']), row['mode'], *times, *gain, memory)
+    return rich_table
 
 
 if __name__ == '__main__':

@@ -237,7 +237,8 @@ def rebuilds(config: str, trained, forward) -> bool:
             torch.manual_seed(0)
             outputs.append(list(tensors_in(forward(model))))
     return all(
-        a.shape == b.shape and relative_error(a, b) <= 1e-6 for a, b in zip(*outputs, strict=True)
+        expected.shape == actual.shape and relative_error(expected, actual) <= 1e-6
+        for expected, actual in zip(*outputs, strict=True)
     )
 
 
@@ -247,13 +248,22 @@ def steps(pruned, forward) -> bool:
 
     from mmprune.contexts import tensors_in
 
-    optimizer = torch.optim.SGD([p for p in pruned.parameters() if p.requires_grad], lr=1e-6)
-    out = forward(pruned)
-    if isinstance(out, dict):
-        out = {k: v for k, v in out.items() if 'loss' in k or not hasattr(pruned, 'parse_losses')}
-    loss = sum(t.sum() for t in tensors_in(out) if t.requires_grad)
+    optimizer = torch.optim.SGD(
+        [parameter for parameter in pruned.parameters() if parameter.requires_grad], lr=1e-6
+    )
+    outputs = forward(pruned)
+    if isinstance(outputs, dict):
+        outputs = {
+            name: value
+            for name, value in outputs.items()
+            if 'loss' in name or not hasattr(pruned, 'parse_losses')
+        }
+    loss = sum(tensor.sum() for tensor in tensors_in(outputs) if tensor.requires_grad)
     loss.backward()
-    moved = any(p.grad is not None and bool((p.grad != 0).any()) for p in pruned.parameters())
+    moved = any(
+        parameter.grad is not None and bool((parameter.grad != 0).any())
+        for parameter in pruned.parameters()
+    )
     optimizer.step()
     return moved
 
@@ -435,7 +445,7 @@ def main() -> None:
     warm_up()
     RESULTS.parent.mkdir(exist_ok=True)
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        pending = [pool.submit(run, n, *f, arguments.limit) for n, f in chosen.items()]
+        pending = [pool.submit(run, name, *family, arguments.limit) for name, family in chosen.items()]
         for future in pending:
             row = future.result()
             locks = row.pop('all_locks', [])

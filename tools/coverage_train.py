@@ -224,7 +224,7 @@ def train_plainly(config: str, arguments: dict, row: dict, at: Callable) -> None
     at('first run')
 
     def to_loss(model, _):
-        return sum(t.float().square().mean() for t in tensors_in(forward(model)))
+        return sum(tensor.float().square().mean() for tensor in tensors_in(forward(model)))
 
     for resumed, cuts in ((False, CUTS_BEFORE), (True, CUTS - CUTS_BEFORE)):
         if resumed:

@@ -55,9 +55,9 @@ def progress(lines):
         if count is None:
             continue
         now = time.monotonic()
-        done, total = map(int, count.groups())
-        if now - shown >= SECONDS_BETWEEN_LINES or done == total:
-            yield f'  {done}/{total} files compiled, {(now - start) / 60:.1f} min'
+        n_done, n_files = map(int, count.groups())
+        if now - shown >= SECONDS_BETWEEN_LINES or n_done == n_files:
+            yield f'  {n_done}/{n_files} files compiled, {(now - start) / 60:.1f} min'
             shown = now
 
 

@@ -46,7 +46,7 @@ def parse_args():
 
 
 def pickle_name(path: str) -> str:
-    """Checks that a name is that of a pickle file, as an argparse type."""
+    """Checks that a path ends like a pickle file, as an argparse type."""
     if not path.endswith(('.pkl', '.pickle')):
         raise argparse.ArgumentTypeError(f'{path} must end in .pkl or .pickle')
     return path

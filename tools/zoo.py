@@ -250,7 +250,8 @@ def at_size(model: nn.Module, side: int) -> nn.Module:
 def shake(model: nn.Module, forward: Forward, seed: int = 0) -> None:
     """Changes batch norms, and weights that start at zero, so that every channel influences the output.
 
-    The running statistics are first set to those of one batch, so that no signal dies or explodes.
+    The running statistics are first set to the statistics of one batch, so that no signal vanishes or
+    explodes.
     Then the statistics and the affine parameters are moved a little at random.
 
     Args:

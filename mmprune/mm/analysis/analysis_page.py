@@ -107,7 +107,7 @@ def _cost_table(caption: str, first: str, rows: list[dict], content: dict[str, A
     layers."""
     is_timed = content['seconds'] is not None
     key, share = ('seconds', 'of the time') if is_timed else ('flops', 'of the FLOPs')
-    most = max((row[key] for row in rows), default=0) or 1
+    largest = max((row[key] for row in rows), default=0) or 1
     numbers = ['channels', 'may go', 'FLOPs', 'parameters', 'activations', *['ms'] * is_timed]
     table = []
     for row in rows:
@@ -115,14 +115,14 @@ def _cost_table(caption: str, first: str, rows: list[dict], content: dict[str, A
         cells += [short(row[size]) if row[size] else '' for size in ('flops', 'params', 'activations')]
         cells += [_milliseconds(row['seconds'])] * is_timed
         name = Cell(row['name'] or '(the model itself)', code=bool(row['name']))
-        table.append([name, *cells, Cell(percent(row[key], content[key]), share=row[key] / most)])
+        table.append([name, *cells, Cell(percent(row[key], content[key]), share=row[key] / largest)])
     return Table(caption, [first, *numbers, share], table, numbers, wide=[share])
 
 
 def _groups(content: dict[str, Any]) -> list[Block]:
     """Shows the groups of units that may be cut, with the most FLOPs first."""
     groups = sorted(content['groups'], key=lambda group: -group['flops'])
-    most = max((group['flops'] for group in groups), default=0) or 1
+    largest = max((group['flops'] for group in groups), default=0) or 1
     rows = [
         [
             Cell(group['name'], code=True),
@@ -130,7 +130,7 @@ def _groups(content: dict[str, Any]) -> list[Block]:
             integer(group['width']),
             short(group['flops']),
             short(group['params']),
-            Cell(percent(group['flops'], content['flops']), share=group['flops'] / most),
+            Cell(percent(group['flops'], content['flops']), share=group['flops'] / largest),
         ]
         for group in groups
     ]
@@ -169,18 +169,18 @@ def _locks(content: dict[str, Any]) -> list[Block]:
     operations = '; '.join(
         f'{name} in {", ".join(modules[:4])}' for name, modules in content['unknown_ops'].items()
     )
-    unknown = Notice(
+    unknown_operations = Notice(
         f'These operations have no rule, so what they read is locked: {operations}', 'warning'
     )
-    known = Text('Every operation that reads channels has a rule.')
+    all_known = Text('Every operation that reads channels has a rule.')
     table = Table('What is locked, and what that costs', ['why', *numbers], rows, numbers)
-    return [table, Text(text), unknown if operations else known]
+    return [table, Text(text), unknown_operations if operations else all_known]
 
 
 def _listed(names: list[str], shown: int, separator: str, code: bool = False) -> str:
     """Joins the first ``shown`` names to a text, and appends how many more there are."""
-    first = separator.join(f'`{name}`' if code else name for name in names[:shown])
-    return first + (f'{separator}and {len(names) - shown} more' if len(names) > shown else '')
+    shown_names = separator.join(f'`{name}`' if code else name for name in names[:shown])
+    return shown_names + (f'{separator}and {len(names) - shown} more' if len(names) > shown else '')
 
 
 def _floors(content: dict[str, Any]) -> list[Block]:

@@ -185,11 +185,16 @@ def write(content: dict[str, Any], folder: Path) -> Path:
 
 def _analysis(model: nn.Module, runs: Runs, budget: Budget | None, options: Options) -> Analysis:
     """Traces and analyses the model. On random data, an error message also suggests real data."""
-    first, *others = runs.ordered
+    first_run, *other_runs = runs.ordered
     may_fail = [getattr(runs, mode) for mode in runs.modes]
     try:
         return analyze(
-            model, first, also=tuple(others), may_fail=may_fail, budget=budget, times=options.times
+            model,
+            first_run,
+            also=tuple(other_runs),
+            may_fail=may_fail,
+            budget=budget,
+            times=options.times,
         )
     except PruneError as error:
         if options.data != 'random':
@@ -310,14 +315,14 @@ def falls_when_broken(
     weighted by the quality of the detections (RTMDet). Two destroyed networks are evaluated: one keeps
     as few units as limits allow, the other loses the better half of each group.
     """
-    least = lowest(graph, Budget(keep_channels=0.5, divisor=1))
+    smallest = lowest(graph, Budget(keep_channels=0.5, divisor=1))
     worse_half = np.ones(graph.n_units, dtype=bool)
     for group in graph.groups:
         if len(group) > 1:
             order = np.argsort(np.nan_to_num(scores[group.units]), kind='stable')
             worse_half[group.units[order[len(group) // 2 :]]] = False
     base = seeded(model, evaluate)
-    for keep in (least, worse_half):
+    for keep in (smallest, worse_half):
         if keep.all():
             continue
         with masked_in_place(model, make_plan(graph, model, keep, {})):

@@ -114,7 +114,7 @@ def _is_inside(points: np.ndarray, mask: np.ndarray) -> bool:
 
 def _shape(rng: Generator, size: int, kind: str) -> tuple[np.ndarray, None]:
     """Returns the opacity (size, size) of a shape with a random place, radius, rotation and aspect
-    ratio. ``None`` stands for its keypoints."""
+    ratio. The second result is ``None``, since a shape has no keypoints."""
     radius = size * np.exp(rng.uniform(np.log(0.09), np.log(0.2)))
     points = _outline(kind, radius) * (1, rng.uniform(0.75, 1))
     points = points @ _rotation(rng.uniform(0, 2 * np.pi))
@@ -241,10 +241,10 @@ def _texture(rng: Generator, size: int) -> np.ndarray:
 def _paint(image, alpha, colour, texture=None) -> None:
     """Blends a colour into the image (H, W, 3), in place, with an opacity (H, W) from 0 to 1."""
     x1, y1, x2, y2 = box_of(alpha)
-    part, alpha = image[y1:y2, x1:x2], alpha[y1:y2, x1:x2, None]
+    inside, alpha = image[y1:y2, x1:x2], alpha[y1:y2, x1:x2, None]
     if texture is not None:
         colour = colour + texture[y1:y2, x1:x2]
-    part += alpha * (colour - part)
+    inside += alpha * (colour - inside)
 
 
 def _fill(size: int, points: np.ndarray) -> np.ndarray:

@@ -30,6 +30,7 @@ CLASSES = (*SHAPES, FIGURE)
 """The classes, in the order of their labels."""
 
 SPLITS = ('train', 'val')
+"""The parts of the data set, each with its own pictures and annotations."""
 
 DEFAULTS = dict(train=600, val=150, size=128, seed=0)
 """The default parameters, which :func:`ensure` describes."""
@@ -156,10 +157,10 @@ def _checked(parameters: dict[str, int]) -> dict[str, int]:
         raise PruneError(
             f'unknown parameters {unknown} of the embedded data set: choose from {sorted(DEFAULTS)}'
         )
-    for name, least in SMALLEST.items():
-        if parameters[name] < least:
+    for name, minimum in SMALLEST.items():
+        if parameters[name] < minimum:
             raise PruneError(
-                f'{name}={parameters[name]} of the embedded data set: must be at least {least}'
+                f'{name}={parameters[name]} of the embedded data set: must be at least {minimum}'
             )
     return parameters
 
@@ -212,7 +213,9 @@ def _write_split(root: Path, split: str, parameters: Mapping[str, int], tell: Ca
         tell(number)
     categories = [dict(id=i + 1, name=name, supercategory='shape') for i, name in enumerate(CLASSES)]
     figure = dict(id=1, name=FIGURE, supercategory='shape', keypoints=list(KEYPOINTS))
-    figure['skeleton'] = [[KEYPOINTS.index(a) + 1, KEYPOINTS.index(b) + 1] for a, b in LIMBS]
+    figure['skeleton'] = [
+        [KEYPOINTS.index(start) + 1, KEYPOINTS.index(end) + 1] for start, end in LIMBS
+    ]
     for task, kinds, annotations in (
         ('instances', categories, instances),
         ('keypoints', [figure], puppets),
@@ -245,7 +248,9 @@ def _annotation(
 
 def _keypoints(keypoints: np.ndarray) -> dict[str, Any]:
     """Makes COCO's fields for keypoints from an array (6, 3) of x, y and visibility."""
-    points = [[round(float(x), 2), round(float(y), 2), int(v)] for x, y, v in keypoints]
+    points = [
+        [round(float(x), 2), round(float(y), 2), int(visibility)] for x, y, visibility in keypoints
+    ]
     return dict(keypoints=[value for point in points for value in point], num_keypoints=len(points))
 
 

@@ -72,7 +72,7 @@ def pictures_for(size: tuple[int, int] | None, divisor: int, number: int) -> lis
     Args:
         size: height and width of the file's input. If it is ``None``, the size is open, and pictures of
             three sizes are drawn.
-        divisor: the number of which the sides of pictures are multiples if the size is open.
+        divisor: a divisor of the sides of the pictures if the size is open.
         number: the number of pictures of each size.
 
     Returns:
@@ -131,8 +131,8 @@ def check_file(
                 raise PruneError(f'{where}: the file does not run: {error}') from error
             compared += check_outputs(outputs, network, inputs, samples, where)
             show(count + 1)
-    kind, total = 'detections' if is_detector else 'numbers', sum(map(len, pictures))
-    print_log(f'{backend}: {compared} {kind} on {total} pictures are as in PyTorch', 'current')
+    unit, n_pictures = 'detections' if is_detector else 'numbers', sum(map(len, pictures))
+    print_log(f'{backend}: {compared} {unit} on {n_pictures} pictures are as in PyTorch', 'current')
     if not compared:
         print_log(
             f'{backend}: the model finds nothing on the pictures of the check, so the check compared '

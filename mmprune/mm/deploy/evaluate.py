@@ -173,9 +173,9 @@ def _pose_estimator(file: OnnxFile, model: nn.Module) -> nn.Module:
     """Puts the file in the place of backbone and head of the config's pose estimator, and returns the
     estimator."""
     head = getattr(model, 'head', None)
-    kind = head_kind(head)
+    head_type = head_kind(head)
     names = tuple(port.name for port in file.outputs)
-    if kind is None or names != OUTPUTS[kind]:
+    if head_type is None or names != OUTPUTS[head_type]:
         raise _other_model(file, model)
     codec, written = codec_of(head.decoder), file.metadata.get('codec')
     if codec != written:
@@ -187,7 +187,7 @@ def _pose_estimator(file: OnnxFile, model: nn.Module) -> nn.Module:
     def forward(images: Tensor) -> Any:
         outputs = file(images_for(file, model.data_preprocessor, images))
         tensors = tuple(torch.from_numpy(outputs[name]) for name in names)
-        return tensors if kind == 'simcc' or staged else tensors[0]
+        return tensors if head_type == 'simcc' or staged else tensors[0]
 
     head.forward = forward
     return model

@@ -43,8 +43,8 @@ OPSET = 18
 """The version of ONNX's operators that a file uses unless another one is requested."""
 
 STRIDE = 32
-"""The number of which open sides are multiples at least. Pyramids add maps of neighbouring levels,
-whose sizes only fit then."""
+"""Open sides are multiples of this number, so that the maps of neighbouring levels, which pyramids add,
+have fitting sizes."""
 
 KINDS = (
     'one-stage detectors with a dense head (RetinaNet, ATSS, FCOS, GFL, RTMDet, YOLOX, SSD and others '
@@ -54,6 +54,7 @@ KINDS = (
     'top-down pose estimators with heatmaps or SimCC',
     'classifiers (ImageClassifier)',
 )
+"""The kinds of models that can be exported with post-processing, for the error about other kinds."""
 
 
 def export(
@@ -306,9 +307,9 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def divisor_of(model: nn.Module, size: Sequence[int] | None) -> int:
-    """Returns the number of which the sides of an input are multiples. It is at least ``STRIDE`` if the
-    size is open (``None``), except for classifiers, which have no pyramid, and whose results padding
-    would change."""
+    """Returns the divisor of the sides of an input. It is at least ``STRIDE`` if the size is open
+    (``None``), except for classifiers, which have no pyramid, and whose results padding would
+    change."""
     divisor = getattr(model.data_preprocessor, 'pad_size_divisor', 1)
     return divisor if size or isinstance(model, ImageClassifier) else max(divisor, STRIDE)
 

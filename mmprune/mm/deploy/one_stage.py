@@ -203,7 +203,7 @@ def decoded(coder: object, priors: Tensor, offsets: Tensor, size: Size) -> Tenso
         PruneError: the class of the coder is not among ``CODERS``.
     """
     if type(coder) not in CODERS:
-        names = ', '.join(known.__name__ for known in CODERS)
+        names = ', '.join(coder_class.__name__ for coder_class in CODERS)
         raise PruneError(
             f'bbox_coder.type={type(coder).__name__}: boxes can be exported from {names}; take one of '
             'these, or export with --raw'

@@ -128,6 +128,7 @@ def translations() -> dict[Callable, Callable]:
         )
         return op.Clip(x, *bounds)
 
+    # Clip takes only scalar bounds, so tensors as bounds need Max and Min.
     def onnx_clamp_by_tensors(x, min=None, max=None):
         scalars = all(bound is None or not len(bound.shape) for bound in (min, max))
         low, high = (bound if bound is None else op.CastLike(bound, x) for bound in (min, max))

@@ -160,15 +160,15 @@ def traceable_rois(head: nn.Module) -> Iterator[None]:
 
 def pooled(layer: RoIAlign, features: Tensor, rois: Tensor) -> Tensor:
     """Computes mmcv's ``RoIAlign`` by the custom operator."""
-    out = torch.ops.mmprune.roi_align(
+    cells = torch.ops.mmprune.roi_align(
         features, rois, *layer.output_size, layer.spatial_scale, layer.sampling_ratio, layer.aligned
     )
     if layer.sampling_ratio > 0 or not layer.aligned:
-        return out
+        return cells
     # A RoI without an area has no samples. OpenVINO divides by the number of samples; PyTorch and
     # ONNX Runtime give zeros.
     empty = ((rois[:, 3:] - rois[:, 1:3]) <= 0).any(1)
-    return torch.where(empty[:, None, None, None], 0.0, out)
+    return torch.where(empty[:, None, None, None], 0.0, cells)
 
 
 def from_levels(
@@ -241,7 +241,7 @@ def _sampled_conv(
     """
     stride, padding, dilation, groups, parts = options
     n, channels, height, width = x.shape
-    out, _, rows, columns = weight.shape
+    out_channels, _, rows, columns = weight.shape
     h, w = offset.shape[-2:]
     taps = rows * columns
     offset = offset.reshape(n, parts, taps, 2, h, w)
@@ -260,7 +260,7 @@ def _sampled_conv(
     if mask is not None:
         values = values * mask.reshape(n, parts, 1, taps, h, w)
     values = values.reshape(n, channels * taps, h, w)
-    return F.conv2d(values, weight.reshape(out, -1, 1, 1), bias, groups=groups)
+    return F.conv2d(values, weight.reshape(out_channels, -1, 1, 1), bias, groups=groups)
 
 
 def _masked_conv(

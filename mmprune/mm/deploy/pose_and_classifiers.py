@@ -54,10 +54,10 @@ class PoseNetwork(nn.Module):
         self.input_size = (int(height), int(width))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        out = self.model.head.forward(self.model.extract_feat(images))
+        outputs = self.model.head.forward(self.model.extract_feat(images))
         if self.kind == 'simcc':
-            return out[0], out[1]
-        return out if isinstance(out, torch.Tensor) else out[-1]
+            return outputs[0], outputs[1]
+        return outputs if isinstance(outputs, torch.Tensor) else outputs[-1]
 
     def given_to_codec(self, images: torch.Tensor) -> Any:
         """Returns the tensors that the model's own ``predict`` decodes: heatmaps, or a pair of SimCC
@@ -87,15 +87,15 @@ def pose_network(model: nn.Module) -> PoseNetwork | None:
     from mmpose.models import TopdownPoseEstimator
 
     head = getattr(model, 'head', None)
-    kind = head_kind(head)
-    if not isinstance(model, TopdownPoseEstimator) or kind is None:
+    head_type = head_kind(head)
+    if not isinstance(model, TopdownPoseEstimator) or head_type is None:
         return None
     if getattr(head, 'decoder', None) is None:
         raise PruneError(
             f'head ({type(head).__name__}): has no decoder; add decoder=codec to model.head in the '
             'config'
         )
-    return PoseNetwork(model, kind).eval()
+    return PoseNetwork(model, head_type).eval()
 
 
 def head_kind(head: nn.Module | None) -> str | None:

@@ -24,7 +24,7 @@ def to_onnx(module: nn.Module, example: Tensor, free: dict[int, int], opset: int
         module: a module in evaluation mode that returns tensors. If it has ``output_names``, the
             graph's outputs get these names.
         example: (N, 3, H, W) images of the size to trace with.
-        free: {dimension of the images that stays open: number of which its sizes are multiples}.
+        free: {dimension of the images that stays open: divisor of its sizes}.
         opset: the version of ONNX's operators, one of ``OPSETS``.
 
     Returns:

@@ -197,23 +197,23 @@ def paired_bars(bars: Sequence[Bar], height: int = 110) -> Draw:
         bars: the layers from left to right.
         height: the height of the chart in pixels.
     """
-    most = max((bar.before for bar in bars), default=1) or 1
+    largest = max((bar.before for bar in bars), default=1) or 1
 
     def draw(width: int) -> str:
-        left, top, bottom = 13 + 7.2 * len(tick_text(most)), 10.0, height - 8.0
+        left, top, bottom = 13 + 7.2 * len(tick_text(largest)), 10.0, height - 8.0
         step = min(28.0, (width - left) / max(1, len(bars)))
         gap, right = min(3.0, step * 0.25), left + step * len(bars)
         parts = []
-        for value in (0, most / 2, most):
-            y = bottom - value / most * (bottom - top)
+        for value in (0, largest / 2, largest):
+            y = bottom - value / largest * (bottom - top)
             parts.append(tag('line', x1=left, x2=right, y1=y, y2=y, class_='grid'))
-            if value != most / 2:
+            if value != largest / 2:
                 parts.append(tag('text', tick_text(value), x=left - 9, y=y + 4, class_='tick end'))
         for index, bar in enumerate(bars):
             x = left + index * step
             content = [tag('title', f'{bar.name}: {bar.before:,.0f} to {bar.after:,.0f}')]
             for value, style in ((bar.before, 'was'), (bar.after, 'now')):
-                size = value / most * (bottom - top)
+                size = value / largest * (bottom - top)
                 content.append(
                     tag('rect', x=x, y=bottom - size, width=step - gap, height=size, class_=style)
                 )

@@ -38,11 +38,14 @@ def _print_block(block: Block, console: Console) -> None:
 
 
 def _rich_table(table: Table) -> RichTable:
-    out = RichTable(title=escape(table.caption), title_justify='left')
+    """Converts the first ``ROWS`` rows of a table."""
+    rich_table = RichTable(title=escape(table.caption), title_justify='left')
     for column in table.columns:
         is_number = column in table.numbers or column in table.wide
         justify = 'right' if is_number else 'left'
-        out.add_column(escape(column), justify=justify, no_wrap=is_number, overflow='fold')
+        rich_table.add_column(escape(column), justify=justify, no_wrap=is_number, overflow='fold')
     for row in table.rows[:ROWS]:
-        out.add_row(*(escape(cell.text if isinstance(cell, Cell) else str(cell)) for cell in row))
-    return out
+        rich_table.add_row(
+            *(escape(cell.text if isinstance(cell, Cell) else str(cell)) for cell in row)
+        )
+    return rich_table

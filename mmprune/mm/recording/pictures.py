@@ -259,6 +259,7 @@ def _draw_truth(image: np.ndarray, scale: float, truth: Instances) -> None:
 def _draw_boxes(
     image: np.ndarray, scale: float, predictions: Instances, meta: Mapping[str, Any]
 ) -> np.ndarray:
+    """Draws predicted boxes into an RGB image by mmdet's visualizer, and returns the result."""
     from mmdet.structures import DetDataSample
     from mmdet.visualization import DetLocalVisualizer
     from mmengine.structures import InstanceData
@@ -280,6 +281,7 @@ def _draw_boxes(
 def _draw_poses(
     image: np.ndarray, scale: float, predictions: Instances, meta: Mapping[str, Any]
 ) -> np.ndarray:
+    """Draws predicted keypoints into an RGB image by mmpose's visualizer, and returns the result."""
     from mmengine.structures import InstanceData
     from mmpose.structures import PoseDataSample
     from mmpose.visualization import PoseLocalVisualizer
@@ -298,7 +300,7 @@ def _visualized(visualizer: Any, image: np.ndarray, sample: Any, threshold: str)
     """Draws a sample into an RGB image, and returns the result. The visualizer writes it to a temporary
     file, since it would look for a visualization backend otherwise."""
     with tempfile.TemporaryDirectory() as folder:
-        out = str(Path(folder) / 'drawn.png')
-        options = {'draw_gt': False, 'out_file': out, threshold: THRESHOLD}
+        path = str(Path(folder) / 'drawn.png')
+        options = {'draw_gt': False, 'out_file': path, threshold: THRESHOLD}
         visualizer.add_datasample('drawn', np.ascontiguousarray(image), sample, **options)
-        return cv2.imread(out, cv2.IMREAD_COLOR)[..., ::-1]
+        return cv2.imread(path, cv2.IMREAD_COLOR)[..., ::-1]

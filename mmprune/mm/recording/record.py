@@ -23,7 +23,11 @@ from mmprune.mm.pages.numbers import score
 from mmprune.surgery.plan import Plan
 
 RECORD_FOLDER = 'prune_record'
+"""The folder in the work directory with the record and the copies of pictures."""
+
 RECORD_FILE = 'record.json'
+"""The name of the record in its folder."""
+
 FORMAT = 1
 """The version of the record's layout. Records of other versions cannot be read."""
 
@@ -98,10 +102,13 @@ def _loss_curve(runner: Runner) -> list[list[float]]:
     values = np.asarray(buffer.data[0] if buffer is not None else [], dtype=np.float64)
     if not values.size:
         return []
-    first = runner.message_hub.get_info('iter', 0) + 1 - values.size
+    first_iteration = runner.message_hub.get_info('iter', 0) + 1 - values.size
     ends = np.unique(np.linspace(0, values.size, min(values.size, POINTS) + 1).astype(int))
     means = [values[start:end].mean() for start, end in zip(ends[:-1], ends[1:], strict=True)]
-    return [[int(first + end), float(f'{mean:.5g}')] for end, mean in zip(ends[1:], means, strict=True)]
+    return [
+        [int(first_iteration + end), float(f'{mean:.5g}')]
+        for end, mean in zip(ends[1:], means, strict=True)
+    ]
 
 
 def _versions() -> dict[str, str]:
@@ -158,6 +165,7 @@ class Run:
 
     @property
     def metric_names(self) -> list[str]:
+        """The names of the metrics that the page shows, first those of the unpruned network."""
         unpruned, pruned = self.metrics
         names = {**unpruned, **pruned}
         return [name for name in names if report.is_headline(name) and name != 'iteration']
@@ -166,7 +174,9 @@ class Run:
     def main_metric(self) -> str | None:
         """The first metric of both networks, or else the first of either; ``None`` without any."""
         unpruned, pruned = self.metrics
-        of_both = [n for n in self.metric_names if score(unpruned.get(n)) and score(pruned.get(n))]
+        of_both = [
+            name for name in self.metric_names if score(unpruned.get(name)) and score(pruned.get(name))
+        ]
         return next(iter(of_both or self.metric_names), None)
 
     @property

@@ -23,6 +23,7 @@ FOOT = (
     'FLOPs are multiply-adds of one image. mmprune made this page; '
     '`python tools/report.py WORK_DIR` makes it again.'
 )
+"""The last line of the page."""
 
 Blocks = list[Block]
 """The blocks of a section, in order."""
@@ -476,12 +477,12 @@ def _by_class(metric: str, phases: dict[str, dict[str, float | None]]) -> Blocks
         return math.inf if difference is None else difference
 
     names = sorted(differences, key=order)
-    most = max([value for value in (*before.values(), *after.values()) if value] or [1])
+    largest = max([value for value in (*before.values(), *after.values()) if value] or [1])
     rows: list[Row] = []
     for name in names:
         old, new, difference = before.get(name), after.get(name), differences[name] or 0
         mark = 'fell' if difference < -FALL else 'rose' if difference > FALL else ''
-        bar = Cell('', share=(new or 0) / most, share_before=(old or 0) / most)
+        bar = Cell('', share=(new or 0) / largest, share_before=(old or 0) / largest)
         rows.append([name, Cell(change(old, new), mark=mark), bar, score(old), score(new)])
     blocks: Blocks = []
     fallen = [name for name in names if (differences[name] or 0) < -FALL]
