@@ -68,6 +68,7 @@ def sizes(shape: tuple[int, int], about: dict[str, Any]) -> list[tuple[int, int]
     if pad.get('size'):
         padded = tuple(map(max, padded, pad['size']))
     step, last_step = pad.get('divisor') or 1, about['pad_divisor']
+    # ``-(-a // b)`` divides and rounds up.
     padded = tuple(-(-side // step) * step for side in padded)
     input_size = tuple(-(-side // last_step) * last_step for side in padded)
     if fixed:

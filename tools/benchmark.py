@@ -362,7 +362,7 @@ def size_of(args: argparse.Namespace, cfg: Config, model: nn.Module) -> tuple[in
 
 def rounded(size: Sequence[int], divisor: int) -> tuple[int, ...]:
     """Rounds the sides up to multiples of ``divisor``."""
-    return tuple(-(-side // divisor) * divisor for side in size)
+    return tuple(-(-side // divisor) * divisor for side in size)  # ``-(-a // b)`` rounds up
 
 
 def exported(

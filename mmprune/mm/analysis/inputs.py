@@ -135,8 +135,8 @@ def labelled_batches(cfg: Config, count: int) -> list[Any]:
 
 
 def _with_labels(steps: list[Any], train_steps: list[Any]) -> list[Any]:
-    """Returns the transforms of a validation pipeline, with those of the training pipeline that make
-    labels."""
+    """Returns the transforms of a validation pipeline, and adds the transforms of the training pipeline
+    that make labels."""
     names = [type_name(step) for step in steps]
     loads = [step for step in steps if type_name(step).startswith('Load')]
     others = [step for step in steps if not type_name(step).startswith('Load')]

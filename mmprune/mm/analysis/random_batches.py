@@ -72,13 +72,13 @@ def detection_batch(config: Config, size: int = 96) -> dict[str, Any]:
             sem_seg_output_strides=map_stride,
         )
     for sample in batch['data_samples']:
-        sample.gt_instances.labels %= classes
+        sample.gt_instances.labels %= classes  # labels were drawn from at least two classes
         sample.proposals = demo_mm_proposals([(3, size, size)], 50)[0]
     return batch
 
 
 def _numbers(config: Any, key: str) -> list[int]:
-    """Collects all positive integers that a nested config has under ``key``."""
+    """Collects all positive integers that a nested config has under ``key``. ``True`` counts as one."""
     if isinstance(config, list | tuple):
         return [number for item in config for number in _numbers(item, key)]
     if not isinstance(config, dict):

@@ -194,7 +194,7 @@ def check_outputs(
             f"{where}: the model's own predict fails, so there is nothing to compare with ({error}); "
             'export it with --raw'
         ) from error
-    if difference([]):
+    if difference([]):  # the changed runs take time, so they are only made if results differ
         complaint = difference([reference(*changed) for changed in rounded_otherwise(network, inputs)])
         if complaint:
             raise PruneError(f'{where}{complaint}; nothing was written')
@@ -334,6 +334,7 @@ def picture_differs(want: Found, ours: Found, others: list[Found], side: float) 
     for row in rows:
         if row not in pairs and row not in unsteady:
             distance = distances(want, row, ours, side)
+            # -1: the file has no detection of this class
             nearest = int(distance.argmin()) if np.isfinite(distance).any() else -1
             hint = f'; the nearest is {described(ours, nearest)}' if nearest >= 0 else ''
             lines.append(f'{described(want, row)} is missing{hint}')
@@ -354,12 +355,12 @@ def matched(want: Found, got: Found, side: float, tolerance: float) -> Pairs:
     """Pairs each wanted detection with the nearest detection in ``got`` of the same class that has no
     partner yet, unless their distance exceeds the tolerance."""
     pairs: Pairs = {}
-    free = np.ones(len(got['scores']), dtype=bool)
+    has_no_partner = np.ones(len(got['scores']), dtype=bool)
     for row in range(len(want['scores'])):
-        distance = np.where(free, distances(want, row, got, side), np.inf)
-        nearest = int(distance.argmin()) if free.any() else -1
+        distance = np.where(has_no_partner, distances(want, row, got, side), np.inf)
+        nearest = int(distance.argmin()) if has_no_partner.any() else -1  # -1: all have partners
         if nearest >= 0 and distance[nearest] <= tolerance:
-            free[nearest] = False
+            has_no_partner[nearest] = False
             pairs[row] = nearest, float(distance[nearest])
     return pairs
 
@@ -381,7 +382,7 @@ def distances(want: Found, row: int, got: Found, side: float) -> np.ndarray:
 
 
 def rows_of(found: Found, rows: list[int]) -> Found:
-    """Selects some of the detections, without their masks."""
+    """Selects the detections in ``rows``, without their masks."""
     return {name: found[name][rows] for name in ('boxes', 'scores', 'labels')}
 
 

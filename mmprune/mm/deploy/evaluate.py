@@ -238,6 +238,7 @@ def images_for(file: OnnxFile, preprocessor: nn.Module, images: Tensor) -> np.nd
     metadata = file.metadata
     height, width = images.shape[-2:]
     divisor = metadata['pad_divisor']
+    # ``-(-a // b)`` divides and rounds up.
     size = metadata['input_size'] or [-(-side // divisor) * divisor for side in (height, width)]
     if height > size[0] or width > size[1]:
         raise PruneError(

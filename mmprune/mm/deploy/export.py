@@ -182,10 +182,11 @@ def load(config: str | Path | Config, checkpoint: str | Path, device: str = 'cpu
 
 
 def strip(config: str | Path | Config, checkpoint: str | Path, out: str | Path) -> Path:
-    """Writes a checkpoint without what only training needs: optimizer, EMA copy, log and scores.
+    """Writes a copy of a checkpoint without the parts that only training needs: the optimizer, the EMA
+    copy, the log and the scores.
 
-    The new file has the weights, the plan, and the names of classes or keypoints. It loads wherever the
-    checkpoint does, but no training can be resumed from it.
+    The copy has the weights, the plan, and the names of classes or keypoints. It can be loaded like the
+    checkpoint, but no training can be resumed from it.
 
     Args:
         config: the *unpruned* config that the checkpoint was trained with.

@@ -61,7 +61,7 @@ def describe(cfg: Mapping[str, Any] | None, size: Sequence[int] | None) -> dict[
     if size is not None and tuple(size) != image_size(cfg, only_fixed=True):
         keep_ratio = resize.get('keep_ratio', True) if resize else True
         interpolation = resize['interpolation'] if resize else 'bilinear'
-        scale = [size[1], size[0]]
+        scale = [size[1], size[0]]  # (width, height), as in a pipeline
         resize = {'scale': scale, 'keep_ratio': keep_ratio, 'interpolation': interpolation}
     return {'resize': resize, 'pad': pad}
 

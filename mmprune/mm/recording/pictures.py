@@ -47,6 +47,7 @@ def choose(dataset: Any, processes: int = 1) -> dict[str, Any]:
     """
     infos: list[Mapping[str, Any]] = []
     if hasattr(dataset, 'get_data_info') and len(dataset):
+        # The middles of ``COUNT`` equal parts of the data set.
         indices = np.linspace(0, len(dataset) - 1, 2 * COUNT + 1)[1::2].astype(int)
         infos = [dataset.get_data_info(int(index - index % processes)) for index in indices]
     truth = {str(info['img_path']): _annotated_boxes(info) for info in infos if info.get('img_path')}

@@ -206,6 +206,7 @@ class Run:
         measured = [fraction for fraction in fractions if fraction is not None]
         if measured:
             timings.append(Timing(self.runtime or 'eager', 'at the last cut', 1.0, measured[-1], ''))
+        # ``False`` comes before ``True``. If the budget names no runtime, the order stays as it is.
         return sorted(timings, key=lambda timing: timing.runtime != (self.runtime or timing.runtime))
 
     @property

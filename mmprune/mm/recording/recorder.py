@@ -277,7 +277,7 @@ def _coco_metric(args: tuple, kwargs: dict, result: Any, meta: dict) -> ClassMet
     values = {}
     for index, category in enumerate(evaluation.cocoGt.loadCats(params.catIds)):
         of_class = precision[:, :, index, 0, -1]
-        of_class = of_class[of_class > -1]
+        of_class = of_class[of_class > -1]  # -1 marks a class without objects
         values[str(category['name'])] = float(of_class.mean()) if of_class.size else None
     return {'metric': f'{params.iouType} AP', 'values': values}
 
