@@ -28,7 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 """The root of the repository."""
 
-sys.path.insert(0, str(ROOT))  # for tools.zoo
+sys.path.insert(0, str(ROOT))  # ``tools`` is not installed, so it is imported from here
 
 FAMILIES = ROOT / 'tools' / 'coverage.txt'
 """The file with the config of each family."""

@@ -102,10 +102,10 @@ def check_file(
     """Compares a file with the model that it was exported from.
 
     Args:
-        path: the file.
-        network: the exported network, around the model. Outputs of a ``RawNetwork`` are compared with
-            the network itself, all others with the model's ``predict``.
-        pictures: (N, H, W, 3) BGR uint8, for each size that is compared.
+        path: the path of the exported file.
+        network: the exported network, which wraps the model. If it is a ``RawNetwork``, the file is
+            compared with the network itself, otherwise with the model's ``predict``.
+        pictures: a batch (N, H, W, 3) BGR uint8 for each size that is compared.
         with_preprocess: whether the file takes pictures as they are, and normalises them itself.
         backend: the runtime that runs the file: ``'onnxruntime'`` or ``'openvino'``.
 

@@ -102,7 +102,7 @@ class ExportedDetector(BaseModel):
     """A detector that predicts with an exported file, and returns detections as mmdet's detectors do.
 
     Args:
-        file: the exported file.
+        file: the exported file, opened.
         detector: the detector of the config. Its ``data_preprocessor`` is used, its weights are not.
     """
 
@@ -225,7 +225,7 @@ def images_for(file: OnnxFile, preprocessor: nn.Module, images: Tensor) -> np.nd
     ``pad_divisor``. If the file normalises its images, their normalisation is undone.
 
     Args:
-        file: the exported file.
+        file: the exported file, whose metadata says which images it takes.
         preprocessor: the model's ``data_preprocessor``.
         images: (N, 3, H, W) prepared images.
 
@@ -262,7 +262,7 @@ def check_dataset(runner: Runner) -> None:
     """Compares the names of classes or keypoints in the file with those of the runner's test set.
 
     Raises:
-        PruneError: they differ.
+        PruneError: the names differ.
     """
     file = next(module.file for module in runner.model.modules() if hasattr(module, 'file'))
     meta = runner.test_loop.dataloader.dataset.metainfo

@@ -243,7 +243,7 @@ class Graph(nn.Module):
     """The module that is traced: a network, perhaps preceded by preprocessing.
 
     Args:
-        network: the network.
+        network: the network around the model, as :func:`network_of` makes it, or a ``RawNetwork``.
         preprocessor: the model's ``data_preprocessor``, whose channel order and normalization the graph
             applies to the images; ``None`` if the images are already prepared.
     """

@@ -70,7 +70,7 @@ class DenseNetwork(nn.Module):
     """Maps images (N, 3, H, W) to ``dets`` (N, K, 5), boxes with scores, and ``labels`` (N, K).
 
     Args:
-        model: the detector.
+        model: the one-stage detector, as mmdet built it.
         decode: the function that makes candidates from the head, the outputs of the head and the size
             of the images.
     """

@@ -197,10 +197,10 @@ def proposals(
     """Computes the ``max_per_img`` best boxes of an RPN.
 
     Args:
-        rpn: the RPN head.
+        rpn: the RPN head of the detector.
         outs: the outputs of the RPN: its logits and its offsets, each as a list of levels.
         size: height and width of the images.
-        nms: how boxes of one level suppress each other.
+        nms: the settings by which boxes of one level suppress each other.
     """
     cfg, (cls_scores, bbox_preds) = rpn.test_cfg, outs
     levels = []

@@ -126,11 +126,11 @@ def _versions() -> dict[str, str]:
 
 
 class Timing(NamedTuple):
-    """How long both networks take for inference.
+    """The inference times of both networks, measured in one way.
 
     Args:
-        runtime: the runtime that ran them, such as ``'onnxruntime'``.
-        how: how they were timed, in a few words.
+        runtime: the runtime that ran both networks, such as ``'onnxruntime'``.
+        how: the way in which they were timed, in a few words.
         before: the time of the unpruned network.
         after: the time of the pruned network.
         unit: the unit of both times; empty if they are fractions of the unpruned network's time.
