@@ -219,7 +219,11 @@ def _sensitivities(
     notes: list[str],
 ) -> dict[str, Any]:
     """Makes the ``sensitivity`` entry of the analysis: how much worse the model becomes if a part of
-    one group is masked, for each group and fraction."""
+    one group is masked, for each group and fraction. Remarks for the user are appended to ``notes``.
+
+    Raises:
+        PruneError: the loss does not measure how good a network is, or the metric cannot be computed.
+    """
     graph = analysis.graph
     say(f'Scoring by {score.name}, on {_counted(batches)} of training data')
     with bar('Scoring', len(batches)) as tell:
@@ -283,7 +287,8 @@ def _loss(
     cfg: Config, model: nn.Module, train_batches: list[Any], options: Options, notes: list[str]
 ) -> tuple[Evaluate, str]:
     """Returns a function that computes the mean loss on validation data, or on training data if
-    validation data has no targets, and a description of this loss in words."""
+    validation data has no targets, and a description of this loss in words. In the second case, the
+    reason is appended to ``notes``."""
     try:
         batches = inputs.labelled_batches(cfg, options.batches)
         seeded(model, mean_loss(batches[:1]))

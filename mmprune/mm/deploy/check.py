@@ -313,12 +313,13 @@ def picture_differs(want: Found, ours: Found, others: list[Found], side: float) 
     changed run lacks are excused. Then, detections that only the file has are excused if they are among
     those that only a changed run has.
     """
-    moved = [
+    run_distances = [
         distance
         for other in others
         for _, distance in matched(want, other, side, MOST / SLACK).values()
     ]
-    tolerance = max(TOLERANCE, SLACK * float(np.quantile(moved or [0.0], 0.9)))
+    # The quantile ignores single detections that moved far.
+    tolerance = max(TOLERANCE, SLACK * float(np.quantile(run_distances or [0.0], 0.9)))
     pairs, rows = matched(want, ours, side, tolerance), range(len(want['scores']))
     pairs_of_runs = [matched(want, other, side, tolerance) for other in others]
     unsteady = {row for row in rows if any(row not in pairs_of_run for pairs_of_run in pairs_of_runs)}

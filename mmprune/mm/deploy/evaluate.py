@@ -146,9 +146,8 @@ class ExportedDetector(BaseModel):
             # The file does not know the size of the picture, so it clipped to the padded image.
             height, width = meta['img_shape'][:2]
             boxes = torch.minimum(boxes, boxes.new_tensor([width, height, width, height]))
-            is_detection &= (boxes[:, 2:] > boxes[:, :2]).all(
-                -1
-            )  # mmdet drops boxes in the padding, too
+            # A box in the padding has no area then. mmdet drops such boxes, too.
+            is_detection &= (boxes[:, 2:] > boxes[:, :2]).all(-1)
         boxes = boxes[is_detection] / boxes.new_tensor(meta['scale_factor']).repeat(2)
         instances = InstanceData(
             bboxes=boxes, scores=scores[is_detection, 0], labels=values['labels'][is_detection]
@@ -283,7 +282,7 @@ def _check_preparation(file: OnnxFile, preprocessor: nn.Module) -> None:
         if isinstance(value, list) and isinstance(written, list) and len(value) == len(written):
             is_same = np.allclose(
                 written, value, rtol=1e-5, atol=0
-            )  # one side may be rounded to float32
+            )  # one of the two may be rounded to float32
         if not is_same:
             raise _other_config(file, name, written, value)
 
