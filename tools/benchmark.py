@@ -211,9 +211,8 @@ def _peak_memory(job: Job) -> int:
     # Other C libraries have no ``malloc_trim``.
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
-    Path('/proc/self/clear_refs').write_text(
-        '5'
-    )  # resets ``VmHWM``, the peak, which loading has raised
+    # Resets ``VmHWM``, the peak, which loading has raised.
+    Path('/proc/self/clear_refs').write_text('5')
     for _ in range(WARM_UP):
         run()
     return _memory('VmHWM') - before

@@ -280,9 +280,8 @@ def _check_preparation(file: OnnxFile, preprocessor: nn.Module) -> None:
         written = file.metadata.get(name)
         is_same = written == value
         if isinstance(value, list) and isinstance(written, list) and len(value) == len(written):
-            is_same = np.allclose(
-                written, value, rtol=1e-5, atol=0
-            )  # one of the two may be rounded to float32
+            # One of the two may be rounded to float32.
+            is_same = np.allclose(written, value, rtol=1e-5, atol=0)
         if not is_same:
             raise _other_config(file, name, written, value)
 

@@ -80,9 +80,8 @@ def pose_network(model: nn.Module) -> PoseNetwork | None:
     Raises:
         PruneError: the head has no decoder, so nothing defines how its outputs become keypoints.
     """
-    if (
-        'mmpose.models' not in sys.modules
-    ):  # without an import of mmpose, the model cannot be one of its models
+    # If mmpose was not imported, the model cannot be one of its models.
+    if 'mmpose.models' not in sys.modules:
         return None
     from mmpose.models import TopdownPoseEstimator
 

@@ -112,7 +112,7 @@ def _loss_curve(runner: Runner) -> list[list[float]]:
 
 
 def _versions() -> dict[str, str]:
-    """Returns the versions of the packages that influence a run, of those that are installed."""
+    """Returns the versions of packages that influence a run, if they are installed."""
     versions = {'mmprune': __version__, 'python': platform.python_version()}
     for name in ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmpose', 'numpy'):
         try:

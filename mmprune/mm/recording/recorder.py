@@ -61,7 +61,7 @@ class Recorder:
         evaluator.evaluate = evaluate_and_note
 
     def start_validation(self, runner: Runner) -> None:
-        """Forgets the notes of the last validation, and chooses pictures before the first one."""
+        """Discards the notes of the last validation. Before the first one, it also chooses pictures."""
         self._predictions, self._truth, self._class_metrics = {}, {}, []
         if self.state.record.get('pictures') is None and is_main_process():
             with optional(runner.logger, 'No pictures for the report could be chosen'):
@@ -181,9 +181,8 @@ def summary_of_scores(
         ``unscored``: the number of units without a score; ``parts``: {part: [units, removed units]}.
     """
     costs = {cost_against(score.per, target) for target in budget.targets} & set(cost.BY_NAME)
-    per = (
-        costs.pop() if len(costs) == 1 else 'none'
-    )  # time is not a sum over units, so it has no share of a unit
+    # ``BY_NAME`` lacks time, which is not a sum over units, so a unit has no share of it.
+    per = costs.pop() if len(costs) == 1 else 'none'
     values = np.array(scores, dtype=np.float64)
     if per != 'none':
         share = cost.BY_NAME[per](graph).unit_gradient(np.ones(graph.n_units, dtype=bool))
