@@ -2,8 +2,8 @@
 
     python examples/digits.py [--epochs 12] [--out digits.pth]
 
-Trains a small network, removes channels while it trains until half of its FLOPs are left, saves it,
-and builds the pruned network again from the checkpoint alone.
+Trains a small network, and removes channels during the training until half of its FLOPs remain. Then
+saves the network, and builds the pruned network again from nothing but the checkpoint.
 """
 
 import argparse
@@ -45,10 +45,11 @@ def to_loss_fn(model, batch):
 
 @torch.no_grad()
 def accuracy(model, data):
+    """The fraction of correctly classified images, in evaluation mode."""
     model.eval()
-    right = (model(data[0]).argmax(1) == data[1]).float().mean().item()
+    share = (model(data[0]).argmax(1) == data[1]).float().mean().item()
     model.train()
-    return right
+    return share
 
 
 def main(arguments=None):
@@ -71,12 +72,12 @@ def main(arguments=None):
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.epochs)
     pruner = mmprune.Pruner(model, keep_flops=options.keep_flops, min_channels=4, divisor=1)
 
-    it = 0
+    iteration = 0
     for epoch in range(options.epochs):
         for rows in torch.randperm(len(train[0])).split(64):
             batch = train[0][rows], train[1][rows]
-            it += 1
-            if epoch >= 2 and it % options.prune_freq == 0:
+            iteration += 1
+            if epoch >= 2 and iteration % options.prune_freq == 0:
                 removed = pruner.rebuild_model(batch, to_loss_fn, optimizer, options.prune_num)
                 if removed.units:
                     print(f'epoch {epoch + 1}: {removed}')

@@ -1,11 +1,12 @@
-"""Draws the keypoints that an exported pose estimator finds, with numpy, OpenCV and ONNX Runtime alone.
+"""Draws the keypoints that an exported pose estimator finds, with numpy, OpenCV and ONNX Runtime only.
 
     python tools/export.py CONFIG CHECKPOINT --out model.onnx
     python examples/onnx_pose.py model.onnx picture.jpg --box 40 20 120 230 --out drawn.jpg
 
-Neither PyTorch nor mmprune is imported: copy this file to where the model is used. The model file says
-how a person is cut out of the picture, and how its outputs are decoded. The picture is not flipped: if
-the config has ``flip_test=True``, mmpose averages over a flipped copy too and differs slightly.
+Neither PyTorch nor mmprune is imported, so this file can be copied to where the model is used. The
+metadata of the model file describes how a person is cut out of the picture, and how the outputs are
+decoded. The picture is not flipped. If the config has ``flip_test=True``, mmpose averages over a
+flipped copy, too, so its results differ slightly.
 """
 
 import argparse
@@ -19,10 +20,10 @@ import onnxruntime
 
 
 def load(path: str) -> tuple[onnxruntime.InferenceSession, dict[str, Any]]:
-    """The model, ready to run, and what ``tools/export.py`` wrote into it."""
+    """Opens a model file, and reads the metadata that ``tools/export.py`` wrote into it."""
     try:
         session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
-    except Exception as error:  # no such file, no model: its exceptions have no common base
+    except Exception as error:  # the exceptions of ONNX Runtime have no common base
         sys.exit(f'{path}: can not be loaded: {error}')
     metadata = session.get_modelmeta().custom_metadata_map
     if 'mmprune' not in metadata:
@@ -40,8 +41,8 @@ def load(path: str) -> tuple[onnxruntime.InferenceSession, dict[str, Any]]:
 
 
 def region(box: np.ndarray, about: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Centre (x, y) and size (width, height) of the region that is cut out for a box (x1, y1, x2, y2),
-    in pixels of the picture: the box is enlarged, and gets the ratio of the model's input."""
+    """Computes centre (x, y) and size (width, height) of the region that is cut out for a box (x1, y1,
+    x2, y2), in pixels of the picture: the box is enlarged, and gets the ratio of the model's input."""
     x1, y1, x2, y2 = box
     height, width = about['input_size']
     size = np.array([x2 - x1, y2 - y1], np.float32) * about['crop']['padding']
@@ -50,11 +51,11 @@ def region(box: np.ndarray, about: dict[str, Any]) -> tuple[np.ndarray, np.ndarr
 
 
 def prepare(picture: np.ndarray, box: np.ndarray, about: dict[str, Any]) -> np.ndarray:
-    """The model's input (1, 3, H, W) for one box (x1, y1, x2, y2) of a BGR picture (h, w, 3)."""
+    """Makes the model's input (1, 3, H, W) from one box (x1, y1, x2, y2) of a BGR picture (h, w, 3)."""
     height, width = about['input_size']
     centre, size = region(box, about)
     target = np.array([width, height], np.float32)
-    if about['crop']['use_udp']:  # distances between centres of pixels, not between their borders
+    if about['crop']['use_udp']:  # UDP measures sizes between the centres of the outermost pixels
         factor, middle = (target - 1) / size, (target - 1) / 2
     else:
         factor, middle = target / size, target / 2
@@ -74,8 +75,8 @@ def prepare(picture: np.ndarray, box: np.ndarray, about: dict[str, Any]) -> np.n
 
 
 def decoder_of(codec: dict[str, Any]) -> Any:
-    """The function that decodes the outputs of one box: {name: (K, ...)} to points (K, 2) in fractions
-    of the model's input, and scores (K,)."""
+    """Returns the function that decodes the outputs of one box. It turns {name: (K, ...)} into points
+    (K, 2) as fractions of the model's input, and scores (K,)."""
     kind = codec['type']
     if kind == 'SimCCLabel' and not codec.get('use_dark'):
         return from_simcc
@@ -89,6 +90,7 @@ def decoder_of(codec: dict[str, Any]) -> Any:
 
 
 def from_simcc(found: dict[str, np.ndarray], about: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Decodes SimCC vectors: x and y of a keypoint are the positions of their maxima."""
     xs, ys = found['simcc_x'], found['simcc_y']
     scores = np.minimum(xs.max(1), ys.max(1))
     points = np.stack([xs.argmax(1), ys.argmax(1)], 1).astype(np.float32)
@@ -98,7 +100,8 @@ def from_simcc(found: dict[str, np.ndarray], about: dict[str, Any]) -> tuple[np.
 
 
 def best_places(heatmaps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The places (K, 2) of the maxima of heatmaps (K, h, w), as x and y, and the maxima (K,)."""
+    """Returns the positions (K, 2) of the maxima of heatmaps (K, h, w), as x and y, and the maxima
+    (K,). A keypoint without a positive value gets the position -1, -1."""
     flat = heatmaps.reshape(len(heatmaps), -1)
     rows, columns = np.unravel_index(flat.argmax(1), heatmaps.shape[1:])
     scores = flat.max(1)
@@ -108,7 +111,8 @@ def best_places(heatmaps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def from_heatmaps(found: dict[str, np.ndarray], about: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """The place of the maximum, moved by a quarter of a pixel towards the higher of its neighbours."""
+    """Decodes heatmaps: each maximum is moved by a quarter of a pixel towards the higher of its
+    neighbours."""
     heatmaps = found['heatmaps']
     height, width = heatmaps.shape[1:]
     points, scores = best_places(heatmaps)
@@ -124,7 +128,8 @@ def from_heatmaps(found: dict[str, np.ndarray], about: dict[str, Any]) -> tuple[
 def from_udp_heatmaps(
     found: dict[str, np.ndarray], about: dict[str, Any]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The maximum of a parabola through the logarithm of the blurred heatmap (UDP, CVPR 2020)."""
+    """Decodes heatmaps by the maximum of a parabola through the logarithm of the blurred heatmap (UDP,
+    CVPR 2020)."""
     heatmaps, kernel = found['heatmaps'], about['codec']['blur_kernel_size']
     height, width = heatmaps.shape[1:]
     points, scores = best_places(heatmaps)
@@ -136,28 +141,29 @@ def from_udp_heatmaps(
         log = np.pad(np.log(np.clip(blurred, 1e-3, 50)), 1, mode='edge')
         x, y = point.astype(int) + 1
         near = log[max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2]
-        if near.shape != (3, 3):  # without a maximum above zero there is nothing to refine
+        if near.shape != (3, 3):  # a keypoint without a positive value lies outside of the map
             continue
-        slope = np.array([near[1, 2] - near[1, 0], near[2, 1] - near[0, 1]]) / 2
-        across = near[2, 2] - near[1, 2] - near[2, 1] + 2 * near[1, 1]
-        across = (across - near[1, 0] - near[0, 1] + near[0, 0]) / 2
-        curve = np.array([
-            [near[1, 2] - 2 * near[1, 1] + near[1, 0], across],
-            [across, near[2, 1] - 2 * near[1, 1] + near[0, 1]],
+        # A step of Newton's method from the maximum, with gradient and Hessian from differences.
+        gradient = np.array([near[1, 2] - near[1, 0], near[2, 1] - near[0, 1]]) / 2
+        mixed = near[2, 2] - near[1, 2] - near[2, 1] + 2 * near[1, 1]
+        mixed = (mixed - near[1, 0] - near[0, 1] + near[0, 0]) / 2
+        hessian = np.array([
+            [near[1, 2] - 2 * near[1, 1] + near[1, 0], mixed],
+            [mixed, near[2, 1] - 2 * near[1, 1] + near[0, 1]],
         ])  # fmt: skip
-        point -= np.linalg.inv(curve + np.finfo(np.float32).eps * np.eye(2)) @ slope
+        point -= np.linalg.inv(hessian + np.finfo(np.float32).eps * np.eye(2)) @ gradient
     return points / [width - 1, height - 1], scores
 
 
 def detect(
     session: onnxruntime.InferenceSession, about: dict[str, Any], picture: np.ndarray, box: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The keypoints of the person in a box (x1, y1, x2, y2): points (K, 2) as x and y in pixels of the
-    picture, and scores (K,)."""
+    """Finds the keypoints of the person in a box (x1, y1, x2, y2). Returns points (K, 2) as x and y in
+    pixels of the picture, and scores (K,)."""
     names = [output.name for output in session.get_outputs()]
-    values = session.run(names, {session.get_inputs()[0].name: prepare(picture, box, about)})
-    found = {name: value[0] for name, value in zip(names, values, strict=True)}
-    points, scores = decoder_of(about['codec'])(found, about)
+    batches = session.run(names, {session.get_inputs()[0].name: prepare(picture, box, about)})
+    outputs = {name: value[0] for name, value in zip(names, batches, strict=True)}
+    points, scores = decoder_of(about['codec'])(outputs, about)
     centre, size = region(box, about)
     return points * size + centre - size / 2, scores
 
@@ -166,7 +172,7 @@ def detect(
 
 
 def draw(picture: np.ndarray, points: np.ndarray, scores: np.ndarray, least: float) -> np.ndarray:
-    """A copy of the picture with a dot for each keypoint whose score is at least ``least``."""
+    """Returns a copy of the picture with a dot for each keypoint whose score is at least ``least``."""
     drawn = picture.copy()
     for index, (x, y) in enumerate(points):
         if scores[index] >= least:

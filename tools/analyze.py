@@ -1,4 +1,5 @@
-"""Shows what the model of a config costs, what can be cut of it, how far, and what hurts.
+"""Shows the costs of a config's model, its locks, its lowest budgets, and the sensitivity of its
+groups.
 
     python tools/analyze.py CONFIG [CHECKPOINT] [--data train|random] [--out DIR]
         [--metric NAME] [--batches N] [--fractions F ...] [--static] [--no-times]
@@ -46,14 +47,14 @@ def parse_args() -> argparse.Namespace:
 
 
 def positive(text: str) -> int:
-    """An argparse type: an integer of at least 1."""
+    """Parses an integer of at least 1, as an argparse type."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f'{text} must be an integer >= 1')
     return int(text)
 
 
 def fraction(text: str) -> float:
-    """An argparse type: a fraction between 0 and 1."""
+    """Parses a fraction between 0 and 1, as an argparse type."""
     try:
         value = float(text)
     except ValueError:
@@ -64,7 +65,8 @@ def fraction(text: str) -> float:
 
 
 def removed(text: str) -> None:
-    """An argparse type: an option that was for the suggestion of a budget."""
+    """Refuses ``--tolerance``, as an argparse type. The option belonged to the suggestion of a
+    budget."""
     raise argparse.ArgumentTypeError(
         'the option was removed, since no budget is suggested any more: choose keep_flops by the '
         'sensitivities'
@@ -86,7 +88,7 @@ def main() -> None:
     )
     content = run.analyze_config(cfg, args.checkpoint, options, say=Console(stderr=True).print)
     console = Console()
-    console.width = max(console.width, 110)  # 80 if the output is no terminal
+    console.width = max(console.width, 110)  # rich assumes 80 if the output is not a terminal
     print_page(analysis_page.page_of(content), console)
     paths = run.write(content, folder), analysis_page.write(content, folder)
     console.print(f'Wrote {" and ".join(map(str, paths))}', soft_wrap=True, highlight=False)

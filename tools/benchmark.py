@@ -1,14 +1,14 @@
-"""How much faster, and smaller in memory, a pruned model is than its unpruned one, on this machine.
+"""Measures the time and the memory of a pruned model and of its unpruned one on this machine.
 
     python tools/benchmark.py CONFIG CHECKPOINT [--size HEIGHT WIDTH] [--batch 1 8] [--threads 1]
         [--modes eager channels_last compile onnxruntime openvino] [--json FILE]
 
-Whole networks with post-processing run in single precision, both in turns: in PyTorch (eager,
-channels_last, compiled), and as exported files in ONNX Runtime and OpenVINO. If there is a CUDA
-device, they also run there.
+Whole networks with post-processing run in single precision. Both networks take turns: in PyTorch
+(eager, channels_last, compiled), and as exported files in ONNX Runtime and OpenVINO. If there is a CUDA
+device, they also run on that device.
 
-Both networks do the same work. The unpruned one has the pruned one's weights, with zeros in the place
-of the removed channels, so that both find the same and post-processing costs both the same.
+The unpruned network gets the weights of the pruned one, with zeros in place of the removed channels. So
+both networks find the same objects, and their post-processing takes the same time.
 """
 
 import argparse
@@ -50,25 +50,32 @@ from mmprune.surgery.fusion import fuse
 from mmprune.surgery.plan import Plan, plan_of
 
 MODES = ('eager', 'channels_last', 'compile', *BACKENDS)
+"""The ways to run a network on the CPU."""
+
 CUDA_MODES = ('cuda eager', 'cuda channels_last', 'cuda compile')
+"""The ways to run a network on a CUDA device."""
+
 VERSIONS = ('unpruned', 'pruned')
+"""The two networks that are compared."""
+
 WARM_UP = 3
+"""The number of runs of each network before its runs are measured."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One network that is run in one way.
+    """One network, and one way to run it.
 
     Args:
-        config: the unpruned config.
-        checkpoint: the pruned checkpoint.
+        config: the config of the unpruned model.
+        checkpoint: the path of the checkpoint of the pruned model.
         size: height and width of the images.
         batch: the number of images of one run.
         threads: the number of threads of one run.
-        raw: leave post-processing out.
+        raw: whether post-processing is left out.
         mode: one of ``MODES`` or ``CUDA_MODES``.
         version: ``'unpruned'`` or ``'pruned'``.
-        files: the exported file of each version, for the modes that run files.
+        files: {version: exported file}, for the modes that run files; ``None`` for other modes.
     """
 
     config: Config
@@ -86,7 +93,7 @@ class Job:
 
 
 def load(job: Job) -> nn.Module:
-    """The model of the job's checkpoint, pruned or as wide as it was before."""
+    """Loads the model of the job's checkpoint, pruned or with its unpruned widths."""
     pruned = load_pruned(job.config, job.checkpoint)
     if job.version == 'pruned':
         return pruned
@@ -102,33 +109,37 @@ def widen(original: nn.Module, pruned: nn.Module, plan: Plan) -> None:
     narrow = dict(named_state(pruned))
     with torch.no_grad():
         for name, tensor in named_state(original):
-            kept = plan.keep.get(name, {})
-            places = [torch.tensor(kept.get(d, range(size))) for d, size in enumerate(tensor.shape)]
+            kept_by_dim = plan.keep.get(name, {})
+            indices = [
+                torch.tensor(kept_by_dim.get(dim, range(size))) for dim, size in enumerate(tensor.shape)
+            ]
             tensor.zero_()
-            if places:
-                tensor[torch.meshgrid(*places, indexing='ij')] = narrow[name]
+            if indices:
+                tensor[torch.meshgrid(*indices, indexing='ij')] = narrow[name]
             else:
                 tensor.copy_(narrow[name])
 
 
 def timed_network(model: nn.Module, raw: bool) -> nn.Module:
-    """The network that an exported file has in it."""
+    """Returns the network that an exported file contains, with post-processing unless ``raw`` is
+    set."""
     return (RawNetwork(model) if raw else network_of(model)).eval()
 
 
 def folded(model: nn.Module) -> nn.Module:
-    """The model, changed in place: batch norms are folded into convolutions, as every runtime does."""
-    with contextlib.suppress(PruneError):  # there may be none
+    """Folds batch norms into convolutions, as every runtime does, and returns the model, which is
+    changed in place."""
+    with contextlib.suppress(PruneError):  # the model may have no batch norm to fold
         fuse(model)
     return model
 
 
-# -- one way of running it ------------------------------------------------------------------------
+# -- measuring one way to run a network -----------------------------------------------------------
 
 
 def ready(job: Job, model: nn.Module | None = None) -> Callable[[], Any]:
-    """A function that runs the job's batch once, and returns when the run is done. ``model`` is the
-    job's model if it is loaded already."""
+    """Returns a function that runs the job's batch once, and that returns when the run is done.
+    ``model`` is the job's model, or ``None`` to load it. A given model is copied."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(job.batch, 3, *job.size, generator=generator)
     if job.mode in BACKENDS:
@@ -136,45 +147,50 @@ def ready(job: Job, model: nn.Module | None = None) -> Callable[[], Any]:
         return lambda: file(batch)
     torch.set_num_threads(job.threads)
     network = timed_network(folded(load(job) if model is None else copied(model)), job.raw)
-    device, kind = ('cuda', job.mode.removeprefix('cuda ')) if 'cuda' in job.mode else ('cpu', job.mode)
+    device, variant = (
+        ('cuda', job.mode.removeprefix('cuda ')) if 'cuda' in job.mode else ('cpu', job.mode)
+    )
     network, images = network.to(device), images.to(device)
-    if kind == 'channels_last':
+    if variant == 'channels_last':
         network = network.to(memory_format=torch.channels_last)
         images = images.contiguous(memory_format=torch.channels_last)
-    if kind == 'compile':
+    if variant == 'compile':
         network = torch.compile(network, dynamic=False)
     return lambda: _run(network, images)
 
 
 @torch.inference_mode()
 def _run(network: nn.Module, images: Tensor) -> Any:
-    out = network(images)
+    """Runs the network, and waits until a CUDA device has finished."""
+    outputs = network(images)
     if images.is_cuda:
         torch.cuda.synchronize()
-    return out
+    return outputs
 
 
 def in_turns(runs: Sequence[Callable[[], Any]], rounds: int) -> np.ndarray:
-    """Milliseconds of each run, (rounds, number of runs). Every second round has the reverse order."""
+    """Times runs in turns. Returns milliseconds (rounds, number of runs). Every second round has the
+    reverse order."""
     for run in list(runs) * WARM_UP:
         run()
     times = np.empty((rounds, len(runs)))
-    for number in range(rounds):
-        order = range(len(runs)) if number % 2 else reversed(range(len(runs)))
+    for round_index in range(rounds):
+        order = range(len(runs)) if round_index % 2 else reversed(range(len(runs)))
         for column in order:
             start = time.perf_counter()
             runs[column]()
-            times[number, column] = (time.perf_counter() - start) * 1000
+            times[round_index, column] = (time.perf_counter() - start) * 1000
     return times
 
 
 def peak_memory(job: Job) -> int | None:
-    """The bytes that weights and runs add at their peak to a process that does nothing else; for CUDA
-    to the device. ``None`` if they cannot be measured: outside Linux, and for compiled networks, whose
-    compiler takes more memory than they do."""
+    """Measures how many bytes weights and runs add at their peak to a process that does nothing else;
+    for CUDA, to the device. Returns ``None`` if that cannot be measured: outside Linux, and for
+    compiled networks, whose compiler takes more memory than they do."""
     if 'compile' in job.mode or not Path('/proc/self/clear_refs').exists():
         return None
-    # A server process has all imports and never had a model, so that its children start alike.
+    # Each measurement runs in a child of a server process. The server has imported everything, but has
+    # never loaded a model, so the memory of all its children is the same at the start.
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['mmprune.mm.deploy.export'])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
@@ -182,6 +198,7 @@ def peak_memory(job: Job) -> int | None:
 
 
 def _peak_memory(job: Job) -> int:
+    """Measures the peak memory of a job in this process, which must not have loaded a model before."""
     if 'cuda' in job.mode:
         run = ready(job)
         torch.cuda.reset_peak_memory_stats()
@@ -190,24 +207,27 @@ def _peak_memory(job: Job) -> int:
     before = _memory('VmRSS')
     run = ready(job)
     gc.collect()
-    with contextlib.suppress(AttributeError):  # glibc keeps what loading took, and runs would use it
+    # glibc keeps memory that loading has freed. Runs would use it, and the peak would not show them.
+    # Other C libraries have no ``malloc_trim``.
+    with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
-    Path('/proc/self/clear_refs').write_text('5')  # resets the peak, which loading has raised
+    # Resets ``VmHWM``, the peak, which loading has raised.
+    Path('/proc/self/clear_refs').write_text('5')
     for _ in range(WARM_UP):
         run()
     return _memory('VmHWM') - before
 
 
 def _memory(name: str) -> int:
-    """A line of this process's status in bytes."""
+    """Reads a line of this process's status, such as ``VmRSS``, in bytes."""
     lines = Path('/proc/self/status').read_text().splitlines()
     return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
 
 
 def measure(job: Job, models: dict[str, nn.Module], rounds: int, flops_ratio: float) -> dict[str, Any]:
-    """The row of one mode and batch: times in ms, peaks in bytes, how many times faster the pruned
-    network is, and that as a share of the factor by which its FLOPs are fewer. If ``torch.compile``
-    fails, the row has ``failure`` instead."""
+    """Measures one mode and batch. The row has times in ms, peaks in bytes, how many times faster the
+    pruned network is, and this factor divided by the factor by which its FLOPs are fewer. If
+    ``torch.compile`` fails, the row has ``failure`` instead."""
     jobs = [replace(job, version=version) for version in VERSIONS]
     row: dict[str, Any] = {'mode': job.mode, 'batch': job.batch}
     try:
@@ -227,7 +247,8 @@ def measure(job: Job, models: dict[str, nn.Module], rounds: int, flops_ratio: fl
             'p95_ms': float(np.percentile(times[:, column], 95)),
             'peak_bytes': peak_memory(job),
         }
-    # The median of the rounds' ratios: other work on the machine slows both runs of a round.
+    # The ratio is the median over rounds of the ratio in a round, since other work on the machine slows
+    # both runs of a round.
     row['time_ratio'] = float(np.median(times[:, 0] / times[:, 1]))
     row['of_flops_ratio'] = row['time_ratio'] / flops_ratio
     return row
@@ -256,7 +277,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def positive(text: str) -> int:
-    """An argparse type: an integer of at least 1."""
+    """Parses an integer of at least 1, as an argparse type."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f'{text} must be an integer >= 1')
     return int(text)
@@ -288,7 +309,7 @@ def main() -> None:
             report['rows'].append(row)
             show(f'{step}: {outcome(row)}')
     console = Console()
-    console.width = max(console.width, 100)  # without a terminal it would be 80
+    console.width = max(console.width, 100)  # rich assumes 80 if the output is not a terminal
     console.print(table(report))
     for row in report['rows']:
         if 'failure' in row:
@@ -303,7 +324,7 @@ def show(text: str) -> None:
 
 
 def outcome(row: dict[str, Any]) -> str:
-    """A row as a line of progress."""
+    """Formats a row as a line of progress."""
     if 'failure' in row:
         return f'fails: {row["failure"]}'
     medians = ' to '.join(f'{row[version]["median_ms"]:.1f}' for version in VERSIONS)
@@ -311,18 +332,19 @@ def outcome(row: dict[str, Any]) -> str:
 
 
 def size_of(args: argparse.Namespace, cfg: Config, model: nn.Module) -> tuple[int, int]:
-    """(height, width) of the images: ``--size``, or the size of the files, or that of the test
+    """Returns (height, width) of the images: ``--size``, or the size of the files, or that of the test
     pipeline. Sides are rounded up to what the model takes.
 
     Raises:
-        PruneError: none of these names a size, or the files take another one.
+        PruneError: no size is known, or the files take images of another size.
     """
     pose = pose_network(model)
     size = args.size or (pose.input_size if pose else None)
     for path in args.onnx or ():
         written = open_model(path).metadata
         fixed, scale = written['input_size'], (written.get('resize') or {}).get('scale')
-        # The scale is (width, height).
+        # The first known size is used: the requested one, that of the file, or the scale (width,
+        # height) to which its pictures are resized.
         size = size or fixed or (scale and rounded(scale[::-1], written['pad_divisor']))
         if fixed and tuple(fixed) != tuple(size):
             raise PruneError(f'{path}: takes {fixed} alone, not {list(size)}; export it with --dynamic')
@@ -338,14 +360,14 @@ def size_of(args: argparse.Namespace, cfg: Config, model: nn.Module) -> tuple[in
 
 
 def rounded(size: Sequence[int], divisor: int) -> tuple[int, ...]:
-    """The sides, rounded up to multiples of ``divisor``."""
-    return tuple(-(-side // divisor) * divisor for side in size)
+    """Rounds the sides up to multiples of ``divisor``."""
+    return tuple(-(-side // divisor) * divisor for side in size)  # ``-(-a // b)`` rounds up
 
 
 def exported(
     args: argparse.Namespace, models: dict[str, nn.Module], job: Job, folder: Path
 ) -> dict[str, Path]:
-    """The files of both networks: those of ``--onnx``, or new ones."""
+    """Returns the files of both networks: those of ``--onnx``, or new ones."""
     if args.onnx:
         return dict(zip(VERSIONS, map(Path, args.onnx), strict=True))
     files = {}
@@ -356,7 +378,7 @@ def exported(
 
 
 def header(args: argparse.Namespace, job: Job, models: dict[str, nn.Module]) -> dict[str, Any]:
-    """The report without its rows: what is measured, and where."""
+    """Makes the report without its rows: what is measured, and where."""
     flops = {name: flops_of(timed_network(models[name], job.raw), job.size) for name in VERSIONS}
     return {
         'config': args.config,
@@ -371,13 +393,15 @@ def header(args: argparse.Namespace, job: Job, models: dict[str, nn.Module]) -> 
         'versions': {name: version(name) for name in ('torch', 'onnxruntime', 'openvino')},
         'flops': flops,
         'flops_ratio': flops['unpruned'] / flops['pruned'],
-        'params': {name: sum(p.numel() for p in models[name].parameters()) for name in VERSIONS},
+        'params': {
+            name: sum(parameter.numel() for parameter in models[name].parameters()) for name in VERSIONS
+        },
         'rows': [],
     }
 
 
 def processor() -> str:
-    """The name of the processor."""
+    """Returns the name of the processor."""
     path = Path('/proc/cpuinfo')
     lines = path.read_text().splitlines() if path.exists() else []
     names = [line.split(':', 1)[1].strip() for line in lines if line.startswith('model name')]
@@ -385,7 +409,7 @@ def processor() -> str:
 
 
 def table(report: dict[str, Any]) -> Table:
-    """The report as a table for the terminal."""
+    """Makes a table of the report for the terminal."""
     height, width = report['size']
     flops = report['flops']
     title = f'{height} x {width}, float32, threads: {report["threads"]}, {report["processor"]}'
@@ -394,19 +418,19 @@ def table(report: dict[str, Any]) -> Table:
         '"of the FLOPs" is the gain in time as a share of this factor. Times: median / 95th percentile '
         'in ms. Memory: the peak above that of the process without a model.'
     )
-    out = Table(title=title, caption=caption, title_justify='left', caption_justify='left')
+    rich_table = Table(title=title, caption=caption, title_justify='left', caption_justify='left')
     for name in ('batch', 'mode', *VERSIONS, 'faster', 'of the FLOPs', 'memory in MB'):
-        out.add_column(name, justify='left' if name == 'mode' else 'right', no_wrap=True)
+        rich_table.add_column(name, justify='left' if name == 'mode' else 'right', no_wrap=True)
     for row in report['rows']:
         if 'failure' in row:
-            out.add_row(str(row['batch']), row['mode'], 'fails')
+            rich_table.add_row(str(row['batch']), row['mode'], 'fails')
             continue
         times = (f'{row[name]["median_ms"]:.1f} / {row[name]["p95_ms"]:.1f}' for name in VERSIONS)
         peaks = [row[name]['peak_bytes'] for name in VERSIONS]
         memory = '' if None in peaks else ' to '.join(f'{peak / 1e6:.0f}' for peak in peaks)
         gain = (f'{row["time_ratio"]:.2f} x', f'{row["of_flops_ratio"]:.0%}')
-        out.add_row(str(row['batch']), row['mode'], *times, *gain, memory)
-    return out
+        rich_table.add_row(str(row['batch']), row['mode'], *times, *gain, memory)
+    return rich_table
 
 
 if __name__ == '__main__':

@@ -26,13 +26,24 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # for tools.zoo
+"""The root of the repository."""
+
+sys.path.insert(0, str(ROOT))  # ``tools`` is not installed, so it is imported from here
 
 FAMILIES = ROOT / 'tools' / 'coverage.txt'
+"""The file with the config of each family."""
+
 RESULTS = ROOT / 'docs' / 'coverage.json'
+"""The file with a row of results for each family."""
+
 PAGE = ROOT / 'docs' / 'coverage.md'
+"""The page that is made from ``RESULTS``."""
+
 TOLERANCE = 1e-5
+"""The largest relative error, in single precision, at which a pruned model counts as exact."""
+
 FORK = multiprocessing.get_context('fork')
+"""Starts processes as copies of this one, which has imported everything."""
 
 
 def families() -> dict[str, tuple[str, dict]]:
@@ -58,9 +69,10 @@ def examine(config: str, arguments: dict, row: dict, done: Callable[[], None]) -
 
     Args:
         config: the name of the config, as :func:`tools.zoo.build` takes it.
-        arguments: further arguments of ``build``.
-        row: the row, to which this function adds its results.
-        done: is called at the beginning of each stage, with the stage in ``row['stage']``.
+        arguments: further arguments of :func:`tools.zoo.build`.
+        row: the row of the family, to which this function adds its results.
+        done: a function that is called at the beginning of each stage, after the name of the stage was
+            written to ``row['stage']``.
     """
     import torch
 
@@ -82,7 +94,7 @@ def examine(config: str, arguments: dict, row: dict, done: Callable[[], None]) -
         with torch.no_grad():
             try:
                 runs[1](copy.deepcopy(model))
-            except Exception as error:  # the original may fail for any reason, which is not our fault
+            except Exception as error:  # the original model may fail for any reason
                 row['note'] = f'the original predicts nothing here: {error}'[:200]
                 runs.pop()
     with torch.no_grad():
@@ -120,7 +132,7 @@ def examine(config: str, arguments: dict, row: dict, done: Callable[[], None]) -
 
 
 def in_mode(model, mode: str, forward):
-    """Runs the model in evaluation mode."""
+    """Runs the model in evaluation mode, with ``mode`` as argument of ``forward``."""
     from mmprune.mm.model_modes import in_evaluation
 
     with in_evaluation(model):
@@ -128,10 +140,11 @@ def in_mode(model, mode: str, forward):
 
 
 def checked(row: dict, model, pruned, plan, forward) -> float:
-    """The relative error of the pruned model, in single precision if it is below ``TOLERANCE`` there.
+    """Returns the relative error of the pruned model, in single precision if it is below ``TOLERANCE``
+    there.
 
-    Otherwise rounding may be the cause, so the models are compared in double precision, and ``row``
-    gets the error in single precision.
+    If it is not below, rounding may be the cause. Then the models are compared in double precision, and
+    the error in single precision is recorded in ``row``.
 
     Raises:
         PruneError: the error is too large in double precision as well.
@@ -153,31 +166,37 @@ def checked(row: dict, model, pruned, plan, forward) -> float:
 
 
 def timed(function):
-    """The result of a function, and the processor time that it took, in seconds."""
+    """Returns the result of a function, and the processor time that it took, in seconds."""
     start = time.process_time()
     result = function()
     return result, time.process_time() - start
 
 
 def shares(graph) -> dict[str, float]:
-    """The fraction of parameters that belong to removable channels, for backbone, neck and heads."""
+    """Computes the fraction of parameters that belong to removable channels, for backbone, neck and
+    heads."""
     import numpy as np
 
     from mmprune.graph import cost
 
-    total: Counter = Counter()
-    locked: Counter = Counter()
+    params_by_part: Counter = Counter()
+    locked_by_part: Counter = Counter()
     no_units = np.zeros(graph.n_units, dtype=bool)
     for part in {cost.part_of(name) for name in graph.slots.tensors}:
         column = 'backbone' if part.startswith('backbone') else 'neck' if 'neck' in part else 'heads'
         count = cost.params(graph, part)
-        total[column] += count(~no_units)
-        locked[column] += count(no_units)
-    return {column: 1 - locked[column] / total[column] for column in total if total[column]}
+        params_by_part[column] += count(~no_units)
+        locked_by_part[column] += count(no_units)
+    return {
+        column: 1 - locked_by_part[column] / params_by_part[column]
+        for column in params_by_part
+        if params_by_part[column]
+    }
 
 
 def lock_reasons(graph) -> list[str]:
-    """The four most frequent reasons of locks, except outputs, with the number of locked units."""
+    """Returns the four most frequent reasons of locks, except outputs, with the number of locked
+    units."""
     from mmprune.graph.locks import LockKind
 
     counts: Counter = Counter()
@@ -189,7 +208,7 @@ def lock_reasons(graph) -> list[str]:
 
 
 def rebuilds(config: str, trained, forward) -> bool:
-    """Whether a fresh model has the same outputs after the checkpoint of ``trained`` is loaded.
+    """Returns whether a fresh model has the same outputs after the checkpoint of ``trained`` is loaded.
 
     The weights are equal bit for bit. The outputs may differ in the last bits, because some kernels sum
     in an order that depends on memory addresses.
@@ -218,23 +237,33 @@ def rebuilds(config: str, trained, forward) -> bool:
             torch.manual_seed(0)
             outputs.append(list(tensors_in(forward(model))))
     return all(
-        a.shape == b.shape and relative_error(a, b) <= 1e-6 for a, b in zip(*outputs, strict=True)
+        expected.shape == actual.shape and relative_error(expected, actual) <= 1e-6
+        for expected, actual in zip(*outputs, strict=True)
     )
 
 
 def steps(pruned, forward) -> bool:
-    """Makes a step of SGD, and returns whether any weight has a gradient."""
+    """Makes a step of SGD, and returns whether any weight has a gradient other than zero."""
     import torch
 
     from mmprune.contexts import tensors_in
 
-    optimizer = torch.optim.SGD([p for p in pruned.parameters() if p.requires_grad], lr=1e-6)
-    out = forward(pruned)
-    if isinstance(out, dict):
-        out = {k: v for k, v in out.items() if 'loss' in k or not hasattr(pruned, 'parse_losses')}
-    loss = sum(t.sum() for t in tensors_in(out) if t.requires_grad)
+    optimizer = torch.optim.SGD(
+        [parameter for parameter in pruned.parameters() if parameter.requires_grad], lr=1e-6
+    )
+    outputs = forward(pruned)
+    if isinstance(outputs, dict):
+        outputs = {
+            name: value
+            for name, value in outputs.items()
+            if 'loss' in name or not hasattr(pruned, 'parse_losses')
+        }
+    loss = sum(tensor.sum() for tensor in tensors_in(outputs) if tensor.requires_grad)
     loss.backward()
-    moved = any(p.grad is not None and bool((p.grad != 0).any()) for p in pruned.parameters())
+    moved = any(
+        parameter.grad is not None and bool((parameter.grad != 0).any())
+        for parameter in pruned.parameters()
+    )
     optimizer.step()
     return moved
 
@@ -253,9 +282,9 @@ def run(name: str, config: str, arguments: dict, limit: int, examine: Callable =
     process.start()
     sender.close()
     row: dict = {'config': config, 'stage': 'import'}
-    end = time.monotonic() + limit
+    deadline = time.monotonic() + limit
     try:
-        while receiver.poll(max(0, end - time.monotonic())):
+        while receiver.poll(max(0, deadline - time.monotonic())):
             row = receiver.recv()
         row['failure'] = f'no end within {limit} s'
         process.kill()
@@ -267,10 +296,11 @@ def run(name: str, config: str, arguments: dict, limit: int, examine: Callable =
 
 
 def child(pipe, config: str, arguments: dict, examine: Callable) -> None:
-    """Sends the row after each stage, so that the results of earlier stages survive a crash."""
-    sink = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(sink, 1)
-    os.dup2(sink, 2)
+    """Examines a family, and sends the row after each stage, so that the results of earlier stages
+    survive a crash. The output of the process is discarded."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 1)
+    os.dup2(devnull, 2)
     row: dict = {'config': config}
     try:
         examine(config, arguments, row, lambda: pipe.send(row))
@@ -280,7 +310,7 @@ def child(pipe, config: str, arguments: dict, examine: Callable) -> None:
 
 
 def verdict(row: dict) -> str:
-    """The result of a family in a few words."""
+    """Returns the result of a family in a few words."""
     if 'failure' in row:
         return 'does not build' if row['stage'] in ('import', 'build') else f'fails: {row["stage"]}'
     if row['rebuilds'] is False or not row['steps']:
@@ -359,7 +389,7 @@ def write_page(rows: list[dict], path: Path) -> None:
 
 
 def cells(row: dict) -> list[str]:
-    """The cells of a row of the table."""
+    """Returns the cells of a row of the table."""
     free = row.get('free', {})
     error = max(row.get('error', 0), row.get('error_predict', 0))
     remarks = [row['failure']] if 'failure' in row else list(row.get('locks', []))
@@ -382,7 +412,7 @@ def cells(row: dict) -> list[str]:
 
 
 def training_cell(result: dict | None) -> str:
-    """The result of ``tools/coverage_train.py`` for a family, as a cell of the table."""
+    """Returns the result of ``tools/coverage_train.py`` for a family, as a cell of the table."""
     if not result:
         return ''
     if 'failure' not in result:
@@ -415,7 +445,7 @@ def main() -> None:
     warm_up()
     RESULTS.parent.mkdir(exist_ok=True)
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        pending = [pool.submit(run, n, *f, arguments.limit) for n, f in chosen.items()]
+        pending = [pool.submit(run, name, *family, arguments.limit) for name, family in chosen.items()]
         for future in pending:
             row = future.result()
             locks = row.pop('all_locks', [])
@@ -423,14 +453,14 @@ def main() -> None:
             if arguments.reasons:
                 print('\n'.join(locks))
             keep(row)
-    known = json.loads(RESULTS.read_text())
-    write_page(known, PAGE)
-    counts = Counter(verdict(row) for row in known)
+    rows = json.loads(RESULTS.read_text())
+    write_page(rows, PAGE)
+    counts = Counter(verdict(row) for row in rows)
     print('all families:', ', '.join(f'{count} {name}' for name, count in counts.most_common()))
 
 
 def warm_up() -> None:
-    """Imports what the processes of all families need, before they are forked."""
+    """Imports the packages that all families need before their processes are forked."""
     warnings.simplefilter('ignore')
     os.environ['OMP_NUM_THREADS'] = '1'
     import mmdet.utils
@@ -446,11 +476,11 @@ def warm_up() -> None:
 
 def keep(row: dict) -> None:
     """Writes one row to the JSON file, in the order of the families."""
-    known = {r['name']: r for r in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
+    by_name = {r['name']: r for r in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
     # The result of tools/coverage_train.py belongs to the same row.
-    training = known.get(row['name'], {}).get('training')
-    known[row['name']] = row | ({'training': training} if training else {})
-    rows = [known[name] for name in families() if name in known]
+    training = by_name.get(row['name'], {}).get('training')
+    by_name[row['name']] = row | ({'training': training} if training else {})
+    rows = [by_name[name] for name in families() if name in by_name]
     RESULTS.write_text(json.dumps(rows, indent=1) + '\n')
 
 

@@ -35,12 +35,14 @@ CUTS_BEFORE = 2
 """The number of cuts before the interruption."""
 
 ITERATIONS = 28
-"""The longest training. The trace may wait up to 20 iterations for a batch on which all layers run."""
+"""The number of iterations after which a training ends. The trace may wait up to 20 iterations for a
+batch on which all layers run."""
 
 KEEP_FLOPS = 0.5
-"""The budget, except for families that lock too much (:func:`budget_of`)."""
+"""The fraction of FLOPs that remains, except for families that lock too much (:func:`budget_of`)."""
 
 OPTIMIZER = dict(lr=1e-3, momentum=0.9)
+"""The options of SGD."""
 
 
 class Interrupted(Exception):
@@ -51,7 +53,7 @@ class Interrupted(Exception):
 
 
 def examine(config: str, arguments: dict, row: dict, done: Callable[[], None]) -> None:
-    """Trains one family; the arguments are those of :func:`tools.coverage.examine`."""
+    """Trains one family, and fills its row. :func:`tools.coverage.examine` describes the arguments."""
 
     def at(stage: str) -> None:
         row['stage'] = stage
@@ -78,7 +80,8 @@ def examine(config: str, arguments: dict, row: dict, done: Callable[[], None]) -
 
 
 def last_place(error: BaseException) -> str:
-    """The last line of the package that an exception passed through, as ``FILE:LINE``."""
+    """Returns the innermost line of mmprune that an exception passed through, as ``FILE:LINE``; empty
+    if it passed through none."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if '/mmprune/' in frame.filename:
             return f'{frame.filename.rsplit("/mmprune/", 1)[1]}:{frame.lineno}'
@@ -113,18 +116,18 @@ def train_with_hook(config: str, arguments: dict, row: dict, at: Callable, folde
 
 
 def drawn_samples(cfg, model, size: int) -> list[dict]:
-    """Makes six samples as a data set gives them. In those of a detector, a rectangle fills each
-    box."""
+    """Makes six samples as a data set returns them. In samples for detectors, each box is filled with a
+    gray, so that the picture shows the object."""
     from tools import zoo
 
     samples = []
-    for number in range(3):
-        batch = zoo.raw_batch(cfg, model, size, seed=number)
+    for seed in range(3):
+        batch = zoo.raw_batch(cfg, model, size, seed=seed)
         for image, sample in zip(batch['inputs'], batch['data_samples'], strict=True):
             boxes = sample.gt_instances.bboxes if cfg.get('default_scope') == 'mmdet' else ()
             for box in getattr(boxes, 'tensor', boxes):
                 x1, y1, x2, y2 = (max(0, int(side)) for side in box)
-                image[:, y1:y2, x1:x2] = 60 * number + 40
+                image[:, y1:y2, x1:x2] = 60 * seed + 40
             samples.append({'inputs': image, 'data_samples': sample})
     return samples
 
@@ -142,15 +145,15 @@ def runner_of(
     """Makes a Runner that trains until ``stop_after`` cuts were made.
 
     Args:
-        model: the model, on the CPU.
+        model: the model to train, on the CPU.
         scope: the default scope of the model's config.
-        samples: the data set.
-        folder: the work directory.
+        samples: the samples of the data set.
+        folder: the work directory of the run.
         row: the row of the family, which gets the losses, the number of cuts, and the warnings.
-        keep_flops: the budget.
+        keep_flops: the fraction of FLOPs that remains.
         stop_after: the number of cuts. After it, a run without ``checkpoint`` saves ``interrupted.pth``
             and raises :class:`Interrupted`. A run with ``checkpoint`` ends one iteration later.
-        checkpoint: the file to resume from.
+        checkpoint: the file to resume from; ``None`` starts a new training.
     """
     import logging
 
@@ -208,7 +211,8 @@ def runner_of(
 
 
 def train_plainly(config: str, arguments: dict, row: dict, at: Callable) -> None:
-    """Trains in a plain loop with a ``Pruner``. The last cut is made in a model that was loaded."""
+    """Trains in a plain loop with a ``Pruner``. The last cut is made in a model that was saved and
+    loaded again."""
     import torch
 
     import mmprune
@@ -220,7 +224,7 @@ def train_plainly(config: str, arguments: dict, row: dict, at: Callable) -> None
     at('first run')
 
     def to_loss(model, _):
-        return sum(t.float().square().mean() for t in tensors_in(forward(model)))
+        return sum(tensor.float().square().mean() for tensor in tensors_in(forward(model)))
 
     for resumed, cuts in ((False, CUTS_BEFORE), (True, CUTS - CUTS_BEFORE)):
         if resumed:
@@ -261,7 +265,7 @@ def train(name: str, config: str, arguments: dict, limit: int, row: dict) -> dic
         row: the row of ``tools/coverage.py`` for the family.
 
     Returns:
-        The result, which belongs into the row as ``'training'``.
+        The result of the training, for the entry ``'training'`` of the row.
     """
     start = time.monotonic()
     if not config.startswith('torchvision'):
@@ -272,10 +276,10 @@ def train(name: str, config: str, arguments: dict, limit: int, row: dict) -> dic
 
 
 def budget_of(row: dict) -> float:
-    """The fraction of FLOPs that a training of the family keeps.
+    """Returns the fraction of FLOPs that a training of the family keeps.
 
-    It is one half, if that can be reached for sure. Otherwise it is a little more than the fraction
-    that remained when 30 % of the channels were cut.
+    The fraction is one half if the cut of 30 % of the channels left little more than that. Otherwise it
+    is a little more than the fraction that this cut left, so that the training can reach it.
     """
     kept = row.get('flops_kept', 0)
     return KEEP_FLOPS if kept < 0.55 else round(min(0.95, kept + 0.05), 2)

@@ -1,10 +1,10 @@
-"""Write a checkpoint's model, pruned or not, as one ONNX file with its post-processing inside.
+"""Writes a checkpoint's model, pruned or not, as one ONNX file with its post-processing inside.
 
 Usage: python tools/export.py configs/faster_rcnn_prune.py work_dirs/faster_rcnn_prune/epoch_12.pth \\
     --out model.onnx
 
-With ``--out weights.pth``, it writes the checkpoint again without what only training needs: the
-weights, the plan, and the names of the classes or keypoints remain.
+With ``--out weights.pth``, it writes a smaller copy of the checkpoint, which contains only the weights,
+the plan, and the names of the classes or keypoints. No training can be resumed from this copy.
 """
 
 import argparse
@@ -71,20 +71,20 @@ def main() -> None:
 
 
 def write_checkpoint(config: Config, args: argparse.Namespace) -> None:
-    """Writes the stripped checkpoint. Options of .onnx files are an error."""
+    """Writes the smaller copy of the checkpoint, and raises a PruneError for options of .onnx files."""
     from mmprune.mm.deploy.export import strip
 
     names = ('raw', 'size', 'dynamic', 'opset', 'with_preprocess', 'int8')
-    given = [f'--{name.replace("_", "-")}' for name in names if getattr(args, name)]
-    if given:
+    refused = [f'--{name.replace("_", "-")}' for name in names if getattr(args, name)]
+    if refused:
         raise PruneError(
-            f'{", ".join(given)}: {args.out} is a checkpoint, and these are options of .onnx files'
+            f'{", ".join(refused)}: {args.out} is a checkpoint, and these are options of .onnx files'
         )
     show(strip(config, args.checkpoint, args.out))
 
 
 def show(path: Path) -> None:
-    """Prints the size of a file."""
+    """Prints the path and the size of a file."""
     print(f'{path}: {path.stat().st_size / 1e6:.1f} MB')
 
 

@@ -2,7 +2,7 @@
 
     python tools/report.py WORK_DIR [--out report.html]
 
-Training writes the same page at its end, as WORK_DIR/report.html.
+Training also writes this page at its end, as WORK_DIR/report.html.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def folder(path: str) -> str:
-    """An argparse type: an existing folder."""
+    """Checks that a folder exists, as an argparse type."""
     if not Path(path).is_dir():
         raise argparse.ArgumentTypeError(f'{path} is no folder; give the work directory of a training')
     return path

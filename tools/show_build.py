@@ -1,10 +1,10 @@
-"""Run a long build, show its progress, and keep its output in a file.
+"""Runs a long build, shows its progress, and keeps its output in a file.
 
     python tools/show_build.py LOG COMMAND [ARGUMENT ...]
 
-The progress comes from the `[12/77]` with which ninja begins the line of each file. The exit code is
-that of the command. If the command fails, its compiler errors and its last lines are shown. Only the
-standard library is used, since the script runs before anything is installed.
+The progress is read from the `[12/77]` with which ninja begins the line of each file. The exit code is
+that of the command. If the command fails, its compiler errors and its last lines are shown. The script
+uses only the standard library, since it runs before any package is installed.
 """
 
 import re
@@ -15,8 +15,10 @@ from collections import deque
 from pathlib import Path
 
 COUNT = re.compile(r'\s*\[(\d+)/(\d+)\]')
-# Keeps logs short where there is no terminal, and still shows that the build is running.
+"""The beginning of a line of ninja: the number of compiled files, and the number of all files."""
+
 SECONDS_BETWEEN_LINES = 5
+"""The time between two lines of progress: logs stay short, and still show that the build is running."""
 
 
 def main() -> int:
@@ -46,32 +48,33 @@ def copied(lines, file):
 
 
 def progress(lines):
-    """Yields a line of progress every few seconds: the number of files that are compiled."""
+    """Yields a line of progress every few seconds, with the number of compiled files."""
     start = shown = time.monotonic()
     for line in lines:
         count = COUNT.match(line)
         if count is None:
             continue
         now = time.monotonic()
-        done, total = map(int, count.groups())
-        if now - shown >= SECONDS_BETWEEN_LINES or done == total:
-            yield f'  {done}/{total} files compiled, {(now - start) / 60:.1f} min'
+        n_done, n_files = map(int, count.groups())
+        if now - shown >= SECONDS_BETWEEN_LINES or n_done == n_files:
+            yield f'  {n_done}/{n_files} files compiled, {(now - start) / 60:.1f} min'
             shown = now
 
 
 def failure(log: Path):
-    """The lines to show for a build that failed: its first errors, its last lines, and the log file."""
-    errors, last = [], deque(maxlen=20)
+    """Returns the lines to show for a build that failed: its first errors, its last lines, and the log
+    file."""
+    errors, last_lines = [], deque(maxlen=20)
     with open(log, errors='replace') as file:
         for line in map(str.rstrip, file):
-            last.append(line)
+            last_lines.append(line)
             if re.search(r'\b(fatal )?error:', line, re.IGNORECASE) and len(errors) < 10:
                 errors.append(line)
     return [
         'Errors:',
         *errors,
         'Last lines:',
-        *last,
+        *last_lines,
         f'The build failed. Its whole output: {log}',
     ]
 

@@ -46,7 +46,7 @@ def parse_args():
 
 
 def pickle_name(path: str) -> str:
-    """An argparse type: the name of a pickle file."""
+    """Checks that a path ends like a pickle file, as an argparse type."""
     if not path.endswith(('.pkl', '.pickle')):
         raise argparse.ArgumentTypeError(f'{path} must end in .pkl or .pickle')
     return path
@@ -55,12 +55,12 @@ def pickle_name(path: str) -> str:
 def main() -> None:
     args = parse_args()
     cfg = cli.load_config(args)
-    exported = args.checkpoint.endswith('.onnx')
-    dropped = []
-    if exported:
+    is_exported = args.checkpoint.endswith('.onnx')
+    removed_hooks = []
+    if is_exported:
         from mmprune.mm.deploy import evaluate
 
-        dropped = evaluate.use_file(cfg, args.checkpoint, args.backend or 'onnxruntime')
+        removed_hooks = evaluate.use_file(cfg, args.checkpoint, args.backend or 'onnxruntime')
     else:
         use_checkpoint(cfg, args)
     if args.show or args.show_dir:
@@ -68,21 +68,21 @@ def main() -> None:
     if args.tta:
         augment(cfg)
     runner = cli.build_runner(cfg)
-    if exported:
+    if is_exported:
         evaluate.check_dataset(runner)
-    if dropped:
+    if removed_hooks:
         runner.logger.info(
-            f'Left out these hooks, which need a model with weights: {", ".join(dropped)}'
+            f'Left out these hooks, which need a model with weights: {", ".join(removed_hooks)}'
         )
     if args.out:
-        # The writer of mmdet compresses masks. That of mmengine would write them pixel by pixel.
+        # mmdet's writer compresses masks. mmengine's writer would store them pixel by pixel.
         writer = 'DumpDetResults' if cfg.get('default_scope') == 'mmdet' else 'DumpResults'
         runner.test_evaluator.metrics.append(METRICS.build(dict(type=writer, out_file_path=args.out)))
     runner.test()
 
 
 def use_checkpoint(cfg: Config, args: argparse.Namespace) -> None:
-    """Has the Runner load a checkpoint, and rebuild the structure of a pruned one."""
+    """Configures the Runner to load a checkpoint, whose plan rebuilds a pruned model."""
     if args.backend:
         raise mmprune.PruneError(
             f'--backend {args.backend}: {args.checkpoint} is not an .onnx file; export it with '
@@ -102,15 +102,15 @@ def show_predictions(cfg: Config, args: argparse.Namespace) -> None:
             '--show, --show-dir: the config has no default_hooks.visualization; '
             "add e.g. visualization=dict(type='DetVisualizationHook')"
         )
-    pose = cfg.get('default_scope') == 'mmpose'
-    hook['enable' if pose else 'draw'] = True
+    is_pose = cfg.get('default_scope') == 'mmpose'
+    hook['enable' if is_pose else 'draw'] = True
     hook.update(show=args.show, wait_time=args.wait_time)
     if args.show_dir:
-        hook['out_dir' if pose else 'test_out_dir'] = args.show_dir
+        hook['out_dir' if is_pose else 'test_out_dir'] = args.show_dir
 
 
 def augment(cfg: Config) -> None:
-    """Sets up test-time augmentation: that of the config, or for mmdet a horizontal flip by default."""
+    """Sets up the test-time augmentation of the config. For mmdet, the default is a horizontal flip."""
     dataset = dataset_with_pipeline(cfg.test_dataloader.dataset)
     if cfg.get('default_scope') == 'mmdet':
         cfg.setdefault('tta_model', merged_detections())
@@ -122,7 +122,8 @@ def augment(cfg: Config) -> None:
 
 
 def merged_detections() -> dict:
-    """mmdet's model for test-time augmentation, which applies NMS to the boxes of all copies."""
+    """Returns mmdet's model for test-time augmentation, which applies NMS to the boxes of all
+    copies."""
     return dict(
         type='DetTTAModel',
         tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100),
@@ -130,7 +131,7 @@ def merged_detections() -> dict:
 
 
 def flipped(pipeline: list) -> list:
-    """A test pipeline of mmdet that ends in two copies of the image, one of them flipped."""
+    """Returns a test pipeline of mmdet that ends in two copies of the image, one of them flipped."""
     *load, pack = pipeline
     flips = [dict(type='RandomFlip', prob=prob) for prob in (1.0, 0.0)]
     # The model needs to know which copy was flipped when it merges the boxes.

@@ -30,7 +30,7 @@ def parse_args():
 
 
 def checkpoint_or_auto(path: str) -> str:
-    """An argparse type: ``auto``, or a checkpoint."""
+    """Accepts ``auto`` or a checkpoint, as an argparse type."""
     return path if path == 'auto' else cli.checkpoint_file(path)
 
 
@@ -52,13 +52,13 @@ def use_mixed_precision(cfg: Config) -> None:
     CPU.
 
     Raises:
-        PruneError: the config has another wrapper, or a precision that a CPU can not train in.
+        PruneError: the config has a wrapper of another type, or a precision that a CPU cannot train in.
     """
-    kind = cfg.optim_wrapper.get('type', 'OptimWrapper')
-    kind = getattr(kind, '__name__', kind)
-    if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
+    wrapper_type = cfg.optim_wrapper.get('type', 'OptimWrapper')
+    wrapper_type = getattr(wrapper_type, '__name__', wrapper_type)
+    if wrapper_type not in ('OptimWrapper', 'AmpOptimWrapper'):
         raise mmprune.PruneError(
-            f'--amp: AmpOptimWrapper can not replace optim_wrapper.type={kind}; '
+            f'--amp: AmpOptimWrapper can not replace optim_wrapper.type={wrapper_type}; '
             'set the precision in the config'
         )
     if is_cuda_available() or is_npu_available() or is_mlu_available() or is_musa_available():
@@ -79,7 +79,7 @@ def scale_learning_rate(cfg: Config) -> None:
     """Switches on mmengine's scaling of the learning rate.
 
     Raises:
-        PruneError: the config does not give the batch size that its learning rate is meant for.
+        PruneError: the config does not say for which batch size its learning rate was chosen.
     """
     if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
         raise mmprune.PruneError(

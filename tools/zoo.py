@@ -1,7 +1,7 @@
 """Builds models of mmdet, mmpose and torchvision with random weights, and a forward for each.
 
-For tests, benchmarks and the coverage tables. Nothing is downloaded. No weight keeps a value that could
-hide an error, such as zero or a value that makes its output vanish.
+Tests, benchmarks and the coverage tables use them. Nothing is downloaded. No weight keeps a value that
+could hide an error, such as zero or a value that makes its output vanish.
 """
 
 import contextlib
@@ -32,11 +32,13 @@ from mmprune.mm.analysis.random_batches import detection_batch, pose_batch, seed
 from mmprune.mm.models.classifier import ImageClassifier
 
 Forward = Callable[..., Any]
+"""A function that runs a model on a fixed batch, and returns the outputs."""
 
 PROPOSALS = 64
-"""The largest number of proposals that the second stage of a detector gets here."""
+"""The number of proposals to which the second stage of a detector is limited, to save time."""
 
 TORCHVISION = 'torchvision::'
+"""The beginning of the names of torchvision's models."""
 
 
 def build(
@@ -47,15 +49,16 @@ def build(
     The same arguments give the same model and the same batch.
 
     Args:
-        config: ``mmdet::retinanet/retinanet_r50_fpn_1x_coco.py``, ``mmpose::...``,
-            ``torchvision::resnet50``, a file, or a ``Config``.
+        config: the name of a model, such as ``mmdet::retinanet/retinanet_r50_fpn_1x_coco.py``,
+            ``mmpose::...`` or ``torchvision::resnet50``, the path of a config file, or a ``Config``.
         size: height and width of the images in pixels. The codec of a pose model determines its own.
         mode: ``'loss'``, ``'tensor'`` or ``'predict'``, as mmengine's models have them.
         seed: the seed of the weights and the batch.
 
     Returns:
-        The model and ``forward(model, mode=mode)``, which runs that model or a copy of it any number of
-        times, on a batch of two. Pose models that are validated on single images get a batch of one.
+        (the model, ``forward(model, mode=mode)``). The function can run the model or a copy of it any
+        number of times. Its batch has two images, or one for pose models that are validated on single
+        images.
     """
     if isinstance(config, str) and config.startswith(TORCHVISION):
         model = bare(config, seed)
@@ -94,6 +97,7 @@ def load(name: str) -> Config:
 
 
 def _config_folder(package: str) -> str:
+    """Returns the folder in which a wheel of an OpenMMLab package keeps its configs."""
     return os.path.join(get_installed_path(package), '.mim')
 
 
@@ -107,7 +111,8 @@ def bare(config: str | Config, seed: int = 0) -> nn.Module:
 
 
 def build_model(config: Config, seed: int = 0) -> nn.Module:
-    """Builds a config's model with random weights, in training mode, with batch norms for SyncBN."""
+    """Builds a config's model with random weights, in training mode, with batch norms in place of
+    SyncBN."""
     scope = config.get('default_scope') or config.model.get('_scope_') or 'mmpose'
     registration = {'mmdet': 'mmdet.utils', 'mmpose': 'mmpose.utils'}.get(scope)
     if registration:
@@ -122,16 +127,18 @@ def build_model(config: Config, seed: int = 0) -> nn.Module:
         model.init_weights()
     finally:
         logging.disable(disabled)
-    MessageHub.get_current_instance().update_info('epoch', 0)  # TOOD reads what its Runner would set
+    # TOOD's loss reads the epoch, which a Runner would set.
+    MessageHub.get_current_instance().update_info('epoch', 0)
     model = revert_sync_batchnorm(model)
     model.train()  # train() of some detectors returns None, so it can not be chained
     return model
 
 
 def _small_and_offline(value: Any) -> Any:
-    """A copy of a model's config without downloads and batch augmentation, and with few proposals."""
+    """Returns a copy of a model's config without downloads and batch augmentation, and with few
+    proposals."""
     if isinstance(value, list | tuple):
-        return type(value)(_small_and_offline(item) for item in value)
+        return type(value)(_small_and_offline(item) for item in value)  # a list or a tuple, as it was
     if not isinstance(value, dict):
         return value
     changed = copy.copy(value)
@@ -175,8 +182,8 @@ def classification_batch(model: ImageClassifier, size: int = 96, seed: int = 0) 
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8, generator=generator)
     samples = [BaseDataElement() for _ in images]
-    for number, sample in enumerate(samples):
-        sample.set_field(number % model.num_classes, 'gt_label')
+    for index, sample in enumerate(samples):
+        sample.set_field(index % model.num_classes, 'gt_label')
     return {'inputs': list(images), 'data_samples': samples}
 
 
@@ -230,7 +237,7 @@ def _torchvision_batch(model: nn.Module, side: int, seed: int) -> tuple:
 
 
 def at_size(model: nn.Module, side: int) -> nn.Module:
-    """Has torchvision's detectors resize images to ``side`` pixels, instead of 800."""
+    """Makes torchvision's detectors resize images to ``side`` pixels instead of 800."""
     if type(model).__module__.startswith('torchvision.models.detection'):
         model.transform.min_size, model.transform.max_size = (side,), side
         model.transform.fixed_size = None
@@ -241,9 +248,10 @@ def at_size(model: nn.Module, side: int) -> nn.Module:
 
 
 def shake(model: nn.Module, forward: Forward, seed: int = 0) -> None:
-    """Gives batch norms, and weights that start at zero, values with which every channel counts.
+    """Changes batch norms, and weights that start at zero, so that every channel influences the output.
 
-    The running statistics are first set to those of one batch, so that no signal dies or explodes.
+    The running statistics are first set to the statistics of one batch, so that no signal vanishes or
+    explodes.
     Then the statistics and the affine parameters are moved a little at random.
 
     Args:
@@ -263,12 +271,12 @@ def shake(model: nn.Module, forward: Forward, seed: int = 0) -> None:
             if parameter.ndim > 1 and largest < 1e-3:
                 bound = parameter[0].numel() ** -0.5
                 parameter.add_(random(parameter, -bound, bound))
-            elif parameter.ndim == 1 and 0 < largest < 1e-3:  # a layer scale
+            elif parameter.ndim == 1 and 0 < largest < 1e-3:  # a layer scale, which starts near zero
                 parameter.copy_(random(parameter, 0.3, 0.6))
             elif parameter.ndim == 1 and largest == 0:
                 parameter.add_(random(parameter, -0.1, 0.1))
         for module in model.modules():
-            if isinstance(module, ConvAWS2d):  # standardized weights, scaled for each output
+            if isinstance(module, ConvAWS2d):  # its weights are standardized, then scaled by gamma
                 module.weight_gamma.fill_(module.weight[0].numel() ** -0.5)
         for norm in norms:
             if norm.affine:
@@ -285,8 +293,8 @@ def shake(model: nn.Module, forward: Forward, seed: int = 0) -> None:
 
 @contextlib.contextmanager
 def _statistics_of_one_batch(norms: list[_NormBase]):
-    """Has batch norms replace their running statistics by those of the next batch."""
-    before = [(norm, norm.training, norm.momentum, norm.eps) for norm in norms]
+    """Makes batch norms replace their running statistics by the statistics of the next batch."""
+    settings = [(norm, norm.training, norm.momentum, norm.eps) for norm in norms]
     for norm in norms:
         norm.train()
         norm.momentum = 1.0
@@ -294,5 +302,5 @@ def _statistics_of_one_batch(norms: list[_NormBase]):
     try:
         yield
     finally:
-        for norm, training, momentum, eps in before:
+        for norm, training, momentum, eps in settings:
             norm.training, norm.momentum, norm.eps = training, momentum, eps

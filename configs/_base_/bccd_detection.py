@@ -1,6 +1,6 @@
-# Blood cells (RBC, WBC, platelets): the data, a backbone from ImageNet, and the schedule of
-# configs/bccd. The environment variables MMPRUNE_BCCD and MMPRUNE_WEIGHTS name the folders of the data
-# and the weights.
+# The parts that all configs in configs/bccd share: the data, which are blood cells (RBC, WBC,
+# platelets), a backbone trained on ImageNet, and the schedule. The environment variables MMPRUNE_BCCD
+# and MMPRUNE_WEIGHTS name the folders of the data and the weights.
 _base_ = 'mmdet::_base_/default_runtime.py'
 
 data_root = '{{$MMPRUNE_BCCD:../shared/data/bccd}}/'
@@ -41,7 +41,7 @@ train_dataloader = dict(
         ann_file='ImageSets/Main/trainval.txt',
         data_prefix=dict(sub_data_root=''),
         metainfo=dict(classes=classes),
-        # Two boxes have no area, with which a loss would be NaN.
+        # Two boxes of the data have no area, which would make the loss NaN.
         filter_cfg=dict(filter_empty_gt=True, bbox_min_size=2),
         pipeline=train_pipeline,
     ),

@@ -5,7 +5,7 @@ model = dict(
         depth=18,
         base_channels=32,
         frozen_stages=-1,
-        norm_eval=False,  # batch norms have no trained statistics either
+        norm_eval=False,  # there are no trained statistics to keep
         init_cfg=None,
     ),
     neck=dict(

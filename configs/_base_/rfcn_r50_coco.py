@@ -7,7 +7,8 @@ model = dict(
     roi_head=dict(
         type='RFCNRoIHead',
         bbox_roi_extractor=dict(
-            # It pools cells. The channels are scores of 80 classes and background, and 4 box offsets.
+            # This extractor pools cells. The 85 channels are scores of 80 classes and the background,
+            # and 4 box offsets.
             roi_layer=dict(output_size=1, sampling_ratio=2),
             out_channels=85,
         ),

@@ -7,9 +7,9 @@ model = dict(
     roi_head=dict(
         type='RFCNRoIHead',
         bbox_roi_extractor=dict(
-            # It pools cells. The channels are scores of 80 classes and background, and 4 box offsets. A
-            # cell is a seventh as wide as its RoI, so the limits between levels are a seventh of the
-            # usual.
+            # This extractor pools cells. The 85 channels are scores of 80 classes and the background,
+            # and 4 box offsets. A cell is a seventh as wide as its RoI, so the sizes at which the next
+            # level is used are a seventh of the usual ones.
             roi_layer=dict(output_size=1, sampling_ratio=2),
             out_channels=85,
             finest_scale=56 / 7,

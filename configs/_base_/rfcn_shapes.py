@@ -6,8 +6,8 @@ model = dict(
     roi_head=dict(
         type='RFCNRoIHead',
         bbox_roi_extractor=dict(
-            # It pools the cells of a 3 x 3 grid, each a third as wide as its RoI. The channels are
-            # scores of 6 classes and background, and 4 box offsets.
+            # This extractor pools the cells of a 3 x 3 grid, each a third as wide as its RoI. The 11
+            # channels are scores of 6 classes and the background, and 4 box offsets.
             roi_layer=dict(output_size=1, sampling_ratio=2),
             out_channels=11,
             finest_scale=28 / 3,

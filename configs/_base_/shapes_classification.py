@@ -1,5 +1,5 @@
-# Everything but the network for classifiers on the embedded data set: a picture of 64 x 64 pixels for
-# each box. The data set is written on first use to the folder that the environment variable
+# The config of classifiers on the embedded data set, except for the network. Each box is a picture of
+# 64 x 64 pixels. The data set is written on first use to the folder that the environment variable
 # MMPRUNE_SHAPES names (default: data/shapes).
 custom_imports = dict(
     imports=['mmprune', 'mmprune.mm.models.classifier', 'mmprune.mm.demo.classification']
@@ -48,7 +48,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type='Accuracy', topk=(1, 5))
 test_evaluator = val_evaluator
 
-# Random weights: the learning rate warms up, then follows a cosine down to a hundredth.
+# The weights are random, so the learning rate warms up. Then it follows a cosine down to a hundredth.
 train_cfg = dict(by_epoch=True, max_epochs=10, val_interval=2)
 val_cfg = dict()
 test_cfg = dict()

@@ -1,6 +1,6 @@
-# Everything but the model for detectors on the embedded data set: pictures of 128 x 128 pixels. It is
-# written on first use to the folder that the environment variable MMPRUNE_SHAPES names (default:
-# data/shapes).
+# The config of detectors on the embedded data set, except for the model. Pictures have 128 x 128
+# pixels. The data set is written on first use to the folder that the environment variable
+# MMPRUNE_SHAPES names (default: data/shapes).
 _base_ = 'mmdet::_base_/default_runtime.py'
 
 dataset_type = 'mmprune.mm.demo.detection.ShapesDataset'
@@ -14,7 +14,8 @@ train_pipeline = [
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
-    # This does not change the pictures. It adds the scale by which detections are divided.
+    # This step does not change the pictures. It adds ``scale_factor``, by which mmdet divides
+    # detections.
     dict(type='Resize', scale_factor=1.0),
     dict(type='LoadAnnotations', with_bbox=True),
     dict(
@@ -55,7 +56,7 @@ val_evaluator = dict(
 )
 test_evaluator = val_evaluator
 
-# Random weights: the learning rate warms up, then follows a cosine down to a hundredth.
+# The weights are random, so the learning rate warms up. Then it follows a cosine down to a hundredth.
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=12, val_interval=3)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')

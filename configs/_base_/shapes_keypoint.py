@@ -1,6 +1,6 @@
-# Everything but the model for top-down pose estimators on the embedded data set: puppets with six
-# keypoints, cropped to 64 x 64 pixels. The data set is written on first use to the folder that the
-# environment variable MMPRUNE_SHAPES names (default: data/shapes).
+# The config of top-down pose estimators on the embedded data set, except for the model. Pictures show
+# puppets with six keypoints, cropped to 64 x 64 pixels. The data set is written on first use to the
+# folder that the environment variable MMPRUNE_SHAPES names (default: data/shapes).
 _base_ = 'mmpose::_base_/default_runtime.py'
 
 dataset_type = 'mmprune.mm.demo.keypoint.ShapesPoseDataset'
@@ -58,7 +58,7 @@ val_evaluator = [
 ]
 test_evaluator = val_evaluator
 
-# Random weights: the learning rate warms up, then follows a cosine down to a hundredth.
+# The weights are random, so the learning rate warms up. Then it follows a cosine down to a hundredth.
 train_cfg = dict(max_epochs=12, val_interval=3)
 optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=2e-3, weight_decay=0.05))
 param_scheduler = [

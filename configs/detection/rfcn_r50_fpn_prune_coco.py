@@ -6,5 +6,5 @@ custom_imports = dict(imports=['mmprune', 'mmprune.mm.models.rfcn'])
 # have no gradient and therefore no score, so they would not be pruned.
 model = dict(backbone=dict(frozen_stages=-1, init_cfg=None))
 custom_hooks = [_base_.prune_hook]
-# No zoo has weights for it. Train configs/_base_/rfcn_r50_fpn_coco.py first.
+# No model zoo has weights for this network. Train configs/_base_/rfcn_r50_fpn_coco.py first.
 load_from = 'work_dirs/rfcn_r50_fpn_coco/epoch_12.pth'

@@ -8,6 +8,8 @@ from mmprune.mm.pages import Block, Cell, Facts, Fold, Notice, Page, Section, Ta
 from mmprune.mm.pages.numbers import integer, percent, short
 
 ANALYSIS_PAGE_FILE = 'analysis.html'
+"""The name of the page's file."""
+
 TOP_LAYERS = 15
 """The number of layers in the table of the most expensive ones."""
 
@@ -18,7 +20,7 @@ def write(content: dict[str, Any], folder: Path) -> Path:
 
 
 def page_of(content: dict[str, Any]) -> Page:
-    """The page of an analysis."""
+    """Makes the page of an analysis from the content of ``analysis.json``."""
     versions = ', '.join(f'{package} {version}' for package, version in content['versions'].items())
     sections = [
         Section('costs', 'Costs', _costs(content)),
@@ -38,6 +40,7 @@ def page_of(content: dict[str, Any]) -> Page:
 
 
 def _top(content: dict[str, Any]) -> list[Block]:
+    """Makes the blocks before the first section: large figures, warnings and notes."""
     facts = [
         ('FLOPs', short(content['flops']), 'multiply-adds of one picture'),
         ('parameters', short(content['params']), ''),
@@ -72,16 +75,18 @@ def _top(content: dict[str, Any]) -> list[Block]:
 
 
 def _milliseconds(seconds: float | None) -> str:
+    """Formats a time in milliseconds; empty if there is none."""
     return '' if seconds is None else f'{seconds * 1000:,.2f}'
 
 
 def _costs(content: dict[str, Any]) -> list[Block]:
+    """Shows the costs of each part and each layer."""
     layers, is_timed = content['layers'], content['seconds'] is not None
-    key, what = ('seconds', 'time') if is_timed else ('flops', 'FLOPs')
+    key, cost_name = ('seconds', 'time') if is_timed else ('flops', 'FLOPs')
     ordered = sorted(layers, key=lambda layer: -layer[key])[:TOP_LAYERS]
     blocks: list[Block] = [
         _cost_table('Costs by part', 'part', content['parts'], content),
-        _cost_table(f'Layers with the most {what}', 'layer', ordered, content),
+        _cost_table(f'Layers with the most {cost_name}', 'layer', ordered, content),
         Fold(
             f'All {len(layers)} layers, in the order of the network',
             [_cost_table('Costs by layer, without the modules inside it', 'layer', layers, content)],
@@ -98,9 +103,11 @@ def _costs(content: dict[str, Any]) -> list[Block]:
 
 
 def _cost_table(caption: str, first: str, rows: list[dict], content: dict[str, Any]) -> Table:
+    """Makes a table of costs. ``first`` is the head of its first column. ``rows`` are parts or
+    layers."""
     is_timed = content['seconds'] is not None
     key, share = ('seconds', 'of the time') if is_timed else ('flops', 'of the FLOPs')
-    most = max((row[key] for row in rows), default=0) or 1
+    largest = max((row[key] for row in rows), default=0) or 1
     numbers = ['channels', 'may go', 'FLOPs', 'parameters', 'activations', *['ms'] * is_timed]
     table = []
     for row in rows:
@@ -108,13 +115,14 @@ def _cost_table(caption: str, first: str, rows: list[dict], content: dict[str, A
         cells += [short(row[size]) if row[size] else '' for size in ('flops', 'params', 'activations')]
         cells += [_milliseconds(row['seconds'])] * is_timed
         name = Cell(row['name'] or '(the model itself)', code=bool(row['name']))
-        table.append([name, *cells, Cell(percent(row[key], content[key]), share=row[key] / most)])
+        table.append([name, *cells, Cell(percent(row[key], content[key]), share=row[key] / largest)])
     return Table(caption, [first, *numbers, share], table, numbers, wide=[share])
 
 
 def _groups(content: dict[str, Any]) -> list[Block]:
+    """Shows the groups of units that may be cut, with the most FLOPs first."""
     groups = sorted(content['groups'], key=lambda group: -group['flops'])
-    most = max((group['flops'] for group in groups), default=0) or 1
+    largest = max((group['flops'] for group in groups), default=0) or 1
     rows = [
         [
             Cell(group['name'], code=True),
@@ -122,7 +130,7 @@ def _groups(content: dict[str, Any]) -> list[Block]:
             integer(group['width']),
             short(group['flops']),
             short(group['params']),
-            Cell(percent(group['flops'], content['flops']), share=group['flops'] / most),
+            Cell(percent(group['flops'], content['flops']), share=group['flops'] / largest),
         ]
         for group in groups
     ]
@@ -137,6 +145,7 @@ def _groups(content: dict[str, Any]) -> list[Block]:
 
 
 def _locks(content: dict[str, Any]) -> list[Block]:
+    """Shows locks with their prices, and operations without a rule."""
     priced = [lock for lock in content['locks'] if lock['flops'] or lock['params']]
     rows = [
         [
@@ -160,32 +169,35 @@ def _locks(content: dict[str, Any]) -> list[Block]:
     operations = '; '.join(
         f'{name} in {", ".join(modules[:4])}' for name, modules in content['unknown_ops'].items()
     )
-    unknown = Notice(
+    unknown_operations = Notice(
         f'These operations have no rule, so what they read is locked: {operations}', 'warning'
     )
-    known = Text('Every operation that reads channels has a rule.')
+    all_known = Text('Every operation that reads channels has a rule.')
     table = Table('What is locked, and what that costs', ['why', *numbers], rows, numbers)
-    return [table, Text(text), unknown if operations else known]
+    return [table, Text(text), unknown_operations if operations else all_known]
 
 
 def _listed(names: list[str], shown: int, separator: str, code: bool = False) -> str:
-    """The first names, and how many more there are."""
-    first = separator.join(f'`{name}`' if code else name for name in names[:shown])
-    return first + (f'{separator}and {len(names) - shown} more' if len(names) > shown else '')
+    """Joins the first ``shown`` names to a text, and appends how many more there are."""
+    shown_names = separator.join(f'`{name}`' if code else name for name in names[:shown])
+    return shown_names + (f'{separator}and {len(names) - shown} more' if len(names) > shown else '')
 
 
 def _floors(content: dict[str, Any]) -> list[Block]:
+    """Shows the lowest budgets, with the default limits and with those of the config."""
     rows, problems = [], []
     numbers = ['keep_flops', 'keep_params', 'latency']
-    for number, floor in enumerate(content['floors']):
+    for index, floor in enumerate(content['floors']):
         limits = ', '.join(
             f'{name} of {len(value)}' if name in ('lock', 'parts') else f'{name}={value}'
             for name, value in floor['limits'].items()
             if value or name not in ('lock', 'parts')
         )
         figures = (floor[name] for name in numbers)
-        source = 'from this config' if number else 'the defaults'
-        rows.append([f'{limits} ({source})', *('' if f is None else f'{f:.3f}' for f in figures)])
+        source = 'from this config' if index else 'the defaults'
+        rows.append(
+            [f'{limits} ({source})', *('' if figure is None else f'{figure:.3f}' for figure in figures)]
+        )
         if floor['problem']:
             problems.append(Notice(floor['problem'], 'warning'))
     text = Text(
@@ -197,11 +209,12 @@ def _floors(content: dict[str, Any]) -> list[Block]:
 
 
 def _sensitivity(content: dict[str, Any]) -> list[Block]:
-    worth = content['sensitivity']
-    columns = [f'{fraction:.0%} left' for fraction in worth['fractions']]
+    """Shows how much worse the model becomes if a group is masked."""
+    entry = content['sensitivity']
+    columns = [f'{fraction:.0%} left' for fraction in entry['fractions']]
     rows = []
-    for group in worth['groups']:
-        changes = [group['changes'][str(fraction)] for fraction in worth['fractions']]
+    for group in entry['groups']:
+        changes = [group['changes'][str(fraction)] for fraction in entry['fractions']]
         if group['unscored']:
             cells = [Cell('not scored') for _ in changes]
         else:
@@ -212,14 +225,14 @@ def _sensitivity(content: dict[str, Any]) -> list[Block]:
         rows.append([name, integer(group['units']), short(group['flops']), *cells])
     text = Text(
         f'Each group was masked alone, down to a fraction of its channels. The lowest '
-        f'`{worth["score"]["name"]}` scores were masked first. The table shows by how much '
-        f'{worth["value"]} ({worth["base"]:.4g}) becomes worse. Other random numbers alone move it by '
-        f'{worth["noise"]:.1%}.'
+        f'`{entry["score"]["name"]}` scores were masked first. The table shows by how much '
+        f'{entry["value"]} ({entry["base"]:.4g}) becomes worse. Other random numbers alone move it by '
+        f'{entry["noise"]:.1%}.'
     )
     numbers = ['units', 'FLOPs']
     return [Table('Sensitivity', ['made by', *numbers, *columns], rows, numbers, columns), text]
 
 
 def _worse(change: float | None) -> str:
-    """``+12.3%``; a dash if nothing was masked."""
+    """Formats a relative change, such as ``+12.3%``; a dash if nothing was masked."""
     return '–' if change is None else f'{change:+.1%}'

@@ -1,4 +1,4 @@
-"""The model and the batches of a config without a Runner: nothing is trained, no log is written."""
+"""Builds the model of a config and loads batches for it, without a Runner, which would write logs."""
 
 import contextlib
 import logging
@@ -22,15 +22,16 @@ from mmprune.mm.configs import dataset_with_pipeline, type_name
 from mmprune.surgery.meta import load_weights, plan_in
 
 RANDOM_SIDE = 128
-"""The height and width of random pictures for detectors."""
+"""The height and width of random pictures for detectors, in pixels."""
 
 
 def model_of(cfg: Config, checkpoint: str | None) -> nn.Module:
     """Builds the model of a config in training mode.
 
     Args:
-        cfg: the config.
-        checkpoint: its weights are loaded; a pruned model is rebuilt. ``None`` gives random weights.
+        cfg: the config of the unpruned model.
+        checkpoint: the file whose weights are loaded. If it has a plan, the model is pruned by it
+            first. ``None`` gives random weights.
 
     Raises:
         PruneError: the model cannot be built, or the checkpoint does not fit it.
@@ -54,7 +55,7 @@ def model_of(cfg: Config, checkpoint: str | None) -> nn.Module:
         raise PruneError(
             f'{type(model).__name__} is not an mmengine BaseModel: use mmprune.analyze on it'
         )
-    # A Runner sets the epoch, and TOOD's loss reads it.
+    # TOOD's loss reads the epoch, which a Runner would set.
     MessageHub.get_current_instance().update_info('epoch', 0)
     model = revert_sync_batchnorm(model)
     if checkpoint is not None:
@@ -68,7 +69,7 @@ def model_of(cfg: Config, checkpoint: str | None) -> nn.Module:
 
 
 def training_batches(cfg: Config, count: int) -> list[Any]:
-    """The first ``count`` batches of the training data.
+    """Loads the first ``count`` batches of the training data.
 
     Raises:
         PruneError: there is no data.
@@ -77,7 +78,7 @@ def training_batches(cfg: Config, count: int) -> list[Any]:
 
 
 def random_batch(cfg: Config) -> Any:
-    """A batch of random pictures with random boxes or keypoints.
+    """Makes a batch of random pictures with random boxes or keypoints.
 
     Raises:
         PruneError: no random batch can be made for this kind of model.
@@ -100,7 +101,7 @@ def random_batch(cfg: Config) -> Any:
 
 
 def validation_loader(cfg: Config) -> DataLoader:
-    """The loader of the validation data as the config evaluates it.
+    """Builds the loader of the validation data as the config evaluates it.
 
     Raises:
         PruneError: there is no data.
@@ -109,11 +110,11 @@ def validation_loader(cfg: Config) -> DataLoader:
 
 
 def labelled_batches(cfg: Config, count: int) -> list[Any]:
-    """The first ``count`` batches of the validation data with all that a loss needs.
+    """Loads the first ``count`` batches of the validation data with everything that a loss needs.
 
     A validation pipeline may load annotations after it resizes the picture, or not at all, and makes no
-    targets. Here annotations are loaded first, so they are resized too, and mmpose's targets are made
-    as in training.
+    targets. This function changes a copy of the pipeline: it loads annotations first, so that they are
+    resized too, and it makes mmpose's targets as in training.
 
     Raises:
         PruneError: there is no data.
@@ -128,13 +129,14 @@ def labelled_batches(cfg: Config, count: int) -> list[Any]:
         dataset.pipeline = _with_labels(list(dataset.pipeline), list(train_dataset.pipeline))
     if cfg.get('default_scope') == 'mmpose':
         dataset.test_mode = False  # in test mode, samples have no keypoints
-        dataset.pop('bbox_file', None)  # boxes of a detector
+        dataset.pop('bbox_file', None)  # this file has boxes of a detector, without keypoints
     loader.batch_size = train.get('batch_size', 1)
     return _batches(_loader(cfg, 'val_dataloader'), count)
 
 
 def _with_labels(steps: list[Any], train_steps: list[Any]) -> list[Any]:
-    """The transforms of a validation pipeline, with those of the training pipeline that make labels."""
+    """Returns the transforms of a validation pipeline, and adds the transforms of the training pipeline
+    that make labels."""
     names = [type_name(step) for step in steps]
     loads = [step for step in steps if type_name(step).startswith('Load')]
     others = [step for step in steps if not type_name(step).startswith('Load')]
@@ -161,6 +163,7 @@ def quiet() -> Iterator[None]:
 
 
 def _loader(cfg: Config, name: str) -> DataLoader:
+    """Builds the loader of the config entry ``name``, which loads in this process."""
     if not cfg.get(name):
         raise PruneError(f'the config has no {name}: add one, or take --data random')
     options = cfg[name].copy()
@@ -177,6 +180,7 @@ def _loader(cfg: Config, name: str) -> DataLoader:
 
 
 def _batches(loader: DataLoader, count: int) -> list[Any]:
+    """Loads at most ``count`` batches. Without any batch or picture, it raises a PruneError."""
     try:
         batches = list(islice(loader, count))
     except OSError as error:

@@ -1,4 +1,5 @@
-"""Random batches for the models of mmdet and mmpose, for runs that need inputs but no data set."""
+"""Makes random batches for the models of mmdet and mmpose, for runs that need inputs but no data
+set."""
 
 import contextlib
 import copy
@@ -47,53 +48,53 @@ def detection_batch(config: Config, size: int = 96) -> dict[str, Any]:
     config has no training data. Some assigners behave differently when masks are present.
 
     Args:
-        config: the config, which gives the number of classes.
+        config: the config of the model, which determines the number of classes.
         size: height and width of the two random images, in pixels.
 
     Returns:
-        ``inputs``, two images (3, size, size), and ``data_samples`` with three and five boxes.
+        {``inputs``: two images (3, size, size), ``data_samples``: samples with three and five boxes}.
     """
     from mmdet.testing import demo_mm_inputs, demo_mm_proposals
 
     class_counts = _numbers(config.model, 'num_classes') + _numbers(config.model, 'num_things_classes')
     classes = min(class_counts, default=2)
-    strides = 8 if 'semantic_head' in config.model.get('roi_head', {}) else 1
+    map_stride = 8 if 'semantic_head' in config.model.get('roi_head', {}) else 1
     train = config.get('train_dataloader') or {'with_mask': True, 'with_seg': True}
-    panoptic = 'LoadPanopticAnnotations' in str(train)  # loads both without being asked to
+    is_panoptic = 'LoadPanopticAnnotations' in str(train)  # this transform always loads masks and maps
     with seeded(0):
         batch = demo_mm_inputs(
             2,
             (3, size, size),
             num_items=[3, 5],
             num_classes=min(max(2, classes), 256),  # the semantic maps are bytes
-            with_mask=panoptic or bool(_numbers(train, 'with_mask')),
-            with_semantic=panoptic or bool(_numbers(train, 'with_seg')),
-            sem_seg_output_strides=strides,
+            with_mask=is_panoptic or bool(_numbers(train, 'with_mask')),
+            with_semantic=is_panoptic or bool(_numbers(train, 'with_seg')),
+            sem_seg_output_strides=map_stride,
         )
     for sample in batch['data_samples']:
-        sample.gt_instances.labels %= classes
+        sample.gt_instances.labels %= classes  # labels were drawn from at least two classes
         sample.proposals = demo_mm_proposals([(3, size, size)], 50)[0]
     return batch
 
 
 def _numbers(config: Any, key: str) -> list[int]:
-    """All positive numbers that a nested config has under ``key``."""
+    """Collects all positive integers that a nested config has under ``key``. ``True`` counts as one."""
     if isinstance(config, list | tuple):
         return [number for item in config for number in _numbers(item, key)]
     if not isinstance(config, dict):
         return []
     value = config.get(key)
-    here = [value] if isinstance(value, int) and value > 0 else []
-    return here + [number for item in config.values() for number in _numbers(item, key)]
+    in_this_dict = [value] if isinstance(value, int) and value > 0 else []
+    return in_this_dict + [number for item in config.values() for number in _numbers(item, key)]
 
 
 def pose_batch(config: Config, seed: int = 0, training: bool = True) -> dict[str, Any]:
     """Makes a batch for an mmpose model by running the config's own pipeline on random images.
 
     Args:
-        config: the config, whose data set gives the pipeline and the keypoints.
+        config: the config, whose data set determines the pipeline and the keypoints.
         seed: the seed of the images, the boxes and the augmentation.
-        training: whether to use the pipeline of training; otherwise that of validation.
+        training: whether the training pipeline is used; otherwise the validation pipeline is.
 
     Returns:
         A batch of two samples. It has one sample if the config loads one at a time, because the heads
@@ -120,15 +121,15 @@ def pose_batch(config: Config, seed: int = 0, training: bool = True) -> dict[str
 
 
 def _pose_sample(dataset: Any, shape: tuple[int, int] = (240, 320)) -> dict[str, Any]:
-    """One random image (height, width) with one person, or with three for a bottom-up model, in the
-    form in which mmpose's data sets give their samples to the pipeline."""
+    """Makes one random image (height, width) with one person, or with three for a bottom-up model, in
+    the form in which mmpose's data sets give their samples to the pipeline."""
     from mmpose.datasets.datasets.utils import parse_pose_metainfo
     from mmpose.registry import DATASETS
 
     meta = dataset.get('metainfo')
     if meta is None:
-        kind = dataset['type']
-        meta = (DATASETS.get(kind) if isinstance(kind, str) else kind).METAINFO
+        dataset_type = dataset['type']
+        meta = (DATASETS.get(dataset_type) if isinstance(dataset_type, str) else dataset_type).METAINFO
     meta = parse_pose_metainfo(copy.deepcopy(dict(meta)))
     people = 3 if dataset.get('data_mode') == 'bottomup' else 1
     height, width = shape

@@ -1,4 +1,4 @@
-"""The analysis of a config, with or without a checkpoint, as plain data."""
+"""Analyses the model of a config, with or without a checkpoint, and returns plain data."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -44,14 +44,17 @@ from mmprune.surgery.build import make_plan, remaining
 from mmprune.surgery.plan import plan_of
 
 ANALYSIS_FILE = 'analysis.json'
+"""The name of the file with the content of an analysis."""
+
 SAMPLES = 4
 """The number of samples of a batch that the loss is traced on."""
 
 SCORED = 4
-"""Scores use this many times as many batches as the loss. They cost little beside the masked runs."""
+"""Batches for scoring, as a multiple of the batches for the loss. Scoring a batch takes little time,
+compared with the many masked runs that compute its loss."""
 
 Say = Callable[[str], Any]
-"""Shows a line of text to the user."""
+"""A function that shows a line of text to the user."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,13 @@ class Options:
 
     Args:
         data: ``'train'`` for the training data of the config, or ``'random'`` for random pictures.
-        metric: the metric that judges masked models; ``None`` judges them by their loss.
+        metric: the name of the metric that judges masked models; ``None`` judges them by their loss.
         batches: the number of validation batches for the loss; scoring uses ``SCORED`` times as many
             training batches.
-        fractions: the fractions of each group that stay, one after the other.
+        fractions: the fractions of each group that stay; the model is evaluated with each of them.
         times: whether times are measured.
-        sensitivity: whether groups are masked. That needs a checkpoint and data.
+        sensitivity: whether groups are masked to measure their sensitivity. That needs a checkpoint and
+            real data.
     """
 
     data: str = 'train'
@@ -83,21 +87,24 @@ def analyze_config(
     """Analyses the model of a config.
 
     Args:
-        cfg: the config. If it has a ``PruneHook``, its criterion and the limits of its budget count.
-        checkpoint: trained weights; ``None`` for random weights, which have no sensitivities.
+        cfg: the config. If it has a ``PruneHook``, the analysis uses the hook's criterion and the
+            limits of its budget.
+        checkpoint: the file with trained weights; ``None`` for random weights, for which no
+            sensitivities are measured.
         options: the options of the analysis.
-        say: gets a line of text before each long step.
+        say: the function that shows a line of text before each long step.
 
     Returns:
         The content of ``analysis.json``: the result of
-        :meth:`mmprune.analysis.analyze.Analysis.to_meta`, what was run where, ``sensitivity`` (or
-        ``None``), and ``notes``, a list of sentences.
+        :meth:`mmprune.analysis.analyze.Analysis.to_meta`, the config, the device and the versions that
+        were used, ``sensitivity`` (``None`` if it was not measured), and ``notes``, a list of
+        sentences.
 
     Raises:
         PruneError: there is no data, the checkpoint does not fit, or options contradict each other.
     """
     _check(checkpoint, options)
-    set_random_seed(0)  # for the order of pictures, which decides the scores
+    set_random_seed(0)  # the order of pictures influences the scores
     hook = prune_hook_options(cfg)
     budget = make_budget(budget_options(hook)) if budget_options(hook) else None
     model = inputs.model_of(cfg, checkpoint)
@@ -152,6 +159,7 @@ def analyze_config(
 
 
 def _check(checkpoint: str | None, options: Options) -> None:
+    """Raises a PruneError if a metric is requested but cannot be used."""
     if options.metric is None:
         return
     if checkpoint is None:
@@ -176,11 +184,17 @@ def write(content: dict[str, Any], folder: Path) -> Path:
 
 
 def _analysis(model: nn.Module, runs: Runs, budget: Budget | None, options: Options) -> Analysis:
-    first, *others = runs.ordered
+    """Traces and analyses the model. On random data, an error message also suggests real data."""
+    first_run, *other_runs = runs.ordered
     may_fail = [getattr(runs, mode) for mode in runs.modes]
     try:
         return analyze(
-            model, first, also=tuple(others), may_fail=may_fail, budget=budget, times=options.times
+            model,
+            first_run,
+            also=tuple(other_runs),
+            may_fail=may_fail,
+            budget=budget,
+            times=options.times,
         )
     except PruneError as error:
         if options.data != 'random':
@@ -204,8 +218,12 @@ def _sensitivities(
     say: Say,
     notes: list[str],
 ) -> dict[str, Any]:
-    """The ``sensitivity`` entry of the analysis: how much worse the model is with a part of one group
-    masked, for each group and fraction."""
+    """Makes the ``sensitivity`` entry of the analysis: how much worse the model becomes if a part of
+    one group is masked, for each group and fraction. Remarks for the user are appended to ``notes``.
+
+    Raises:
+        PruneError: the loss does not measure how good a network is, or the metric cannot be computed.
+    """
     graph = analysis.graph
     say(f'Scoring by {score.name}, on {_counted(batches)} of training data')
     with bar('Scoring', len(batches)) as tell:
@@ -230,10 +248,10 @@ def _sensitivities(
                 f'{value} falls when the network is destroyed, so it does not measure how good a '
                 'network is: choose a metric with --metric, e.g. coco/bbox_mAP'
             )
-    total = evaluations(graph, options.fractions, seeds)
-    say(f'{total} evaluations of {value}')
-    with bar('Masking', total, patience=0) as tell:
-        worth = sensitivity(
+    n_evaluations = evaluations(graph, options.fractions, seeds)
+    say(f'{n_evaluations} evaluations of {value}')
+    with bar('Masking', n_evaluations, patience=0) as tell:
+        result = sensitivity(
             model,
             graph,
             scores,
@@ -247,8 +265,8 @@ def _sensitivities(
         'value': value,
         'higher_is_better': is_higher_better,
         'score': asdict(score),
-        'base': worth.base,
-        'noise': worth.noise,
+        'base': result.base,
+        'noise': result.noise,
         'fractions': list(options.fractions),
         'groups': [
             {
@@ -260,7 +278,7 @@ def _sensitivities(
                 'changes': {str(fraction): number for fraction, number in group.changes.items()},
                 'unscored': group.unscored,
             }
-            for group in worth.groups
+            for group in result.groups
         ],
     }
 
@@ -268,7 +286,9 @@ def _sensitivities(
 def _loss(
     cfg: Config, model: nn.Module, train_batches: list[Any], options: Options, notes: list[str]
 ) -> tuple[Evaluate, str]:
-    """The mean loss on validation data, or else on training data, as a function and in words."""
+    """Returns a function that computes the mean loss on validation data, or on training data if
+    validation data has no targets, and a description of this loss in words. In the second case, the
+    reason is appended to ``notes``."""
     try:
         batches = inputs.labelled_batches(cfg, options.batches)
         seeded(model, mean_loss(batches[:1]))
@@ -282,6 +302,7 @@ def _loss(
 
 
 def _counted(batches: list[Any]) -> str:
+    """Returns the number of batches in words, such as ``8 batches``."""
     return f'{len(batches)} batch{"es" * (len(batches) != 1)}'
 
 
@@ -292,20 +313,21 @@ FALLS = 0.9
 def falls_when_broken(
     model: nn.Module, graph: ChannelGraph, scores: np.ndarray, evaluate: Evaluate
 ) -> bool:
-    """Whether a loss falls when the network is destroyed, so that it cannot judge masked networks.
+    """Returns whether a loss falls when the network is destroyed, so that it cannot judge masked
+    networks.
 
-    That happens if a network without detections has few positive examples, or if the loss is weighted
-    by the quality of the detections (RTMDet). Two destroyed networks are tried: one keeps the least
-    that limits allow, the other loses the better half of each group.
+    The loss can fall if a network without detections has few positive examples, or if the loss is
+    weighted by the quality of the detections (RTMDet). Two destroyed networks are evaluated: one keeps
+    as few units as limits allow, the other loses the better half of each group.
     """
-    least = lowest(graph, Budget(keep_channels=0.5, divisor=1))
+    smallest = lowest(graph, Budget(keep_channels=0.5, divisor=1))
     worse_half = np.ones(graph.n_units, dtype=bool)
     for group in graph.groups:
         if len(group) > 1:
             order = np.argsort(np.nan_to_num(scores[group.units]), kind='stable')
             worse_half[group.units[order[len(group) // 2 :]]] = False
     base = seeded(model, evaluate)
-    for keep in (least, worse_half):
+    for keep in (smallest, worse_half):
         if keep.all():
             continue
         with masked_in_place(model, make_plan(graph, model, keep, {})):

@@ -1,4 +1,4 @@
-"""The quality of a model as one number: its mean loss on some batches, or a metric of its config."""
+"""Measures the quality of a model as one number: a mean loss on batches, or a metric of the config."""
 
 import contextlib
 import io
@@ -18,12 +18,12 @@ from mmprune.mm.model_modes import loss_of
 
 
 def batch_loss(model: nn.Module, batch: Any) -> torch.Tensor:
-    """The loss of a batch that training would minimise."""
+    """Computes the loss of a batch that training would minimise."""
     return model.parse_losses(loss_of(model, batch))[0]
 
 
 def mean_loss(batches: Sequence[Any]) -> Evaluate:
-    """A function that returns the mean loss of a model on ``batches``, in evaluation mode."""
+    """Returns a function that computes the mean loss of a model on ``batches``, in evaluation mode."""
 
     def evaluate(model: nn.Module) -> float:
         with evaluating(model):
@@ -33,11 +33,12 @@ def mean_loss(batches: Sequence[Any]) -> Evaluate:
 
 
 def metric_of(cfg: Config, name: str) -> Evaluate:
-    """A function that returns a metric of a model on all validation data. Metrics such as COCO's are
-    meaningless on a part of them. The function raises a PruneError if the metric does not exist.
+    """Returns a function that computes a metric of a model on all validation data, since metrics such
+    as COCO's are meaningless on a part of them. The function raises a PruneError if the evaluator does
+    not compute this metric.
 
     Raises:
-        PruneError: there is no data, or no evaluator in the config.
+        PruneError: the config has no validation data or no evaluator, or they cannot be read.
     """
     if not cfg.get('val_evaluator'):
         raise PruneError(f'--metric {name}: the config has no val_evaluator')

@@ -1,4 +1,5 @@
-"""The embedded data set for classifiers: a picture of each box. Its transforms and its metric."""
+"""The embedded data set for classifiers, with one sample for each box, its transforms and its
+metric."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -70,7 +71,8 @@ class LoadCrop:
 
 @TRANSFORMS.register_module()
 class PackLabel:
-    """Ends a pipeline. ``inputs`` is the picture (3, H, W), and ``data_samples`` holds ``gt_label``."""
+    """Packs a sample at the end of a pipeline: ``inputs`` is the picture (3, H, W), and
+    ``data_samples`` holds ``gt_label``."""
 
     def __call__(self, results: Mapping[str, Any]) -> dict[str, Any]:
         sample = BaseDataElement(metainfo=dict(img_path=results['img_path']))
@@ -81,7 +83,7 @@ class PackLabel:
 
 @METRICS.register_module()
 class Accuracy(BaseMetric):
-    """Computes how often the label is among the k highest scores, in percent, as ``accuracy/top1`` etc.
+    """The percentage of samples whose label is among the k highest scores, as ``accuracy/top1`` etc.
 
     Args:
         topk: the values of k.
@@ -95,10 +97,10 @@ class Accuracy(BaseMetric):
         self.topk = tuple(topk)
 
     def process(self, data_batch: Any, data_samples: Sequence[dict]) -> None:
-        """Notes for each sample the number of classes with a higher score than the label's.
+        """Records for each sample the number of classes with a higher score than the label's.
 
         Args:
-            data_batch: the batch, which is not used.
+            data_batch: the batch, which is ignored.
             data_samples: samples with ``gt_label`` and ``pred_score`` (num_classes,).
         """
         for sample in data_samples:
@@ -106,5 +108,5 @@ class Accuracy(BaseMetric):
             self.results.append(order.index(int(sample['gt_label'])))
 
     def compute_metrics(self, results: list[int]) -> dict[str, float]:
-        """Computes the metric from the ranks that :meth:`process` noted."""
+        """Computes the metric from the ranks that :meth:`process` recorded."""
         return {f'top{k}': 100 * sum(rank < k for rank in results) / len(results) for k in self.topk}

@@ -24,16 +24,15 @@ class ShapesPoseDataset(BaseCocoStyleDataset):
 
 @MODELS.register_module()
 class TopDownFPN(FPN):
-    """mmpose's FPN, whose levels are resized to the finest one and added.
-
-    The heads of top-down estimators read a single map.
+    """mmpose's FPN, whose levels are resized to the finest one and added, since the heads of top-down
+    estimators read a single map.
     """
 
     def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-        """Computes one map from the stages of the backbone.
+        """Computes one map from the maps of the backbone.
 
         Args:
-            inputs: a map (N, C_i, H_i, W_i) from each stage, the finest first.
+            inputs: a map (N, C_i, H_i, W_i) from each stage i of the backbone, the finest first.
 
         Returns:
             One map (N, out_channels, H_0, W_0).

@@ -4,11 +4,11 @@
 
     OUT/manifest.json                            the parameters that it was made with
     OUT/train/000001.jpg ..., OUT/val/...        square pictures
-    OUT/annotations/instances_{train,val}.json   six classes: boxes and polygons of what is visible
+    OUT/annotations/instances_{train,val}.json   six classes: boxes and polygons of visible parts
     OUT/annotations/keypoints_{train,val}.json   puppets: six keypoints, a box of the whole puppet
 
-The same parameters give the same bytes, and a picture does not depend on the number of pictures. The
-set is written to a temporary folder and renamed when it is complete.
+The same parameters give the same bytes. A picture does not depend on the number of pictures. The set is
+written to a temporary folder and renamed when it is complete.
 """
 
 import argparse
@@ -27,12 +27,19 @@ from mmprune.mm.demo.drawing import FIGURE, KEYPOINTS, SHAPES, Item, box_of, dra
 from mmprune.progress import bar
 
 CLASSES = (*SHAPES, FIGURE)
+"""The classes, in the order of their labels."""
+
 SPLITS = ('train', 'val')
+"""The parts of the data set, each with its own pictures and annotations."""
+
 DEFAULTS = dict(train=600, val=150, size=128, seed=0)
+"""The default parameters, which :func:`ensure` describes."""
+
 SMALLEST = dict(train=1, val=1, size=64, seed=0)
+"""The smallest allowed values of the parameters."""
 
 VERSION = 1
-"""Increase it when the pictures change. A set of another version is refused."""
+"""The version of the drawings. Increase it when the pictures change, so that older sets are refused."""
 
 LIMBS = (
     ('head', 'hip'),
@@ -50,14 +57,15 @@ def ensure(out: str | Path, **parameters: int) -> Path:
     Args:
         out: the folder of the data set.
         parameters: ``train`` and ``val``, the numbers of pictures; ``size``, their height and width in
-            pixels; ``seed``. Missing ones have the values of the existing set, or those of
-            ``DEFAULTS``.
+            pixels; ``seed``, of all random numbers. Missing parameters have the values of the existing
+            set, or those of ``DEFAULTS`` if there is no set.
 
     Returns:
         The folder.
 
     Raises:
-        PruneError: the folder holds something else, or a set that was made with other parameters.
+        PruneError: the folder holds something other than an embedded data set, or a set that was made
+            with other parameters.
     """
     out = Path(out)
     existing = _manifest(out)
@@ -84,13 +92,13 @@ def generate(out: str | Path, **parameters: int) -> Path:
 
     Args:
         out: the folder of the data set.
-        parameters: those of :func:`ensure`. Missing ones have the values of ``DEFAULTS``.
+        parameters: the parameters of :func:`ensure`. Missing ones have the values of ``DEFAULTS``.
 
     Returns:
         The folder.
 
     Raises:
-        PruneError: the folder holds something else.
+        PruneError: the folder holds something other than an embedded data set.
     """
     out = Path(out)
     parameters = _checked({**DEFAULTS, **parameters})
@@ -120,7 +128,7 @@ def generate(out: str | Path, **parameters: int) -> Path:
 
 
 def pose_metainfo() -> dict[str, Any]:
-    """mmpose's description of a puppet's keypoints, the ``metainfo`` of its data sets."""
+    """Returns mmpose's description of a puppet's keypoints, the ``metainfo`` of its data sets."""
     other_side = {'left': 'right', 'right': 'left'}
     colours = {'left': [0, 255, 0], 'right': [255, 128, 0]}
     keypoints = {}
@@ -138,26 +146,27 @@ def pose_metainfo() -> dict[str, Any]:
         keypoint_info=keypoints,
         skeleton_info={i: dict(link=limb, id=i, color=[0, 255, 0]) for i, limb in enumerate(LIMBS)},
         joint_weights=[1.0] * len(KEYPOINTS),
-        sigmas=[0.07] * len(KEYPOINTS),  # about those of wrists and ankles in COCO
+        sigmas=[0.07] * len(KEYPOINTS),  # similar to wrists and ankles in COCO
     )
 
 
 def _checked(parameters: dict[str, int]) -> dict[str, int]:
+    """Returns the parameters, or raises a PruneError if one is unknown or too small."""
     unknown = sorted(set(parameters) - set(DEFAULTS))
     if unknown:
         raise PruneError(
             f'unknown parameters {unknown} of the embedded data set: choose from {sorted(DEFAULTS)}'
         )
-    for name, least in SMALLEST.items():
-        if parameters[name] < least:
+    for name, minimum in SMALLEST.items():
+        if parameters[name] < minimum:
             raise PruneError(
-                f'{name}={parameters[name]} of the embedded data set: must be at least {least}'
+                f'{name}={parameters[name]} of the embedded data set: must be at least {minimum}'
             )
     return parameters
 
 
 def _manifest(out: Path) -> dict[str, int] | None:
-    """The parameters of the data set in a folder, or ``None`` if the folder has no manifest."""
+    """Reads the parameters of the data set in a folder; ``None`` if the folder has no manifest."""
     path = out / 'manifest.json'
     if not path.is_file():
         return None
@@ -173,7 +182,7 @@ def _manifest(out: Path) -> dict[str, int] | None:
 
 
 def _is_complete(out: Path, manifest: Mapping[str, int]) -> bool:
-    """Whether a folder has all files of the data set."""
+    """Returns whether a folder has all files of the data set."""
     return all(
         (out / 'annotations' / f'instances_{split}.json').is_file()
         and (out / 'annotations' / f'keypoints_{split}.json').is_file()
@@ -204,7 +213,9 @@ def _write_split(root: Path, split: str, parameters: Mapping[str, int], tell: Ca
         tell(number)
     categories = [dict(id=i + 1, name=name, supercategory='shape') for i, name in enumerate(CLASSES)]
     figure = dict(id=1, name=FIGURE, supercategory='shape', keypoints=list(KEYPOINTS))
-    figure['skeleton'] = [[KEYPOINTS.index(a) + 1, KEYPOINTS.index(b) + 1] for a, b in LIMBS]
+    figure['skeleton'] = [
+        [KEYPOINTS.index(start) + 1, KEYPOINTS.index(end) + 1] for start, end in LIMBS
+    ]
     for task, kinds, annotations in (
         ('instances', categories, instances),
         ('keypoints', [figure], puppets),
@@ -221,7 +232,8 @@ def _write_split(root: Path, split: str, parameters: Mapping[str, int], tell: Ca
 def _annotation(
     item: Item, boxed: np.ndarray, number: int, image: int, category: int
 ) -> dict[str, Any]:
-    """COCO's annotation of the visible part of an object, with a box around the mask ``boxed``."""
+    """Makes COCO's annotation of the visible part of an object, with a box around the mask
+    ``boxed``."""
     x1, y1, x2, y2 = box_of(boxed)
     return dict(
         id=number,
@@ -235,15 +247,17 @@ def _annotation(
 
 
 def _keypoints(keypoints: np.ndarray) -> dict[str, Any]:
-    """COCO's fields for keypoints, from an array (6, 3)."""
-    points = [[round(float(x), 2), round(float(y), 2), int(v)] for x, y, v in keypoints]
+    """Makes COCO's fields for keypoints from an array (6, 3) of x, y and visibility."""
+    points = [
+        [round(float(x), 2), round(float(y), 2), int(visibility)] for x, y, visibility in keypoints
+    ]
     return dict(keypoints=[value for point in points for value in point], num_keypoints=len(points))
 
 
 def _polygons(mask: np.ndarray) -> list[list[float]]:
-    """The outlines of the parts of a mask (H, W), as flat lists x1, y1, x2, y2, ..."""
-    # OpenCV's outline runs through the centres of pixels. At twice the size it loses a quarter of a
-    # pixel instead of half a pixel.
+    """Returns the outlines of the parts of a mask (H, W), as flat lists x1, y1, x2, y2, ..."""
+    # OpenCV's outline runs through the centres of the outermost pixels, so it is half a pixel inside
+    # the mask. On a mask of twice the size, this is a quarter of an original pixel.
     large = cv2.resize(mask.astype(np.uint8), None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)
     contours, _ = cv2.findContours(large, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
     return [(contour.reshape(-1) / 2 + 0.25).tolist() for contour in contours]

@@ -1,1 +1,1 @@
-"""Export to ONNX, and what runs, checks, quantises and evaluates the exported file."""
+"""Exports models to ONNX, and runs, checks, quantises and evaluates the exported files."""

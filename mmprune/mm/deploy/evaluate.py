@@ -1,13 +1,13 @@
-"""An exported file in the place of a config's model, for the config's own data set and metric.
+"""Evaluates an exported file, in the place of a config's model, on the config's data set and metric.
 
     dropped = use_file(cfg, 'model.onnx', backend='openvino')
     runner = Runner.from_cfg(cfg)
     check_dataset(runner)
     runner.test()
 
-The config's ``data_preprocessor`` prepares the images and the file computes. mmdet's and mmpose's code
-does what the file leaves out: scaling boxes back to the picture, and decoding and flips of a pose
-estimator.
+The config's ``data_preprocessor`` prepares the images, and the file computes its outputs. mmdet's and
+mmpose's code does the remaining steps, which are not in the file: scaling boxes back to the picture,
+and decoding and flips of a pose estimator.
 """
 
 from collections.abc import Callable, Sequence
@@ -46,7 +46,7 @@ def use_file(cfg: Config, path: str | Path, backend: str = 'onnxruntime') -> lis
 
     Args:
         cfg: the config that the file was exported with; it is changed in place.
-        path: the file.
+        path: the path of the exported file.
         backend: ``'onnxruntime'`` or ``'openvino'``.
 
     Returns:
@@ -67,14 +67,14 @@ def use_file(cfg: Config, path: str | Path, backend: str = 'onnxruntime') -> lis
     )
     hooks = [hook.get('type') for hook in cfg.get('custom_hooks') or []]
     cfg.update(custom_hooks=[], load_from=None, resume=False, compile=False, model_wrapper_cfg=None)
-    return [getattr(kind, '__name__', kind) for kind in hooks]
+    return [getattr(hook_type, '__name__', hook_type) for hook_type in hooks]
 
 
 def exported_model(path: str, backend: str, original: Any, data_preprocessor: Any = None) -> BaseModel:
-    """A model that predicts with the file. Its attribute ``file`` is the opened file.
+    """Makes a model that predicts with the file. Its attribute ``file`` is the opened file.
 
     Args:
-        path: the file.
+        path: the path of the exported file.
         backend: ``'onnxruntime'`` or ``'openvino'``.
         original: the config of the model that was exported.
         data_preprocessor: ignored. mmengine's Runner passes it, but the one in ``original`` is used.
@@ -95,11 +95,16 @@ def exported_model(path: str, backend: str, original: Any, data_preprocessor: An
     return model.eval()
 
 
-# -- the three tasks: what predicts with a file, made from the config's model -----------------------
+# -- models that predict with a file, for each of the three tasks -----------------------------------
 
 
 class ExportedDetector(BaseModel):
-    """Detections of an exported file, as mmdet's detectors predict them."""
+    """A detector that predicts with an exported file, and returns detections as mmdet's detectors do.
+
+    Args:
+        file: the exported file, opened.
+        detector: the detector of the config. Its ``data_preprocessor`` is used, its weights are not.
+    """
 
     def __init__(self, file: OnnxFile, detector: nn.Module) -> None:
         if not isinstance(detector, BaseDetector):
@@ -115,14 +120,15 @@ class ExportedDetector(BaseModel):
             )
         self.file = file
         coders = [module.bbox_coder for module in detector.modules() if hasattr(module, 'bbox_coder')]
-        # YOLOX, for one, does not clip its boxes to the image.
+        # The coder of some detectors, such as YOLOX, does not clip boxes to the image.
         self.clips = isinstance(detector, DetectionTransformer) or any(
             getattr(coder, 'clip_border', False) for coder in coders
         )
         self.mask_threshold = file.metadata.get('mask_threshold', 0.5)
 
     def forward(self, inputs: Tensor, data_samples: Sequence[Any], mode: str = 'predict') -> Any:
-        """Data samples with ``pred_instances`` in pixels of the picture before it was resized."""
+        """Predicts. Returns the data samples with ``pred_instances`` in pixels of the picture before it
+        was resized."""
         if mode != 'predict':
             raise PruneError(f'mode={mode!r}: an exported file can only predict')
         outputs = self.file(images_for(self.file, self.data_preprocessor, inputs))
@@ -132,60 +138,69 @@ class ExportedDetector(BaseModel):
         return data_samples
 
     def instances(self, values: dict[str, Tensor], meta: dict[str, Any]) -> InstanceData:
-        """One picture's detections from ``dets`` (K, 5), ``labels`` (K,) and perhaps ``masks``."""
+        """Makes one picture's detections from ``dets`` (K, 5), ``labels`` (K,) and perhaps
+        ``masks``."""
         boxes, scores = values['dets'].split((4, 1), dim=-1)
-        real = values['labels'] >= 0
-        if self.clips:  # the file clips to the padded image, since it does not know the picture's size
+        is_detection = values['labels'] >= 0
+        if self.clips:
+            # The file does not know the size of the picture, so it clipped to the padded image.
             height, width = meta['img_shape'][:2]
             boxes = torch.minimum(boxes, boxes.new_tensor([width, height, width, height]))
-            real &= (boxes[:, 2:] > boxes[:, :2]).all(-1)  # as mmdet drops boxes in the padding
-        boxes = boxes[real] / boxes.new_tensor(meta['scale_factor']).repeat(2)
-        instances = InstanceData(bboxes=boxes, scores=scores[real, 0], labels=values['labels'][real])
+            # A box in the padding has no area then. mmdet drops such boxes, too.
+            is_detection &= (boxes[:, 2:] > boxes[:, :2]).all(-1)
+        boxes = boxes[is_detection] / boxes.new_tensor(meta['scale_factor']).repeat(2)
+        instances = InstanceData(
+            bboxes=boxes, scores=scores[is_detection, 0], labels=values['labels'][is_detection]
+        )
         if 'masks' in values:
-            instances.masks = self.pasted(values['masks'][real], boxes, meta['ori_shape'])
+            instances.masks = self.pasted(values['masks'][is_detection], boxes, meta['ori_shape'])
         return instances
 
     def pasted(self, masks: Tensor, boxes: Tensor, shape: Sequence[int]) -> Tensor:
-        """(K, H, W) bool: probabilities (K, h, w), pasted into their boxes (K, 4) on the picture."""
+        """Pastes masks of probabilities (K, h, w) into their boxes (K, 4) on the picture, and returns
+        where they reach the threshold, as (K, H, W) bool."""
         from mmdet.models.roi_heads.mask_heads.fcn_mask_head import _do_paste_mask
 
         pasted = torch.zeros(len(masks), *shape[:2], dtype=torch.bool)
         for row in range(len(masks)):
-            mask, place = _do_paste_mask(masks[row : row + 1, None], boxes[row : row + 1], *shape[:2])
-            pasted[(slice(row, row + 1), *place)] = mask >= self.mask_threshold
+            mask, region = _do_paste_mask(masks[row : row + 1, None], boxes[row : row + 1], *shape[:2])
+            pasted[(slice(row, row + 1), *region)] = mask >= self.mask_threshold
         return pasted
 
 
 def _pose_estimator(file: OnnxFile, model: nn.Module) -> nn.Module:
-    """The config's pose estimator, in which the file takes the place of backbone and head."""
+    """Puts the file in the place of backbone and head of the config's pose estimator, and returns the
+    estimator."""
     head = getattr(model, 'head', None)
-    kind = head_kind(head)
+    head_type = head_kind(head)
     names = tuple(port.name for port in file.outputs)
-    if kind is None or names != OUTPUTS[kind]:
+    if head_type is None or names != OUTPUTS[head_type]:
         raise _other_model(file, model)
     codec, written = codec_of(head.decoder), file.metadata.get('codec')
     if codec != written:
         raise _other_config(file, 'codec', written, codec)
-    # The images pass unchanged through the backbone, and the head's forward computes.
+    # The images pass unchanged through the backbone, and the forward of the head runs the file.
     model.backbone, model.neck = nn.Identity(), None
     staged = gives_stages(head)
 
     def forward(images: Tensor) -> Any:
         outputs = file(images_for(file, model.data_preprocessor, images))
         tensors = tuple(torch.from_numpy(outputs[name]) for name in names)
-        return tensors if kind == 'simcc' or staged else tensors[0]
+        return tensors if head_type == 'simcc' or staged else tensors[0]
 
     head.forward = forward
     return model
 
 
 def _classifier(file: OnnxFile, model: nn.Module) -> nn.Module:
-    """The config's classifier, in which the file takes the place of the network."""
+    """Puts the file in the place of the network of the config's classifier, and returns the
+    classifier."""
     if not isinstance(model, ImageClassifier) or [port.name for port in file.outputs] != ['scores']:
         raise _other_model(file, model)
 
     def forward(images: Tensor) -> Tensor:
-        # ``predict`` applies a softmax, and the softmax of the scores' logarithms is the scores.
+        # ``predict`` applies a softmax, and the softmax of the logarithms of probabilities gives these
+        # probabilities.
         scores = file(images_for(file, model.data_preprocessor, images))['scores']
         return torch.from_numpy(scores).log()
 
@@ -199,35 +214,39 @@ MAKERS: dict[str, Callable[[OnnxFile, nn.Module], nn.Module]] = {
     'pose': _pose_estimator,
     'classification': _classifier,
 }
-"""Functions that make a model that predicts with a file, by the file's task."""
+"""{task of a file: function that makes a model which predicts with the file}."""
 
 
 def images_for(file: OnnxFile, preprocessor: nn.Module, images: Tensor) -> np.ndarray:
-    """The input of a file for images that a ``data_preprocessor`` has prepared.
+    """Makes the input of a file from images that a ``data_preprocessor`` has prepared.
 
-    The images are padded below and on the right to the file's size, or to the multiples that it takes.
-    If the file normalises by itself, the normalisation is undone.
+    The images are padded below and on the right to the file's size, or to multiples of its
+    ``pad_divisor``. If the file normalises its images, their normalisation is undone.
 
     Args:
-        file: the exported file.
+        file: the exported file, whose metadata says which images it takes.
         preprocessor: the model's ``data_preprocessor``.
-        images: (N, 3, H, W).
+        images: (N, 3, H, W) prepared images.
+
+    Returns:
+        (N, 3, H, W) float32, as large as the file takes them.
 
     Raises:
         PruneError: the file has a fixed size, and the images are larger.
     """
-    about = file.metadata
+    metadata = file.metadata
     height, width = images.shape[-2:]
-    divisor = about['pad_divisor']
-    size = about['input_size'] or [-(-side // divisor) * divisor for side in (height, width)]
+    divisor = metadata['pad_divisor']
+    # ``-(-a // b)`` divides and rounds up.
+    size = metadata['input_size'] or [-(-side // divisor) * divisor for side in (height, width)]
     if height > size[0] or width > size[1]:
         raise PruneError(
             f'{file.path}: is for images of {size[0]} x {size[1]}, and the test pipeline gives '
             f'{height} x {width}; export with --dynamic, or with a --size that has room for them'
         )
-    missing = (0, size[1] - width, 0, size[0] - height)
-    images = nn.functional.pad(images, missing, value=about['pad_value'])
-    if about['with_preprocess']:
+    padding = (0, size[1] - width, 0, size[0] - height)
+    images = nn.functional.pad(images, padding, value=metadata['pad_value'])
+    if metadata['with_preprocess']:
         if preprocessor._enable_normalize:
             images = images * preprocessor.std + preprocessor.mean
         if preprocessor._channel_conversion:
@@ -242,7 +261,7 @@ def check_dataset(runner: Runner) -> None:
     """Compares the names of classes or keypoints in the file with those of the runner's test set.
 
     Raises:
-        PruneError: they differ.
+        PruneError: the names differ.
     """
     file = next(module.file for module in runner.model.modules() if hasattr(module, 'file'))
     meta = runner.test_loop.dataloader.dataset.metainfo
@@ -259,10 +278,11 @@ def _check_preparation(file: OnnxFile, preprocessor: nn.Module) -> None:
     """Raises a PruneError if the config prepares its images in another way than the file expects."""
     for name, value in normalization_of(preprocessor).items():
         written = file.metadata.get(name)
-        same = written == value
+        is_same = written == value
         if isinstance(value, list) and isinstance(written, list) and len(value) == len(written):
-            same = np.allclose(written, value, rtol=1e-5, atol=0)  # one may be rounded to float32
-        if not same:
+            # One of the two may be rounded to float32.
+            is_same = np.allclose(written, value, rtol=1e-5, atol=0)
+        if not is_same:
             raise _other_config(file, name, written, value)
 
 

@@ -1,4 +1,8 @@
-"""A checkpoint as one ONNX file: build the model, wrap it, trace it, check the file, then name it."""
+"""Writes a checkpoint's model as one ONNX file.
+
+The model is built, wrapped in a network with post-processing, and traced. The file is written under a
+temporary name, checked, and then renamed.
+"""
 
 import io
 import json
@@ -36,9 +40,11 @@ from mmprune.surgery.meta import META, load_weights, plan_in, weights_in
 from mmprune.surgery.plan import plan_of
 
 OPSET = 18
+"""The version of ONNX's operators that a file uses unless another one is requested."""
 
 STRIDE = 32
-"""Open sides are multiples of it: pyramids add maps of neighbouring levels, and only then these fit."""
+"""Open sides are multiples of this number, so that the maps of neighbouring levels, which pyramids add,
+have fitting sizes."""
 
 KINDS = (
     'one-stage detectors with a dense head (RetinaNet, ATSS, FCOS, GFL, RTMDet, YOLOX, SSD and others '
@@ -48,6 +54,7 @@ KINDS = (
     'top-down pose estimators with heatmaps or SimCC',
     'classifiers (ImageClassifier)',
 )
+"""The kinds of models that can be exported with post-processing, for the error about other kinds."""
 
 
 def export(
@@ -64,8 +71,8 @@ def export(
         config: the *unpruned* config that the checkpoint was trained with.
         checkpoint: a checkpoint file. Without a plan in it, the unpruned model is exported.
         out: the file to write. It must not exist.
-        device: where PyTorch runs.
-        options: further options: ``raw``, ``size``, ``dynamic``, ``opset``,
+        device: the device on which PyTorch runs the model, e.g. ``'cpu'`` or ``'cuda'``.
+        options: further options of :func:`export_model`: ``raw``, ``size``, ``dynamic``, ``opset``,
             ``with_preprocess``, ``check`` and ``batch``.
 
     Returns:
@@ -97,16 +104,17 @@ def export_model(
     Args:
         model: a model with its ``cfg`` and ``dataset_meta``, as :func:`mmprune.load_pruned` gives it.
         out: the file to write. It must not exist.
-        raw: export the head's outputs without post-processing, which works for more models.
-        size: height and width of the input, fixed.
-        dynamic: height and width are open, any multiples of the metadata's ``pad_divisor``. With
-            neither ``size`` nor ``dynamic``, the size is fixed if the config fixes it (by its test
-            pipeline or its pose codec), and open otherwise.
+        raw: whether the head's outputs are exported without post-processing, which works for more
+            models.
+        size: the fixed height and width of the input; ``None`` if ``dynamic`` or the config decides.
+        dynamic: whether height and width are open, that is, any multiples of the metadata's
+            ``pad_divisor``. With neither ``size`` nor ``dynamic``, the size is fixed if the config
+            fixes it (by its test pipeline or its pose codec), and open otherwise.
         opset: the version of ONNX's operators; ``None`` means 18.
-        with_preprocess: the graph takes BGR pictures, 0 to 255, and does channel order, mean and
-            standard deviation itself.
-        check: the backends in which the file is compared with PyTorch, any of ``'onnxruntime'`` and
-            ``'openvino'``.
+        with_preprocess: whether the graph takes BGR pictures, 0 to 255, and itself changes the channel
+            order, subtracts the mean and divides by the standard deviation.
+        check: the backends in which the file is compared with PyTorch: ``'onnxruntime'``,
+            ``'openvino'``, both, or none.
         batch: the number of images of one run; ``None`` leaves it open, if the model allows that.
 
     Returns:
@@ -135,16 +143,16 @@ def export_model(
     sides = {} if size else {2: divisor, 3: divisor}
     program, batch = trace(model, network, size, sides, opset or OPSET, with_preprocess, batch)
     pictures = checks.pictures_for(size, divisor, batch or 2)
-    about = metadata(model, network, size, with_preprocess, pictures[0].shape[1:3])
-    program.model.metadata_props[METADATA] = json.dumps(about)
-    part = out.with_name(f'{out.name}.part')
+    file_metadata = metadata(model, network, size, with_preprocess, pictures[0].shape[1:3])
+    program.model.metadata_props[METADATA] = json.dumps(file_metadata)
+    temporary = out.with_name(f'{out.name}.part')
     try:
-        program.save(part)
+        program.save(temporary)
         for backend in check:
-            checks.check_file(part, network, pictures, with_preprocess, backend)
-        part.replace(out)
+            checks.check_file(temporary, network, pictures, with_preprocess, backend)
+        temporary.replace(out)
     finally:
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     sync_folder(out.parent)
     return out
 
@@ -158,7 +166,7 @@ def check_out(out: Path) -> None:
 
 
 def load(config: str | Path | Config, checkpoint: str | Path, device: str = 'cpu') -> nn.Module:
-    """The checkpoint's model, pruned if it has a plan, in evaluation mode."""
+    """Builds the checkpoint's model, pruned if the checkpoint has a plan, in evaluation mode."""
     cfg = config if isinstance(config, Config) else Config.fromfile(config)
     content = read_checkpoint(checkpoint)
     if plan_in(content) is not None:
@@ -174,10 +182,11 @@ def load(config: str | Path | Config, checkpoint: str | Path, device: str = 'cpu
 
 
 def strip(config: str | Path | Config, checkpoint: str | Path, out: str | Path) -> Path:
-    """Writes a checkpoint without what only training needs: optimizer, EMA copy, log and scores.
+    """Writes a copy of a checkpoint without the parts that only training needs: the optimizer, the EMA
+    copy, the log and the scores.
 
-    The new file has the weights, the plan, and the names of classes or keypoints. It loads wherever the
-    checkpoint does, but no training can be resumed from it.
+    The copy has the weights, the plan, and the names of classes or keypoints. It can be loaded like the
+    checkpoint, but no training can be resumed from it.
 
     Args:
         config: the *unpruned* config that the checkpoint was trained with.
@@ -195,7 +204,7 @@ def strip(config: str | Path | Config, checkpoint: str | Path, out: str | Path) 
     load(config, checkpoint)
     content = read_checkpoint(checkpoint)
     weights = weights_in(content, checkpoint)
-    # torch.save writes all of the memory that a tensor is a slice of, so slices are copied.
+    # ``torch.save`` writes the whole memory of which a tensor is a slice, so slices are copied.
     state = OrderedDict(
         (name, tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor)
         for name, tensor in weights.items()
@@ -212,7 +221,8 @@ def strip(config: str | Path | Config, checkpoint: str | Path, out: str | Path) 
 
 
 def network_of(model: nn.Module) -> nn.Module:
-    """The module that is exported in a model's place: images in, detections, keypoints or scores out.
+    """Returns the module that is exported in a model's place. It maps images to detections, keypoints
+    or scores.
 
     Raises:
         PruneError: there is none for the model's kind.
@@ -230,8 +240,13 @@ def network_of(model: nn.Module) -> nn.Module:
 
 
 class Graph(nn.Module):
-    """What is exported: a network, and before it what the ``data_preprocessor`` does to the values of a
-    picture, unless ``preprocessor`` is ``None``."""
+    """The module that is traced: a network, perhaps preceded by preprocessing.
+
+    Args:
+        network: the network around the model, as :func:`network_of` makes it, or a ``RawNetwork``.
+        preprocessor: the model's ``data_preprocessor``, whose channel order and normalization the graph
+            applies to the images; ``None`` if the images are already prepared.
+    """
 
     def __init__(self, network: nn.Module, preprocessor: nn.Module | None) -> None:
         super().__init__()
@@ -257,8 +272,9 @@ def trace(
     with_preprocess: bool,
     batch: int | None,
 ) -> tuple[Any, int | None]:
-    """The ONNX program of a network, and the number of images that it takes: ``batch``, or 1 if the
-    number cannot be left open. ``sides`` are the open sides, as :func:`to_onnx` takes them."""
+    """Traces a network to an ONNX program. Returns the program, and the number of images that it takes:
+    ``batch``, which may be ``None`` for any number, or 1 if the number cannot be left open. ``sides``
+    are the open sides, as :func:`to_onnx` takes them."""
     device = device_of(model)
     if isinstance(network, RawNetwork):
         shape = size or (STRIDE * 8, STRIDE * 10)
@@ -267,8 +283,9 @@ def trace(
             print_log('The model asks for the size of each image: exported for batches of 1', 'current')
             batch = 1
     graph = Graph(network, model.data_preprocessor if with_preprocess else None).eval()
-    # At this size no two maps of a pyramid have equal sides, and none has a side of one. Nothing is
-    # computed, so the size costs nothing.
+    # Tracers treat sides of 1 specially, and may identify equal sides. At this size no two maps of a
+    # pyramid have equal sides, and none has a side of 1. Tracing computes no values, so a large size
+    # takes no longer.
     shape = size or (STRIDE * 20, STRIDE * 24)
     example = torch.zeros(batch or 2, 3, *shape, device=device)
     try:
@@ -276,7 +293,7 @@ def trace(
     except PruneError as error:
         if batch:
             raise
-        # Some models compute with the batch's size as a number (the windows of Swin).
+        # Some models use the batch size as a Python number, such as Swin for its windows.
         try:
             program = to_onnx(graph, example[:1], sides, opset)
         except PruneError:
@@ -286,13 +303,14 @@ def trace(
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """The device of the model's parameters."""
+    """Returns the device of the model's parameters."""
     return next(model.parameters()).device
 
 
 def divisor_of(model: nn.Module, size: Sequence[int] | None) -> int:
-    """The number of which the sides of an input are multiples. Classifiers have no pyramid, and padding
-    would change what they see."""
+    """Returns the divisor of the sides of an input. It is at least ``STRIDE`` if the size is open
+    (``None``), except for classifiers, which have no pyramid, and whose results padding would
+    change."""
     divisor = getattr(model.data_preprocessor, 'pad_size_divisor', 1)
     return divisor if size or isinstance(model, ImageClassifier) else max(divisor, STRIDE)
 
@@ -300,7 +318,7 @@ def divisor_of(model: nn.Module, size: Sequence[int] | None) -> int:
 def size_for(
     model: nn.Module, network: nn.Module, size: Sequence[int] | None, dynamic: bool
 ) -> tuple[int, int] | None:
-    """(height, width) of the input; ``None`` for an open size.
+    """Returns (height, width) of the input; ``None`` for an open size.
 
     Raises:
         PruneError: the model cannot take the size that was asked for.
@@ -337,14 +355,14 @@ def metadata(
     with_preprocess: bool,
     counted_at: tuple[int, int],
 ) -> dict[str, Any]:
-    """What the file says about itself. FLOPs are counted for images of ``counted_at`` (height,
-    width)."""
-    names = getattr(model, 'dataset_meta', None) or {}
-    about = {
+    """Makes the metadata of the file, which says how to use it. FLOPs are counted for images of
+    ``counted_at`` (height, width)."""
+    dataset_meta = getattr(model, 'dataset_meta', None) or {}
+    entries = {
         'version': mmprune.__version__,
         'model': type(model).__name__,
         'task': 'detection',
-        'classes': list(names.get('classes') or []),
+        'classes': list(dataset_meta.get('classes') or []),
         **normalization_of(model.data_preprocessor),
         'with_preprocess': with_preprocess,
         'input_size': list(size) if size else None,
@@ -354,15 +372,15 @@ def metadata(
         'counted_at': list(counted_at),
         **costs(model, network, counted_at),
     }
-    about |= getattr(network, 'metadata', {})
-    if about['task'] == 'pose':
-        about['keypoints'] = keypoint_names(names)
-        del about['classes']
-    return about
+    entries |= getattr(network, 'metadata', {})
+    if entries['task'] == 'pose':
+        entries['keypoints'] = keypoint_names(dataset_meta)
+        del entries['classes']
+    return entries
 
 
 def costs(model: nn.Module, network: nn.Module, size: tuple[int, int]) -> dict[str, dict[str, int]]:
-    """FLOPs (multiply-adds) of one image and parameters, before and after pruning."""
+    """Counts FLOPs (multiply-adds) of one image and parameters, before and after pruning."""
     flops = flops_of(network, size)
     params = sum(parameter.numel() for parameter in model.parameters())
     plan = plan_of(model)
@@ -374,9 +392,9 @@ def costs(model: nn.Module, network: nn.Module, size: tuple[int, int]) -> dict[s
 
 
 def flops_of(network: nn.Module, size: tuple[int, int]) -> int:
-    """Multiply-adds of an exported network for one image of ``size`` (height, width)."""
-    # torch's counter fails on parameters with gradients if a module is called with them, as DETR's are
-    # with its queries.
+    """Counts the multiply-adds of an exported network for one image of ``size`` (height, width)."""
+    # torch's counter fails if a module is called with a parameter that has gradients. DETR passes its
+    # queries, which are parameters, to its decoder.
     network = copied(network).requires_grad_(False)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(torch.zeros(1, 3, *size, device=device_of(network)))

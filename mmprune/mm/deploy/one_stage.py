@@ -1,7 +1,7 @@
 """One-stage detectors for export: dense heads, whose boxes belong to priors, and DETR.
 
-The class of a head does not decide how it is exported. What decides is the method of mmdet that it
-inherits for making its boxes. So a new head that inherits one of these methods is exported as it is.
+Not the class of a head decides how it is exported, but the method of mmdet by which it decodes its
+boxes. So a new head that inherits a known method can be exported without further code.
 """
 
 from collections.abc import Callable
@@ -44,19 +44,19 @@ CODERS = (DeltaXYWHBBoxCoder, DistancePointBBoxCoder, TBLRBBoxCoder)
 
 
 def overrides(module: object, base: type, *methods: str) -> bool:
-    """Whether the class of ``module`` has another version of one of the methods than ``base``."""
+    """Returns whether the class of ``module`` overrides one of ``methods`` of ``base``."""
     return any(getattr(type(module), name, None) is not getattr(base, name) for name in methods)
 
 
 def one_stage_network(model: nn.Module) -> nn.Module | None:
-    """The network to export in the place of a one-stage detector; ``None`` for other models, and for
-    those that decode their boxes in another way."""
+    """Returns the network to export in the place of a one-stage detector; ``None`` for other models,
+    and for detectors that decode their boxes in another way."""
     head = getattr(model, 'bbox_head', None)
     if isinstance(model, DETR) and isinstance(head, DETRHead):
-        own_way = overrides(model, DetectionTransformer, 'predict') or overrides(
+        is_changed = overrides(model, DetectionTransformer, 'predict') or overrides(
             head, DETRHead, 'predict', 'predict_by_feat', '_predict_by_feat_single'
         )
-        return None if own_way else DETRNetwork(model)
+        return None if is_changed else DETRNetwork(model)
     if isinstance(model, SingleStageDetector) and not overrides(model, SingleStageDetector, 'predict'):
         decode = _decoding_of(head)
         return None if decode is None else DenseNetwork(model, decode)
@@ -67,11 +67,12 @@ def one_stage_network(model: nn.Module) -> nn.Module | None:
 
 
 class DenseNetwork(nn.Module):
-    """Images (N, 3, H, W) to ``dets`` (N, K, 5) and ``labels`` (N, K).
+    """Maps images (N, 3, H, W) to ``dets`` (N, K, 5), boxes with scores, and ``labels`` (N, K).
 
     Args:
-        model: the detector.
-        decode: makes candidates from the head, the head's outputs and the size of the images.
+        model: the one-stage detector, as mmdet built it.
+        decode: the function that makes candidates from the head, the outputs of the head and the size
+            of the images.
     """
 
     output_names = ('dets', 'labels')
@@ -82,7 +83,7 @@ class DenseNetwork(nn.Module):
         cfg = model.bbox_head.test_cfg
         self.nms = nms_of(cfg, 'bbox_head')
         self.k = cfg.get('max_per_img', DEFAULT_MAX_PER_IMG)
-        if decode is by_objectness:  # YOLOX's head ignores the option
+        if decode is by_objectness:  # YOLOX's head ignores ``max_per_img``
             self.k = DEFAULT_MAX_PER_IMG
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,6 +93,8 @@ class DenseNetwork(nn.Module):
 
 
 def _decoding_of(head: nn.Module | None) -> Callable[..., Candidates] | None:
+    """Returns the function that makes candidates as the head's own method does; ``None`` if the head
+    decodes its boxes by a method that is not known."""
     if not isinstance(head, BaseDenseHead) or overrides(head, BaseDenseHead, 'predict'):
         return None
     if not overrides(head, YOLOXHead, 'predict_by_feat'):
@@ -104,8 +107,8 @@ def _decoding_of(head: nn.Module | None) -> Callable[..., Candidates] | None:
 
 
 def by_scores(head: nn.Module, outs: tuple, size: Size) -> Candidates:
-    """Candidates of heads with class scores and offsets to priors, and perhaps a factor for each prior:
-    RetinaNet, ATSS, FCOS, SSD, RTMDet and most others."""
+    """Makes candidates for heads with class scores and offsets to priors, and perhaps a factor for each
+    prior: RetinaNet, ATSS, FCOS, SSD, RTMDet and most others."""
     cls_scores, bbox_preds, *factors = outs
     levels = []
     for level, priors in enumerate(priors_of(head, cls_scores)):
@@ -119,7 +122,7 @@ def by_scores(head: nn.Module, outs: tuple, size: Size) -> Candidates:
 
 
 def by_distribution(head: nn.Module, outs: tuple, size: Size) -> Candidates:
-    """Candidates of heads with class scores and distributions over distances: GFL."""
+    """Makes candidates for heads with class scores and distributions over distances: GFL."""
     cls_scores, bbox_preds = outs
     levels = []
     for level, priors in enumerate(priors_of(head, cls_scores)):
@@ -134,8 +137,8 @@ def by_distribution(head: nn.Module, outs: tuple, size: Size) -> Candidates:
 
 
 def by_objectness(head: nn.Module, outs: tuple, size: Size) -> Candidates:
-    """Candidates of YOLOX: the best class of each prior, times the prior's objectness. All priors take
-    part in NMS."""
+    """Makes candidates for YOLOX: the best class of each prior, times the prior's objectness. All
+    priors take part in NMS."""
     cls_scores, bbox_preds, objectness = (
         torch.cat([flat(level, width) for level in levels], 1)
         for levels, width in zip(outs, (head.cls_out_channels, 4, 1), strict=True)
@@ -148,19 +151,19 @@ def by_objectness(head: nn.Module, outs: tuple, size: Size) -> Candidates:
 
 
 def flat(level: Tensor, width: int) -> Tensor:
-    """(N, A * width, H, W) to (N, H * W * A, width)."""
+    """Reorders a map (N, A * width, H, W) with A priors at each position to (N, H * W * A, width)."""
     return level.permute(0, 2, 3, 1).reshape(level.shape[0], -1, width)
 
 
 def priors_of(head: nn.Module, levels: list[Tensor], **options: bool) -> list[Tensor]:
-    """The priors of each level, for maps of the sizes of ``levels``."""
+    """Makes the priors of each level, for maps of the sizes of ``levels``."""
     sizes = [level.shape[-2:] for level in levels]
-    kind = dict(dtype=levels[0].dtype, device=levels[0].device)
-    return head.prior_generator.grid_priors(sizes, **kind, **options)
+    tensor_options = dict(dtype=levels[0].dtype, device=levels[0].device)
+    return head.prior_generator.grid_priors(sizes, **tensor_options, **options)
 
 
 def activated(head: nn.Module, logits: Tensor) -> Tensor:
-    """(..., channels) logits to (..., classes) scores, without the background."""
+    """Turns logits (..., channels) into scores (..., classes), without the background."""
     loss = getattr(head, 'loss_cls', None)
     if getattr(loss, 'custom_cls_channels', False):
         return loss.get_activation(logits)
@@ -168,12 +171,13 @@ def activated(head: nn.Module, logits: Tensor) -> Tensor:
 
 
 def best_of_level(head: nn.Module, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The ``nms_pre`` best of all scores of a level: (N, k) scores, classes, and rows of priors."""
+    """Selects the ``nms_pre`` best of all scores of a level. Returns (N, k) scores, classes, and rows
+    of priors."""
     scores = activated(head, flat(level, head.cls_out_channels))
     classes = scores.shape[-1]
-    values, places = best(scores.flatten(1), head.test_cfg['nms_pre'])
+    values, positions = best(scores.flatten(1), head.test_cfg['nms_pre'])
     values = torch.where(values > head.test_cfg.get('score_thr', 0), values, NOT_A_CANDIDATE)
-    return values, places % classes, places // classes
+    return values, positions % classes, positions // classes
 
 
 def scaled(scores: Tensor, factors: Tensor, rows: Tensor) -> Tensor:
@@ -183,22 +187,23 @@ def scaled(scores: Tensor, factors: Tensor, rows: Tensor) -> Tensor:
 
 
 def decoded(coder: object, priors: Tensor, offsets: Tensor, size: Size) -> Tensor:
-    """Boxes from priors and offsets.
+    """Computes boxes from priors and offsets.
 
     Args:
         coder: the head's box coder.
-        priors: (N, k, 4) boxes or (N, k, 2) points.
-        offsets: (N, k, ...) as the coder takes them.
+        priors: (N, k, 4) boxes or (N, k, 2) points, in pixels.
+        offsets: (N, k, ...), the numbers that the head predicts for each prior, as the coder takes
+            them.
         size: height and width of the images, to which boxes are clipped if the coder clips.
 
     Returns:
-        (N, k, 4) corners.
+        (N, k, 4) corners x1, y1, x2, y2 in pixels.
 
     Raises:
-        PruneError: the coder is of another kind than ``CODERS``.
+        PruneError: the class of the coder is not among ``CODERS``.
     """
     if type(coder) not in CODERS:
-        names = ', '.join(known.__name__ for known in CODERS)
+        names = ', '.join(coder_class.__name__ for coder_class in CODERS)
         raise PruneError(
             f'bbox_coder.type={type(coder).__name__}: boxes can be exported from {names}; take one of '
             'these, or export with --raw'
@@ -212,7 +217,7 @@ def decoded(coder: object, priors: Tensor, offsets: Tensor, size: Size) -> Tenso
 
 
 class DETRNetwork(nn.Module):
-    """Images (N, 3, H, W) without padding to ``dets`` (N, K, 5) and ``labels`` (N, K).
+    """Maps images (N, 3, H, W) without padding to ``dets`` (N, K, 5) and ``labels`` (N, K).
 
     DETR has a fixed number of queries, the best of which are the detections. There is no NMS.
     """
@@ -234,18 +239,18 @@ class DETRNetwork(nn.Module):
 
 
 def best_queries(head: nn.Module, logits: Tensor, boxes: Tensor, size: Size) -> Candidates:
-    """The ``max_per_img`` best queries.
+    """Selects the ``max_per_img`` best queries as detections.
 
     Args:
         head: DETR's head.
-        logits: (N, queries, classes, and perhaps the background).
-        boxes: (N, queries, 4) centre and sides, relative to the image.
+        logits: (N, queries, classes), or (N, queries, classes + 1) with the background last.
+        boxes: (N, queries, 4) centre and sides, as fractions of the image's sides.
         size: height and width of the images.
     """
     k = (head.test_cfg or {}).get('max_per_img', logits.shape[1])
     if head.loss_cls.use_sigmoid:
-        scores, places = ranked(sigmoid(logits).flatten(1), k)
-        labels, rows = places % head.num_classes, places // head.num_classes
+        scores, positions = ranked(sigmoid(logits).flatten(1), k)
+        labels, rows = positions % head.num_classes, positions // head.num_classes
     else:
         scores, labels = logits.softmax(-1)[..., :-1].max(-1)
         scores, rows = ranked(scores, k)
@@ -254,7 +259,7 @@ def best_queries(head: nn.Module, logits: Tensor, boxes: Tensor, size: Size) -> 
 
 
 def corners_of(boxes: Tensor, size: Size) -> Tensor:
-    """(..., 4) centre and sides, relative to the image, as corners in pixels."""
+    """Converts boxes (..., 4), as centre and sides relative to the image, to corners in pixels."""
     centre, sides = boxes.split(2, -1)
     x1, y1, x2, y2 = torch.cat([centre - 0.5 * sides, centre + 0.5 * sides], -1).unbind(-1)
     height, width = size

@@ -17,6 +17,7 @@ from mmprune.errors import PruneError
 from mmprune.onnx_sessions import Port, Session, open_session
 
 BACKENDS = ('onnxruntime', 'openvino')
+"""The runtimes that run an exported file."""
 
 METADATA = 'mmprune'
 """The key in the file's ``metadata_props``. Its value is JSON."""
@@ -27,10 +28,11 @@ class OnnxFile:
     """An exported model, ready to run.
 
     Args:
-        path: the file.
-        metadata: what the export wrote into the file: the task, the names of classes or keypoints, how
-            pictures are prepared, and costs (``mmprune/mm/deploy/export.py`` lists them).
-        session: runs the graph.
+        path: the path of the ``.onnx`` file.
+        metadata: the entries that the export wrote into the file: the task, the names of classes or
+            keypoints, the preparation of pictures, and costs. ``mmprune/mm/deploy/export.py`` lists
+            them.
+        session: the session of the runtime, which runs the graph.
     """
 
     path: Path
@@ -51,16 +53,16 @@ class OnnxFile:
         """Computes the outputs, by name.
 
         Args:
-            images: (N, 3, H, W) float32, prepared as ``metadata`` says. If the file was exported for a
-                fixed number of images, N may be any multiple of it.
+            images: (N, 3, H, W) float32, prepared as ``metadata`` describes. If the file was exported
+                for a fixed number of images, N may be any multiple of it.
 
         Raises:
             PruneError: the file takes images of another size, or another number of them.
         """
         name, expected = self.inputs[0].name, self.inputs[0].shape
         if images.ndim != len(expected) or any(
-            size not in (None, given)
-            for size, given in zip(expected[1:], images.shape[1:], strict=True)
+            size not in (None, actual)
+            for size, actual in zip(expected[1:], images.shape[1:], strict=True)
         ):
             raise PruneError(
                 f'{self.path}: input {name} is {_text(expected)}, and the images are '

@@ -1,8 +1,9 @@
 """Two operators that ``torch.export`` can trace and ONNX has: NMS of a fixed size, and RoIAlign.
 
-mmcv's versions are compiled functions that no tracer sees into, and mmcv's NMS returns as many boxes as
-it keeps, while every shape in a graph must be known before it runs. Here both are custom operators with
-fake kernels, which tell the tracer the shapes of their outputs. :func:`translations` maps them to ONNX.
+mmcv's versions are compiled functions that no tracer sees into. Besides, mmcv's NMS returns as many
+boxes as it keeps, while every shape in a graph must be known before the graph runs. This module
+registers both as custom operators with fake kernels, from which the tracer learns the shapes of their
+outputs. :func:`translations` maps the operators to ONNX.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,7 @@ NOT_A_CANDIDATE = -1.0
 """The score of a row that takes no part in NMS. All other rows have a score of 0 or more."""
 
 _THRESHOLD = NOT_A_CANDIDATE / 2
+"""A threshold between the score of rows that take no part and all other scores."""
 
 
 @torch.library.custom_op('mmprune::nms', mutates_args=())
@@ -60,8 +62,8 @@ def roi_align(
     Args:
         features: (N, C, H, W) maps.
         rois: (K, 5): the number of the image, then x1, y1, x2, y2 in pixels of the image.
-        height: the height of the result.
-        width: the width of the result.
+        height: the height of the result in cells.
+        width: the width of the result in cells.
         scale: the size of ``features`` divided by the size of the image.
         sampling_ratio: samples for each cell and direction; 0 adapts their number to the RoI's size.
         aligned: shifts the samples by half a pixel, as mmcv's option of this name does.
@@ -79,13 +81,13 @@ def _(features: Tensor, rois: Tensor, height: int, width: int, *options: object)
 
 
 def translations() -> dict[Callable, Callable]:
-    """The ``custom_translation_table`` of ``torch.onnx.export``, for opset 18 and later."""
+    """Returns the ``custom_translation_table`` of ``torch.onnx.export``, for opset 18 and later."""
     from onnxscript import opset18 as op
 
     def onnx_nms(boxes, scores, iou_threshold: float, k: int):
-        # NonMaxSuppression returns a variable number of rows, in an order that the standard leaves
-        # open. So the scores of the rows that it keeps are written back to their places, all other
-        # places get NOT_A_CANDIDATE, and TopK takes a fixed number from there.
+        # NonMaxSuppression returns a variable number of rows, in an order that the standard does not
+        # define. So the scores of the rows that it keeps are written back to their positions, all other
+        # positions get NOT_A_CANDIDATE, and TopK selects a fixed number of rows from the result.
         selected = op.NonMaxSuppression(
             boxes,
             op.Unsqueeze(scores, op.Constant(value_ints=[1])),
@@ -93,17 +95,17 @@ def translations() -> dict[Callable, Callable]:
             op.Constant(value_floats=[iou_threshold]),
             op.Constant(value_floats=[_THRESHOLD]),
         )
-        places = op.Gather(selected, op.Constant(value_ints=[0, 2]), axis=1)
+        positions = op.Gather(selected, op.Constant(value_ints=[0, 2]), axis=1)
         nothing = op.Expand(op.Constant(value_float=NOT_A_CANDIDATE), op.Shape(scores))
-        kept = op.ScatterND(nothing, places, op.GatherND(scores, places))
+        kept = op.ScatterND(nothing, positions, op.GatherND(scores, positions))
         best, rows = op.TopK(kept, op.Constant(value_ints=[k]), axis=1)
-        real = op.Greater(best, op.Constant(value_float=_THRESHOLD))
-        return op.Where(real, rows, op.Constant(value_int=-1))
+        is_kept = op.Greater(best, op.Constant(value_float=_THRESHOLD))
+        return op.Where(is_kept, rows, op.Constant(value_int=-1))
 
     def onnx_roi_align(
         features, rois, height: int, width: int, scale: float, sampling_ratio: int, aligned: bool
     ):
-        image = op.Cast(op.Gather(rois, op.Constant(value_int=0), axis=1), to=7)
+        image = op.Cast(op.Gather(rois, op.Constant(value_int=0), axis=1), to=7)  # 7 means int64
         one = op.Constant(value_ints=[1])
         corners = op.Slice(rois, one, op.Constant(value_ints=[5]), one)
         options = dict(output_height=height, output_width=width, spatial_scale=scale, mode='avg')
@@ -126,6 +128,7 @@ def translations() -> dict[Callable, Callable]:
         )
         return op.Clip(x, *bounds)
 
+    # Clip takes only scalar bounds, so tensors as bounds need Max and Min.
     def onnx_clamp_by_tensors(x, min=None, max=None):
         scalars = all(bound is None or not len(bound.shape) for bound in (min, max))
         low, high = (bound if bound is None else op.CastLike(bound, x) for bound in (min, max))

@@ -1,16 +1,16 @@
-"""All that an export changes in torch, mmcv and mmdet. Each change ends with its context.
+"""Contexts in which parts of torch, mmcv and mmdet are replaced for an export or a prediction.
 
 :func:`traceable`, while a module is traced:
 
 - ``torch.backends.mha``: the fused path of attention is off, since ONNX has no operator for it.
-- ``torch._shape_as_tensor`` and ``fake_tensor.CONSTANT_NUMEL_LIMIT``: Deformable DETR and its kin loop
-  over a tensor with the sizes of maps. The tracer knows its values if the tensor is a constant, and if
-  constants may have more than one number.
-- deformable convolutions, masked convolutions and corner pooling, which are compiled functions that no
-  tracer sees into: they are replaced by operators that ONNX has. All other compiled functions of mmcv
-  raise an error that names them.
+- ``torch._shape_as_tensor`` and ``fake_tensor.CONSTANT_NUMEL_LIMIT``: Deformable DETR and models like
+  it loop over a tensor with the sizes of maps. The tracer knows the values of this tensor only if the
+  tensor is a constant, and if constants may have more than one number.
+- Deformable convolutions, masked convolutions and corner pooling are compiled functions, into which no
+  tracer sees. They are replaced by operators that ONNX has. All other compiled functions of mmcv raise
+  an error that names them.
 
-:func:`cpu_masked_convs`, while a model runs: mmcv has masked convolutions for CUDA devices alone.
+:func:`cpu_masked_convs`, while a model runs: mmcv has masked convolutions for CUDA devices only.
 
 :func:`traceable_rois`, while an exported network runs: RoIs are pooled by the custom operator of
 ``ops.py``, and mmdet's choice of their levels is replaced, since the number of RoIs on a level depends
@@ -19,9 +19,10 @@ on the picture.
 :func:`predicting`, while ``predict`` runs: mmdet 3.3 asks every head for its classification loss, to
 see whether the loss brings an activation. SSD's head has none and fails.
 
-:func:`stopped_at`, while ``predict`` runs: a method is replaced to see what it is given.
+:func:`stopped_at`, while ``predict`` runs: a method is replaced to record its arguments.
 
-:func:`without_losses`, while ways to run a model are tried: heads that compute losses raise an error.
+:func:`without_losses`, while several ways to run a model are tried: heads that compute losses raise an
+error.
 """
 
 import contextlib
@@ -54,7 +55,8 @@ from mmprune.mm.deploy import ops  # noqa: F401  (registers the custom operators
 
 @contextlib.contextmanager
 def traceable() -> Iterator[None]:
-    """Replaces what cannot be traced or has no counterpart in ONNX, as the module's docstring lists."""
+    """Replaces functions that cannot be traced or have no counterpart in ONNX, as the module's
+    docstring lists them."""
     fast_path = torch.backends.mha.get_fastpath_enabled()
     with contextlib.ExitStack() as stack:
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
@@ -73,19 +75,19 @@ def traceable() -> Iterator[None]:
 
 
 def cpu_masked_convs() -> Any:
-    """A context in which masked convolutions (of guided anchoring) run on every device."""
+    """Returns a context in which masked convolutions (of guided anchoring) run on every device."""
     return mock.patch.object(MaskedConv2dFunction, 'forward', staticmethod(_masked_conv))
 
 
 def predicting() -> Any:
-    """A context in which every detector of mmdet can predict."""
+    """Returns a context in which every detector of mmdet can predict."""
     if hasattr(SSDHead, 'loss_cls'):
         return contextlib.nullcontext()
     return mock.patch.object(SSDHead, 'loss_cls', None, create=True)
 
 
 class _Stopped(Exception):
-    """Ends a run at a method of which only the arguments are wanted."""
+    """Ends a run at a method, of which only the arguments are needed."""
 
 
 @contextlib.contextmanager
@@ -108,7 +110,8 @@ def stopped_at(modules: Iterable[nn.Module], method: str) -> Iterator[list[Any]]
 
 @contextlib.contextmanager
 def without_losses(model: nn.Module) -> Iterator[None]:
-    """Makes heads that compute losses raise an error: a run that asks for losses is no inference."""
+    """Makes heads that compute losses raise an error, since a run that computes losses is not
+    inference."""
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise PruneError(f'{type(model).__name__}: computes losses in this mode')
@@ -151,20 +154,21 @@ def traceable_rois(head: nn.Module) -> Iterator[None]:
             replaced.append(module)
         yield
     finally:
-        for module in replaced:  # an extractor that boxes and masks share may be met twice
+        for module in replaced:  # boxes and masks may share an extractor, which is then listed twice
             vars(module).pop('forward', None)
 
 
 def pooled(layer: RoIAlign, features: Tensor, rois: Tensor) -> Tensor:
-    """mmcv's ``RoIAlign`` as the custom operator."""
-    out = torch.ops.mmprune.roi_align(
+    """Computes mmcv's ``RoIAlign`` by the custom operator."""
+    cells = torch.ops.mmprune.roi_align(
         features, rois, *layer.output_size, layer.spatial_scale, layer.sampling_ratio, layer.aligned
     )
     if layer.sampling_ratio > 0 or not layer.aligned:
-        return out
-    # A RoI without an area has no sample. OpenVINO divides by their number; the others give zeros.
+        return cells
+    # A RoI without an area has no samples. OpenVINO divides by the number of samples; PyTorch and
+    # ONNX Runtime give zeros.
     empty = ((rois[:, 3:] - rois[:, 1:3]) <= 0).any(1)
-    return torch.where(empty[:, None, None, None], 0.0, out)
+    return torch.where(empty[:, None, None, None], 0.0, cells)
 
 
 def from_levels(
@@ -173,44 +177,48 @@ def from_levels(
     rois: Tensor,
     roi_scale_factor: float | None = None,
 ) -> Tensor:
-    """mmdet's ``SingleRoIExtractor``, which pools each RoI on the level that suits its size.
+    """Computes mmdet's ``SingleRoIExtractor``, which pools each RoI on the level that suits its size.
 
-    mmdet sorts the RoIs by level. Here each level pools all RoIs, and those of other levels are shrunk
-    to nothing first, which costs no time if the number of samples follows the size.
+    mmdet sorts the RoIs by level, so the shapes depend on the picture. In this function each level
+    pools all RoIs. RoIs of other levels are first shrunk to nothing, which costs no time if the number
+    of samples depends on the size of the RoI.
     """
     layers = extractor.roi_layers
     if len(features) == 1:
         return layers[0](features[0], rois)
     area = (rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])
-    # ``map_roi_levels`` takes a logarithm. Comparisons give the same level and round alike everywhere.
+    # mmdet's ``map_roi_levels`` computes a logarithm, which each runtime rounds differently.
+    # Comparisons with powers of two give the same level in every runtime.
     scale = area.sqrt() / extractor.finest_scale + 1e-6
     levels = sum((scale >= 2.0**level).long() for level in range(1, len(features)))
     if roi_scale_factor is not None:
         rois = extractor.roi_rescale(rois, roi_scale_factor)
-    total = 0.0
+    pooled_rois = 0.0
     for level, (layer, feature) in enumerate(zip(layers, features, strict=False)):
-        here = levels == level
-        values = layer(feature, torch.where(here[:, None], rois, 0.0))
-        total = torch.where(here[:, None, None, None], values, total)
-    return total
+        on_level = levels == level
+        pooled_on_level = layer(feature, torch.where(on_level[:, None], rois, 0.0))
+        pooled_rois = torch.where(on_level[:, None, None, None], pooled_on_level, pooled_rois)
+    return pooled_rois
 
 
 # -- mmcv's compiled functions as operators of ONNX ------------------------------------------------
 
 
 def _refuse_fake_tensors(name: str, function: Callable, args: tuple, kwargs: dict) -> Any:
+    """Calls a compiled function of mmcv, or raises an error if it is being traced."""
     if any(isinstance(tensor, FakeTensor) for tensor in tensors_in((args, kwargs))):
         raise NotImplementedError(f'{name} is a compiled function, for which ONNX has no operator here')
     return function(*args, **kwargs)
 
 
 def _deform_conv(ctx, x, offset, weight, stride=1, padding=0, dilation=1, groups=1, parts=1, *_):
-    """Deformable convolution (arXiv:1703.06211), with the arguments of mmcv's ``forward``."""
+    """Computes a deformable convolution (arXiv:1703.06211), with the arguments of mmcv's
+    ``forward``."""
     return _sampled_conv(x, offset, None, weight, None, (stride, padding, dilation, groups, parts))
 
 
 def _modulated_conv(ctx, x, offset, mask, weight, bias=None, stride=1, padding=0, *options):
-    """Deformable convolution with a factor for each sample (arXiv:1811.11168)."""
+    """Computes a deformable convolution with a factor for each sample (arXiv:1811.11168)."""
     dilation, groups, parts = options or (1, 1, 1)
     return _sampled_conv(x, offset, mask, weight, bias, (stride, padding, dilation, groups, parts))
 
@@ -226,50 +234,52 @@ def _sampled_conv(
         mask: (N, parts * taps, h, w) factors of the samples, or ``None``.
         weight: (O, C / groups, rows, columns), where taps = rows * columns.
         bias: (O,), or ``None``.
-        options: stride, padding, dilation, groups, parts.
+        options: (stride, padding, dilation, groups, parts), the options of mmcv's ``forward``.
 
     Returns:
         (N, O, h, w).
     """
     stride, padding, dilation, groups, parts = options
     n, channels, height, width = x.shape
-    out, _, rows, columns = weight.shape
+    out_channels, _, rows, columns = weight.shape
     h, w = offset.shape[-2:]
     taps = rows * columns
     offset = offset.reshape(n, parts, taps, 2, h, w)
-    places = []
+    coordinates = []  # y, then x of each sample, from -1 to 1 as ``grid_sample`` expects
     for axis, (count, side) in enumerate(((h, height), (w, width))):
-        starts = torch.arange(count, device=x.device) * _pair(stride)[axis] - _pair(padding)[axis]
+        origins = torch.arange(count, device=x.device) * _pair(stride)[axis] - _pair(padding)[axis]
         steps = torch.arange(weight.shape[2 + axis], device=x.device) * _pair(dilation)[axis]
         steps = steps.repeat_interleave(columns) if axis == 0 else steps.repeat(rows)
         shape = (1, 1, taps, count, 1) if axis == 0 else (1, 1, taps, 1, count)
-        pixels = (steps[:, None] + starts).reshape(shape) + offset[:, :, :, axis]
-        places.append((2 * pixels + 1) / side - 1)
-    grid = torch.stack(places[::-1], -1).reshape(n * parts, taps * h, w, 2)
+        pixels = (steps[:, None] + origins).reshape(shape) + offset[:, :, :, axis]
+        coordinates.append((2 * pixels + 1) / side - 1)
+    grid = torch.stack(coordinates[::-1], -1).reshape(n * parts, taps * h, w, 2)
     grouped = x.reshape(n * parts, channels // parts, height, width)
     values = F.grid_sample(grouped, grid, 'bilinear', 'zeros', align_corners=False)
     values = values.reshape(n, parts, channels // parts, taps, h, w)
     if mask is not None:
         values = values * mask.reshape(n, parts, 1, taps, h, w)
     values = values.reshape(n, channels * taps, h, w)
-    return F.conv2d(values, weight.reshape(out, -1, 1, 1), bias, groups=groups)
+    return F.conv2d(values, weight.reshape(out_channels, -1, 1, 1), bias, groups=groups)
 
 
 def _masked_conv(
     ctx: Any, x: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, padding: Any = 0, stride: Any = 1
 ) -> Tensor:
-    """A convolution of (N, C, H, W) with zeros wherever ``mask`` (1, H, W) is not positive. mmcv's
-    version skips the work at these places and takes one image a run."""
+    """Computes a convolution of (N, C, H, W) with zeros wherever ``mask`` (1, H, W) is not positive.
+    mmcv's version skips the work at these positions and takes one image a run."""
     return F.conv2d(x, weight, bias, stride, padding) * (mask > 0)[:, None].to(x.dtype)
 
 
 def _corner_pool(layer: CornerPool, x: Tensor) -> Tensor:
-    """The running maximum towards one border, in steps of 1, 2, 4 ... pixels."""
+    """Computes the running maximum towards one border, in steps of 1, 2, 4 ... pixels."""
     dim, flip = {'bottom': (2, False), 'top': (2, True), 'right': (3, False), 'left': (3, True)}[
         layer.mode
     ]
     size, step = x.shape[dim], 1
     while step < size:
+        # ``larger`` compares pixels that are ``step`` apart. The first or last ``step`` pixels have no
+        # partner beyond the border, so they stay as they are.
         near, far = x.narrow(dim, 0, size - step), x.narrow(dim, step, size - step)
         larger = torch.maximum(near, far)
         if flip:

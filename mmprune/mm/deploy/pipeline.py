@@ -1,4 +1,4 @@
-"""How a config's test pipeline prepares a picture, as plain data for an exported file's metadata.
+"""Describes how a config's test pipeline prepares a picture, for the metadata of an exported file.
 
 A detector's metadata has two entries. ``resize`` is ``None`` if pictures keep their size. Otherwise it
 has ``interpolation`` and either ``scale`` (width, height) with ``keep_ratio``, or ``scale_factor`` (of
@@ -18,55 +18,57 @@ from torch import nn
 from mmprune.mm.configs import image_size, test_steps, type_name
 
 INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'area', 'lanczos')
+"""The interpolations of OpenCV by their names in a pipeline."""
 
 WITHOUT_EFFECT = ('LoadImage', 'Pack', 'Filter')
-"""Beginnings of the names of transforms that leave a picture as it is."""
+"""Beginnings of the names of transforms that do not change the pixels of a picture."""
 
 
 def describe(cfg: Mapping[str, Any] | None, size: Sequence[int] | None) -> dict[str, Any]:
-    """The entries of the metadata that say how a picture is prepared.
+    """Returns the entries of the metadata that say how a picture is prepared.
 
     Args:
         cfg: a config with a test pipeline. ``None`` counts as a config without one.
         size: (height, width) of the exported file's input; ``None`` for an open size.
 
     Returns:
-        ``resize`` and ``pad``, or ``crop``. If the pipeline has a transform that these do not describe,
-        the result is empty and a message is logged.
+        {``resize``, ``pad``} or {``crop``}, as the docstring of the module describes them. If the
+        config has no test pipeline, the result is empty. If the pipeline has a transform that these
+        entries cannot describe, the result is empty and a message is logged.
     """
     steps = [
         step
         for step in test_steps(cfg)
         if not type_name(step).startswith(WITHOUT_EFFECT) and 'Annotations' not in type_name(step)
     ]
-    kinds = [type_name(step) for step in steps]
+    names = [type_name(step) for step in steps]
     if not test_steps(cfg):
         return {}
-    if kinds == ['GetBBoxCenterScale', 'TopdownAffine']:
+    if names == ['GetBBoxCenterScale', 'TopdownAffine']:
         padding, use_udp = steps[0].get('padding', 1.25), steps[1].get('use_udp', False)
         return {'crop': {'padding': padding, 'use_udp': bool(use_udp)}}
-    if kinds not in ([], ['Resize'], ['Pad'], ['Resize', 'Pad']) or not all(map(_is_plain, steps)):
+    if names not in ([], ['Resize'], ['Pad'], ['Resize', 'Pad']) or not all(map(_is_plain, steps)):
         print_log(
             f'The file does not say how its pictures are resized: the test pipeline has '
-            f'{", ".join(kinds)}, and only a Resize and a Pad by OpenCV can be described. Prepare '
+            f'{", ".join(names)}, and only a Resize and a Pad by OpenCV can be described. Prepare '
             'pictures for the file as the pipeline does',
             'current',
         )
         return {}
-    named = dict(zip(kinds, steps, strict=True))
-    resize = _resize(named['Resize']) if 'Resize' in named else None
-    pad = _pad(named['Pad']) if 'Pad' in named else None
+    step_by_name = dict(zip(names, steps, strict=True))
+    resize = _resize(step_by_name['Resize']) if 'Resize' in step_by_name else None
+    pad = _pad(step_by_name['Pad']) if 'Pad' in step_by_name else None
     if size is not None and tuple(size) != image_size(cfg, only_fixed=True):
         keep_ratio = resize.get('keep_ratio', True) if resize else True
         interpolation = resize['interpolation'] if resize else 'bilinear'
-        scale = [size[1], size[0]]
+        scale = [size[1], size[0]]  # (width, height), as in a pipeline
         resize = {'scale': scale, 'keep_ratio': keep_ratio, 'interpolation': interpolation}
     return {'resize': resize, 'pad': pad}
 
 
 def normalization_of(preprocessor: nn.Module) -> dict[str, Any]:
-    """The ``mean`` and ``std`` of a model's ``data_preprocessor`` (``None`` without normalization), and
-    whether it turns BGR into RGB (``bgr_to_rgb``)."""
+    """Returns the ``mean`` and ``std`` of a model's ``data_preprocessor`` (``None`` without
+    normalization), and whether it turns BGR into RGB (``bgr_to_rgb``)."""
     normalizes = getattr(preprocessor, '_enable_normalize', False)
     return {
         'mean': preprocessor.mean.flatten().tolist() if normalizes else None,
@@ -76,7 +78,7 @@ def normalization_of(preprocessor: nn.Module) -> dict[str, Any]:
 
 
 def _is_plain(step: Mapping[str, Any]) -> bool:
-    """Whether a transform has no other options than those that can be described."""
+    """Returns whether all options of a transform are among those that the metadata can describe."""
     return (
         step.get('backend', 'cv2') == 'cv2'
         and step.get('interpolation', 'bilinear') in INTERPOLATIONS
@@ -85,6 +87,7 @@ def _is_plain(step: Mapping[str, Any]) -> bool:
 
 
 def _resize(step: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Makes the entry ``resize`` from the transform ``Resize``; ``None`` if it keeps the size."""
     options = {'interpolation': step.get('interpolation', 'bilinear')}
     scale, factor = step.get('scale'), step.get('scale_factor')
     if scale is None:
@@ -95,6 +98,7 @@ def _resize(step: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _pad(step: Mapping[str, Any]) -> dict[str, Any]:
+    """Makes the entry ``pad`` from the transform ``Pad``."""
     value = step.get('pad_val', 0)
     value = value.get('img', 0) if isinstance(value, Mapping) else value
     size = step.get('size')

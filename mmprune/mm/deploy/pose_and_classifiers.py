@@ -1,7 +1,7 @@
 """Networks without boxes for export: top-down pose estimators and classifiers.
 
-Heatmaps and SimCC vectors are decoded outside the file (the maximum, its refinement, flips). That is a
-few lines of numpy, and runtimes such as rtmlib and mmdeploy's bring it.
+Heatmaps and SimCC vectors are decoded outside the file (the maximum, its refinement, flips). The
+decoding takes a few lines of numpy, and runtimes such as rtmlib and that of mmdeploy contain it.
 """
 
 import sys
@@ -16,11 +16,12 @@ from mmprune.mm.deploy.patches import stopped_at
 from mmprune.mm.models.classifier import ImageClassifier
 
 OUTPUTS = {'heatmap': ('heatmaps',), 'simcc': ('simcc_x', 'simcc_y')}
-"""Names of the outputs by the kind of head: (N, K, h, w), or (N, K, Wx) and (N, K, Wy)."""
+"""{kind of head: names of the outputs}. Heatmaps are (N, K, h, w); SimCC vectors are (N, K, Wx) and
+(N, K, Wy)."""
 
 
 class ClassifierNetwork(nn.Module):
-    """Images (N, 3, H, W) to ``scores`` (N, classes), which are probabilities."""
+    """Maps images (N, 3, H, W) to ``scores`` (N, classes), which are probabilities."""
 
     output_names = ('scores',)
 
@@ -34,12 +35,13 @@ class ClassifierNetwork(nn.Module):
 
 
 class PoseNetwork(nn.Module):
-    """Images (N, 3, H, W) to ``heatmaps`` (N, K, h, w), or to ``simcc_x`` (N, K, Wx) and ``simcc_y``
-    (N, K, Wy). Of a network with several stages, the last one counts.
+    """Maps images (N, 3, H, W) to ``heatmaps`` (N, K, h, w), or to ``simcc_x`` (N, K, Wx) and
+    ``simcc_y`` (N, K, Wy). If the network has several stages, the outputs are those of the last one.
 
     Args:
-        model: a top-down pose estimator. Its codec fixes ``input_size``, (height, width).
-        kind: the kind of its head, a key of ``OUTPUTS``.
+        model: a top-down pose estimator. Its codec determines the attribute ``input_size``, (height,
+            width).
+        kind: the kind of the model's head, a key of ``OUTPUTS``.
     """
 
     def __init__(self, model: nn.Module, kind: str) -> None:
@@ -52,14 +54,14 @@ class PoseNetwork(nn.Module):
         self.input_size = (int(height), int(width))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        out = self.model.head.forward(self.model.extract_feat(images))
+        outputs = self.model.head.forward(self.model.extract_feat(images))
         if self.kind == 'simcc':
-            return out[0], out[1]
-        return out if isinstance(out, torch.Tensor) else out[-1]
+            return outputs[0], outputs[1]
+        return outputs if isinstance(outputs, torch.Tensor) else outputs[-1]
 
     def given_to_codec(self, images: torch.Tensor) -> Any:
-        """What the model's own ``predict`` decodes: heatmaps, or a pair of SimCC vectors. They show
-        whether ``forward`` is right."""
+        """Returns the tensors that the model's own ``predict`` decodes: heatmaps, or a pair of SimCC
+        vectors. The check compares the outputs of ``forward`` with them."""
         head = self.model.head
         with stopped_at([head], 'decode') as arguments:
             head.predict(self.model.extract_feat(images), [], test_cfg={})
@@ -67,55 +69,56 @@ class PoseNetwork(nn.Module):
 
 
 def classifier_network(model: nn.Module) -> nn.Module | None:
-    """The network to export in the place of a classifier; ``None`` for other models."""
+    """Returns the network to export in the place of a classifier; ``None`` for other models."""
     return ClassifierNetwork(model) if isinstance(model, ImageClassifier) else None
 
 
 def pose_network(model: nn.Module) -> PoseNetwork | None:
-    """The network to export in the place of a top-down pose estimator with a heatmap or SimCC head;
-    ``None`` for other models.
+    """Returns the network to export in the place of a top-down pose estimator with a heatmap or SimCC
+    head; ``None`` for other models.
 
     Raises:
-        PruneError: the head has no decoder, so that its outputs have no meaning.
+        PruneError: the head has no decoder, so nothing defines how its outputs become keypoints.
     """
-    if 'mmpose.models' not in sys.modules:  # then the model is none of mmpose's
+    # If mmpose was not imported, the model cannot be one of its models.
+    if 'mmpose.models' not in sys.modules:
         return None
     from mmpose.models import TopdownPoseEstimator
 
     head = getattr(model, 'head', None)
-    kind = head_kind(head)
-    if not isinstance(model, TopdownPoseEstimator) or kind is None:
+    head_type = head_kind(head)
+    if not isinstance(model, TopdownPoseEstimator) or head_type is None:
         return None
     if getattr(head, 'decoder', None) is None:
         raise PruneError(
             f'head ({type(head).__name__}): has no decoder; add decoder=codec to model.head in the '
             'config'
         )
-    return PoseNetwork(model, kind).eval()
+    return PoseNetwork(model, head_type).eval()
 
 
 def head_kind(head: nn.Module | None) -> str | None:
-    """``'heatmap'``, ``'simcc'``, or ``None`` for a head that gives neither."""
+    """Returns ``'heatmap'`` or ``'simcc'``, or ``None`` for a head that gives neither."""
     from mmpose.models import heads
 
     if isinstance(head, heads.RTMCCHead | heads.SimCCHead | heads.RTMWHead):
         return 'simcc'
-    # Heatmaps of associative embedding are of no use without its second output, the tags.
+    # Heatmaps of associative embedding can only be used with its second output, the tags.
     if isinstance(head, heads.AssociativeEmbeddingHead):
         return None
     return 'heatmap' if isinstance(head, heads.HeatmapHead | heads.CPMHead | heads.MSPNHead) else None
 
 
 def gives_stages(head: nn.Module) -> bool:
-    """Whether a heatmap head returns a list with a tensor for each stage."""
+    """Returns whether a heatmap head returns a list with a tensor for each stage."""
     from mmpose.models import heads
 
     return isinstance(head, heads.CPMHead | heads.MSPNHead)
 
 
 def codec_of(decoder: Any) -> dict[str, Any]:
-    """A codec as plain data: the name of its class as ``type``, and its settings. Sizes are (width,
-    height)."""
+    """Describes a codec as plain data: the name of its class as ``type``, and its settings. Sizes are
+    (width, height)."""
     settings = {'type': type(decoder).__name__}
     for name, value in vars(decoder).items():
         if isinstance(value, np.ndarray | np.generic):
@@ -128,6 +131,6 @@ def codec_of(decoder: Any) -> dict[str, Any]:
 
 
 def keypoint_names(dataset_meta: dict[str, Any]) -> list[str]:
-    """The names of the keypoints, in the order of the outputs' second dimension."""
+    """Returns the names of the keypoints, in the order of the outputs' second dimension."""
     names = dataset_meta.get('keypoint_id2name', {})
     return [names[index] for index in sorted(names)]

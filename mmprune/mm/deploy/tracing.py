@@ -1,4 +1,4 @@
-"""From a module to an ONNX program: tracing, translation, and which part is to blame if that fails."""
+"""Traces a module, and translates it to an ONNX program. Errors name the part that caused them."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from mmprune.onnx_sessions import quiet
 from mmprune.surgery.meta import first_line
 
 OPSETS = range(18, 24)
-"""Versions of ONNX's operators that torch's exporter writes and the translations hold for."""
+"""Versions of ONNX's operators that torch's exporter writes and that the translations fit."""
 
 
 def to_onnx(module: nn.Module, example: Tensor, free: dict[int, int], opset: int) -> Any:
@@ -24,8 +24,7 @@ def to_onnx(module: nn.Module, example: Tensor, free: dict[int, int], opset: int
         module: a module in evaluation mode that returns tensors. If it has ``output_names``, the
             graph's outputs get these names.
         example: (N, 3, H, W) images of the size to trace with.
-        free: the dimensions of the images that stay open, each with the number of which its sizes are
-            multiples.
+        free: {dimension of the images that stays open: divisor of its sizes}.
         opset: the version of ONNX's operators, one of ``OPSETS``.
 
     Returns:
@@ -48,21 +47,21 @@ def to_onnx(module: nn.Module, example: Tensor, free: dict[int, int], opset: int
             )
     except Exception as error:  # the exporter's exceptions are private classes
         raise untranslated(graph, error) from error
-    # Readable names of the open dimensions replace torch's symbols and formulas.
-    for number in free:
-        program.model.graph.inputs[0].shape[number] = {0: 'batch', 2: 'height', 3: 'width'}[number]
+    # The open dimensions get readable names in place of torch's symbols and formulas.
+    for dim in free:
+        program.model.graph.inputs[0].shape[dim] = {0: 'batch', 2: 'height', 3: 'width'}[dim]
     return program
 
 
 def traced(module: nn.Module, example: Tensor, free: dict[int, int]) -> torch.export.ExportedProgram:
-    """The module as ``torch.export`` sees it. The arguments are those of :func:`to_onnx`."""
+    """Traces the module with ``torch.export``. The arguments are those of :func:`to_onnx`."""
     dims: dict[int, Any] = {}
-    for number, divisor in free.items():
-        dim = torch.export.Dim(f'd{number}', min=1, max=1 << 16)
-        dims[number] = divisor * dim if divisor > 1 else dim
-    running: list[str] = []
+    for axis, divisor in free.items():
+        size = torch.export.Dim(f'd{axis}', min=1, max=1 << 16)
+        dims[axis] = divisor * size if divisor > 1 else size
+    running_names: list[str] = []
     try:
-        with quiet(), torch.no_grad(), running_modules(module, running), traceable():
+        with quiet(), torch.no_grad(), running_modules(module, running_names), traceable():
             graph = torch.export.export(
                 module,
                 (example,),
@@ -75,7 +74,7 @@ def traced(module: nn.Module, example: Tensor, free: dict[int, int]) -> torch.ex
     except PruneError:
         raise
     except Exception as error:  # a model's code may raise anything on tensors without data
-        where = f'{part_of(module, running[-1])}: ' if running else ''
+        where = f'{part_of(module, running_names[-1])}: ' if running_names else ''
         remedy = (
             '; give a fixed --size, which more models can be exported at' if {2, 3} & {*free} else ''
         )
@@ -85,7 +84,8 @@ def traced(module: nn.Module, example: Tensor, free: dict[int, int]) -> torch.ex
 
 
 def promote(program: torch.export.ExportedProgram) -> None:
-    """Converts integers that meet fractions to fractions. torch does that by itself; ONNX does not."""
+    """Converts integer operands to floats if an operation combines them with floats. torch converts
+    them implicitly; ONNX does not."""
     aten = torch.ops.aten
     for node in program.graph.nodes:
         if node.target in (aten.arange.default, aten.arange.start, aten.arange.start_step):
@@ -94,26 +94,29 @@ def promote(program: torch.export.ExportedProgram) -> None:
             continue
         if node.target not in (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor):
             continue
-        kind = node.meta['val'].dtype
-        for given in node.all_input_nodes:
-            value = given.meta.get('val')
-            if kind.is_floating_point and isinstance(value, Tensor) and not value.is_floating_point():
+        dtype = node.meta['val'].dtype
+        for operand in node.all_input_nodes:
+            value = operand.meta.get('val')
+            if dtype.is_floating_point and isinstance(value, Tensor) and not value.is_floating_point():
                 with program.graph.inserting_before(node):
-                    cast = program.graph.call_function(aten._to_copy.default, (given,), {'dtype': kind})
-                cast.meta['val'] = value.to(kind)
-                node.replace_input_with(given, cast)
+                    cast = program.graph.call_function(
+                        aten._to_copy.default, (operand,), {'dtype': dtype}
+                    )
+                cast.meta['val'] = value.to(dtype)
+                node.replace_input_with(operand, cast)
     program.graph_module.recompile()
 
 
 @contextlib.contextmanager
 def running_modules(module: nn.Module, names: list[str]) -> Iterator[None]:
-    """Keeps the names of the modules that are running in ``names``. After an exception, the last one is
-    the module that raised it."""
+    """Keeps the list ``names`` equal to the names of the modules that are running, the innermost last.
+    After an exception, the last name is that of the module that raised it."""
     handles = []
-    for name, part in module.named_modules():
+    for name, child in module.named_modules():
         if name:
-            handles.append(part.register_forward_pre_hook(lambda *_, name=name: names.append(name)))
-            handles.append(part.register_forward_hook(lambda *_: names.pop() and None))
+            handles.append(child.register_forward_pre_hook(lambda *_, name=name: names.append(name)))
+            # A forward hook that returns a value replaces the output, so this one returns ``None``.
+            handles.append(child.register_forward_hook(lambda *_: names.pop() and None))
     try:
         yield
     finally:
@@ -122,33 +125,36 @@ def running_modules(module: nn.Module, names: list[str]) -> Iterator[None]:
 
 
 def part_of(module: nn.Module, name: str) -> str:
-    """The name of a submodule in the user's model, with its class."""
+    """Returns the name of a submodule in the user's model, with its class."""
     return f'{_in_model(name)} ({type(module.get_submodule(name)).__name__})'
 
 
 def _in_model(name: str) -> str:
+    """Removes the names of the wrappers for export from the name of a submodule."""
     return name.removeprefix('network.').removeprefix('model.')
 
 
 def untranslated(graph: torch.export.ExportedProgram, error: Exception) -> PruneError:
-    """The error for an operator that ONNX lacks. It names the module if the exporter's message leads
-    there."""
+    """Makes the error for an operator that ONNX lacks. It names the module if the exporter's message
+    contains the operator or its node."""
     causes: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in causes:
         causes.append(cause)
         cause = cause.__cause__ or cause.__context__
-    text, why = ' '.join(map(str, causes)), first_line(causes[-1])
+    text, reason = ' '.join(map(str, causes)), first_line(causes[-1])
     for node in graph.graph.nodes:
         if node.op == 'call_function' and isinstance(node.target, torch._ops.OpOverload):
             operator = str(node.target)
             signs = (f"'{node.name}'", f'target=torch.ops.{operator}', f'{operator}>')
             if any(sign in text for sign in signs):
                 stack = node.meta.get('nn_module_stack') or {}
-                path, kind = list(stack.values())[-1] if stack else ('', '')
-                kind = (kind if isinstance(kind, str) else kind.__name__).rpartition('.')[2]
+                path, class_name = list(stack.values())[-1] if stack else ('', '')
+                class_name = (
+                    class_name if isinstance(class_name, str) else class_name.__name__
+                ).rpartition('.')[2]
                 return PruneError(
-                    f'{_in_model(path)} ({kind}): has the operator {operator}, which can not be '
-                    f'translated to ONNX ({why})'
+                    f'{_in_model(path)} ({class_name}): has the operator {operator}, which can not be '
+                    f'translated to ONNX ({reason})'
                 )
-    return PruneError(f'can not be translated to ONNX: {why}')
+    return PruneError(f'can not be translated to ONNX: {reason}')

@@ -1,8 +1,11 @@
-"""Two-stage detectors for export: a fixed number of proposals, RoIs pooled on the level that suits
-their size, boxes from one box head or from a cascade of them, and masks.
+"""Two-stage detectors for export.
 
-The methods of mmdet that a head inherits decide how it is exported. Its own ``_bbox_forward`` and
-``_mask_forward`` run on the RoIs, so R-FCN, C4's shared head and double heads are exported as they are.
+The number of proposals is fixed. RoIs are pooled on the level that suits their size. Boxes come from
+one box head or from a cascade of box heads, and a detector may have masks.
+
+The methods of mmdet by which a head decodes its boxes decide how it is exported. The head's
+``_bbox_forward`` and ``_mask_forward`` run on the RoIs, so R-FCN, C4's shared head and double heads
+need no further code.
 """
 
 from collections.abc import Iterator
@@ -51,8 +54,8 @@ Features = tuple[Tensor, ...]
 
 
 def two_stage_network(model: nn.Module) -> nn.Module | None:
-    """The network to export in the place of a two-stage detector; ``None`` for other models, and for
-    those that decode their boxes in another way.
+    """Returns the network to export in the place of a two-stage detector; ``None`` for other models,
+    and for detectors that decode their boxes in another way.
 
     Raises:
         PruneError: the detector pools RoIs in a way that ONNX lacks.
@@ -61,9 +64,9 @@ def two_stage_network(model: nn.Module) -> nn.Module | None:
         return None
     rpn, head = getattr(model, 'rpn_head', None), getattr(model, 'roi_head', None)
     if _is_standard(rpn, head):
-        kind = TwoStageNetwork
+        network_class = TwoStageNetwork
     elif _is_sparse(rpn, head):
-        kind = SparseNetwork
+        network_class = SparseNetwork
     else:
         return None
     for name, layer in _roi_layers(head):
@@ -72,11 +75,12 @@ def two_stage_network(model: nn.Module) -> nn.Module | None:
                 f'roi_head.{name} ({layer}): RoIs can be exported where they are pooled by RoIAlign '
                 'with the average; write that into the config'
             )
-    return kind(model)
+    return network_class(model)
 
 
 def _is_standard(rpn: nn.Module | None, head: nn.Module | None) -> bool:
-    """Whether boxes and masks are decoded as by mmdet's RPN and its standard or cascade head."""
+    """Returns whether the detector decodes boxes and masks like mmdet's RPN and its standard or cascade
+    head."""
     if (
         not isinstance(rpn, RPNHead)
         or overrides(rpn, BaseDenseHead, 'predict_by_feat')
@@ -100,7 +104,7 @@ def _is_standard(rpn: nn.Module | None, head: nn.Module | None) -> bool:
 
 
 def _is_sparse(rpn: nn.Module | None, head: nn.Module | None) -> bool:
-    """Whether boxes and masks are decoded as by Sparse R-CNN."""
+    """Returns whether the detector decodes boxes and masks like Sparse R-CNN."""
     return (
         isinstance(rpn, EmbeddingRPNHead)
         and isinstance(head, SparseRoIHead)
@@ -117,6 +121,7 @@ def _is_sparse(rpn: nn.Module | None, head: nn.Module | None) -> bool:
 
 
 def _has_known_masks(head: nn.Module) -> bool:
+    """Returns whether all mask heads decode masks like mmdet's ``FCNMaskHead``."""
     return all(
         isinstance(mask_head, FCNMaskHead)
         and not overrides(mask_head, FCNMaskHead, '_predict_by_feat_single')
@@ -125,21 +130,21 @@ def _has_known_masks(head: nn.Module) -> bool:
 
 
 def _stages(heads: nn.Module) -> list[nn.Module]:
-    """The heads of all stages; a standard RoI head has one of each kind."""
+    """Returns the heads of all stages; a standard RoI head has one of each kind."""
     return list(heads) if isinstance(heads, nn.ModuleList) else [heads]
 
 
 def _roi_layers(head: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The layers that pool RoIs, with their names."""
+    """Yields the layers that pool RoIs, with their names."""
     for name, extractor in head.named_modules():
         if isinstance(extractor, BaseRoIExtractor):
-            for number, layer in enumerate(extractor.roi_layers):
-                yield f'{name}.roi_layers.{number}', layer
+            for level, layer in enumerate(extractor.roi_layers):
+                yield f'{name}.roi_layers.{level}', layer
 
 
 class RoINetwork(nn.Module):
-    """Images (N, 3, H, W) to ``dets`` (N, K, 5) and ``labels`` (N, K), and of a detector with masks
-    ``masks`` (N, K, h, w): probabilities inside each box."""
+    """Maps images (N, 3, H, W) to ``dets`` (N, K, 5) and ``labels`` (N, K). A detector with masks also
+    gives ``masks`` (N, K, h, w): probabilities inside each box."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -175,8 +180,8 @@ class TwoStageNetwork(RoINetwork):
             return *outputs(detections), masks_of(head, features, detections)
 
     def raw_outputs(self, images: Tensor) -> tuple:
-        """The RPN's outputs, then the RoIs (N * k, 5) of its proposals, the logits of their classes,
-        and the offsets to them."""
+        """Computes the RPN's outputs, then the RoIs (N * k, 5) of its proposals, the logits of their
+        classes, and the offsets to the RoIs."""
         model, size = self.model, images.shape[-2:]
         features = model.extract_feat(images)
         outs = model.rpn_head(features)
@@ -189,13 +194,13 @@ class TwoStageNetwork(RoINetwork):
 def proposals(
     rpn: nn.Module, outs: tuple[list[Tensor], list[Tensor]], size: Size, nms: NMS
 ) -> Candidates:
-    """The ``max_per_img`` best boxes of an RPN.
+    """Computes the ``max_per_img`` best boxes of an RPN.
 
     Args:
-        rpn: the RPN.
-        outs: its scores and offsets on each level.
+        rpn: the RPN head of the detector.
+        outs: the outputs of the RPN: its logits and its offsets, each as a list of levels.
         size: height and width of the images.
-        nms: how boxes of one level suppress each other.
+        nms: the settings by which boxes of one level suppress each other.
     """
     cfg, (cls_scores, bbox_preds) = rpn.test_cfg, outs
     levels = []
@@ -209,7 +214,7 @@ def proposals(
 
 
 def rois_of(boxes: Tensor) -> Tensor:
-    """(N, k, 4) boxes as RoIs (N * k, 5), which begin with the number of the image."""
+    """Converts boxes (N, k, 4) to RoIs (N * k, 5), which begin with the number of the image."""
     n, k = boxes.shape[:2]
     images = torch.arange(n, device=boxes.device, dtype=boxes.dtype)
     images = images[:, None, None].expand(n, k, 1)
@@ -221,8 +226,8 @@ Stage = tuple[nn.Module, Tensor, Tensor, Tensor | None]
 
 
 def run_stages(head: nn.Module, features: Features, rois: Tensor, size: Size) -> Stage:
-    """Runs the box head, or the stages of a cascade: each moves the RoIs for the next one. Returns the
-    last stage, with the logits averaged over all stages."""
+    """Runs the box head, or all stages of a cascade, in which each stage moves the RoIs for the next
+    one. Returns the last stage, with the logits averaged over all stages."""
     if not isinstance(head, CascadeRoIHead):
         results = head._bbox_forward(features, rois)
         return head.bbox_head, rois, results['cls_score'], results['bbox_pred']
@@ -252,14 +257,14 @@ def boxes_of(
     size: Size,
     cfg: dict,
 ) -> Candidates:
-    """A candidate for every RoI and class: (N, k * classes) of them.
+    """Makes a candidate for every RoI and class, so (N, k * classes) candidates.
 
     Args:
         head: the box head of the last stage.
-        rois: (N * k, 5).
+        rois: (N * k, 5), the number of the image, then x1, y1, x2, y2 in pixels.
         logits: (N * k, classes + 1), the background last.
         offsets: (N * k, 4 or 4 * classes), or ``None`` for a head without box regression.
-        real: (N, k), false for RoIs that only fill up the number of proposals.
+        real: (N, k) bool, false for RoIs that only pad the proposals to their fixed number.
         size: height and width of the images.
         cfg: the RoI head's ``test_cfg``.
     """
@@ -281,16 +286,17 @@ def boxes_of(
 
 
 def masks_of(head: nn.Module, features: Features, detections: Candidates) -> Tensor:
-    """(N, K, h, w) probabilities: the mask of each detection's class, averaged over the stages."""
+    """Computes probabilities (N, K, h, w): the mask of each detection's class, averaged over the
+    stages."""
     n, k = detections.labels.shape
     rois, labels = rois_of(detections.boxes), detections.labels.clamp(min=0).reshape(-1)
     masks = []
     for stage, mask_head in enumerate(_stages(head.mask_head)):
         arguments = (stage,) if isinstance(head, CascadeRoIHead) else ()
         logits = head._mask_forward(*arguments, features, rois)['mask_preds']
-        places = torch.zeros_like(labels) if mask_head.class_agnostic else labels
-        places = places[:, None, None, None].expand(-1, 1, *logits.shape[-2:])
-        masks.append(logits.gather(1, places)[:, 0].sigmoid())
+        channels = torch.zeros_like(labels) if mask_head.class_agnostic else labels
+        channels = channels[:, None, None, None].expand(-1, 1, *logits.shape[-2:])
+        masks.append(logits.gather(1, channels)[:, 0].sigmoid())
     mean = sum(masks) / len(masks)
     return mean.reshape(n, k, *mean.shape[-2:])
 
@@ -299,31 +305,32 @@ def masks_of(head: nn.Module, features: Features, detections: Candidates) -> Ten
 
 
 class SparseNetwork(RoINetwork):
-    """Sparse R-CNN and its kin (QueryInst), for images without padding.
+    """A Sparse R-CNN, or a QueryInst, which inherits from it, for images without padding.
 
-    The first boxes are learned and the same for every picture. Each stage moves them, and the best of
-    the last stage are the detections. There is no NMS.
+    The initial boxes are learned and the same for every picture. Each stage moves them, and the best
+    boxes of the last stage are the detections. There is no NMS.
     """
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         head = self.model.roi_head
         outs = self.raw_outputs(images)
+        # Each stage has two outputs, logits and boxes. Detections come from those of the last stage.
         logits, boxes = outs[2 * head.num_stages - 2 : 2 * head.num_stages]
         box_head = head.bbox_head[-1]
         use_sigmoid = box_head.loss_cls.use_sigmoid
         scores = sigmoid(logits) if use_sigmoid else logits.softmax(-1)[..., :-1]
-        scores, places = ranked(scores.flatten(1), head.test_cfg.max_per_img)
+        scores, positions = ranked(scores.flatten(1), head.test_cfg.max_per_img)
         classes = box_head.num_classes
-        detections = Candidates(rows_at(boxes, places // classes), scores, places % classes)
+        detections = Candidates(rows_at(boxes, positions // classes), scores, positions % classes)
         if not head.with_mask:
             return outputs(detections)
         masks = outs[-1].flatten(1, 2)
-        places = places[..., None, None].expand(-1, -1, *masks.shape[-2:])
-        return *outputs(detections), masks.gather(1, places).sigmoid()
+        positions = positions[..., None, None].expand(-1, -1, *masks.shape[-2:])
+        return *outputs(detections), masks.gather(1, positions).sigmoid()
 
     def raw_outputs(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The logits (N, P, classes) and boxes (N, P, 4) of each stage. Of a detector with masks also
-        the logits (N, P, classes, h, w) of the last stage's masks."""
+        """Computes the logits (N, P, classes) and boxes (N, P, 4) of each stage. For a detector with
+        masks, the logits (N, P, classes, h, w) of the last stage's masks follow."""
         rpn, head = self.model.rpn_head, self.model.roi_head
         features, size = self.model.extract_feat(images), images.shape[-2:]
         n, count = images.shape[0], rpn.num_proposals

@@ -15,7 +15,8 @@ from mmprune.errors import PruneError
 from mmprune.mm.models.resnet_v2 import ResNetV2
 
 AUX_WEIGHT = {'Inception3': 0.4, 'GoogLeNet': 0.3}
-"""The weight of the losses of auxiliary classifiers, as in torchvision's training recipes."""
+"""{class of a network: weight of the losses of its auxiliary classifiers}, as in torchvision's training
+recipes."""
 
 
 @MODELS.register_module()
@@ -24,7 +25,7 @@ class ImageClassifier(BaseModel):
 
     Args:
         net: the arguments of :func:`make_net`, such as ``dict(name='resnet18')``.
-        num_classes: the number of classes, which the network gets too.
+        num_classes: the number of classes, which is passed to the network, too.
         label_smooth: the label smoothing of the loss, from 0 to 1.
         data_preprocessor: mmengine's config of the preprocessor. The default is
             ``ImgDataPreprocessor``.
@@ -61,13 +62,13 @@ class ImageClassifier(BaseModel):
             mode: ``'tensor'``, ``'loss'`` or ``'predict'``.
 
         Returns:
-            In the mode ``'tensor'`` what the network returns: class scores (N, num_classes), or a tuple
-            with those first and those of auxiliary classifiers after them. In the mode ``'loss'`` the
+            In the mode ``'tensor'`` the output of the network: class scores (N, num_classes), or a
+            tuple of these and of the scores of auxiliary classifiers. In the mode ``'loss'`` the
             dictionary of :meth:`loss`. In the mode ``'predict'`` the samples, with the probabilities
             ``pred_score`` (num_classes,).
 
         Raises:
-            PruneError: another mode.
+            PruneError: the mode is unknown.
         """
         out = self.net(inputs)
         if mode == 'tensor':
@@ -98,7 +99,8 @@ def make_net(name: str, **arguments: Any) -> nn.Module:
 
     Args:
         name: the name of a classifier in ``torchvision.models``, or ``'resnet_v2'``.
-        arguments: further arguments of the network. Without ``weights`` the weights are random.
+        arguments: further arguments of the network. Without the argument ``weights``, the weights are
+            random.
 
     Raises:
         PruneError: there is no classifier of this name.

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from mmprune.errors import PruneError
 
 UNITS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
-"""The number of residual units in each stage, by depth. From depth 50 on they are bottlenecks."""
+"""{depth: number of residual units in each stage}. From depth 50 upwards, units are bottlenecks."""
 
 
 class PreActUnit(nn.Module):
@@ -15,9 +15,9 @@ class PreActUnit(nn.Module):
     If the unit changes the shape, its shortcut is a convolution that reads the first activation.
 
     Args:
-        in_channels: the width of the input.
-        width: the width between the convolutions.
-        out_channels: the width of the output.
+        in_channels: the number of input channels.
+        width: the number of channels between the convolutions.
+        out_channels: the number of output channels.
         stride: the stride of the first 3x3 convolution.
         kernels: the kernel sizes of the convolutions.
     """
@@ -28,7 +28,7 @@ class PreActUnit(nn.Module):
         super().__init__()
         widths = [in_channels, *[width] * (len(kernels) - 1), out_channels]
         strides = [stride if i == kernels.index(3) else 1 for i in range(len(kernels))]
-        self.norms = nn.ModuleList(nn.BatchNorm2d(n) for n in widths[:-1])
+        self.norms = nn.ModuleList(nn.BatchNorm2d(channels) for channels in widths[:-1])
         self.convs = nn.ModuleList(
             nn.Conv2d(widths[i], widths[i + 1], kernel, strides[i], kernel // 2, bias=False)
             for i, kernel in enumerate(kernels)
@@ -50,12 +50,13 @@ class ResNetV2(nn.Module):
     """Maps images (N, 3, H, W) to class scores (N, num_classes).
 
     Args:
-        depth: 18, 34, 50, 101 or 152.
+        depth: the number of layers with weights: 18, 34, 50, 101 or 152.
         num_classes: the number of classes.
-        width: the inner width of the first stage. Each further stage doubles it.
+        width: the number of channels inside the units of the first stage. Each further stage doubles
+            it.
 
     Raises:
-        PruneError: another depth.
+        PruneError: the depth is not among these.
     """
 
     def __init__(self, depth: int = 50, num_classes: int = 1000, width: int = 64) -> None:
@@ -69,8 +70,8 @@ class ResNetV2(nn.Module):
         stages, channels = [], width
         for stage, count in enumerate(UNITS[depth]):
             units = []
-            for number in range(count):
-                stride = 2 if stage and not number else 1
+            for index in range(count):
+                stride = 2 if stage and not index else 1
                 inner = width * 2**stage
                 units.append(PreActUnit(channels, inner, inner * growth, stride, kernels))
                 channels = inner * growth

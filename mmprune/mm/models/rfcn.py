@@ -4,9 +4,9 @@ R-FCN divides each RoI into a grid of k x k cells. A convolution makes one map f
 number that the head predicts (class scores and box offsets). The head averages each cell in that cell's
 own map, and then averages the cells. No layer with weights follows the pooling.
 
-Here the position-sensitive pooling is a RoIAlign of single cells. The maps of a cell are folded into
-the batch dimension, and each RoI becomes k * k RoIs, whose batch indices select the maps of their
-cells. Hence every RoI extractor of mmdet works, on one level or on a pyramid.
+In this module, the position-sensitive pooling is a RoIAlign of single cells. The maps of a cell are
+folded into the batch dimension, and each RoI becomes k * k RoIs, whose batch indices select the maps of
+their cells. Hence every RoI extractor of mmdet works, on one level or on a pyramid.
 """
 
 import torch
@@ -21,16 +21,17 @@ from mmprune.errors import PruneError
 
 @MODELS.register_module()
 class RFCN(TwoStageDetector):
-    """A two-stage detector with an ``RFCNRoIHead``. ``neck`` is a pyramid or ``None``."""
+    """A two-stage detector whose RoI head is an ``RFCNRoIHead``. Its ``neck`` is a pyramid or
+    ``None``."""
 
 
 @MODELS.register_module()
 class RFCNRoIHead(StandardRoIHead):
     """mmdet's RoI head with position-sensitive pooling.
 
-    Its ``bbox_roi_extractor`` gets cells instead of RoIs. Therefore it needs ``output_size=1``, the
-    ``out_channels`` that the head has as ``map_channels``, and a ``finest_scale`` that is ``grid``
-    times smaller than usual.
+    The ``bbox_roi_extractor`` of this head gets cells instead of RoIs. Therefore its config needs
+    ``output_size=1``, ``out_channels`` equal to the ``map_channels`` of the box head, and a
+    ``finest_scale`` that is ``grid`` times smaller than usual.
     """
 
     def _bbox_forward(self, x: tuple[Tensor], rois: Tensor) -> dict:
@@ -40,7 +41,7 @@ class RFCNRoIHead(StandardRoIHead):
                 f'bbox_roi_extractor.out_channels={extractor.out_channels}: R-FCN pools '
                 f'{head.map_channels} maps here (classes, background and box offsets)'
             )
-        maps = [fold(m, head.grid) for m in head.score_maps(x[: extractor.num_inputs])]
+        maps = [fold(level, head.grid) for level in head.score_maps(x[: extractor.num_inputs])]
         pooled = extractor(maps, cells(rois, head.grid))
         cls_score, bbox_pred = head(pooled.view(rois.shape[0], head.grid**2, head.map_channels))
         return dict(cls_score=cls_score, bbox_pred=bbox_pred, bbox_feats=pooled)
@@ -48,7 +49,7 @@ class RFCNRoIHead(StandardRoIHead):
 
 @MODELS.register_module()
 class RFCNBBoxHead(BBoxHead):
-    """Makes the position-sensitive maps, and averages the pooled cells.
+    """A box head that makes the position-sensitive maps, and averages the pooled cells.
 
     Args:
         args: positional arguments of mmdet's ``BBoxHead``, which computes targets, losses and boxes.
@@ -71,7 +72,8 @@ class RFCNBBoxHead(BBoxHead):
 
     @property
     def map_channels(self) -> int:
-        """The number of maps for a cell: one for each class, the background, and each box offset."""
+        """The number of maps for a cell: one for each class, for the background, and for each box
+        offset."""
         return sum(self.widths)
 
     def score_maps(self, x: tuple[Tensor]) -> list[Tensor]:
@@ -79,7 +81,8 @@ class RFCNBBoxHead(BBoxHead):
         return [self.conv_maps(self.conv_new(feature).relu()) for feature in x]
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """Averages cells (K, grid * grid, map_channels) to class scores and box offsets of K RoIs."""
+        """Averages cells (K, grid * grid, map_channels). Returns class scores and box offsets of K
+        RoIs."""
         cls_score, bbox_pred = pooled.mean(1).split(self.widths, 1)
         return cls_score, bbox_pred
 
@@ -88,7 +91,7 @@ def fold(maps: Tensor, grid: int) -> Tensor:
     """Moves the cells from the channels to the batch.
 
     Args:
-        maps: (N, grid * grid * C, H, W).
+        maps: (N, grid * grid * C, H, W) maps with C numbers for each cell.
         grid: the number of cells along each side of a RoI.
 
     Returns:
@@ -109,8 +112,8 @@ def cells(rois: Tensor, grid: int) -> Tensor:
         (K * grid * grid, 5): the cells of each RoI row by row, with batch indices for :func:`fold`.
     """
     steps = torch.arange(grid, dtype=rois.dtype, device=rois.device)
-    rows, columns = (s.ravel() for s in torch.meshgrid(steps, steps, indexing='ij'))
-    index, x1, y1, x2, y2 = (v[:, None] for v in rois.unbind(1))
+    rows, columns = (axis.ravel() for axis in torch.meshgrid(steps, steps, indexing='ij'))
+    index, x1, y1, x2, y2 = (column[:, None] for column in rois.unbind(1))
     width, height = (x2 - x1) / grid, (y2 - y1) / grid
     return torch.stack(
         [

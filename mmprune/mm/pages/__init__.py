@@ -1,4 +1,4 @@
-"""Pages of blocks (texts, tables, charts): one HTML file without outside parts, or a terminal."""
+"""Pages of blocks (texts, tables, charts), as one self-contained HTML file or printed in a terminal."""
 
 from mmprune.mm.pages.blocks import (
     Block,

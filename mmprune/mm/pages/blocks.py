@@ -1,6 +1,6 @@
 """The parts of a page, as plain data. :mod:`.render` makes HTML of them, :mod:`.terminal` prints them.
 
-Texts are plain. What stands between `backticks` is shown as code.
+Texts are plain, except that text between `backticks` is shown as code.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,19 +24,20 @@ class Notice:
 
 @dataclass(frozen=True)
 class Facts:
-    """Large figures side by side: (label, value, a few words below it)."""
+    """Large figures side by side, as (label, value, a few words below the value)."""
 
     facts: Sequence[tuple[str, str, str]]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a table that is more than its text.
+    """A cell of a table with more than plain text.
 
     Args:
-        text: its text; may be empty beside a bar.
+        text: the text of the cell; may be empty beside a bar.
         share: the length of a bar in the cell, in [0, 1]; ``None`` for no bar.
-        share_before: the length of a paler bar around it, for the value before; ``None`` for no bar.
+        share_before: the length of a paler bar behind the first one, for the value before, in [0, 1];
+            ``None`` for no bar.
         mark: ``'fell'`` or ``'rose'`` colours the text and adds a triangle; empty for neither.
         code: whether the whole text is shown as code.
     """
@@ -72,9 +73,9 @@ class Figure:
     """A chart, and a table with the same numbers.
 
     Args:
-        title: a few words that name the chart; screen readers read them in its place.
-        draw: returns the SVG for a width in pixels (:mod:`mmprune.mm.pages.charts`). It is called for a
-            wide screen and for a phone.
+        title: a few words that name the chart; screen readers read them in place of the chart.
+        draw: a function that returns the SVG for a width in pixels (:mod:`mmprune.mm.pages.charts`). It
+            is called twice: for a wide screen and for a phone.
         caption: a sentence below the chart.
         key: the legend, as (name, CSS class of the swatch).
         table: a folded table below the chart; ``None`` for no table.
@@ -120,6 +121,7 @@ class Fold:
 
 
 Block = Text | Notice | Facts | Table | Figure | Pictures | Code | Fold
+"""A part of a page."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """A page.
+    """A page: a title, blocks, sections and a last line.
 
     Args:
         title: the title of the page and of the browser's window.

@@ -1,15 +1,15 @@
-"""Numbers as a page shows them. All of these return an empty text if there is no number to show."""
+"""Formats numbers for a page. Each function returns an empty text if there is no number to show."""
 
 import math
 
 
 def integer(value: float | None) -> str:
-    """``350,455,552``."""
+    """Formats an integer, such as ``350,455,552``."""
     return '' if value is None else f'{round(value):,}'
 
 
 def short(value: float | None) -> str:
-    """``350.5 M``: at most four digits."""
+    """Formats a number with at most four digits, such as ``350.5 M``."""
     if value is None:
         return ''
     for size, letter in ((1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
@@ -19,24 +19,26 @@ def short(value: float | None) -> str:
 
 
 def percent(part: float | None, total: float | None = 1.0) -> str:
-    """``50.0%``; empty as well if ``total`` is zero."""
+    """Formats a fraction of ``total``, such as ``50.0%``; empty as well if ``total`` is zero."""
     return f'{part / total:.1%}' if part is not None and total else ''
 
 
 def score(value: float | None) -> str:
-    """A metric with three decimals; empty as well for NaN and for -1, COCO's value without objects."""
+    """Formats a metric with three decimals; empty as well for NaN and for -1, COCO's value without
+    objects."""
     if value is None or not math.isfinite(value) or value == -1:
         return ''
     return f'{value:,.3f}'
 
 
 def change(before: float | None, after: float | None) -> str:
-    """``+0.078``: the difference of two metrics."""
+    """Formats the difference of two metrics, such as ``+0.078``."""
     return f'{after - before:+,.3f}' if score(before) and score(after) else ''
 
 
 def faster(before: float | None, after: float | None) -> str:
-    """``1.6 x as fast``, from the time before and the time after."""
+    """Formats how many times faster the time after is than the time before, such as ``1.6 x as
+    fast``."""
     if not before or not after:
         return ''
     ratio = before / after

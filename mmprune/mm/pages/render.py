@@ -1,4 +1,4 @@
-"""Pages as HTML files."""
+"""Writes pages as HTML files."""
 
 import re
 from importlib import resources
@@ -11,11 +11,12 @@ from mmprune.mm.atomic_files import replace_file
 from mmprune.mm.pages.blocks import Cell, Page
 
 WIDE, NARROW = 1000, 334
-"""Widths of a chart in pixels: one fits the page on a desk, the other a phone of 390 pixels."""
+"""The two widths of a chart in pixels, for a wide screen and for a phone of 390 pixels."""
 
 
 def render(page: Page) -> str:
-    """The HTML of a page. It loads nothing from elsewhere, and its security policy forbids that."""
+    """Makes the HTML of a page. It loads nothing from elsewhere, and its security policy forbids
+    that."""
     folder = resources.files(__package__)
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -35,11 +36,11 @@ def write(page: Page, path: str | Path) -> Path:
     """Writes a page to a file and returns its path.
 
     Raises:
-        OSError: the file cannot be written. A file of that name stays as it was.
+        OSError: the file cannot be written. An existing file is then unchanged.
     """
     return replace_file(path, render(page).encode(), sync=False)
 
 
 def _marked(text: str) -> Markup:
-    """Escapes a text, and marks what stands between backticks as code."""
+    """Escapes a text, and marks text between backticks as code."""
     return Markup(re.sub(r'`([^`]+)`', r'<code>\1</code>', str(escape(text))))

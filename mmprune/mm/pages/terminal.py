@@ -1,4 +1,4 @@
-"""Pages in a terminal: their texts and tables. Only the HTML has charts, pictures and folded blocks."""
+"""Prints the texts and tables of a page. Charts, pictures and folded blocks are only in the HTML."""
 
 from rich.console import Console
 from rich.markup import escape
@@ -7,11 +7,11 @@ from rich.table import Table as RichTable
 from mmprune.mm.pages.blocks import Block, Cell, Code, Facts, Notice, Page, Table, Text
 
 ROWS = 20
-"""The largest number of rows that are printed of a table."""
+"""The number of rows after which a table is cut off."""
 
 
 def print_page(page: Page, console: Console) -> None:
-    """Prints a page; of long tables the first ``ROWS`` rows."""
+    """Prints a page, with at most ``ROWS`` rows of each table."""
     console.print(f'[bold]{escape(page.title)}[/]', highlight=False)
     console.print(escape(page.lead), highlight=False)
     for block in (*page.blocks, *(block for section in page.sections for block in section.blocks)):
@@ -38,11 +38,14 @@ def _print_block(block: Block, console: Console) -> None:
 
 
 def _rich_table(table: Table) -> RichTable:
-    out = RichTable(title=escape(table.caption), title_justify='left')
+    """Converts the first ``ROWS`` rows of a table."""
+    rich_table = RichTable(title=escape(table.caption), title_justify='left')
     for column in table.columns:
         is_number = column in table.numbers or column in table.wide
         justify = 'right' if is_number else 'left'
-        out.add_column(escape(column), justify=justify, no_wrap=is_number, overflow='fold')
+        rich_table.add_column(escape(column), justify=justify, no_wrap=is_number, overflow='fold')
     for row in table.rows[:ROWS]:
-        out.add_row(*(escape(cell.text if isinstance(cell, Cell) else str(cell)) for cell in row))
-    return out
+        rich_table.add_row(
+            *(escape(cell.text if isinstance(cell, Cell) else str(cell)) for cell in row)
+        )
+    return rich_table

@@ -1,1 +1,1 @@
-"""The record of a run, which training writes, and the page that is made of it."""
+"""Records a run while it trains, and makes the page of the run from this record."""

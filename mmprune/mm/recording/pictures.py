@@ -1,7 +1,7 @@
-"""A few pictures of the validation set with the predictions of a network.
+"""Chooses a few pictures of the validation set, records predictions for them, and draws these.
 
-While training validates, predictions for the chosen pictures are noted as numbers. When the page of the
-run is made, mmdet's or mmpose's visualizer draws them.
+During a validation, the predictions for the chosen pictures are recorded as numbers. When the page of
+the run is made, mmdet's or mmpose's visualizer draws them.
 """
 
 import base64
@@ -17,6 +17,8 @@ import torch
 from mmprune.mm.pages import Picture
 
 COUNT = 4
+"""The number of pictures that are chosen."""
+
 SHORTEST, LONGEST = 480, 640
 """Bounds of the longer side of a stored picture in pixels."""
 
@@ -33,18 +35,21 @@ def choose(dataset: Any, processes: int = 1) -> dict[str, Any]:
     """Chooses pictures that are spread over a data set.
 
     Args:
-        dataset: a data set with mmengine's interface. Others cannot name their files: none is chosen.
-        processes: the number of processes that validate. The first one sees every so many-th picture,
-            and the choice is made among these.
+        dataset: a data set. If it lacks mmengine's ``get_data_info``, its files are unknown, so no
+            picture is chosen.
+        processes: the number of processes that validate. The first process sees the pictures whose
+            numbers are multiples of ``processes``, so only these can be chosen.
 
     Returns:
         ``files``: up to ``COUNT`` paths; ``meta``: the result of :func:`drawing_meta`; ``truth``:
-        {file: annotated boxes}; and ``scales`` and ``found``, which are empty until a validation.
+        {file: annotated boxes}; and ``scales`` {file: pixels of the stored copy for one pixel of the
+        file} and ``found`` {phase: {file: predictions}}, which are empty until a validation.
     """
     infos: list[Mapping[str, Any]] = []
     if hasattr(dataset, 'get_data_info') and len(dataset):
-        numbers = np.linspace(0, len(dataset) - 1, 2 * COUNT + 1)[1::2].astype(int)
-        infos = [dataset.get_data_info(int(number - number % processes)) for number in numbers]
+        # The middles of ``COUNT`` equal parts of the data set.
+        indices = np.linspace(0, len(dataset) - 1, 2 * COUNT + 1)[1::2].astype(int)
+        infos = [dataset.get_data_info(int(index - index % processes)) for index in indices]
     truth = {str(info['img_path']): _annotated_boxes(info) for info in infos if info.get('img_path')}
     return {
         'files': list(truth),
@@ -56,7 +61,8 @@ def choose(dataset: Any, processes: int = 1) -> dict[str, Any]:
 
 
 def _annotated_boxes(info: Mapping[str, Any]) -> Instances | None:
-    """The boxes of a sample of mmdet's data sets without ignored regions; ``None`` if it has none."""
+    """Returns the boxes of a sample of mmdet's data sets without ignored regions; ``None`` if not every
+    instance of the sample has a box."""
     instances = info.get('instances')
     if not isinstance(instances, list) or not all('bbox' in instance for instance in instances):
         return None
@@ -68,14 +74,14 @@ def _annotated_boxes(info: Mapping[str, Any]) -> Instances | None:
 
 
 def drawing_meta(dataset_meta: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The entries of a data set's meta that drawing needs, as plain data."""
+    """Returns the entries of a data set's meta that drawing needs, as plain data."""
     names = 'classes', 'palette', 'keypoint_colors', 'skeleton_links', 'skeleton_link_colors'
     meta = dataset_meta or {}
     return {name: np.asarray(meta[name]).tolist() for name in names if meta.get(name) is not None}
 
 
 def annotated_keypoints(sample: Any) -> Instances | None:
-    """The annotated 2D keypoints of a data sample; ``None`` if it has none."""
+    """Returns the annotated 2D keypoints of a data sample; ``None`` if it has none."""
     instances = getattr(sample, 'gt_instances', None)
     if instances is None or not {'keypoints', 'keypoints_visible'} <= set(instances.keys()):
         return None
@@ -87,7 +93,7 @@ def annotated_keypoints(sample: Any) -> Instances | None:
 
 
 def predictions_of(sample: Any) -> Instances | None:
-    """The predicted boxes above the threshold, or the predicted 2D keypoints, of a data sample;
+    """Returns the predicted boxes above the threshold, or the predicted 2D keypoints, of a data sample;
     ``None`` for other kinds of predictions."""
     instances = getattr(sample, 'pred_instances', None)
     if instances is None:
@@ -116,12 +122,14 @@ def _array(value: Any) -> np.ndarray:
 
 
 def merged(first: Instances | None, second: Instances) -> Instances:
-    """The instances of two samples of one file: top-down networks see each person as a sample."""
+    """Joins the instances of two samples of one file, since top-down networks see each person as a
+    sample."""
     return second if first is None else {key: first[key] + second[key] for key in second}
 
 
 def small_copy(file: str) -> tuple[bytes, float] | None:
-    """A picture as a small JPEG, and its scale; ``None`` if the file cannot be read."""
+    """Makes a small JPEG of a picture, and returns it with its scale; ``None`` if the file cannot be
+    read."""
     image = cv2.imread(file, cv2.IMREAD_COLOR)
     if image is None:
         return None
@@ -149,12 +157,12 @@ def drawn(
     """Draws predictions and annotations into a picture.
 
     Args:
-        picture: a JPEG.
+        picture: the stored copy, a JPEG.
         scale: the number of pixels of ``picture`` for one pixel of the data set's file.
-        predictions: drawn by mmdet's or mmpose's visualizer.
+        predictions: the predictions, which mmdet's or mmpose's visualizer draws.
         meta: the result of :func:`drawing_meta`.
-        truth: annotations, drawn over the rest in white: boxes dashed, keypoints as crosses. ``None``
-            for none.
+        truth: the annotations, which are drawn last and in white: boxes dashed, keypoints as crosses.
+            ``None`` draws no annotations.
 
     Returns:
         A JPEG.
@@ -169,20 +177,20 @@ def drawn(
 def side_by_side(
     notes: Mapping[str, Any], folder: Path
 ) -> tuple[list[tuple[str, list[Picture]]], list[str], list[str]]:
-    """The pictures of a run with the predictions of both networks.
+    """Makes the pictures of a run with the predictions of both networks.
 
     Args:
         notes: the result of :func:`choose`, with the ``scales`` and ``found`` of validations.
         folder: the folder with the copies of the pictures.
 
     Returns:
-        A row for each picture: its title, and the picture of each network; the files whose copies are
-        missing; and the errors of pictures that could not be drawn.
+        (a row for each picture: its title, and the picture of each network; the files whose copies are
+        missing; the errors of pictures that could not be drawn)
     """
     rows, missing, failures = [], [], []
     by_phase, meta = notes['found'], notes['meta']
-    for number, file in enumerate(notes['files']):
-        copy = folder / f'{number}.jpg'
+    for index, file in enumerate(notes['files']):
+        copy = folder / f'{index}.jpg'
         if not any(file in predictions for predictions in by_phase.values()):
             continue
         if not copy.is_file() or file not in notes['scales']:
@@ -209,7 +217,7 @@ def side_by_side(
 
 
 def _in_words(predictions: Instances, meta: Mapping[str, Any]) -> tuple[str, str]:
-    """The number of predictions, and a list of them."""
+    """Returns the number of predictions in words, and a list of the predictions."""
     if 'keypoints' in predictions:
         count = sum(score > THRESHOLD for person in predictions['keypoint_scores'] for score in person)
         text = f'{len(predictions["keypoints"])} instances, {count} keypoints'
@@ -223,11 +231,14 @@ def _in_words(predictions: Instances, meta: Mapping[str, Any]) -> tuple[str, str
 
 
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
+"""Colours of annotations, and of the outline that sets them off from the picture."""
+
 DASH = 6
 """The length of a dash, and of the gap after it, in pixels."""
 
 
 def _draw_truth(image: np.ndarray, scale: float, truth: Instances) -> None:
+    """Draws annotations into an image (H, W, 3), in place."""
     for box in truth.get('boxes', ()):
         x1, y1, x2, y2 = (round(side * scale) for side in box)
         cv2.rectangle(image, (x1, y1), (x2, y2), BLACK, 1)
@@ -249,6 +260,7 @@ def _draw_truth(image: np.ndarray, scale: float, truth: Instances) -> None:
 def _draw_boxes(
     image: np.ndarray, scale: float, predictions: Instances, meta: Mapping[str, Any]
 ) -> np.ndarray:
+    """Draws predicted boxes into an RGB image by mmdet's visualizer, and returns the result."""
     from mmdet.structures import DetDataSample
     from mmdet.visualization import DetLocalVisualizer
     from mmengine.structures import InstanceData
@@ -270,6 +282,7 @@ def _draw_boxes(
 def _draw_poses(
     image: np.ndarray, scale: float, predictions: Instances, meta: Mapping[str, Any]
 ) -> np.ndarray:
+    """Draws predicted keypoints into an RGB image by mmpose's visualizer, and returns the result."""
     from mmengine.structures import InstanceData
     from mmpose.structures import PoseDataSample
     from mmpose.visualization import PoseLocalVisualizer
@@ -285,9 +298,10 @@ def _draw_poses(
 
 
 def _visualized(visualizer: Any, image: np.ndarray, sample: Any, threshold: str) -> np.ndarray:
-    """Draws a sample. Without a file to write, the visualizer would look for a backend to store it."""
+    """Draws a sample into an RGB image, and returns the result. The visualizer writes it to a temporary
+    file, since it would look for a visualization backend otherwise."""
     with tempfile.TemporaryDirectory() as folder:
-        out = str(Path(folder) / 'drawn.png')
-        options = {'draw_gt': False, 'out_file': out, threshold: THRESHOLD}
+        path = str(Path(folder) / 'drawn.png')
+        options = {'draw_gt': False, 'out_file': path, threshold: THRESHOLD}
         visualizer.add_datasample('drawn', np.ascontiguousarray(image), sample, **options)
-        return cv2.imread(out, cv2.IMREAD_COLOR)[..., ::-1]
+        return cv2.imread(path, cv2.IMREAD_COLOR)[..., ::-1]

@@ -1,6 +1,6 @@
-"""The record of a run, ``prune_record/record.json``: what the page of the run shows, as plain data.
+"""The record of a run, ``prune_record/record.json``: the content of its page as plain data.
 
-It is written after each validation and each cut, and read when the page is made.
+The record is written after each validation and each cut, and read when the page is made.
 """
 
 import json
@@ -23,8 +23,14 @@ from mmprune.mm.pages.numbers import score
 from mmprune.surgery.plan import Plan
 
 RECORD_FOLDER = 'prune_record'
+"""The folder in the work directory with the record and the copies of pictures."""
+
 RECORD_FILE = 'record.json'
+"""The name of the record in its folder."""
+
 FORMAT = 1
+"""The version of the record's layout. Records of other versions cannot be read."""
+
 POINTS = 240
 """The largest number of points of the loss curve."""
 
@@ -36,12 +42,12 @@ BENCHMARK_FILE = 'benchmark.json'
 
 
 def content_of(runner: Runner, state: PruneState, plan: Plan | None, finished: bool) -> dict[str, Any]:
-    """The record of a run, as plain data.
+    """Makes the record of a run, as plain data.
 
     Args:
-        runner: the run.
-        state: the state of its ``PruneHook``.
-        plan: all cuts so far; ``None`` before the first one.
+        runner: the Runner of the run.
+        state: the state of the run's ``PruneHook``.
+        plan: the plan of all cuts so far; ``None`` before the first cut.
         finished: whether training has reached its end.
     """
     axes = state.report.get('axes', {})
@@ -75,11 +81,13 @@ def write(work_dir: str | Path, content: Mapping[str, Any]) -> Path:
 
 
 def _plain(value: Any) -> Any:
+    """Converts a value that JSON lacks: arrays to lists, and other objects to text."""
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
 
 
 def _layers(axes: report.Axes, plan: Plan | None) -> list[list[Any]]:
-    """[[part, layer, unpruned output channels, current output channels]] in the order of the model."""
+    """Returns [[part, layer, unpruned output channels, current output channels]] in the order of the
+    model."""
     return [
         [part, name.removesuffix('.weight'), *report.width(plan, name, dim, size)]
         for part, entries in axes.items()
@@ -88,20 +96,23 @@ def _layers(axes: report.Axes, plan: Plan | None) -> list[list[Any]]:
 
 
 def _loss_curve(runner: Runner) -> list[list[float]]:
-    """[[iteration, mean loss since the last point]] from mmengine's message hub, which checkpoints
-    hold. It lacks the iterations before a run that was resumed without it."""
+    """Returns [[iteration, mean loss since the last point]] from mmengine's message hub, which
+    checkpoints hold. It lacks the iterations before a run that was resumed without the message hub."""
     buffer = runner.message_hub.log_scalars.get('train/loss')
     values = np.asarray(buffer.data[0] if buffer is not None else [], dtype=np.float64)
     if not values.size:
         return []
-    first = runner.message_hub.get_info('iter', 0) + 1 - values.size
+    first_iteration = runner.message_hub.get_info('iter', 0) + 1 - values.size
     ends = np.unique(np.linspace(0, values.size, min(values.size, POINTS) + 1).astype(int))
     means = [values[start:end].mean() for start, end in zip(ends[:-1], ends[1:], strict=True)]
-    return [[int(first + end), float(f'{mean:.5g}')] for end, mean in zip(ends[1:], means, strict=True)]
+    return [
+        [int(first_iteration + end), float(f'{mean:.5g}')]
+        for end, mean in zip(ends[1:], means, strict=True)
+    ]
 
 
 def _versions() -> dict[str, str]:
-    """The versions of the packages that shape a run, as far as they are installed."""
+    """Returns the versions of packages that influence a run, if they are installed."""
     versions = {'mmprune': __version__, 'python': platform.python_version()}
     for name in ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmpose', 'numpy'):
         try:
@@ -115,11 +126,11 @@ def _versions() -> dict[str, str]:
 
 
 class Timing(NamedTuple):
-    """How long both networks take for inference.
+    """The inference times of both networks, measured in one way.
 
     Args:
-        runtime: the runtime that ran them, such as ``'onnxruntime'``.
-        how: how they were timed, in a few words.
+        runtime: the runtime that ran both networks, such as ``'onnxruntime'``.
+        how: the way in which they were timed, in a few words.
         before: the time of the unpruned network.
         after: the time of the pruned network.
         unit: the unit of both times; empty if they are fractions of the unpruned network's time.
@@ -134,12 +145,12 @@ class Timing(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """A work directory.
+    """A run, as its work directory describes it.
 
     Args:
-        folder: its path.
-        content: the content of its record. Older records lack some entries.
-        benchmark: the rows of its ``benchmark.json``; empty if it has none.
+        folder: the path of the work directory.
+        content: the content of the record. Older records lack some entries.
+        benchmark: the rows of the file ``benchmark.json``; empty if there is no such file.
     """
 
     folder: Path
@@ -154,6 +165,7 @@ class Run:
 
     @property
     def metric_names(self) -> list[str]:
+        """The names of the metrics that the page shows, first those of the unpruned network."""
         unpruned, pruned = self.metrics
         names = {**unpruned, **pruned}
         return [name for name in names if report.is_headline(name) and name != 'iteration']
@@ -162,12 +174,15 @@ class Run:
     def main_metric(self) -> str | None:
         """The first metric of both networks, or else the first of either; ``None`` without any."""
         unpruned, pruned = self.metrics
-        of_both = [n for n in self.metric_names if score(unpruned.get(n)) and score(pruned.get(n))]
+        of_both = [
+            name for name in self.metric_names if score(unpruned.get(name)) and score(pruned.get(name))
+        ]
         return next(iter(of_both or self.metric_names), None)
 
     @property
     def runtime(self) -> str | None:
-        """The runtime that the budget names; ``None`` if it names neither a runtime nor a time."""
+        """The runtime in which the budget measures time, such as ``'eager'`` or ``'openvino'``;
+        ``None`` if the budget names neither a runtime nor a time."""
         budget = self.content.get('budget') or {}
         if budget.get('backend'):
             return str(budget['backend'])
@@ -175,8 +190,8 @@ class Run:
 
     @property
     def times(self) -> list[Timing]:
-        """All times of both networks. Those in the runtime of the budget come first."""
-        times = [
+        """All times of both networks. Times in the runtime of the budget come first."""
+        timings = [
             Timing(
                 row['mode'],
                 f'batch of {row["batch"]}, `tools/benchmark.py`',
@@ -190,18 +205,20 @@ class Run:
         fractions = [cut.get('latency') for cut in self.content.get('history', [])]
         measured = [fraction for fraction in fractions if fraction is not None]
         if measured:
-            times.append(Timing(self.runtime or 'eager', 'at the last cut', 1.0, measured[-1], ''))
-        return sorted(times, key=lambda timing: timing.runtime != (self.runtime or timing.runtime))
+            timings.append(Timing(self.runtime or 'eager', 'at the last cut', 1.0, measured[-1], ''))
+        # ``False`` comes before ``True``. If the budget names no runtime, the order stays as it is.
+        return sorted(timings, key=lambda timing: timing.runtime != (self.runtime or timing.runtime))
 
     @property
     def main_time(self) -> Timing | None:
-        """The first time in the runtime of the budget, or the first of all if it names none."""
-        first = next(iter(self.times), None)
-        return first if first and self.runtime in (None, first.runtime) else None
+        """The first time in the runtime of the budget, or the first of all times if the budget names no
+        runtime; ``None`` if there is no such time."""
+        timing = next(iter(self.times), None)
+        return timing if timing and self.runtime in (None, timing.runtime) else None
 
 
 def read_run(folder: str | Path) -> Run:
-    """Reads what a run has left in its work directory.
+    """Reads the record and the benchmark of a run from its work directory.
 
     Raises:
         PruneError: there is no record, or a file cannot be used.
@@ -222,6 +239,7 @@ def read_run(folder: str | Path) -> Run:
 
 
 def _json_of(path: Path) -> dict[str, Any]:
+    """Reads a JSON object from a file, or raises a PruneError."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Notes what the page of a run shows while the run goes on. A note that fails never stops the run."""
+"""Collects the content of a run's page during the run. An error while doing so never stops the run."""
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,10 +26,11 @@ from mmprune.score import Score
 from mmprune.surgery.plan import Plan
 
 NO_CLASS_METRICS = 'Metrics by class could not be noted for the report'
+"""The warning if metrics by class cannot be read."""
 
 
 class Recorder:
-    """Turns the events of a run into entries of ``state.record`` and files in the work directory.
+    """Records the events of a run as entries of ``state.record`` and as files in the work directory.
 
     Args:
         state: the state of the run's ``PruneHook``. Checkpoints hold it, so a resumed run keeps its
@@ -44,7 +45,7 @@ class Recorder:
         self._scores: dict[str, Any] | None = None
 
     def watch_evaluation(self, runner: Runner) -> None:
-        """From now on, notes metrics by class whenever the evaluator of the run evaluates."""
+        """Wraps the evaluator of the run, so that each evaluation also notes metrics by class."""
         evaluator = getattr(runner.val_loop, 'evaluator', None)
         if evaluator is None:
             return
@@ -60,7 +61,7 @@ class Recorder:
         evaluator.evaluate = evaluate_and_note
 
     def start_validation(self, runner: Runner) -> None:
-        """Chooses the pictures of the run before its first validation."""
+        """Discards the notes of the last validation. Before the first one, it also chooses pictures."""
         self._predictions, self._truth, self._class_metrics = {}, {}, []
         if self.state.record.get('pictures') is None and is_main_process():
             with optional(runner.logger, 'No pictures for the report could be chosen'):
@@ -90,9 +91,9 @@ class Recorder:
         """Notes the results of a validation.
 
         Args:
-            runner: the run.
+            runner: the Runner of the run.
             phase: the network that was validated: ``'unpruned'``, ``'start'`` or ``'pruned'``.
-            metrics: {name: value}.
+            metrics: {name: value} of the validation.
         """
         notes = self.state.record
         with optional(runner.logger, 'A validation could not be noted for the report'):
@@ -108,8 +109,8 @@ class Recorder:
 
     def _copy_pictures(self, work_dir: Path) -> None:
         notes = self.state.record['pictures']
-        for number, file in enumerate(notes['files']):
-            path = work_dir / record.RECORD_FOLDER / f'{number}.jpg'
+        for index, file in enumerate(notes['files']):
+            path = work_dir / record.RECORD_FOLDER / f'{index}.jpg'
             if file in notes['scales'] and path.is_file():
                 continue
             copy = pictures.small_copy(file)
@@ -126,13 +127,14 @@ class Recorder:
         score: Score,
         budget: Budget,
     ) -> None:
-        """Notes the scores of a choice. They count once :meth:`end_cut` confirms the cut.
+        """Notes the scores by which units were chosen. They enter the record once :meth:`end_cut`
+        confirms the cut.
 
         Args:
-            runner: the run.
+            runner: the Runner of the run.
             graph: the graph of the model before the cut.
             scores: (n_units,), NaN for units without a score.
-            keep: (n_units,) bool, the units that stay.
+            keep: (n_units,) bool, true for the units that stay.
             score: the criterion and its options.
             budget: the budget of the run.
         """
@@ -141,7 +143,7 @@ class Recorder:
             self._scores = {'iteration': runner.iter + 1} | summary
 
     def end_cut(self) -> None:
-        """Keeps the scores of the last choice, since its cut was made."""
+        """Puts the scores of the last choice into the record, since its cut was made."""
         if self._scores is not None:
             self.state.record['scores'], self._scores = self._scores, None
 
@@ -149,8 +151,8 @@ class Recorder:
         """Writes the record into the work directory.
 
         Args:
-            runner: the run.
-            plan: all cuts so far; ``None`` before the first one.
+            runner: the Runner of the run.
+            plan: the plan of all cuts so far; ``None`` before the first cut.
             finished: whether training has reached its end.
         """
         if is_main_process():
@@ -163,12 +165,14 @@ class Recorder:
 # -- scores ------------------------------------------------------------------------------------------
 
 BINS = 30
+"""The number of bins of the histogram of scores."""
 
 
 def summary_of_scores(
     graph: ChannelGraph, scores: np.ndarray, keep: np.ndarray, score: Score, budget: Budget
 ) -> dict[str, Any]:
-    """The scores of a cut as a histogram, for the arguments of :meth:`Recorder.note_scores`.
+    """Summarises the scores of a cut as a histogram; :meth:`Recorder.note_scores` describes the
+    arguments.
 
     Returns:
         Plain data. ``criterion``: its name; ``per``: the cost that scores are divided by, or
@@ -177,7 +181,8 @@ def summary_of_scores(
         ``unscored``: the number of units without a score; ``parts``: {part: [units, removed units]}.
     """
     costs = {cost_against(score.per, target) for target in budget.targets} & set(cost.BY_NAME)
-    per = costs.pop() if len(costs) == 1 else 'none'  # time is no sum over units
+    # ``BY_NAME`` lacks time, which is not a sum over units, so a unit has no share of it.
+    per = costs.pop() if len(costs) == 1 else 'none'
     values = np.array(scores, dtype=np.float64)
     if per != 'none':
         share = cost.BY_NAME[per](graph).unit_gradient(np.ones(graph.n_units, dtype=bool))
@@ -205,7 +210,8 @@ def summary_of_scores(
 # -- metrics by class --------------------------------------------------------------------------------
 
 ClassMetric = dict[str, Any]
-"""``metric``: its name; ``values``: {class or keypoint: the metric, ``None`` if it has no objects}."""
+"""``metric``: the name of the metric; ``values``: {class or keypoint: the metric, ``None`` if the data
+has no objects of this class}."""
 
 
 @contextmanager
@@ -221,13 +227,13 @@ def watched_class_metrics(
 
     Args:
         dataset_meta: the meta of the data set, with the names of classes and keypoints.
-        logger: gets a warning if values cannot be read. The evaluation goes on.
+        logger: the logger that gets a warning if values cannot be read. The evaluation continues.
 
     Yields:
-        A list, which fills while the block evaluates.
+        A list, to which each evaluation in the block appends its metrics by class.
     """
     meta, metrics = dict(dataset_meta or {}), []
-    places = [
+    functions = [
         (COCOeval, 'accumulate', _coco_metric),
         (sys.modules.get('mmdet.evaluation.metrics.voc_metric'), 'eval_map', _voc_metric),
         (
@@ -242,7 +248,8 @@ def watched_class_metrics(
             result = function(*args, **kwargs)
             with optional(logger, NO_CLASS_METRICS):
                 metric = read(args, kwargs, result, meta)
-                # Some metrics compute PCK for many thresholds or sizes. The first one is the main one.
+                # Some metrics compute PCK for several thresholds or sizes. Only the first is kept,
+                # which is the main one.
                 has_pck = any(earlier['metric'].startswith('PCK') for earlier in metrics)
                 if metric is not None and not (read is _pck_metric and has_pck):
                     metrics.append(metric)
@@ -251,7 +258,7 @@ def watched_class_metrics(
         return call
 
     with ExitStack() as stack:
-        for owner, name, read in places:
+        for owner, name, read in functions:
             if owner is not None:
                 replacement = watched(getattr(owner, name), read)
                 stack.enter_context(mock.patch.object(owner, name, replacement))
@@ -259,21 +266,23 @@ def watched_class_metrics(
 
 
 def _coco_metric(args: tuple, kwargs: dict, result: Any, meta: dict) -> ClassMetric | None:
-    """The AP of each class, over all IoU thresholds, for all sizes and the most detections."""
+    """Reads the AP of each class, over all IoU thresholds, for all sizes and the largest number of
+    detections; ``None`` if pycocotools did not evaluate boxes or masks by class."""
     evaluation = args[0]
     params = evaluation.params
     if not params.useCats or params.iouType not in ('bbox', 'segm'):
         return None
     precision = evaluation.eval['precision']  # (thresholds, recalls, classes, areas, detections)
     values = {}
-    for number, category in enumerate(evaluation.cocoGt.loadCats(params.catIds)):
-        of_class = precision[:, :, number, 0, -1]
-        of_class = of_class[of_class > -1]
+    for index, category in enumerate(evaluation.cocoGt.loadCats(params.catIds)):
+        of_class = precision[:, :, index, 0, -1]
+        of_class = of_class[of_class > -1]  # -1 marks a class without objects
         values[str(category['name'])] = float(of_class.mean()) if of_class.size else None
     return {'metric': f'{params.iouType} AP', 'values': values}
 
 
 def _voc_metric(args: tuple, kwargs: dict, result: Any, meta: dict) -> ClassMetric:
+    """Reads the AP of each class from the result of mmdet's ``eval_map``."""
     results = result[1]
     values = {
         str(name): float(np.ravel(entry['ap'])[0]) if np.max(entry['num_gts']) else None
@@ -283,9 +292,10 @@ def _voc_metric(args: tuple, kwargs: dict, result: Any, meta: dict) -> ClassMetr
 
 
 def _pck_metric(args: tuple, kwargs: dict, result: Any, meta: dict) -> ClassMetric:
+    """Reads the PCK of each keypoint from the result of mmpose's ``keypoint_pck_accuracy``."""
     names, threshold = meta.get('keypoint_id2name') or {}, args[3]
     values = {
-        str(names.get(number, number)): float(value) if value >= 0 else None
-        for number, value in enumerate(result[0])
+        str(names.get(index, index)): float(value) if value >= 0 else None
+        for index, value in enumerate(result[0])
     }
     return {'metric': f'PCK at {threshold}', 'values': values}

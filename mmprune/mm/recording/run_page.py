@@ -1,4 +1,8 @@
-"""The page of a run: one section for each question about a pruned network."""
+"""The page of a run, with one section for each question about a pruned network.
+
+Each function of a section takes the run and returns the blocks of the section. If the record lacks
+the data for a section, the section is a notice that explains why.
+"""
 
 import math
 from collections.abc import Sequence
@@ -13,21 +17,27 @@ from mmprune.mm.recording.record import RECORD_FOLDER, Run, read_run
 from mmprune.mm.report import has_jumped
 
 PAGE_FILE = 'report.html'
+"""The name of the page in the work directory."""
+
 FOOT = (
     'FLOPs are multiply-adds of one image. mmprune made this page; '
     '`python tools/report.py WORK_DIR` makes it again.'
 )
+"""The last line of the page."""
 
 Blocks = list[Block]
+"""The blocks of a section, in order."""
+
 Row = list[str | Cell]
+"""The cells of a row of a table."""
 
 
 def write_page(folder: str | Path, out: str | Path | None = None) -> Path:
     """Makes the page of a run, and returns its path.
 
     Args:
-        folder: the work directory.
-        out: the file to write; by default ``report.html`` in the work directory.
+        folder: the work directory of the run.
+        out: the file to write; ``None`` writes ``report.html`` in the work directory.
 
     Raises:
         PruneError: the work directory has no record that can be read.
@@ -38,7 +48,7 @@ def write_page(folder: str | Path, out: str | Path | None = None) -> Path:
 
 
 def page_of(run: Run) -> pages.Page:
-    """The page of a run, which may not have ended, and may have no cut or no validation."""
+    """Makes the page of a run, which may not have ended, and may have no cut or no validation."""
     content = run.content
     warnings = []
     if not content.get('finished'):
@@ -77,7 +87,7 @@ def page_of(run: Run) -> pages.Page:
 
 
 def facts(run: Run) -> Blocks:
-    """The large figures at the top."""
+    """Makes the large figures at the top."""
     entries = []
     for label, key in (('FLOPs left', 'flops'), ('Parameters left', 'params')):
         pair = run.content.get(key)
@@ -101,6 +111,7 @@ def facts(run: Run) -> Blocks:
 
 
 def result(run: Run) -> Blocks:
+    """Compares sizes and metrics of both networks."""
     content, blocks = run.content, []
     pairs = {'FLOPs': content.get('flops'), 'parameters': content.get('params')}
     pairs |= {f'channels: {part}': pair for part, pair in content.get('channels', {}).items()}
@@ -135,7 +146,7 @@ def _integers(*values: float | None) -> list[str]:
 
 
 def times(run: Run) -> Blocks:
-    """The times of both networks, and how to measure them in the runtime of the budget."""
+    """Shows the times of both networks, and how to measure them in the runtime of the budget."""
     blocks: Blocks = []
     rows: list[Row] = []
     for timing in run.times:
@@ -160,6 +171,7 @@ def times(run: Run) -> Blocks:
 
 
 def widths(run: Run) -> Blocks:
+    """Shows the width of every layer before and after, with a chart for each part of the model."""
     layers = run.content.get('layers')
     if not layers:
         return [Notice('The widths of the layers were not recorded.')]
@@ -175,7 +187,7 @@ def widths(run: Run) -> Blocks:
             [Cell(name, code=True), *_integers(before, after), percent(after, before)]
             for name, before, after in entries
         ]
-        before, after = (sum(entry[number] for entry in entries) for number in (1, 2))
+        before, after = (sum(entry[column] for entry in entries) for column in (1, 2))
         columns = ['layer', 'unpruned', 'pruned', 'left']
         old, new = _integers(before, after)
         title = f'{part}: {old} channels to {new} in {len(entries)} layers'
@@ -192,10 +204,11 @@ def widths(run: Run) -> Blocks:
 
 
 MOST_REASONS = 8
-"""The number of lock reasons in the summary. The others are added up."""
+"""The number of lock reasons in the summary, which adds up all others in one row."""
 
 
 def locked(run: Run) -> Blocks:
+    """Shows failed groups, groups that the data hardly uses, and locked tensors with their reasons."""
     blocks: Blocks = [
         Notice(f'The group `{name}` failed the comparison with the masked network: {why}', 'warning')
         for name, why in run.content.get('failed', {}).items()
@@ -204,20 +217,20 @@ def locked(run: Run) -> Blocks:
     locks = run.content.get('locked', [])
     if not locks:
         return [*blocks, Text('Nothing was locked.')]
-    units: dict[str, int] = {}
+    units_by_reason: dict[str, int] = {}
     rows: list[Row] = []
     for lock in locks:
         reasons = list(dict.fromkeys(lock['why'])) or ['no reason on record']
-        units[reasons[0]] = units.get(reasons[0], 0) + lock['units']
+        units_by_reason[reasons[0]] = units_by_reason.get(reasons[0], 0) + lock['units']
         more = f'; and {len(reasons) - 3} more' if len(reasons) > 3 else ''
         why = '; '.join(reasons[:3]) + more
         rows.append([Cell(lock['name'], code=True), str(lock['dim']), integer(lock['units']), why])
-    ordered = sorted(units.items(), key=lambda item: -item[1])
+    ordered = sorted(units_by_reason.items(), key=lambda item: -item[1])
     summary: list[Row] = [[reason, integer(count)] for reason, count in ordered[:MOST_REASONS]]
     if len(ordered) > MOST_REASONS:
         others = sum(count for _, count in ordered[MOST_REASONS:])
         summary.append([f'{len(ordered) - MOST_REASONS} other reasons', integer(others)])
-    total = sum(units.values())
+    total = sum(units_by_reason.values())
     title = f'{total:,} locked units by their first reason'
     caption = (
         f'{total:,} units that stay whatever their scores are, by the tensor that makes or reads them'
@@ -228,6 +241,7 @@ def locked(run: Run) -> Blocks:
 
 
 def _idle_groups(groups: Sequence[dict[str, Any]]) -> Blocks:
+    """Warns of groups that the data hardly uses; no blocks if there are none."""
     if not groups:
         return []
     rows: list[Row] = [
@@ -245,6 +259,7 @@ def _idle_groups(groups: Sequence[dict[str, Any]]) -> Blocks:
 
 
 def config_and_versions(run: Run) -> Blocks:
+    """Shows the budget, the versions of packages, and the config."""
     budget = (run.content.get('budget') or {}).items()
     options = [[Cell(name, code=True), str(value)] for name, value in budget if value]
     versions = [[name, version] for name, version in run.content['versions'].items()]
@@ -260,7 +275,7 @@ def config_and_versions(run: Run) -> Blocks:
 
 
 def history(run: Run) -> Blocks:
-    """Charts of the loss, of the main metric, and of the sizes after each cut."""
+    """Charts the loss, the main metric, and the sizes after each cut."""
     content, blocks = run.content, []
     cuts = content.get('history', [])
     moments = [cut['iteration'] for cut in cuts if cut.get('iteration') is not None]
@@ -299,14 +314,15 @@ def history(run: Run) -> Blocks:
 
 
 def _sizes_after_cuts(cuts: Sequence[dict[str, Any]]) -> Block:
+    """Charts FLOPs and parameters after each cut."""
     lines = []
     for name, key, style in (('FLOPs', 'flops', 's1'), ('parameters', 'params', 's3')):
         shares = [100.0, *(100 * cut[key] / cut[f'{key}_before'] for cut in cuts)]
-        points = [(float(number), share) for number, share in enumerate(shares)]
+        points = [(float(index), share) for index, share in enumerate(shares)]
         lines.append(charts.Line(name, points, style, marks=len(cuts) <= 40, steps=True))
     rows: list[Row] = []
-    for number, cut in enumerate(cuts, 1):
-        row: Row = [str(number), *_integers(cut.get('iteration'), cut.get('units_removed'))]
+    for index, cut in enumerate(cuts, 1):
+        row: Row = [str(index), *_integers(cut.get('iteration'), cut.get('units_removed'))]
         for key in ('flops', 'params'):
             row += [integer(cut[key]), percent(cut[key], cut[f'{key}_before'])]
         rows.append([*row, faster(1.0, cut.get('latency'))])
@@ -324,7 +340,7 @@ def _sizes_after_cuts(cuts: Sequence[dict[str, Any]]) -> Block:
 
 
 def _loss_jumps(entries: Sequence[dict[str, Any]]) -> Blocks:
-    """The loss of one batch before and after each cut. Cuts at which it jumped get a warning."""
+    """Shows the loss of one batch before and after each cut. Cuts at which it jumped get a warning."""
     if not entries:
         return []
     blocks: Blocks = []
@@ -372,9 +388,11 @@ UNITS_OF_COSTS = {
     'memory': ' for each element of activations',
     'work': ' for the work of a multiply-add',
 }
+"""{cost by which scores are divided: its unit in words}."""
 
 
 def scores(run: Run) -> Blocks:
+    """Shows the scores at the last cut as a histogram, and how many units each part lost."""
     summary = run.content.get('scores')
     if not summary:
         return [Notice('No scores were recorded: there was no cut.')]
@@ -425,11 +443,11 @@ def scores(run: Run) -> Blocks:
 # -- what the networks find --------------------------------------------------------------------------
 
 FALL = 0.02
-"""A metric of a class that changes by more than this is marked."""
+"""The change of a metric above which the page marks a class."""
 
 
 def class_metrics(run: Run) -> Blocks:
-    """For each metric by class a table that starts with the largest loss."""
+    """Makes a table for each metric by class. It starts with the class that lost most."""
     values: dict[str, dict[str, dict[str, float | None]]] = {}
     for phase, entries in (run.content.get('classes') or {}).items():
         for entry in entries:
@@ -446,23 +464,25 @@ def class_metrics(run: Run) -> Blocks:
 
 
 def _by_class(metric: str, phases: dict[str, dict[str, float | None]]) -> Blocks:
+    """Makes the table of one metric from {phase: {class or keypoint: value, ``None`` without
+    objects}}."""
     before, after = phases.get('unpruned', {}), phases.get('pruned', {})
     differences: dict[str, float | None] = {}
     for name in {**before, **after}:
         old, new = before.get(name), after.get(name)
         differences[name] = None if old is None or new is None else new - old
 
-    def order(name: str) -> float:
+    def order(name: str) -> float:  # classes without a difference come last
         difference = differences[name]
         return math.inf if difference is None else difference
 
     names = sorted(differences, key=order)
-    most = max([value for value in (*before.values(), *after.values()) if value] or [1])
+    largest = max([value for value in (*before.values(), *after.values()) if value] or [1])
     rows: list[Row] = []
     for name in names:
         old, new, difference = before.get(name), after.get(name), differences[name] or 0
         mark = 'fell' if difference < -FALL else 'rose' if difference > FALL else ''
-        bar = Cell('', share=(new or 0) / most, share_before=(old or 0) / most)
+        bar = Cell('', share=(new or 0) / largest, share_before=(old or 0) / largest)
         rows.append([name, Cell(change(old, new), mark=mark), bar, score(old), score(new)])
     blocks: Blocks = []
     fallen = [name for name in names if (differences[name] or 0) < -FALL]
@@ -478,6 +498,7 @@ def _by_class(metric: str, phases: dict[str, dict[str, float | None]]) -> Blocks
 
 
 def detections(run: Run) -> Blocks:
+    """Shows pictures of the validation set with the predictions of both networks."""
     notes = run.content.get('pictures') or {}
     if not notes.get('found'):
         return [
