@@ -209,6 +209,7 @@ class Arguments(dict):
         return super().items()
 
 
+@needs_torch('2.6', 'these overloads')
 def test_every_rule_looks_at_each_argument_of_its_operation(monkeypatch):
     """What a rule ignores, an operation may still do: an argument is looked at, or is harmless."""
     seen = {}
