@@ -7,6 +7,7 @@ raise the floor, delete what that version has, and let its callers use torch.
 import contextlib
 import inspect
 import pickle
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,7 +52,7 @@ def plain_attention() -> Iterator[None]:
     In evaluation mode torch otherwise computes a whole layer in one opaque kernel, which neither a
     trace nor an exporter can look into. Torch has a switch for that kernel from version 2.3 on
     (``torch.backends.mha``). Earlier versions avoid the kernel when an argument overrides torch's
-    functions, and ask ``torch.overrides.has_torch_function``; the answer is yes here.
+    functions, and ask ``torch.overrides.has_torch_function``; they get the answer yes here.
     """
     mha = getattr(torch.backends, 'mha', None)
     if mha is not None:
@@ -62,12 +63,20 @@ def plain_attention() -> Iterator[None]:
         finally:
             mha.set_fastpath_enabled(before)
         return
-    asked = torch.overrides.has_torch_function
-    torch.overrides.has_torch_function = lambda arguments: True
+    original = torch.overrides.has_torch_function
+
+    def answer(arguments: Any) -> bool:
+        return sys._getframe(1).f_globals['__name__'] in _FUSED or original(arguments)
+
+    torch.overrides.has_torch_function = answer
     try:
         yield
     finally:
-        torch.overrides.has_torch_function = asked
+        torch.overrides.has_torch_function = original
+
+
+_FUSED = ('torch.nn.modules.activation', 'torch.nn.modules.transformer')
+"""The modules of torch that choose between the fused kernel and single operations."""
 
 
 def call_operator(operator: Callable, arguments: Mapping[str, Any]) -> Any:

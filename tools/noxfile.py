@@ -288,10 +288,9 @@ def page(rows: list[dict]) -> str:
     lines = [
         '# What mmprune runs on',
         '',
-        'For those who want to know whether mmprune fits into their environment. Each row is '
-        'one session of `nox -f tools/noxfile.py`: the wheel was installed with pip, and tests and jobs '
-        'ran outside '
-        'of the checkout.',
+        'For those who want to know whether mmprune fits into their environment. Each row is one',
+        'session of `nox -f tools/noxfile.py`: the wheel was installed with pip, and tests and jobs',
+        'ran outside of the checkout.',
         '',
         '| session | Python | torch | numpy | OpenMMLab | result | date |',
         '|---|---|---|---|---|---|---|',
