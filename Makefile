@@ -2,10 +2,11 @@
 #
 #   make train   make the environment and the data set, train and prune, evaluate the checkpoint
 #   make test    make the environment, run the tests
+#   make quick   torch alone: prune a small network, train it on and export it, in three minutes
 #
 # Others: test-fast (the core's tests, in under a minute), lint, docs (the pages as a site, in build/site),
 # install (the environment alone), browser (Chromium for the tests of pages, which are skipped without it),
-# clean (what the commands made), distclean (.venv too).
+# clean (what the commands made), distclean (the environments too).
 
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
@@ -33,7 +34,7 @@ import _ext
 endef
 export LOAD_MMCV_OPS
 
-.PHONY: help install data train test test-fast lint docs browser clean distclean
+.PHONY: help quick install data train test test-fast lint docs browser clean distclean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -73,6 +74,20 @@ $(VENV)/.project: pyproject.toml $(VENV)/.stack
 	@touch $@
 
 install: $(VENV)/.project
+
+# --- a first look, without OpenMMLab ------------------------------------------------------------------
+
+QUICK := .venv-quick
+
+$(QUICK)/.project: pyproject.toml
+	$(PYTHON) -m venv $(QUICK)
+	$(QUICK)/bin/pip --disable-pip-version-check install -q -c requirements.txt torch numpy scipy rich
+	$(QUICK)/bin/pip --disable-pip-version-check install -q --no-deps -e .
+	@touch $@
+
+quick: $(QUICK)/.project
+	@mkdir -p work_dirs
+	$(QUICK)/bin/python examples/quick.py --out work_dirs/quick.pt2
 
 # --- the jobs ---------------------------------------------------------------------------------------
 
@@ -115,4 +130,4 @@ clean:
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(QUICK)

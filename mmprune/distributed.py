@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mmprune import compat
 from mmprune.errors import PruneError
 from mmprune.surgery.plan import Plan
 
@@ -147,6 +148,7 @@ def check_rebuildable(model: nn.Module) -> None:
             'delay_all_reduce_named_params': module._delay_all_reduce_params,
             'mixed_precision': module.mixed_precision,
             'optimize_ddp="python_reducer"': getattr(module, '_use_python_reducer', False),  # torch 2.4
+            'a communication hook (torch < 2.3 does not show it)': compat.comm_hooks(module) is None,
             'an optimizer in backward (apply_optimizer_in_backward)': any(
                 hasattr(parameter, '_in_backward_optimizers')
                 for parameter in module.module.parameters()
@@ -162,7 +164,7 @@ def check_rebuildable(model: nn.Module) -> None:
 
 def _rebuild(ddp: DistributedDataParallel) -> None:
     """Replaces the reducer of one wrapper by a new one for the present shapes."""
-    static_graph, comm_hooks = ddp.static_graph, list(ddp._comm_hooks)
+    static_graph, comm_hooks = ddp.static_graph, compat.comm_hooks(ddp) or []
     # Otherwise the hooks of the old reducer would fire together with those of the new one.
     ddp.reducer._remove_autograd_hooks()
     # Nothing may keep the old reducer alive. (The type stubs do not know that both may be ``None``.)

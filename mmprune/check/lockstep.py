@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from mmprune import compat
 from mmprune.contexts import random_state, set_random_state
 
 AHEAD = 16 * 2**20
@@ -46,10 +47,7 @@ class RunAhead:
         self._turn = threading.Condition()
         self._runs = self._abandoned = False
         self._randomness = random_state()
-        self._autocast = [
-            (device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
-            for device_type in ('cpu', 'cuda')
-        ]
+        self._autocast = [(kind, *compat.autocast_state(kind)) for kind in ('cpu', 'cuda')]
         self._cuda = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         self._error: BaseException | None = None
         self._held = 0  # bytes shown since the last turn
@@ -107,9 +105,8 @@ class RunAhead:
         try:
             if self._cuda is not None:
                 torch.cuda.set_device(self._cuda)
-            for device_type, enabled, dtype in self._autocast:
-                torch.set_autocast_enabled(device_type, enabled)
-                torch.set_autocast_dtype(device_type, dtype)
+            for kind, enabled, dtype in self._autocast:
+                compat.set_autocast_state(kind, enabled, dtype)
             with torch.no_grad():
                 self.result = self._function(self.show)
         except Abandoned:

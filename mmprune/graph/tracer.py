@@ -28,6 +28,7 @@ from torch import nn
 from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from mmprune import compat
 from mmprune.contexts import (
     Forward,
     attributes_unchanged,
@@ -274,7 +275,7 @@ REFUSALS = (TypeError, AttributeError, LookupError, RuntimeError, AssertionError
 def tracing(tracer: Tracer, model: nn.Module) -> Iterator[None]:
     """Watches modules, compiled functions, sizes and operations of ``model`` for one run."""
     with (
-        opaque_encoders_off(),
+        compat.plain_attention(),
         track_modules(tracer.state.scope, model, tracer.leave_module),
         intercept(tracer.call_extension),
         outside_inference_mode(),
@@ -285,17 +286,6 @@ def tracing(tracer: Tracer, model: nn.Module) -> Iterator[None]:
     ):
         tracer.numbers = numbers_of(model)
         yield
-
-
-@contextlib.contextmanager
-def opaque_encoders_off() -> Iterator[None]:
-    """Makes transformer encoder layers run operation by operation instead of as one opaque kernel."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def trace_runs(
@@ -390,7 +380,7 @@ class OrdinaryRun(TorchDispatchMode):
     def __init__(self, model: nn.Module, run: Forward) -> None:
         super().__init__()
         self.operations: list[Any] = []
-        with attributes_unchanged(model), torch.no_grad(), opaque_encoders_off(), self:
+        with attributes_unchanged(model), torch.no_grad(), compat.plain_attention(), self:
             self.tensors = tensors_of_output(run(model))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:

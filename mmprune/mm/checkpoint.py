@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.config import Config
+from mmengine.fileio import get_local_path
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner.checkpoint import _load_checkpoint
 from torch import nn
 
+from mmprune import compat
 from mmprune.errors import PruneError
 from mmprune.surgery.fusion import fuse as fold_norms
 from mmprune.surgery.meta import (
@@ -40,7 +41,10 @@ def read_checkpoint(path: str | Path, device: str = 'cpu') -> dict[str, Any]:
         return read_file(path, device)
 
     def load() -> Any:
-        torch.serialization.add_safe_globals(SAFE_TYPES)
+        if not compat.HAS_SAFE_GLOBALS and path.startswith(('http://', 'https://')):
+            with get_local_path(path) as downloaded:
+                return read_file(downloaded, device)
+        compat.add_safe_globals(SAFE_TYPES)
         with weights_only_everywhere():
             return _load_checkpoint(path, map_location=device)
 

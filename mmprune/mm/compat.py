@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 
+from mmprune import compat as torch_compat
 from mmprune.surgery.meta import SAFE_TYPES
 
 _SCHEMAS = {
@@ -97,7 +98,7 @@ def allow_mmengine_checkpoints() -> None:
         *numpy_functions,
         *numeric,
     ]
-    torch.serialization.add_safe_globals(SAFE_TYPES)  # for callers of torch.load outside this package
+    torch_compat.add_safe_globals(SAFE_TYPES)  # for callers of torch.load outside this package
 
 
 def _history_statistic(owner: type, name: str) -> Callable:

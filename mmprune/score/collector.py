@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from mmprune import compat
 from mmprune.errors import PruneError
 from mmprune.graph.coupling import ChannelGraph
 from mmprune.score.activations import PerSampleGates
@@ -138,6 +139,7 @@ class Collector:
             self._gates = PerSampleGates(model, Units(graph))
         if optimizer == 'none':
             return
+        compat.keep_step_hooks()
         if optimizer is None:
             self._handles.append(register_optimizer_step_pre_hook(self._before_step))
             return

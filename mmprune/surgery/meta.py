@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmprune import compat
 from mmprune.errors import PruneError
 from mmprune.surgery.plan import Plan, plan_of
 from mmprune.surgery.structure import names_by_first
@@ -35,10 +36,7 @@ def read_file(path: str | Path, device: str = 'cpu') -> dict[str, Any]:
 
     def load() -> Any:
         check_archive(path)
-        # Added before each load, since leaving torch's context manager `safe_globals` removes the types
-        # that were known before it.
-        torch.serialization.add_safe_globals(SAFE_TYPES)
-        return torch.load(path, map_location=device, weights_only=True)
+        return compat.load_weights_only(path, device, SAFE_TYPES)
 
     return checked_content(path, load)
 

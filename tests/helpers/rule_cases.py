@@ -16,10 +16,17 @@ def case(names, function, locked=None, train=False):
         CASES.setdefault(f'aten::{name}', []).append((function, locked, train))
 
 
+MISSING: set[str] = set()
+"""Operations with a case that this version of torch does not have."""
+
+
 def each(names, call, locked=None, train=False):
     """For each operation by name: ``call(op, m, y)``."""
     for name in names.split():
-        op = getattr(A, name)
+        op = getattr(A, name, None)
+        if op is None:  # an older torch
+            MISSING.add(f'aten::{name}')
+            continue
         case(name, lambda m, y, op=op: call(op, m, y), locked, train)
 
 

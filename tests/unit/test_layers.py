@@ -11,7 +11,7 @@ PACKAGE = Path(mmprune.__file__).parent
 
 LAYERS = [
     {'errors', '_version', 'registration'},
-    {'nested', 'onnx_sessions', 'progress'},
+    {'compat', 'nested', 'onnx_sessions', 'progress'},
     {'contexts'},
     {'copies'},
     {'graph'},

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils import _pytree
 
 import mmprune
+from mmprune import compat
 from mmprune.nested import tensors_in, tensors_of_output
 
 T = [torch.full((1,), float(i)) for i in range(4)]
@@ -73,7 +73,7 @@ class Registered:
         self.features.append(feature)
 
 
-_pytree.register_pytree_node(
+compat.register_pytree_node(
     Registered, lambda made: (made.features[-1:], None), lambda features, _: Registered(*features)
 )
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mmprune import compat
 from mmprune.graph.call import Call
 from mmprune.graph.locks import LockKind
 from mmprune.graph.outcome import CARRIES_NOTHING, ZERO_MOVES, ZERO_STAYS, Outcome, Returned
@@ -148,7 +149,7 @@ def _try(function: Callable, kinds: dict[str, Any]) -> bool:
             value = torch.tensor(numbers).to(dtype)
         options[name] = torch.device('cpu') if isinstance(value, torch.device) else value
     try:
-        out = function(**options)
+        out = compat.call_operator(function, options)
     except RuntimeError:  # the function needs tensors of another shape
         return True
     results = out if isinstance(out, list | tuple) else [out]

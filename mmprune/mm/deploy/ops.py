@@ -12,6 +12,10 @@ import mmcv.ops
 import torch
 from torch import Tensor
 
+from mmprune import compat
+
+compat.check_exporter()
+
 NOT_A_CANDIDATE = -1.0
 """The score of a row that takes no part in NMS. All other rows have a score of 0 or more."""
 

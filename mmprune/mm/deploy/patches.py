@@ -47,6 +47,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor, fake_tensor
 from torch.nn.modules.utils import _pair
 
+from mmprune import compat
 from mmprune.contexts import tensors_in
 from mmprune.errors import PruneError
 from mmprune.graph.extensions import intercept
@@ -57,10 +58,8 @@ from mmprune.mm.deploy import ops  # noqa: F401  (registers the custom operators
 def traceable() -> Iterator[None]:
     """Replaces functions that cannot be traced or have no counterpart in ONNX, as the module's
     docstring lists them."""
-    fast_path = torch.backends.mha.get_fastpath_enabled()
     with contextlib.ExitStack() as stack:
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
-        torch.backends.mha.set_fastpath_enabled(False)
+        stack.enter_context(compat.plain_attention())
         for owner, name, replacement in (
             (torch, '_shape_as_tensor', lambda x: torch.tensor(list(x.shape))),
             (fake_tensor, 'CONSTANT_NUMEL_LIMIT', 256),

@@ -12,6 +12,7 @@ from mmprune.contexts import unchanged
 from mmprune.graph.outcome import CARRIES_NOTHING, Outcome
 from mmprune.graph.registry import RULES, Rule
 from tests.helpers.equality import assert_same
+from tests.helpers.versions import needs_torch
 
 X = torch.randn(2, 3, 6, 6)
 
@@ -192,7 +193,15 @@ UNTRACEABLE = {
 }
 
 
-@pytest.mark.parametrize('what', UNTRACEABLE)
+NEWER = {
+    'torch.cond': needs_torch('2.5', 'torch.cond'),
+    'flex attention': needs_torch('2.5', 'flex attention'),
+}
+
+
+@pytest.mark.parametrize(
+    'what', [pytest.param(what, marks=NEWER.get(what, ())) for what in UNTRACEABLE]
+)
 def test_what_can_not_be_traced_is_named_with_its_module_and_the_remedy(what):
     model, message = UNTRACEABLE[what]
     with pytest.raises(PruneError, match=message):

@@ -15,6 +15,7 @@ from mmprune.score.collector import Collector
 from mmprune.score.table import CRITERIA
 from mmprune.score.taylor import gate_gradient
 from tests.helpers.equality import assert_same
+from tests.helpers.versions import needs_torch
 
 
 def make():
@@ -278,6 +279,7 @@ def test_a_cut_beneath_a_collector_is_an_error():
 # -- what comes between backward and step -------------------------------------------------------------
 
 
+@needs_torch('2.3', 'fused SGD')
 @pytest.mark.parametrize('name', ['taylor', 'taylor_gate'])
 @pytest.mark.parametrize('fused', [False, True])
 def test_amps_scale_is_no_part_of_the_score(name, fused):

@@ -10,6 +10,9 @@ from torch import nn
 
 import mmprune
 from tests.helpers.by_hand import assert_exact
+from tests.helpers.versions import needs_torch
+
+pytestmark = needs_torch('2.5', 'attention with grouped queries')
 
 X = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0))
 
