@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from mmprune.errors import PruneError
-from mmprune.nested import tensors_in, tensors_of_output  # noqa: F401  (others import it from here)
+from mmprune.nested import tensors_of_output
 
 Forward = Callable[[nn.Module], Any]
 """Runs the model that it is given, e.g. ``lambda model: model(x)``."""

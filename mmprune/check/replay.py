@@ -21,8 +21,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from mmprune.contexts import tensors_in
 from mmprune.graph.slots import named_state
+from mmprune.nested import tensors_in
 
 Call = tuple[str, int]
 """(operation name, call index)."""

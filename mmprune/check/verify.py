@@ -31,10 +31,11 @@ from mmprune.check.float64 import doubled, in_double
 from mmprune.check.lockstep import RunAhead
 from mmprune.check.masked import masked_in_place
 from mmprune.check.replay import DecisionReplay, Decisions
-from mmprune.contexts import Forward, evaluating, tensors_in, tensors_of_output, unchanged
+from mmprune.contexts import Forward, evaluating, unchanged
 from mmprune.copies import copied
 from mmprune.errors import InexactCut, PruneError
 from mmprune.graph.extensions import intercept
+from mmprune.nested import tensors_in, tensors_of_output
 from mmprune.surgery.parts import innermost
 from mmprune.surgery.plan import Plan
 from mmprune.surgery.structure import check_fingerprint

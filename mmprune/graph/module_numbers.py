@@ -36,10 +36,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from mmprune.contexts import tensors_in
 from mmprune.graph.constraints import Constraints, TrackedAttribute
 from mmprune.graph.slots import Axis, Ids
 from mmprune.graph.tensor_info import TensorTable
+from mmprune.nested import tensors_in
 
 Place = tuple[str, int, int]
 """A dimension of an input or output: (``'in'`` or ``'out'``, index of the tensor, dimension)."""

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from mmprune.contexts import Forward, tensors_in
+from mmprune.contexts import Forward
 from mmprune.errors import PruneError
 from mmprune.graph.coupling import settled_components, slots_for
 from mmprune.graph.slots import FIXED, Axis, Ids
 from mmprune.graph.tracer import Tracer, trace_runs
+from mmprune.nested import tensors_in
 
 Keep = dict[str, dict[int, list[int]]]
 """``Plan.keep``: {tensor name: {dimension: kept original indices}}."""

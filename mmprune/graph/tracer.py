@@ -35,8 +35,6 @@ from mmprune.contexts import (
     outside_inference_mode,
     random_state,
     set_random_state,
-    tensors_in,
-    tensors_of_output,
     unchanged,
 )
 from mmprune.errors import PruneError
@@ -55,6 +53,7 @@ from mmprune.graph.size_tracking import SizeTrackingMode
 from mmprune.graph.sizes import symbolic_attributes
 from mmprune.graph.slots import Labels, SlotTable
 from mmprune.graph.tensor_info import TensorInfo, TensorTable, address
+from mmprune.nested import tensors_in, tensors_of_output
 from mmprune.progress import bar
 
 

@@ -16,7 +16,7 @@ ATOMIC = dict(backend='mmprune_atomic')
 _NAMES = 'ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO ENOTDIR ENAMETOOLONG'
 """The names in :mod:`errno` of the numbers in ``DISK``."""
 
-DISK = {getattr(errno, name) for name in _NAMES.split()}
+DISK = {getattr(errno, name) for name in _NAMES.split() if hasattr(errno, name)}
 """Error numbers of a disk that is full, failing or read-only."""
 
 _outdated: list[str] = []

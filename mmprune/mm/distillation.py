@@ -21,9 +21,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from mmprune.contexts import tensors_in
 from mmprune.errors import PruneError
 from mmprune.graph.sources import channel_sources
+from mmprune.nested import tensors_in
 from mmprune.surgery.plan import plan_of
 
 

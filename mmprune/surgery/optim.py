@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from mmprune.contexts import tensors_in
 from mmprune.errors import PruneError
+from mmprune.nested import tensors_in
 from mmprune.surgery.structure import narrowed
 
 Change = tuple[Callable[[], None], Callable[[], None]]

@@ -15,9 +15,10 @@ from torch import nn
 import mmprune
 from mmprune import Plan
 from mmprune.check.verify import compare, compare_in_double
-from mmprune.contexts import evaluating, tensors_in
+from mmprune.contexts import evaluating
 from mmprune.graph import cost
 from mmprune.mm.model_modes import first_samples
+from mmprune.nested import tensors_in
 from tests.helpers.forwards import forwards_of
 from tools import zoo
 

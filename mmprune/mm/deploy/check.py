@@ -30,7 +30,6 @@ from mmdet.structures import DetDataSample
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from mmprune.contexts import tensors_in
 from mmprune.copies import copied
 from mmprune.errors import PruneError
 from mmprune.mm.demo.drawing import draw
@@ -38,6 +37,7 @@ from mmprune.mm.deploy.onnx_file import open_model
 from mmprune.mm.deploy.patches import predicting
 from mmprune.mm.deploy.pose_and_classifiers import ClassifierNetwork, PoseNetwork
 from mmprune.mm.deploy.raw import RawNetwork
+from mmprune.nested import tensors_in
 from mmprune.progress import bar
 
 TOLERANCE = 1e-4

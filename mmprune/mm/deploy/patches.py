@@ -48,10 +48,10 @@ from torch._subclasses import FakeTensor, fake_tensor
 from torch.nn.modules.utils import _pair
 
 from mmprune import compat
-from mmprune.contexts import tensors_in
 from mmprune.errors import PruneError
 from mmprune.graph.extensions import intercept
 from mmprune.mm.deploy import ops  # noqa: F401  (registers the custom operators)
+from mmprune.nested import tensors_in
 
 
 @contextlib.contextmanager

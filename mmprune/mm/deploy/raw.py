@@ -10,7 +10,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from mmprune.budget.runtimes import Prepare, loaded
-from mmprune.contexts import evaluating, tensors_in, unchanged
+from mmprune.contexts import evaluating, unchanged
 from mmprune.errors import PruneError
 from mmprune.mm.deploy.patches import (
     cpu_masked_convs,
@@ -21,6 +21,7 @@ from mmprune.mm.deploy.patches import (
 from mmprune.mm.deploy.tracing import OPSETS, to_onnx
 from mmprune.mm.deploy.two_stage import two_stage_network
 from mmprune.mm.models.classifier import ImageClassifier
+from mmprune.nested import tensors_in
 from mmprune.surgery.meta import first_line
 
 
