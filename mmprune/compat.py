@@ -15,9 +15,13 @@ from typing import Any
 
 import torch
 from torch import _weights_only_unpickler, nn
+from torch.torch_version import TorchVersion
 from torch.utils import _pytree
 
 from mmprune.errors import PruneError
+
+TORCH = TorchVersion(torch.__version__)
+"""The version of torch, which compares with strings."""
 
 
 def autocast_state(kind: str) -> tuple[bool, torch.dtype]:
@@ -150,7 +154,7 @@ def register_pytree_node(kind: type, flatten: Callable, unflatten: Callable) -> 
     register(kind, flatten, unflatten)
 
 
-DYNAMO_TAKES_STEP_HOOKS = torch.torch_version.TorchVersion(torch.__version__) < (2, 3)
+DYNAMO_TAKES_STEP_HOOKS = TORCH < '2.3'
 """Whether the first ``torch.compile`` takes the hooks off the steps of all optimizers of torch."""
 
 
@@ -166,12 +170,14 @@ def keep_step_hooks() -> None:
     from torch._dynamo.eval_frame import TorchPatcher  # takes a second, so only where it is needed
 
     TorchPatcher.patch()
-    base = torch.optim.Optimizer
-    for kind in vars(torch.optim).values():
-        is_optimizer = inspect.isclass(kind) and issubclass(kind, base) and kind is not base
-        if is_optimizer and 'step' in vars(kind) and not getattr(kind.step, 'keeps_hooks', False):
-            kind.step = torch._dynamo.disable(base.profile_hook_step(kind.step))
-            kind.step.hooked = kind.step.keeps_hooks = True
+    base: Any = torch.optim.Optimizer
+    optimizers: list[Any] = [kind for kind in vars(torch.optim).values() if inspect.isclass(kind)]
+    for kind in optimizers:
+        is_optimizer = issubclass(kind, base) and kind is not base and 'step' in vars(kind)
+        if is_optimizer and not getattr(vars(kind)['step'], 'keeps_hooks', False):
+            step: Any = torch._dynamo.disable(base.profile_hook_step(vars(kind)['step']))
+            step.hooked = step.keeps_hooks = True
+            kind.step = step
 
 
 def comm_hooks(ddp: nn.parallel.DistributedDataParallel) -> list[tuple[Callable, Any]] | None:
@@ -189,7 +195,7 @@ def check_exporter() -> None:
     Raises:
         PruneError: torch is older than ``EXPORTER``.
     """
-    if torch.torch_version.TorchVersion(torch.__version__) < EXPORTER:
+    if TORCH < EXPORTER:
         raise PruneError(
             f'torch {torch.__version__} is too old to export or run ONNX files: mmprune needs torch '
             f'{EXPORTER} for that. Take the checkpoint and its config into an environment with a newer '

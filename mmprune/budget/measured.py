@@ -86,6 +86,14 @@ class Timing:
         self.points: list[Point] = []
         self.run_reference: Callable[[], Any] = lambda: None
 
+    def __call__(self, model: nn.Module) -> Callable[[], Any]:
+        """Makes a network ready to be timed."""
+        if self.prepare is None:
+            raise PruneError(
+                'Timing() has no prepare: it takes that of the first budget that it serves'
+            )
+        return self.prepare(model)
+
     def start(self, model: nn.Module, work: float, time: float) -> None:
         """Makes a model ready as the reference: all other networks are timed in turns with it.
 

@@ -75,7 +75,7 @@ class Scoring:
             return
         if unused:
             remedy = "Lock what they read by name, such as lock='backbone.*'."
-            tried = f'({len(LOOKS)} of the first {PATIENCE} batches were traced, in all modes of the model.)'
+            tried = f'({len(LOOKS)} of the first {PATIENCE} batches were traced, in all modes.)'
             names = graph.slots.tensors
             runner.logger.warning(unseen_message(unused, names, self.budget.locks, remedy, tried))
         with raise_together('the floor of the budget'):
