@@ -4,10 +4,12 @@ Each function has the behaviour of the newest torch, and names the version that 
 raise the floor, delete what that version has, and let its callers use torch.
 """
 
+import codecs
 import contextlib
 import inspect
 import pickle
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -120,7 +122,7 @@ def load_weights_only(path: str | Path, device: Any, safe: Iterable[Any]) -> Any
         # At every call, since torch's context manager `safe_globals` forgets what was added before it.
         add_safe_globals(safe)
         return torch.load(path, map_location=device, weights_only=True)
-    allowed = dict(_weights_only_unpickler._get_allowed_globals())
+    allowed = dict(_weights_only_unpickler._get_allowed_globals()) | _ALLOWED_LATER
     for entry in safe:
         value, name = (
             entry if isinstance(entry, tuple) else (entry, f'{entry.__module__}.{entry.__qualname__}')
@@ -143,6 +145,14 @@ def _unpickler_of(allowed: Mapping[str, Any]) -> type[pickle.Unpickler]:
 
     return WeightsUnpickler
 
+
+_ALLOWED_LATER = {
+    '_codecs.encode': codecs.encode,
+    'builtins.bytearray': bytearray,
+    'builtins.set': set,
+    'collections.Counter': Counter,
+}
+"""What later versions of torch allow in every file. Arrays of numpy are written with ``encode``."""
 
 _PYTHON_2_NAMES = {'__builtin__': 'builtins', 'copy_reg': 'copyreg'}
 """Modules by their names in pickles of protocol 2, which torch writes."""
@@ -171,13 +181,20 @@ def keep_step_hooks() -> None:
 
     TorchPatcher.patch()
     base: Any = torch.optim.Optimizer
+    with_hooks = base.profile_hook_step(lambda self: None).__code__  # the same for every hooked step
     optimizers: list[Any] = [kind for kind in vars(torch.optim).values() if inspect.isclass(kind)]
     for kind in optimizers:
-        is_optimizer = issubclass(kind, base) and kind is not base and 'step' in vars(kind)
-        if is_optimizer and not getattr(vars(kind)['step'], 'keeps_hooks', False):
-            step: Any = torch._dynamo.disable(base.profile_hook_step(vars(kind)['step']))
-            step.hooked = step.keeps_hooks = True
-            kind.step = step
+        step: Any = vars(kind).get('step') if issubclass(kind, base) and kind is not base else None
+        if step is not None and all(layer.__code__ is not with_hooks for layer in _layers(step)):
+            kind.step = torch._dynamo.disable(base.profile_hook_step(step))
+            kind.step.hooked = True
+
+
+def _layers(function: Any) -> Iterator[Any]:
+    """Yields a function, the function that it wraps, and so on."""
+    while function is not None:
+        yield function
+        function = getattr(function, '__wrapped__', None)
 
 
 def comm_hooks(ddp: nn.parallel.DistributedDataParallel) -> list[tuple[Callable, Any]] | None:

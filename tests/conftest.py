@@ -1,9 +1,13 @@
-"""What holds for all tests. ``mmprune.mm`` comes first: it makes mmdet importable everywhere."""
+"""What holds for all tests. ``mmprune.mm`` comes first: it makes mmdet importable everywhere. Without
+OpenMMLab the tests of the core run, and modules that need it are skipped."""
+
+import importlib.util
 
 import pytest
 import torch
 
-import mmprune.mm  # noqa: F401
+if importlib.util.find_spec('mmengine'):
+    import mmprune.mm  # noqa: F401
 from mmprune.budget import choose, device
 
 

@@ -217,7 +217,8 @@ def rebuilds(config: str, trained, forward) -> bool:
 
     import mmprune
     from mmprune.check.compare import relative_error
-    from mmprune.contexts import evaluating, tensors_in, unchanged
+    from mmprune.contexts import evaluating, unchanged
+    from mmprune.nested import tensors_in
     from mmprune.surgery.meta import load_weights
     from tools.zoo import bare
 
@@ -246,7 +247,7 @@ def steps(pruned, forward) -> bool:
     """Makes a step of SGD, and returns whether any weight has a gradient other than zero."""
     import torch
 
-    from mmprune.contexts import tensors_in
+    from mmprune.nested import tensors_in
 
     optimizer = torch.optim.SGD(
         [parameter for parameter in pruned.parameters() if parameter.requires_grad], lr=1e-6

@@ -216,7 +216,7 @@ def train_plainly(config: str, arguments: dict, row: dict, at: Callable) -> None
     import torch
 
     import mmprune
-    from mmprune.contexts import tensors_in
+    from mmprune.nested import tensors_in
     from tools import zoo
 
     at('build')

@@ -136,7 +136,7 @@ class Analysis:
 
     @property
     def parts(self) -> dict[str, LayerCost]:
-        """{name of a part: the sums over its layers}. A sum is ``None`` if a number is missing."""
+        """The sums over the layers of each part. A sum is ``None`` if a number is missing."""
         by_part: dict[str, list[LayerCost]] = {}
         for layer in self.layers:
             by_part.setdefault(layer.part, []).append(layer)

@@ -42,7 +42,7 @@ class Budget:
         prune_num: the number of units that one cut removes.
         min_channels: the number of channels that every group keeps at least.
         divisor: widths are multiples of this number. ``'auto'`` takes the channel multiple that was
-            measured to be fast on this device (:mod:`mmprune.budget.device`). One step then removes at
+            measured to be fast on this device (``mmprune/budget/device.py``). One step then removes at
             most a quarter of a layer, and widths are multiples of 4 wherever they are above 4.
         lock: patterns of tensor names (``'backbone.layer1.*'``) whose units are never removed.
         parts: {part: {option: value}}, options for the units that are made in one part of the model. A

@@ -72,8 +72,8 @@ class Call:
             dim: the dimension. A negative one counts from the end.
 
         Returns:
-            A tuple of id arrays: one of shape (``tensor.shape[dim]``,); several if channel dimensions
-            were merged into this one; none if no position can be removed.
+            A tuple of id arrays of shape (``tensor.shape[dim]``,). There is one array, or several if
+            channel dimensions were merged into this one, or none if no position can be removed.
         """
         if tensor is None:
             return ()
@@ -108,8 +108,8 @@ class Call:
 
     @property
     def requested_parts(self) -> Any:
-        """The sizes of the parts that the code asked a split for: a list, one size for all parts, or
-        ``None`` if they are unknown."""
+        """The sizes of the parts that the code asked a split for, as a list or as one size for all
+        parts. ``None`` if they are unknown."""
         return self._requested
 
     def requested_number(self, name: str) -> Any:

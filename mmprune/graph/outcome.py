@@ -33,7 +33,7 @@ class Outcome:
 
     Args:
         labels: {dimension: channels}, e.g. ``{1: call.ids(x, 1)}``.
-        zero: ``ZERO_STAYS``, ``ZERO_MOVES`` or ``AS_INPUTS`` (:class:`Zero`). There is no default,
+        zero: ``ZERO_STAYS``, ``ZERO_MOVES`` or ``AS_INPUTS``. There is no default,
             because a wrong value makes cuts inexact.
         broadcast_dims: dimensions without channels along which all values are equal and whose size
             torch derived. Such a dimension takes the size of any tensor that the output is combined

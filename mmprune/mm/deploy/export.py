@@ -72,7 +72,7 @@ def export(
         checkpoint: a checkpoint file. Without a plan in it, the unpruned model is exported.
         out: the file to write. It must not exist.
         device: the device on which PyTorch runs the model, e.g. ``'cpu'`` or ``'cuda'``.
-        options: further options of :func:`export_model`: ``raw``, ``size``, ``dynamic``, ``opset``,
+        options: further options: ``raw``, ``size``, ``dynamic``, ``opset``,
             ``with_preprocess``, ``check`` and ``batch``.
 
     Returns:

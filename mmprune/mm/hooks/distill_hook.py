@@ -39,7 +39,7 @@ class DistillHook(Hook):
     ``--resume`` loads it.
 
     Args:
-        features: the weight of the loss (:class:`mmprune.mm.distillation.Distillation`), a number
+        features: the weight of the loss (``mmprune/mm/distillation.py``), a number
             above 0.
         while_cutting: whether the loss is added from the first cut on. ``False``: it is added after the
             last cut, so that it does not influence the scores.
