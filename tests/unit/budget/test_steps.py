@@ -5,7 +5,6 @@ import copy
 import numpy as np
 import pytest
 import torch
-import torchvision
 from torch import nn
 
 import mmprune
@@ -119,6 +118,8 @@ ZOO = ['densenet121', 'shufflenet_v2_x1_0', 'mobilenet_v2', 'resnext50_32x4d']
 
 @pytest.mark.parametrize('name', ZOO)
 def test_networks_of_the_zoo(monkeypatch, name):
+    torchvision = pytest.importorskip('torchvision')
+
     monkeypatch.setattr(choose, 'divisor_of', lambda device, dtype, backend: 8)
     model = getattr(torchvision.models, name)(weights=None, num_classes=10).eval()
     before, after, plan = prune(spread(model), torch.randn(1, 3, 64, 64), keep_flops=0.5, check=False)

@@ -1,6 +1,5 @@
 import pytest
 import torch
-from mmcv.ops import nms, roi_align
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -125,6 +124,9 @@ def test_rounding_is_told_from_a_fault_in_double_precision():
 def test_boxes_that_rounding_moved_give_the_same_features():
     """A map that changes from pixel to pixel, sampled at boxes far from its corner."""
 
+    pytest.importorskip('mmcv')
+    from mmcv.ops import roi_align
+
     class Boxes(nn.Module):
         def __init__(self):
             super().__init__()
@@ -179,6 +181,9 @@ def test_decisions_are_repeated_behind_layers_that_turn_out_narrower():
 
 def test_what_a_compiled_function_decides_counts_once():
     """A copy that the check makes of it is none of the model's copies, which go by their number."""
+
+    pytest.importorskip('mmcv')
+    from mmcv.ops import nms
 
     class Suppressing(nn.Module):
         def __init__(self):

@@ -14,7 +14,6 @@ from mmprune.surgery.apply import cut
 from mmprune.surgery.build import make_plan
 from tests.helpers.by_hand import assert_exact, copied
 from tests.helpers.random_nets import random_net
-from tools import zoo
 
 
 def same(found, wanted):
@@ -93,6 +92,9 @@ def test_later_cuts_of_random_networks_are_exact():
     ],
 )
 def test_of_the_zoos(config):
+    pytest.importorskip('mmdet')
+    from tools import zoo
+
     model, forward = zoo.build(config, 64, 'tensor')
     model.eval()
     found = cut_some(mmprune.trace(model, forward), model, 0.7, 0)

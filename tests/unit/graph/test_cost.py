@@ -3,8 +3,6 @@
 import numpy as np
 import pytest
 import torch
-import torchvision
-from mmengine.analysis import FlopAnalyzer, get_model_complexity_info
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -12,7 +10,6 @@ import mmprune
 from mmprune import compat
 from mmprune.graph import cost
 from tests.helpers.versions import needs_torch
-from tools.zoo import build
 
 
 def counted_by_torch(model, x):
@@ -29,6 +26,8 @@ MODELS = [
 
 @pytest.mark.parametrize('name', MODELS)
 def test_flops_are_half_of_torchs_and_stay_so_after_a_cut(name):
+    torchvision = pytest.importorskip('torchvision')
+
     options = dict(init_weights=False) if name == 'inception_v3' else {}
     model = getattr(torchvision.models, name)(num_classes=10, weights=None, **options).eval()
     x = torch.randn(1, 3, 96, 96)
@@ -43,6 +42,8 @@ def test_flops_are_half_of_torchs_and_stay_so_after_a_cut(name):
 
 @needs_torch('2.2', 'an operation for attention on the CPU that its counter leaves out')
 def test_attention_counts_which_torch_leaves_out_on_a_cpu():
+    torchvision = pytest.importorskip('torchvision')
+
     model = torchvision.models.VisionTransformer(32, 16, 2, 4, 64, 128, num_classes=5).eval()
     x = torch.randn(1, 3, 32, 32)
     with compat.plain_attention():  # otherwise it is one operation that no counter looks into
@@ -77,6 +78,12 @@ class Inference(nn.Module):
 )
 def test_detectors_agree_with_mmengine_but_for_norms_and_upsampling(config):
     """It counts one for an element of an upsampled map and one or two for one of a norm."""
+    pytest.importorskip('mmengine')
+    from mmengine.analysis import FlopAnalyzer, get_model_complexity_info
+
+    pytest.importorskip('mmdet')
+    from tools.zoo import build
+
     model = Inference(build(config, size=128)[0].eval())
     x = torch.randn(1, 3, 128, 128)
     traced = mmprune.trace(model, lambda m: m(x))

@@ -5,7 +5,6 @@ import copy
 import numpy as np
 import pytest
 import torch
-from mmengine.optim import OptimWrapper
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -301,6 +300,9 @@ def test_amps_scale_is_no_part_of_the_score(name, fused):
 
 
 def test_accumulated_gradients_are_one_iteration_through_an_optim_wrapper():
+    pytest.importorskip('mmengine')
+    from mmengine.optim import OptimWrapper
+
     model = make()
     traced = traced_of(model)
     both = torch.cat(BATCHES[:2])

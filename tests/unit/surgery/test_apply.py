@@ -3,7 +3,6 @@ import gc
 
 import pytest
 import torch
-from mmengine.optim import OptimWrapper, OptimWrapperDict
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -104,13 +103,18 @@ def test_an_optimizer_of_another_model_is_refused():
         plan_for(model).apply(model, optimizer=3)
 
 
+def wrappers(a, b):
+    optim = pytest.importorskip('mmengine.optim')
+    return optim.OptimWrapperDict(a=optim.OptimWrapper(a), b=optim.OptimWrapper(b))
+
+
 @pytest.mark.parametrize(
     'given',
     [
         lambda a, b: [a, b],
         lambda a, b: dict(a=a, b=b),
         lambda a, b: [torch.optim.lr_scheduler.StepLR(a, 3), b],
-        lambda a, b: OptimWrapperDict(a=OptimWrapper(a), b=OptimWrapper(b)),
+        wrappers,
     ],
     ids=['list', 'dict', 'scheduler', 'wrappers'],
 )

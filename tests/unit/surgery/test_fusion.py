@@ -4,13 +4,11 @@ import copy
 
 import pytest
 import torch
-from mmcv.cnn import ConvModule
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import mmprune
 from mmprune import PruneError
-from tools import zoo
 
 
 def shaken(model):
@@ -40,6 +38,9 @@ X = torch.randn(2, 3, 8, 8)
 
 
 def test_convolutions_of_every_kind():
+    pytest.importorskip('mmcv')
+    from mmcv.cnn import ConvModule
+
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, bias=False),
         nn.BatchNorm2d(8),
@@ -72,19 +73,26 @@ def test_what_is_shared_keeps_its_norms():
 
 
 @pytest.mark.parametrize(
-    'conv, left',
-    [
-        (weight_norm(nn.Conv2d(3, 4, 1)), 1),
-        (ConvModule(3, 4, 1, conv_cfg=dict(type='ConvWS'), norm_cfg=dict(type='BN')), 1),
-        (ConvModule(3, 4, 1, norm_cfg=dict(type='BN'), order=('conv', 'act', 'norm')), 1),
-        (ConvModule(3, 3, 1, norm_cfg=dict(type='BN'), order=('norm', 'conv', 'act')), 1),
-        (nn.ConvTranspose2d(3, 3, 1, groups=3), 1),
-    ],
-)  # fmt: skip
-def test_what_is_no_plain_convolution_before_a_norm_keeps_it(conv, left):
-    behind = [] if isinstance(conv, ConvModule) else [nn.BatchNorm2d(conv.out_channels)]
+    'conv', [weight_norm(nn.Conv2d(3, 4, 1)), nn.ConvTranspose2d(3, 3, 1, groups=3)]
+)
+def test_other_convolutions_before_a_norm_keep_it(conv):
     fine = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
-    same(shaken(nn.Sequential(fine, nn.Sequential(conv, *behind))), X, left)
+    same(shaken(nn.Sequential(fine, conv, nn.BatchNorm2d(conv.out_channels))), X, left=1)
+
+
+@pytest.mark.parametrize(
+    'outputs, options',
+    [
+        (4, dict(conv_cfg=dict(type='ConvWS'))),
+        (4, dict(order=('conv', 'act', 'norm'))),
+        (3, dict(order=('norm', 'conv', 'act'))),
+    ],
+)
+def test_modules_of_mmcv_that_are_no_plain_convolution_before_a_norm_keep_it(outputs, options):
+    cnn = pytest.importorskip('mmcv.cnn')
+    module = cnn.ConvModule(3, outputs, 1, norm_cfg=dict(type='BN'), **options)
+    fine = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    same(shaken(nn.Sequential(fine, module)), X, left=1)
 
 
 def test_a_norm_of_other_channels_or_none_is_named():
@@ -96,6 +104,9 @@ def test_a_norm_of_other_channels_or_none_is_named():
 
 
 def test_a_detector_has_no_norm_left_and_gives_the_same():
+    pytest.importorskip('mmdet')
+    from tools import zoo
+
     model, forward = zoo.build('configs/faster_rcnn_prune.py', size=96, mode='tensor')
     shaken(model)
     with torch.no_grad():

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from mmengine.optim import OptimWrapper
 from torch import nn
 
 import mmprune
@@ -128,6 +127,9 @@ def test_the_state_is_the_old_one_at_the_kept_indices(name):
 
 
 def test_gradient_accumulation_and_clipping_in_an_optim_wrapper():
+    pytest.importorskip('mmengine')
+    from mmengine.optim import OptimWrapper
+
     def wrap(model):
         wrapper = OptimWrapper(
             OPTIMIZERS['adamw'](model), accumulative_counts=2, clip_grad=dict(max_norm=0.05)
