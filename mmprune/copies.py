@@ -8,27 +8,42 @@ import torch
 from torch import nn
 
 from mmprune.contexts import normal_tensors
+from mmprune.errors import PruneError
+from mmprune.nested import tensors_in
 
 
 @normal_tensors()
 def copied(model: nn.Module) -> nn.Module:
     """Makes a deep copy, also of a model that keeps a tensor with its autograd graph (as weight norm
-    does) or whose ``forward`` was replaced by a function that holds the module (as gradient
-    checkpointing does)."""
+    does, and CondInst's head in a dict) or whose ``forward`` was replaced by a function that holds the
+    module (as gradient checkpointing does)."""
     # ``deepcopy`` refuses tensors with an autograd graph, so their copies are made beforehand.
-    results = [
-        value
+    memo: dict[int, Any] = {
+        id(tensor): tensor.detach().clone()
         for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, torch.Tensor) and not value.is_leaf
-    ]
-    memo = {id(value): value.detach().clone() for value in results}
+        for name, value in vars(module).items()
+        if name not in _OF_EVERY_MODULE
+        for tensor in _tensors_of(value)
+        if not tensor.is_leaf
+    }
     clone = copy.deepcopy(model, memo)
     for module in model.modules():
         forward = vars(module).get('forward')
         if isinstance(forward, FunctionType):
             vars(memo[id(module)])['forward'] = _rebound(forward, memo)
     return clone
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+"""Attributes of every module: its parameters, buffers, parts and hooks."""
+
+
+def _tensors_of(value: Any) -> list[torch.Tensor]:
+    """Lists the tensors in an attribute; none if it holds an object that cannot be looked into."""
+    try:
+        return list(tensors_in(value))
+    except PruneError:
+        return []
 
 
 def _rebound(value: Any, memo: dict[int, Any]) -> Any:
