@@ -53,10 +53,11 @@ SKIPPED_TYPES = PLAIN_TYPES - {np.ndarray}
 LEAF_TYPES = (
     *NUMBERS_AND_TEXT,
     *(bytearray, memoryview, np.generic, array.array),
-    *(io.IOBase, logging.Logger, type, types.ModuleType, nn.Module),
+    *(io.IOBase, logging.Logger, type, types.ModuleType, types.FrameType, nn.Module),
 )
 """Types that hold no tensors, and neither do their subclasses. A module counts as one of them, because
-its tensors are the weights of the model."""
+its tensors are the weights of the model. So does a frame, which Python 3.10 shows for a generator: it
+leads to all global variables, and the walk reads the items of the generator instead."""
 
 SEQUENCES = list | tuple | set | frozenset | deque | KeysView | ValuesView | ItemsView
 """Types whose items can be read more than once by iterating over them."""
