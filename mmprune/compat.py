@@ -1,4 +1,4 @@
-"""What differs between the versions of torch that mmprune runs on, in one place.
+"""What differs between the versions of torch and torchvision that mmprune runs on, in one place.
 
 Each function has the behaviour of the newest torch, and names the version that makes it unnecessary. To
 raise the floor, delete what that version has, and let its callers use torch.
@@ -6,6 +6,8 @@ raise the floor, delete what that version has, and let its callers use torch.
 
 import codecs
 import contextlib
+import importlib.machinery
+import importlib.util
 import inspect
 import pickle
 import sys
@@ -222,3 +224,55 @@ def check_exporter() -> None:
 
 EXPORTER = '2.6'
 """The first torch whose exporter to ONNX translates what detectors need."""
+
+
+_SCHEMAS = {
+    'nms': 'nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor',
+    'qnms': 'qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor',
+}
+"""The schemas of the ops for which torchvision registers kernels at import. Without them, the import of
+torchvision fails."""
+
+_library = None
+"""The library that declared the schemas. torch drops the schemas when this object is deleted."""
+
+
+def declare_torchvision_schemas() -> bool:
+    """Lets ``import torchvision`` succeed if its compiled ops do not load.
+
+    The ops do not load if torchvision was built for CUDA and torch for the CPU, for example. mmengine
+    and mmpose only need torchvision's Python part. A call of ``torchvision.ops.nms`` still fails, with
+    torchvision's own message.
+
+    No version of torch makes this shim unnecessary: it depends on how torchvision was built.
+
+    Returns:
+        Whether schemas were declared. They are not declared if torchvision is not installed, if its ops
+        load, or if the schemas exist already.
+    """
+    global _library
+    if _torchvision_ops_load():
+        return False
+    missing = [name for name in _SCHEMAS if not hasattr(torch.ops.torchvision, name)]
+    if not missing:
+        return False
+    # A fragment, because another package may have opened the same namespace for the same reason.
+    _library = torch.library.Library('torchvision', 'FRAGMENT')
+    for name in missing:
+        _library.define(_SCHEMAS[name])
+    return True
+
+
+def _torchvision_ops_load() -> bool:
+    """Whether no schemas are needed: torchvision is not installed, or its compiled ops load."""
+    package = importlib.util.find_spec('torchvision')
+    if package is None:
+        return True
+    extension = importlib.machinery.PathFinder.find_spec('_C', package.submodule_search_locations)
+    if extension is None:
+        return False
+    try:
+        torch.ops.load_library(extension.origin)
+    except OSError:  # a library or a symbol is missing
+        return False
+    return True

@@ -14,12 +14,23 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
+from mmprune.compat import declare_torchvision_schemas
+
 
 class _AfterMmengine(MetaPathFinder):
-    """An import hook that imports ``mmprune.mm`` right after mmengine. It removes itself when it finds
-    mmengine."""
+    """An import hook that imports ``mmprune.mm`` right after mmengine, and then removes itself.
+
+    It also makes torchvision importable before it is imported for the first time
+    (:func:`mmprune.compat.declare_torchvision_schemas`). mmengine imports torchvision.
+    """
+
+    def __init__(self) -> None:
+        self._saw_torchvision = False
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if fullname in ('torchvision', 'mmengine') and not self._saw_torchvision:
+            self._saw_torchvision = True  # before the call, which looks for torchvision itself
+            declare_torchvision_schemas()
         if fullname != 'mmengine':
             return None
         sys.meta_path.remove(self)

@@ -4,6 +4,9 @@ Tests, benchmarks and the coverage tables use them. Nothing is downloaded. No we
 could hide an error, such as zero or a value that makes its output vanish.
 """
 
+import mmprune.mm  # noqa: F401  (first, since it makes torchvision importable)
+
+# isort: split
 import contextlib
 import copy
 import functools

@@ -7,12 +7,11 @@ imported as soon as both mmprune and mmengine are imported (``mmprune.registrati
 
 from typing import Any
 
-from mmprune.mm import compat
+from mmprune.compat import declare_torchvision_schemas
 
-compat.declare_torchvision_schemas()  # before the imports below, some of which import torchvision
-compat.allow_mmengine_checkpoints()
+declare_torchvision_schemas()  # before the imports below, some of which import torchvision
 
-from mmprune.mm import loading, logs, wrappers  # noqa: E402, F401  (wrappers register themselves)
+from mmprune.mm import compat, loading, logs, wrappers  # noqa: E402, F401  (wrappers register themselves)
 from mmprune.mm.checkpoint import load_pruned, plan_from  # noqa: E402
 from mmprune.mm.deploy.onnx_file import OnnxFile, open_model  # noqa: E402
 from mmprune.mm.hooks import (  # noqa: E402
@@ -22,6 +21,7 @@ from mmprune.mm.hooks import (  # noqa: E402
     RebuildHook,
 )
 
+compat.allow_mmengine_checkpoints()
 loading.install()
 logs.send_to_mmengine()
 

@@ -1,71 +1,17 @@
-"""Shims for versions of torch and torchvision. ``mmprune.mm`` calls each of them when it is imported.
+"""Allows what mmengine writes into checkpoints. ``mmprune.mm`` calls this when it is imported.
 
-A second call changes nothing. No shim weakens a working installation: if torchvision's compiled ops
-load, nothing is declared, and ``torch.load`` keeps ``weights_only=True``.
+A second call changes nothing, and ``torch.load`` keeps ``weights_only=True``. Shims for torch
+and torchvision are in ``mmprune/compat.py``.
 """
 
-import importlib.machinery
-import importlib.util
 import pickle
 from collections.abc import Callable
 
 import numpy as np
-import torch
 from mmengine.logging import HistoryBuffer
 
 from mmprune import compat as torch_compat
 from mmprune.surgery.meta import SAFE_TYPES
-
-_SCHEMAS = {
-    'nms': 'nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor',
-    'qnms': 'qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor',
-}
-"""The schemas of the ops for which torchvision registers kernels at import. Without them, the import of
-torchvision fails."""
-
-_library = None
-"""The library that declared the schemas. torch drops the schemas when this object is deleted."""
-
-
-def declare_torchvision_schemas() -> bool:
-    """Lets ``import torchvision`` succeed if its compiled ops do not load.
-
-    The ops do not load if torchvision was built for CUDA and torch for the CPU, for example. mmengine
-    and mmpose only need torchvision's Python part. A call of ``torchvision.ops.nms`` still fails, with
-    torchvision's own message.
-
-    No version of torch makes this shim unnecessary: it depends on how torchvision was built.
-
-    Returns:
-        Whether schemas were declared. They are not declared if torchvision is not installed, if its ops
-        load, or if the schemas exist already.
-    """
-    global _library
-    if _torchvision_ops_load():
-        return False
-    missing = [name for name in _SCHEMAS if not hasattr(torch.ops.torchvision, name)]
-    if not missing:
-        return False
-    # A fragment, because another package may have opened the same namespace for the same reason.
-    _library = torch.library.Library('torchvision', 'FRAGMENT')
-    for name in missing:
-        _library.define(_SCHEMAS[name])
-    return True
-
-
-def _torchvision_ops_load() -> bool:
-    """Whether no schemas are needed: torchvision is not installed, or its compiled ops load."""
-    package = importlib.util.find_spec('torchvision')
-    if package is None:
-        return True
-    extension = importlib.machinery.PathFinder.find_spec('_C', package.submodule_search_locations)
-    if extension is None:
-        return False
-    try:
-        torch.ops.load_library(extension.origin)
-    except OSError:  # a library or a symbol is missing
-        return False
-    return True
 
 
 def allow_mmengine_checkpoints() -> None:

@@ -54,3 +54,11 @@ def test_a_name_that_is_not_there_is_an_attribute_error():
     pytest.importorskip('mmengine')
     with pytest.raises(AttributeError, match="module 'mmprune.mm' has no attribute 'exprot'"):
         mmprune.mm.exprot  # noqa: B018
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('package', ['torchvision', 'mmdet.models', 'mmpose'])
+def test_after_mmprune_packages_that_need_torchvision_can_be_imported(package):
+    """A torchvision for CUDA beside a torch for the CPU fails to import otherwise."""
+    pytest.importorskip(package.partition('.')[0])
+    subprocess.run([sys.executable, '-c', f'import mmprune, {package}'], check=True, timeout=300)

@@ -10,9 +10,9 @@ import mmprune
 PACKAGE = Path(mmprune.__file__).parent
 
 LAYERS = [
-    {'errors', '_version', 'registration'},
+    {'errors', '_version'},
     {'compat', 'nested', 'onnx_sessions', 'progress'},
-    {'contexts'},
+    {'contexts', 'registration'},
     {'copies'},
     {'graph'},
     {'surgery'},

@@ -11,7 +11,7 @@ from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
 
-from mmprune.mm import compat
+from mmprune import compat
 
 
 class Scale(BaseModel):
