@@ -188,8 +188,9 @@ def keep_step_hooks() -> None:
     for kind in optimizers:
         step: Any = vars(kind).get('step') if issubclass(kind, base) and kind is not base else None
         if step is not None and all(layer.__code__ is not with_hooks for layer in _layers(step)):
-            kind.step = torch._dynamo.disable(base.profile_hook_step(step))
-            kind.step.hooked = True
+            hooked: Any = torch._dynamo.disable(base.profile_hook_step(step))
+            hooked.hooked = True
+            kind.step = hooked
 
 
 def _layers(function: Any) -> Iterator[Any]:
