@@ -63,6 +63,7 @@ from mmprune.api import prune, trace
 from mmprune.budget.budget import Budget
 from mmprune.budget.choose import choose
 from mmprune.check.verify import verify
+from mmprune.compat import keep_step_hooks
 from mmprune.errors import PruneError
 from mmprune.graph.adapters import adapter
 from mmprune.graph.call import Call
@@ -155,3 +156,4 @@ def __getattr__(name: str) -> Any:
 
 
 register_with_mmengine()
+keep_step_hooks()

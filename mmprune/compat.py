@@ -6,6 +6,7 @@ raise the floor, delete what that version has, and let its callers use torch.
 
 import codecs
 import contextlib
+import functools
 import importlib.machinery
 import importlib.util
 import inspect
@@ -173,24 +174,35 @@ DYNAMO_TAKES_STEP_HOOKS = TORCH < '2.3'
 def keep_step_hooks() -> None:
     """Keeps hooks on optimizers' steps working after ``torch.compile``, which scoring relies on.
 
-    Until torch 2.2 the first compilation replaces ``step`` of every optimizer class of torch by the
-    function without hooks. This function lets that happen now, and puts the hooks back. A second call
-    does nothing.
+    Until torch 2.2 the first compilation replaces ``step`` of every optimizer class of torch by what
+    ``step`` wraps, which is the function without hooks. So ``step`` gets one more layer here, and a
+    compilation takes only that layer away. If a compilation came before, the hooks are put back.
+
+    A scheduler keeps the ``step`` of its optimizer. ``import mmprune`` therefore calls this function,
+    and schedulers that are made later keep the right one. A second call does nothing.
     """
     if not DYNAMO_TAKES_STEP_HOOKS:
         return
-    from torch._dynamo.eval_frame import TorchPatcher  # takes a second, so only where it is needed
-
-    TorchPatcher.patch()
     base: Any = torch.optim.Optimizer
     with_hooks = base.profile_hook_step(lambda self: None).__code__  # the same for every hooked step
     optimizers: list[Any] = [kind for kind in vars(torch.optim).values() if inspect.isclass(kind)]
     for kind in optimizers:
         step: Any = vars(kind).get('step') if issubclass(kind, base) and kind is not base else None
-        if step is not None and all(layer.__code__ is not with_hooks for layer in _layers(step)):
-            hooked: Any = torch._dynamo.disable(base.profile_hook_step(step))
-            hooked.hooked = True
-            kind.step = hooked
+        if step is None or hasattr(step, 'keeps_hooks'):
+            continue
+        is_hooked = any(layer.__code__ is with_hooks for layer in _layers(step))
+        kind.step = _one_more_layer(step if is_hooked else base.profile_hook_step(step))
+
+
+def _one_more_layer(hooked: Any) -> Any:
+    @functools.wraps(hooked)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        return hooked(*args, **kwargs)
+
+    layer: Any = step
+    hooked.hooked = layer.hooked = True  # otherwise the next optimizer adds hooks once more
+    hooked.keeps_hooks = layer.keeps_hooks = True
+    return layer
 
 
 def _layers(function: Any) -> Iterator[Any]:
@@ -224,7 +236,7 @@ def check_exporter() -> None:
 
 
 EXPORTER = '2.6'
-"""The first torch whose exporter to ONNX translates what detectors need."""
+"""The oldest torch that the export accepts. It is tried with the pinned version alone."""
 
 
 _SCHEMAS = {

@@ -1,6 +1,8 @@
 """The shims for older versions of torch, each compared with what the newest torch does."""
 
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -31,6 +33,32 @@ def test_step_hooks_run_once_before_and_after_a_compilation(kind):
     compat.keep_step_hooks()
     assert step_calls(optimizer) == 1
     assert step_calls(kind(model.parameters(), 0.1)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('first', ['import mmprune', 'compile_one()'])
+def test_steps_behind_a_scheduler_are_scored_after_a_compilation(first):
+    """In a process of its own, since only the first compilation takes hooks away."""
+    script = f"""
+import torch
+from torch import nn
+def compile_one():
+    torch.compile(nn.Linear(2, 2), backend='eager')(torch.zeros(1, 2))
+{first}
+import mmprune
+compile_one()
+model = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 2))
+optimizer = torch.optim.SGD(model.parameters(), 0.1)
+torch.optim.lr_scheduler.StepLR(optimizer, 10)
+pruner = mmprune.Pruner(model, divisor=1)
+for _ in range(3):
+    optimizer.zero_grad()
+    model(torch.randn(4, 2)).square().mean().backward()
+    optimizer.step()
+loss = lambda model, batch: model(batch).square().mean()
+assert pruner.rebuild_model(torch.randn(4, 2), loss, optimizer, 2).iterations == 3
+"""
+    subprocess.run([sys.executable, '-c', script], check=True, timeout=300)
 
 
 class Unknown:
